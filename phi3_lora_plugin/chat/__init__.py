@@ -1,0 +1,1 @@
+"""Rows -> messages -> token ids and labels -> packed rows."""

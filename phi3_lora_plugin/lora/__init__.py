@@ -1,0 +1,1 @@
+"""LoRA on Phi-3: targets, slices of fused projections, injection, state, layouts."""

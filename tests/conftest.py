@@ -1,0 +1,23 @@
+"""Fixtures and the environment of the suite: offline, quiet, the same everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CI", "1")
+
+import pytest
+
+SHARED = Path(os.environ.get("PHI3_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real Phi-3 tokenizers, configs, templates and chats; skips where it is not."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real inputs are not here: {SHARED} does not exist (set PHI3_SHARED_DATA)")
+    return SHARED

@@ -1,0 +1,93 @@
+"""Tiny real models and tokenizers, built in milliseconds, that every test can ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+CONTROL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+
+# The same text as Microsoft's mini-4k template, which our own template table has to recognise by its renders.
+MINI_4K_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+_TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "what is the capital of france? the capital of france is paris.",
+    "how many apples are there? there are three apples in the basket.",
+    "hello, how are you today? i am fine, thank you. and you?",
+]
+
+
+def config(**changes: Any) -> Phi3Config:
+    """A Phi-3 of two layers; 4 heads and, unless changed, 4 key-value heads (``num_key_value_heads=2`` is GQA)."""
+    settings: dict[str, Any] = dict(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        original_max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
+    return Phi3Config(**(settings | changes))
+
+
+def model(seed: int = 0, **changes: Any) -> Phi3ForCausalLM:
+    """A random model of `config(**changes)`, always the same for one seed."""
+    torch.manual_seed(seed)
+    return Phi3ForCausalLM(config(**changes)).eval()
+
+
+def tokenizer(rstrip: bool = True, template: str | None = MINI_4K_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A Llama-style byte-fallback BPE of about 400 pieces with Phi-3's control tokens.
+
+    `rstrip` says whether role tokens swallow the white space behind them, which differs between published revisions.
+    """
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend.train_from_iterator(_TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    # Trained as "special tokens" only to get ids; byte pieces must not be found in text as literal strings.
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    backend.add_special_tokens([AddedToken(text, rstrip=rstrip, normalized=False) for text in CONTROL[1:]])
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=256,
+        padding_side="left",
+    )
+    built.chat_template = template
+    return built
+
+
+def base(folder: Path, rstrip: bool = True, **changes: Any) -> Path:
+    """Save a tiny model and its tokenizer into `folder`, as a hub repository would hold them; return `folder`."""
+    words = tokenizer(rstrip=rstrip)
+    eos = words.convert_tokens_to_ids("<|endoftext|>")
+    model(**({"eos_token_id": eos, "pad_token_id": eos} | changes)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
