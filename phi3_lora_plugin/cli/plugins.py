@@ -1,0 +1,75 @@
+"""`phi3-lora plugins`: who is installed, what each registers, and what failed and why."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from phi3_lora_plugin.discovery import Plugin, Plugins, PluginWarning, load_plugins
+from phi3_lora_plugin.offers import BLOCK, KINDS
+
+
+def plugins_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything failed; for CI.")] = False,
+) -> None:
+    """List each plugin with its distribution, its version and what it registers, and what failed and why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PluginWarning)  # the listing says the same, with everything else in place
+        plugins = load_plugins()
+        offers = [(plugin, _offers(plugins, plugin)) for plugin in plugins.plugins]
+    if as_json:
+        _print_json(plugins, offers)
+    else:
+        _print(plugins, offers)
+    if strict and plugins.failures:
+        raise typer.Exit(1)
+
+
+def _offers(plugins: Plugins, plugin: Plugin) -> dict[str, list[str]]:
+    """Return what a plugin registers by kind; callbacks have no names, so that kind is an empty list."""
+    return plugins.registered(plugin) | ({"callbacks": []} if "trainer_callbacks" in plugin.hooks else {})
+
+
+def _print_json(plugins: Plugins, offers: list[tuple[Plugin, dict[str, list[str]]]]) -> None:
+    rows: list[dict[str, Any]] = []
+    for plugin, found in offers:
+        row = asdict(plugin) | {"registers": {kind: found.get(kind, []) for kind in KINDS}}
+        rows.append(row | {"callbacks": "callbacks" in found})
+    failures = [
+        {"name": failure.name, "distribution": failure.distribution, "problem": str(failure)}
+        for failure in plugins.failures
+    ]
+    print(json.dumps({"plugins": rows, "failures": failures, "blocked": plugins.blocked}, ensure_ascii=False))
+
+
+def _print(plugins: Plugins, offers: list[tuple[Plugin, dict[str, list[str]]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Names and messages of strangers are never read as markup: `[qlora]` in a hint would vanish.
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        table = Table("plugin", "distribution", "version", "registers")
+        for plugin, found in offers:
+            cells = (plugin.name, plugin.distribution, plugin.version, "\n".join(_lines(found)))
+            table.add_row(*(Text(cell) for cell in cells))
+        console.print(table, soft_wrap=False)
+    else:
+        for plugin, found in offers:
+            console.print(f"{plugin.name}  {plugin.distribution} {plugin.version}  ({plugin.target})")
+            for line in _lines(found):
+                console.print(f"  {line}")
+    for failure in plugins.failures:
+        console.print(f"failed: {failure}", style="red")
+    if plugins.blocked:
+        console.print(f"blocked by {BLOCK}: {', '.join(plugins.blocked)}", style="yellow")
+
+
+def _lines(found: dict[str, list[str]]) -> list[str]:
+    return [f"{kind}: {', '.join(names)}" if names else kind for kind, names in found.items()] or ["nothing"]
