@@ -1,0 +1,222 @@
+"""The sections of a recipe as frozen pydantic models: every key of ours, its type, its range, and what it means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(min_length=1)]
+OneOrMore = Text | Annotated[list[Text], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# `yes` and `off` are text to our reader; where a switch is wanted they mean what they have always meant in YAML.
+_SWITCH = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
+Switch = Annotated[bool, BeforeValidator(lambda v: _SWITCH.get(v.lower(), v) if isinstance(v, str) else v)]
+
+# PEFT's names for what this package calls by a shorter one; both are read in `lora:`.
+PEFT_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_dora": "dora",
+    "use_rslora": "rslora",
+    "init_lora_weights": "init",
+}
+INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "eva", "loftq", "orthogonal", "random")
+
+
+class Conflicts(ValueError):
+    """What a section says that cannot hold together, as (key, message) pairs."""
+
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {message}" for key, message in found))
+        self.found = found
+
+
+class Section(BaseModel):
+    """Strict (`"8"` is no number, though 1 is a fine float), closed (unknown keys are errors) and frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, message) for what is wrong between keys that are right one by one."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _hold_together(self) -> Self:
+        if found := list(self.conflicts()):
+            raise Conflicts(found)
+        return self
+
+
+class ModelSection(Section):
+    """The base model and how to load it."""
+
+    path: Text
+    """A local folder, a hub id such as microsoft/Phi-3-mini-4k-instruct, or `embedded:NAME` for one that ships here."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub; quote it if it looks like a number."""
+    loader: Text = "phi3"
+    """Name of a registered model loader (`phi3-lora plugins` lists them)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights; auto: bfloat16 where the hardware computes in it, else float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention implementation; auto never demands a package that is not installed."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """nf4 is QLoRA's 4-bit type with double quantisation, int8 is LLM.int8(); both need the extra `qlora`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Weights are quantised from 16 or 32 bits, and computed with in `dtype`."""
+        if self.quantize != "none" and self.dtype == "float16":
+            yield "dtype", "float16 compute overflows in Phi-3's MLP; write bfloat16, float32 or auto with quantize"
+
+
+class DataSection(Section):
+    """The rows, how they become chats, and how chats become tokens."""
+
+    path: OneOrMore | None = None
+    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say."""
+    format: Text = "auto"
+    """messages, sharegpt, alpaca, prompt_completion, a plugin's name, or auto."""
+    columns: dict[str, Text] = {}
+    """The format's own names to the file's: `{prompt: question, completion: answer}`."""
+    split: Text = "train"
+    """Split to train on, for hub ids and saved datasets."""
+    eval_path: OneOrMore | None = None
+    """Rows to evaluate on."""
+    eval_split: Text | None = None
+    """Split to evaluate on, of `eval_path` or else of `path`."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] = 0.0
+    """Share of `path` to hold out for evaluation, chosen by `seed`."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest row in tokens; longer ones are cut and counted. None: the model's original context."""
+    packing: Switch = False
+    """Fill rows up to the longest length with several chats, each attending to itself only."""
+    train_on: Literal["assistant", "last_turn", "all"] = "assistant"
+    """Which tokens carry loss."""
+    system: Literal["error", "fold", "drop"] = "error"
+    """What to do with a system message where the template has no place for one."""
+    control_tokens: Literal["error", "escape"] = "error"
+    """What to do with control tokens such as <|end|> inside the text of a message."""
+    tools: Literal["error", "text", "drop"] = "error"
+    """What to do with tool messages where the template has no place for them."""
+    template: Text | None = None
+    """Name of a chat template; None: the tokenizer's own, recognised by what it renders."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do with malformed rows; skip counts and lists them."""
+    max_rows: Count | None = None
+    """Train on this many rows at most, from the top."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Rows for evaluation come from one place."""
+        if self.eval_fraction and (self.eval_path is not None or self.eval_split is not None):
+            other = "eval_path" if self.eval_path is not None else "eval_split"
+            yield "eval_fraction", f"given beside data.{other}; write data.eval_fraction: 0, or drop data.{other}"
+
+
+class LoraSection(Section):
+    """The adapter, in loralib's words; PEFT's names for the same things are read too."""
+
+    r: Count = 16
+    """Rank."""
+    alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    """The update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] = 0.0
+    """Dropout before A, while training."""
+    targets: OneOrMore = "all-linear"
+    """all-linear, module names (fused or split), or one regular expression over full names."""
+    exclude_modules: OneOrMore | None = None
+    """Names, or one regular expression, that `targets` must not reach."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train too."""
+    init: Annotated[Text, Field(pattern=rf"^({'|'.join(INITS)}|pissa_niter_[1-9]\d*)$")] = "default"
+    """How A and B begin, by PEFT's `init_lora_weights` names."""
+    dora: Switch = False
+    """Train a magnitude for each output row as well (DoRA, arXiv 2402.09353)."""
+    rslora: Switch = False
+    """Scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
+    rank_pattern: dict[str, Count] = {}
+    """Module name or regular expression to rank."""
+    alpha_pattern: dict[str, Count | Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+    """Module name or regular expression to alpha."""
+    layers_to_transform: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = None
+    """Adapt these decoder layers only, counted from 0."""
+    layers_pattern: OneOrMore | None = None
+    """Name of the list of layers, if it is not `layers`."""
+    modules_to_save: list[Text] | None = None
+    """Modules to train and save whole."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embedding rows train."""
+    target_parameters: list[Text] | None = None
+    """Parameters (not modules) to adapt, such as the experts of Phi-3.5-MoE."""
+    loftq_config: dict[str, Any] | None = None
+    """`{loftq_bits: 4, loftq_iter: 1}`, for init: loftq."""
+    eva_config: dict[str, Any] | None = None
+    """PEFT's EvaConfig fields, for init: eva."""
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """What PEFT would refuse later, or take in silence."""
+        if self.loftq_config is not None and self.init != "loftq":
+            yield "loftq_config", f"has no effect with lora.init: {self.init}; write lora.init: loftq"
+        if self.eva_config is not None and self.init != "eva":
+            yield "eva_config", f"has no effect with lora.init: {self.init}; write lora.init: eva"
+        if self.target_parameters and self.dropout:
+            yield "dropout", "must be 0 with lora.target_parameters: PEFT has no dropout on parameters"
+        for name in ("targets", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str) and pattern != "all-linear":
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield name, f"{pattern!r} is not a regular expression ({error})"
+
+
+class CheckpointSection(Section):
+    """Which LoRA-only checkpoints are written and which are kept."""
+
+    every_steps: Count | None = None
+    """Save each so many steps; None: at the end, and at each evaluation."""
+    keep_last: Count = 2
+    """Newest ones to keep; never fewer than one good one."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Best ones to keep, by evaluation loss."""
+    keep_every: Count | None = None
+    """Keep each checkpoint whose step divides by this for good."""
+    format: Literal["peft", "loralib", "both"] = "peft"
+    """peft: a folder that PEFT loads; loralib: one file with only `lora_` keys and its sidecar."""
+    background: Switch = False
+    """Write while training goes on."""
+
+
+class Deviation(Section):
+    """One value that is not as published, and why."""
+
+    key: Text
+    published: Any
+    ours: Any
+    why: Text
+
+
+class AboutSection(Section):
+    """What a preset says about itself, for `phi3-lora recipes`; it is not inherited and changes no run."""
+
+    group: Text | None = None
+    """Heading under which `phi3-lora recipes` lists it."""
+    method: Text | None = None
+    """LoRA, QLoRA, ..."""
+    memory: Text | None = None
+    """GPU memory that it is meant for."""
+    needs: list[Text] = []
+    """What has to be installed or given."""
+    source: Text | None = None
+    """Where its numbers come from."""
+    deviations: list[Deviation] = []
+    """Every value that differs from the published one."""
