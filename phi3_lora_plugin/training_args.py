@@ -1,0 +1,141 @@
+"""The one place where a recipe becomes other libraries' arguments: TrainingArguments, add_lora's options, LoRA+."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.recipe_training import installed_fields
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch.optim import Optimizer
+    from transformers import TrainingArguments
+
+    from phi3_lora_plugin.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe, has_eval: bool = False, **ours: Any) -> TrainingArguments:
+    """Return the installed transformers' `TrainingArguments` for a recipe.
+
+    What the recipe says wins over our defaults, and `ours` over both.
+
+    Args:
+        has_eval: whether there are rows to evaluate on; without them nothing is evaluated.
+        ours: more arguments, as the installed class names them.
+    """
+    from transformers import TrainingArguments
+
+    given = dict(recipe.training)
+    settings = _defaults(recipe) | given
+    if not has_eval:
+        settings["eval_strategy"] = "no"
+    elif "eval_strategy" not in given:
+        settings["eval_strategy"] = "epoch"
+    if "per_device_train_batch_size" in given:  # what fits for training fits for evaluation; upstream's 8 may not
+        settings.setdefault("per_device_eval_batch_size", given["per_device_train_batch_size"])
+    name = "activation_checkpointing" if "activation_checkpointing" in installed_fields() else "gradient_checkpointing"
+    if settings.get(name):
+        # Reentrant checkpointing gives no gradient behind frozen embeddings.
+        settings[f"{name}_kwargs"] = {"use_reentrant": False} | (settings.get(f"{name}_kwargs") or {})
+    return TrainingArguments(**(settings | ours))
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    import torch
+
+    cpu = recipe.model.device == "cpu" or not torch.accelerator.is_available()
+    defaults: dict[str, Any] = {
+        "output_dir": recipe.output_dir,
+        "seed": recipe.seed,
+        "use_cpu": cpu,
+        "report_to": "none",
+        "save_strategy": "no",  # LoraCheckpoint saves
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it shows a NaN loss as 0.0
+        "label_names": ["labels"],
+        "remove_unused_columns": False,  # rows are encoded and have no others
+        "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,  # every LoRA tensor takes part in every step
+        "disable_tqdm": True,
+        # A padded token is not a trained one; older classes can only count both.
+        "include_num_input_tokens_seen": "non_padding"
+        if "str" in installed_fields()["include_num_input_tokens_seen"]
+        else True,
+    }
+    if not {"bf16", "fp16"} & set(recipe.training):
+        defaults |= _precision(recipe.model.dtype, cpu)
+    return defaults
+
+
+def _precision(dtype: str, cpu: bool) -> dict[str, bool]:
+    """Mixed precision that the weights and the hardware agree on; adapters stay float32 in any case."""
+    import torch
+
+    if cpu:
+        return {"bf16": dtype == "bfloat16"}
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype in ("auto", "bfloat16") and native:
+        return {"bf16": True}
+    return {"fp16": dtype in ("auto", "float16") and torch.cuda.is_available()}
+
+
+def lora_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the keyword arguments of `add_lora` for a recipe; options beyond its own are named as `LoraConfig`'s.
+
+    Only what differs from PEFT's default is passed, so that older versions take it.
+    """
+    lora = recipe.lora
+    options: dict[str, Any] = {"targets": lora.targets, "r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout}
+    options |= {
+        name: value
+        for name in (
+            "exclude_modules",
+            "rank_pattern",
+            "alpha_pattern",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+            "trainable_token_indices",
+            "target_parameters",
+        )
+        if (value := getattr(lora, name)) not in (None, {}, [])
+    }
+    if lora.bias != "none":
+        options["bias"] = lora.bias
+    if lora.dora:
+        options["use_dora"] = True
+    if lora.rslora:
+        options["use_rslora"] = True
+    if lora.init != "default":
+        options["init_lora_weights"] = False if lora.init == "random" else lora.init
+    if lora.init == "loftq":
+        from peft import LoftQConfig
+
+        options["loftq_config"] = LoftQConfig(**(lora.loftq_config or {}))
+    if lora.init == "eva":
+        from peft import EvaConfig
+
+        options["eva_config"] = EvaConfig(**(lora.eva_config or {}))
+    return options
+
+
+def loraplus_optimizer(recipe: Recipe, model: PeftModel, arguments: TrainingArguments) -> Optimizer | None:
+    """Return LoRA+'s optimizer (arXiv 2402.12354), for `Trainer(optimizers=(optimizer, None))`, or None if not asked.
+
+    It is the optimizer that the arguments name, with B's learning rate `loraplus_lr_ratio` times A's.
+    """
+    if recipe.lora.loraplus_lr_ratio is None:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    options.pop("lr", None)
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        lr=arguments.learning_rate,
+        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
+        loraplus_weight_decay=arguments.weight_decay,
+        **options,
+    )
