@@ -1,0 +1,101 @@
+"""Best-fit packing: put encoded rows together so that little of `max_length` is left empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Indices of the rows of each pack, by best-fit decreasing; cost grows as rows x log(max_length).
+
+    Longest rows first, each into the pack where it leaves the least room (Johnson 1973; Ding et al. 2024,
+    arXiv 2404.10830, for language models). Ties keep the order of the rows, so packs depend on the lengths alone.
+
+    Raises:
+        ValueError: a row is longer than `max_length`, or empty; says which.
+    """
+    for index, length in enumerate(lengths):
+        if not 0 < length <= max_length:
+            raise ValueError(f"row {index} has {length} tokens; a pack holds 1 to {max_length}")
+    packs: list[list[int]] = []
+    open_packs: list[list[int]] = [[] for _ in range(max_length + 1)]  # by room left
+    # A segment tree over the room left finds the smallest room that is large enough.
+    size = 1 << max_length.bit_length()
+    tree = [False] * (2 * size)
+
+    def mark(room: int, filled: bool) -> None:
+        node = size + room
+        tree[node] = filled
+        while node > 1:
+            node //= 2
+            tree[node] = tree[2 * node] or tree[2 * node + 1]
+
+    def smallest_room(at_least: int) -> int | None:
+        node = size + at_least
+        if tree[node]:
+            return at_least
+        while node > 1:
+            if node % 2 == 0 and tree[node + 1]:
+                node += 1
+                while node < size:
+                    node = 2 * node if tree[2 * node] else 2 * node + 1
+                return node - size
+            node //= 2
+        return None
+
+    for index in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        length = lengths[index]
+        room = smallest_room(length)
+        if room is None:
+            packs.append([index])
+            place = len(packs) - 1
+            room = max_length
+        else:
+            place = open_packs[room].pop(0)
+            packs[place].append(index)
+            if not open_packs[room]:
+                mark(room, False)
+        left = room - length
+        if left > 0:
+            if not open_packs[left]:
+                mark(left, True)
+            open_packs[left].append(place)
+    return [sorted(members) for members in packs]
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Flatten the rows of packs into one row of tokens: documents are told apart by positions and by their bounds.
+
+    Each example is a pack, {"rows": [{"input_ids": [...], "labels": [...]}, ...]}, or a plain row: a pack of one.
+    There is no attention mask on purpose: beside packed positions, a mask of ones lets documents see each other.
+    """
+
+    def __call__(self, examples: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """One batch: input_ids, labels, position_ids [1, tokens]; cu_seq_lens_q/k [documents + 1]; max_length_q/k."""
+        import torch
+
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        bounds = [0]
+        for example in examples:
+            for row in example.get("rows", [example]):
+                ids += row["input_ids"]
+                # The first token of a document would be predicted from the last one of the document before.
+                labels += [-100, *row["labels"][1:]]
+                positions += range(len(row["input_ids"]))
+                bounds.append(len(ids))
+        limits = torch.tensor(bounds, dtype=torch.int32)
+        longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+        return {
+            "input_ids": torch.tensor([ids]),
+            "labels": torch.tensor([labels]),
+            "position_ids": torch.tensor([positions]),
+            "cu_seq_lens_q": limits,
+            "cu_seq_lens_k": limits,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
