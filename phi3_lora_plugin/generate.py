@@ -1,0 +1,142 @@
+"""Answers from a model with an adapter on it: load the pair, stream text, stop at the right token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class AdapterError(ValueError):
+    """A folder that was meant to be a LoRA adapter is not one that can be used."""
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter that `path` means: itself, or the newest complete checkpoint of the run or store it names.
+
+    Raises:
+        AdapterError: nothing under `path` is an adapter; says what is there.
+    """
+    from phi3_lora_plugin.checkpoint import latest_complete
+
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter"
+    found = latest_complete(folder) if folder.is_dir() else None
+    if found is None:
+        inside = (
+            ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        )
+        raise AdapterError(
+            f"{folder} holds no LoRA adapter (adapter_config.json) and no complete checkpoint; found: {inside or 'nothing'}"
+        )
+    return found
+
+
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """(path or hub id, revision) of the model that an adapter folder says it was trained on."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"{adapter / 'adapter_config.json'} names no base model; give one with --base")
+    return base, config.get("revision")
+
+
+def load_adapter(path: str | Path, base: str | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """(model with the adapter on it, tokenizer), ready to generate.
+
+    Args:
+        path: an adapter folder, a run folder or a checkpoint store.
+        base: base model, where the one that the adapter names is not at its old place.
+        options: as `load_model` takes them (dtype, attention, quantize, device).
+    """
+    from peft import PeftModel
+
+    from phi3_lora_plugin.model import load_model
+    from phi3_lora_plugin.tokenizer import load_tokenizer
+
+    adapter = adapter_folder(path)
+    name, revision = (base, None) if base else base_of(adapter)
+    model = load_model(name, revision=revision, **options)
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else name)
+    return PeftModel.from_pretrained(model, str(adapter)).eval(), tokenizer
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    **encoding: Any,
+) -> Iterator[str]:
+    """Pieces of the next assistant turn as they are made; greedy at temperature 0.
+
+    `encoding` is what `prompt_ids` takes (system, control_tokens, template), which has to be as in training.
+    """
+    from threading import Thread
+
+    import torch
+    from transformers import TextIteratorStreamer
+
+    from phi3_lora_plugin.chat.encode import prompt_ids
+
+    ids = torch.tensor([prompt_ids(messages, tokenizer, **encoding)], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate_ids(
+                model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
+            )
+        except BaseException as error:  # carried over to the reader of the stream, who would wait forever otherwise
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    **options: Any,
+) -> Any:
+    """Token ids [batch, prompt + new] of one call to `generate` that stops at the family's stop tokens."""
+    import torch
+
+    from phi3_lora_plugin.tokenizer import stop_token_ids
+
+    published = model.generation_config.eos_token_id
+    known = [published] if isinstance(published, int) else list(published or ())
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_token_ids(tokenizer, known),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **sampling,
+            **options,
+        )

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM finish the step and leave through the front door, so that the last state is saved."""
+
+# This module defines a TrainerCallback, a subclass of something heavy; it is imported only inside functions.
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback  # noqa: TID253
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the step in which SIGINT or SIGTERM came; a second signal ends it at once.
+
+    Used as a context manager around `trainer.train()`. Outside the main thread, where Python takes no signals, it does nothing.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        print(f"\n{self.received.name}: finishing this step and saving; once more to stop at once", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask the Trainer to stop if a signal has come."""
+        if self.received is not None:
+            control.should_training_stop = True
+        return control
