@@ -12,6 +12,7 @@ from typing import Any
 
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
+from peft.tuners.lora.layer import LoraLayer  # noqa: TID253
 
 #: One block of a block-diagonal B: (first row, end of rows, first column, end of columns).
 Block = tuple[int, int, int, int]
@@ -114,6 +115,13 @@ def fuse_lora(model: torch.nn.Module) -> int:
     for layer in layers:
         layer.__class__ = FusedLoraLinear
     return len(layers)
+
+
+def fused_layers(model: torch.nn.Module) -> tuple[int, int]:
+    """(LoRA layers that are fused, LoRA layers that are not)."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    fused = sum(type(layer) is FusedLoraLinear for layer in layers)
+    return fused, len(layers) - fused
 
 
 def restore_lora(model: torch.nn.Module) -> None:
