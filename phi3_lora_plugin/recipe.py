@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
@@ -24,6 +24,7 @@ from phi3_lora_plugin.recipe_sections import (
     LoraSection,
     ModelSection,
     Section,
+    Switch,
     Text,
 )
 from phi3_lora_plugin.recipe_training import translate
@@ -52,6 +53,8 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     """As `transformers.TrainingArguments` names things, of any version; checked against the one installed."""
     checkpoint: CheckpointSection = CheckpointSection()
+    speed: Literal["auto", "off"] | dict[Literal["loss", "lora", "host"], Switch] = "auto"
+    """Fast paths: auto, off, or one by one (the rest as in auto); losses are the same with and without."""
     output_dir: Text = "runs/recipe"
     """Where checkpoints and reports go, from the working directory."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

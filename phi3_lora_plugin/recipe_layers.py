@@ -17,7 +17,7 @@ from phi3_lora_plugin.recipe_yaml import Key, Problem, parse_value, read_file, s
 Find = Callable[[str], Path | Traversable | str | None]
 
 SECTIONS = ("model", "data", "lora", "training", "checkpoint", "about")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
+_NAME = re.compile(r"[^\W_][\w.+-]*")  # as discovery has it: never a path
 _YAML = re.compile(r"\.ya?ml$", re.IGNORECASE)
 
 
@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass
 class Chain:
-    """A recipe's file and its parents', youngest first; `broken` if a file or parent could not be read."""
+    """A recipe's file and its parents', youngest first; `problems` are about reading them, not about what they say."""
 
     name: str
     layers: list[Layer] = field(default_factory=list)
@@ -91,7 +91,7 @@ def read_chain(wanted: str | Path, find: Find) -> Chain:
             if _identity(file) in map(_identity, chain.files):
                 raise ValueError("recipes extend each other in a circle")
         except ValueError as error:
-            chain.problems.append(Problem(where, "extends", f"{error} ({' -> '.join(names)})"))
+            chain.problems.append(Problem(where, "extends", f"{' -> '.join(names)}: {error}"))
             return chain
 
 
@@ -105,8 +105,8 @@ def _identity(file: Path | Traversable) -> str:
 
 def _find(name: str, find: Find) -> Path | Traversable:
     """The file of a preset; raises ValueError with a sentence."""
-    if not _NAME.match(name):
-        rule = "a preset's name has only letters, digits, `.`, `-` and `_`"
+    if not _NAME.fullmatch(name):
+        rule = "a preset's name has only letters, digits and any of . _ + -"
         raise ValueError(f"{shorten(name)} is not the name of a recipe: {rule}")
     try:
         found = find(name)

@@ -79,7 +79,7 @@ def _wrong_value(value: Any, info: FieldInfo | None) -> str:
 
 
 def _choices(expected: str) -> list[str]:
-    return expected.removeprefix("one of ").split(", ") if expected.startswith("one of ") else []
+    return expected.removeprefix("one of ").partition(" or ")[0].split(", ") if expected.startswith("one of ") else []
 
 
 def _did_you_mean(location: Key, model: type[Section]) -> str:
@@ -113,14 +113,15 @@ def _words(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[str]:
         yield ("a whole number" if annotation is int else "a number") + _range(limits)
     elif annotation is str:
         pattern = next((limit.pattern for limit in limits if getattr(limit, "pattern", None)), None)
-        yield "one of " + pattern.strip("^$()").replace("|", ", ") if pattern else "text"
+        names = pattern.strip("^$()").replace("|", ", ").replace(r"[1-9]\d*", "N") if pattern else ""
+        yield f"one of {names}" if names else "text"
     elif annotation is bool:
         yield "true or false"
     elif origin is list:
         yield "a list of " + " or ".join(_words(get_args(annotation)[0]))
     elif origin is dict:
-        value = " or ".join(_words(get_args(annotation)[1]))
-        yield f"a mapping of names to {value}" if value else "a mapping"
+        name, value = (" or ".join(_words(part)) for part in get_args(annotation))
+        yield f"a mapping of {name.replace('one of ', '')} to {value}" if value else "a mapping"
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield "a mapping"
     elif annotation is not type(None):

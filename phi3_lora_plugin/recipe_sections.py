@@ -26,7 +26,7 @@ PEFT_NAMES = {
     "use_rslora": "rslora",
     "init_lora_weights": "init",
 }
-INITS = ("default", "gaussian", "pissa", "pissa_niter_4", "olora", "eva", "loftq", "orthogonal", "random")
+INITS = ("default", "gaussian", "pissa", "olora", "eva", "loftq", "orthogonal", "mica", "random")
 
 
 class Conflicts(ValueError):
@@ -149,12 +149,12 @@ class LoraSection(Section):
     """Module name or regular expression to alpha."""
     layers_to_transform: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = None
     """Adapt these decoder layers only, counted from 0."""
-    layers_pattern: OneOrMore | None = None
-    """Name of the list of layers, if it is not `layers`."""
     modules_to_save: list[Text] | None = None
     """Modules to train and save whole."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows train."""
+    ensure_weight_tying: Switch = False
+    """Train tied embedding and head as one."""
     target_parameters: list[Text] | None = None
     """Parameters (not modules) to adapt, such as the experts of Phi-3.5-MoE."""
     loftq_config: dict[str, Any] | None = None

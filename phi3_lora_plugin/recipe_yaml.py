@@ -139,6 +139,11 @@ def dump(data: Mapping[str, Any]) -> str:
     return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def dump_line(value: Any) -> str:
+    """One value as YAML on one line, to stand behind a key or be one."""
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)[1:-2]
+
+
 def shorten(value: Any, limit: int = 60) -> str:
     """The value as Python writes it, cut so that a message stays readable."""
     text = repr(value)

@@ -1,4 +1,4 @@
-"""The one place where a recipe becomes other libraries' arguments: TrainingArguments, add_lora's options, LoRA+."""
+"""The one place where a recipe becomes other libraries' arguments: TrainingArguments and add_lora's options."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.recipe_training import installed_fields
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch.optim import Optimizer
     from transformers import TrainingArguments
 
     from phi3_lora_plugin.recipe import Recipe
@@ -93,10 +91,11 @@ def lora_options(recipe: Recipe) -> dict[str, Any]:
             "rank_pattern",
             "alpha_pattern",
             "layers_to_transform",
-            "layers_pattern",
             "modules_to_save",
             "trainable_token_indices",
             "target_parameters",
+            "loftq_config",
+            "eva_config",
         )
         if (value := getattr(lora, name)) not in (None, {}, [])
     }
@@ -106,36 +105,8 @@ def lora_options(recipe: Recipe) -> dict[str, Any]:
         options["use_dora"] = True
     if lora.rslora:
         options["use_rslora"] = True
-    if lora.init != "default":
+    if lora.ensure_weight_tying:
+        options["ensure_weight_tying"] = True
+    if lora.init != "default":  # "random" is PEFT's False, which starts B at random as well as A
         options["init_lora_weights"] = False if lora.init == "random" else lora.init
-    if lora.init == "loftq":
-        from peft import LoftQConfig
-
-        options["loftq_config"] = LoftQConfig(**(lora.loftq_config or {}))
-    if lora.init == "eva":
-        from peft import EvaConfig
-
-        options["eva_config"] = EvaConfig(**(lora.eva_config or {}))
     return options
-
-
-def loraplus_optimizer(recipe: Recipe, model: PeftModel, arguments: TrainingArguments) -> Optimizer | None:
-    """Return LoRA+'s optimizer (arXiv 2402.12354), for `Trainer(optimizers=(optimizer, None))`, or None if not asked.
-
-    It is the optimizer that the arguments name, with B's learning rate `loraplus_lr_ratio` times A's.
-    """
-    if recipe.lora.loraplus_lr_ratio is None:
-        return None
-    from peft.optimizers import create_loraplus_optimizer
-    from transformers import Trainer
-
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    options.pop("lr", None)
-    return create_loraplus_optimizer(
-        model,
-        kind,
-        lr=arguments.learning_rate,
-        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
-        loraplus_weight_decay=arguments.weight_decay,
-        **options,
-    )

@@ -1,0 +1,199 @@
+"""`phi3-lora recipes`, `show`, `validate` and `schema`: look at recipes before running one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+    from phi3_lora_plugin.recipe_yaml import Problem
+
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")]
+
+
+def recipes_command(as_json: AsJson = False) -> None:
+    """List the presets that this package and the installed plugins bring."""
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.recipe import RecipeError, load_recipe
+
+    plugins = load_plugins()
+    rows: list[dict[str, Any]] = []
+    for name in sorted(plugins.named("recipes")):
+        try:
+            recipe = load_recipe(name, find=lambda wanted: plugins.pick("recipes", wanted))
+        except RecipeError as error:
+            rows.append({"name": name, "group": "broken", "problems": [str(problem) for problem in error.problems]})
+        else:
+            rows.append({"name": name} | _card(recipe) | {"plugin": plugins.owner("recipes", name).name})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    columns = ("name", "base", "method", "memory", "needs")
+    widths = {column: max((len(_cell(row, column)) for row in rows), default=0) for column in columns[:-1]}
+    for group in dict.fromkeys(row["group"] for row in sorted(rows, key=_rank)):
+        print(f"{group}:")
+        for row in (row for row in rows if row["group"] == group):
+            if group == "broken":
+                print(f"  {row['name']}\n    " + "\n    ".join(row["problems"]))
+            else:
+                print("  " + "  ".join(_cell(row, column).ljust(widths.get(column, 0)) for column in columns).rstrip())
+        print()
+    print("phi3-lora show NAME [--resolved] prints one; phi3-lora train NAME data.path=YOUR_CHATS runs it")
+
+
+def show_command(
+    name: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")],
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Merged, with where each value came from.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a recipe: as it was written, or with --resolved (or overrides) as it would run."""
+    from phi3_lora_plugin.recipe import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(name, overrides or (), find=_finder())
+    except RecipeError as error:
+        _wrong_input(error)
+    if as_json:
+        about_it = {"name": recipe.name, "source": str(recipe.source), "digest": recipe.digest()}
+        print(json.dumps({**about_it, "recipe": recipe.resolved(), "provenance": dict(recipe.provenance)}, indent=2))
+    elif resolved or overrides:
+        print(annotated(recipe), end="")
+    else:
+        assert recipe.source is not None
+        print(recipe.source.read_text(encoding="utf-8-sig"), end="")
+
+
+def validate_command(
+    files: Annotated[list[str], typer.Argument(help="YAML files or names of presets, and overrides for all of them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check recipes in full, down to the loader and data format they name; exit code 2 if anything is wrong."""
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.recipe import RecipeError, load_recipe
+
+    plugins = load_plugins()
+    overrides = [file for file in files if "=" in file and not Path(file).exists()]
+    found: dict[str, tuple[Recipe | None, Sequence[Problem]]] = {}
+    for file in (file for file in files if file not in overrides):
+        try:
+            recipe = load_recipe(file, overrides, find=lambda name: plugins.pick("recipes", name))
+        except RecipeError as error:
+            found[file] = (None, error.problems)
+        else:
+            found[file] = (recipe, _unregistered(recipe, plugins.pick))
+    if not found:
+        print("nothing to validate: name a recipe before its overrides", file=sys.stderr)
+        raise typer.Exit(2)
+    if as_json:
+        print(json.dumps([_verdict(file, *verdict) for file, verdict in found.items()], indent=2))
+    else:
+        for file, (checked, problems) in found.items():
+            for line in [*(checked.notes if checked else ()), *map(str, problems)]:
+                print(line, file=sys.stderr)
+            count = f"{len(problems)} problem{'s'[: len(problems) != 1]}"
+            print(f"{file}: {count}" if problems or checked is None else f"{file}: fine ({checked.digest()[:12]})")
+    if any(problems for _, problems in found.values()):
+        raise typer.Exit(2)
+
+
+def schema_command() -> None:
+    """Print the JSON Schema of recipe files, for editors."""
+    from phi3_lora_plugin.recipe_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+def annotated(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads again, each line with where its value came from."""
+    from phi3_lora_plugin.recipe_yaml import dump_line
+
+    lines: list[tuple[str, str]] = []
+
+    def write(data: Mapping[str, Any], key: str, indent: str) -> None:
+        for name, value in data.items():
+            dotted = f"{key}{name}"
+            if isinstance(value, dict) and value:
+                lines.append((f"{indent}{dump_line(name)}:", ""))
+                write(value, f"{dotted}.", indent + "  ")
+            else:
+                text = f"{indent}{dump_line(name)}: {dump_line(value)}"
+                lines.append((text, recipe.provenance.get(dotted, "")))
+
+    write({name: value for name, value in recipe.resolved().items() if name != "about"}, "", "")
+    width = min(max(len(text) for text, _ in lines), 60)
+    head = [f"# {recipe.name}, {recipe.digest()[:12]}, from {recipe.source}", *(f"# {note}" for note in recipe.notes)]
+    body = [f"{text:<{width}}  # {origin}" if origin else text for text, origin in lines]
+    return "\n".join([*head, *body]) + "\n"
+
+
+def _finder() -> Callable[[str], Any]:
+    from phi3_lora_plugin.discovery import load_plugins
+
+    plugins = load_plugins()
+    return lambda name: plugins.pick("recipes", name)
+
+
+def _unregistered(recipe: Recipe, pick: Callable[[str, str], Any]) -> list[Problem]:
+    """Names that a recipe gives to plugins and that none of them knows."""
+    from phi3_lora_plugin.recipe_yaml import Problem
+
+    problems = []
+    for kind, key, name in (
+        ("models", "model.loader", recipe.model.loader),
+        ("dataset_adapters", "data.format", recipe.data.format),
+    ):
+        if name == "auto":
+            continue
+        try:
+            pick(kind, name)
+        except ValueError as error:
+            problems.append(Problem(recipe.provenance.get(key, ""), key, str(error)))
+    return problems
+
+
+def _wrong_input(error: Exception) -> Any:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _verdict(file: str, recipe: Recipe | None, problems: Sequence[Problem]) -> dict[str, Any]:
+    listed = [{"where": p.where, "key": p.key, "message": p.message} for p in problems]
+    good = recipe is not None and not problems
+    return {"recipe": file, "valid": good, "problems": listed, "notes": list(recipe.notes) if recipe else []}
+
+
+def _card(recipe: Recipe) -> dict[str, Any]:
+    """What one line of `phi3-lora recipes` says about a recipe."""
+    about, quantized = recipe.about, recipe.model.quantize != "none"
+    needs = list(about.needs)
+    if quantized and not any("qlora" in need for need in needs):
+        needs.append("phi3-lora-plugin[qlora]")
+    if recipe.data.path is None:
+        needs.append("data.path")
+    return {
+        "group": about.group or "other",
+        "base": recipe.model.path,
+        "method": about.method or ("QLoRA" if quantized else "LoRA"),
+        "memory": about.memory,
+        "needs": needs,
+        "source": about.source,
+        "file": str(recipe.source),
+    }
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    return ", ".join(value) if isinstance(value, list) else str(value or "-")
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[int, str]:
+    """The one to try first on top, strangers' and broken ones at the end."""
+    return {"try it": 0, "published": 2, "other": 3, "broken": 4}.get(row["group"], 1), row["group"]
