@@ -1,0 +1,279 @@
+"""One file -> its rows, each with its place; what is wrong with a row is a `Problem`, with a file a `SourceError`."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from phi3_lora_plugin.chat.turns import shown
+
+_GIVE_UP = 100  # so many bad lines at the top, and no good one: the whole file is something else
+
+
+class Place(NamedTuple):
+    """Where a row stands: its line in a text file, its number (from 1) in anything else."""
+
+    file: str
+    unit: str  # "line" or "row"
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}" if self.unit == "line" else f"{self.file} row {self.number}"
+
+
+class Row(NamedTuple):
+    """The columns of one row, and its place."""
+
+    values: dict[str, Any]
+    place: Place
+
+
+class Problem(NamedTuple):
+    """What is wrong with one row, in a sentence."""
+
+    place: Place
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}"
+
+
+Rows = Iterator[Row | Problem]
+
+
+class SourceError(ValueError):
+    """Data that cannot be found or read at all; `problems` holds a line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+def reader(path: Path, name: str) -> Callable[[], Rows]:
+    """Return what reads a file, after a look at its first bytes; `name` is what errors call it.
+
+    Raises `SourceError` for a file that is unreadable, empty, or plainly not what its ending says.
+    """
+    endings = [ending.lower() for ending in path.suffixes]
+    kind = endings[-2] if len(endings) > 1 and endings[-1] == ".gz" else endings[-1] if endings else ""
+    if kind not in READERS:
+        known = ", ".join(sorted(READERS))
+        raise SourceError(
+            [f"{name}: cannot read {kind or 'a file without ending'}; expected {known} (text also as .gz)"]
+        )
+    try:
+        with _open(path) as file:
+            head = file.read(4096)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError([f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+    if wrong := _impostor(head, kind):
+        raise SourceError([f"{name}: {wrong}"])
+    return lambda: READERS[kind](path, name)
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file, unpacked if it is gzip, whatever it is called."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast("IO[bytes]", gzip.open(path)) if packed else path.open("rb")
+
+
+def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
+    """Yield lines; a disk or an archive that cannot be read to its end is a `SourceError`."""
+    try:
+        yield from file
+    except (EOFError, OSError, zlib.error) as error:
+        raise SourceError([f"{name}: cannot be read to its end: {error}"]) from None
+
+
+def _impostor(head: bytes, kind: str) -> str | None:
+    """Say what a file really is, if its first bytes give it away."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not text:
+        return "is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the data; run git lfs pull"
+    if text.startswith(b"PK\x03\x04"):
+        return "is a zip archive; unpack it first"
+    if kind == ".parquet":
+        return None if head.startswith(b"PAR1") else "is not Parquet: it does not begin with PAR1"
+    if head.startswith(b"PAR1"):
+        return "is Parquet; name it .parquet"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "is UTF-16; save it as UTF-8"
+    if text[:5].lower() in (b"<html", b"<!doc") or (text[:1] == b"<" and kind not in (".csv", ".tsv")):
+        return "is a web page (HTML), not data; download the raw file instead"
+    return None
+
+
+def read_json(path: Path, name: str) -> Rows:
+    """Read JSON of any layout: an array, `{"data": [...]}`, one object a line, or objects over several lines each.
+
+    Only one object a line is read line by line, in constant memory; the file's ending does not decide.
+    """
+    with _open(path) as file:
+        lines = (line for line in (raw.lstrip(b"\xef\xbb\xbf \t\r\n").rstrip() for raw in _lines(file, name)) if line)
+        first, second = next(lines, b""), next(lines, b"")
+    whole = first.startswith(b"[")
+    if first.startswith(b"{"):
+        whole = not second if _parses(first) else bool(second) and not second.startswith(b"{")
+    return _json_whole(path, name) if whole else _json_lines(path, name)
+
+
+def _parses(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_lines(path: Path, name: str) -> Rows:
+    good = bad = 0
+    decode = json.JSONDecoder().decode
+    with _open(path) as file:
+        for number, raw in enumerate(_lines(file, name), 1):
+            line = raw.strip()
+            if not line:
+                continue
+            place = Place(name, "line", number)
+            try:
+                value = decode(line.removeprefix(b"\xef\xbb\xbf").decode())
+            except (ValueError, RecursionError) as error:
+                bad += 1
+                if bad == _GIVE_UP and not good:
+                    raise SourceError([f"{place}: {_why(error, raw)}, like every line before it"]) from None
+                yield Problem(place, _why(error, raw))
+            else:
+                good += 1
+                yield _row(value, place)
+
+
+def _why(error: Exception, raw: bytes) -> str:
+    """Say why a line of JSON could not be read."""
+    if b"\0" in raw:
+        return "holds NUL bytes; the file is damaged"
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"is not UTF-8 (byte 0x{raw.strip()[error.start]:02x} at column {error.start + 1}); save the file as UTF-8"
+        )
+    if isinstance(error, json.JSONDecodeError):
+        end = "" if raw.endswith(b"\n") else "; the file ends here, was it cut off?"
+        return f"is not JSON: {error.msg}, column {error.colno}{end}"
+    return f"is not JSON: {error}"
+
+
+def _row(value: Any, place: Place) -> Row | Problem:
+    if isinstance(value, dict):
+        return Row(value, place)
+    return Problem(place, f"is {shown(value)}; expected an object with columns")
+
+
+def _json_whole(path: Path, name: str) -> Rows:
+    """Read a file that has to be parsed as a whole: its rows have numbers, a syntax error in it ends the reading."""
+    with _open(path) as file:
+        data = b"".join(_lines(file, name)).removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SourceError([f"{name}:{line}: is not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8"]) from None
+    decoder, blank, values = json.JSONDecoder(), re.compile(r"\s*"), []
+    end = len(text.rstrip())
+    at = len(text) - len(text.lstrip())
+    while at < end:
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            cut = "; the file ends here, was it cut off?" if error.pos >= end else ""
+            raise SourceError([f"{name}:{error.lineno}: is not JSON: {error.msg}, column {error.colno}{cut}"]) from None
+        except (ValueError, RecursionError) as error:
+            raise SourceError([f"{name}: is not JSON that can be read: {error}"]) from None
+        values.append(value)
+        at = cast("re.Match[str]", blank.match(text, at)).end()
+    if len(values) == 1 and isinstance(values[0], dict) and isinstance(values[0].get("data"), list):
+        values = values[0]["data"]
+    elif len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    for number, value in enumerate(values, 1):
+        yield _row(value, Place(name, "row", number))
+
+
+def read_table(path: Path, name: str) -> Rows:
+    """Read CSV or TSV with a header line; a CSV whose header has no comma may be split at semicolons or tabs."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the library's own limit is 128 KiB, less than some chats
+    with _open(path) as file:
+        # Bytes that are no UTF-8 come through as surrogates, so that each bad row can be told by its line.
+        lines = (raw.decode("utf-8", "surrogateescape") for raw in _lines(file, name))
+        first = next(lines, "").removeprefix("\ufeff")
+        delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+        if delimiter not in first:
+            delimiter = next((other for other in ";\t" if other in first), delimiter)
+        table = csv.reader(_chain(first, lines), delimiter=delimiter, strict=True)
+        try:
+            header = next(table)
+        except (StopIteration, csv.Error) as error:
+            raise SourceError([f"{name}:1: has no header that can be read ({error})"]) from None
+        if twice := sorted({column for column in header if header.count(column) > 1}):
+            raise SourceError([f"{name}:1: has more than one column named {', '.join(map(repr, twice))}"])
+        while True:
+            place = Place(name, "line", table.line_num + 1)
+            try:
+                fields = next(table)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                end = "a quote that opens here is never closed" if "end of data" in str(error) else str(error)
+                yield Problem(place, f"is not a row of the table: {end}")
+                continue
+            if fields:
+                wrong = _bad_fields(header, fields)
+                yield Problem(place, wrong) if wrong else Row(dict(zip(header, fields, strict=True)), place)
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _bad_fields(header: list[str], fields: list[str]) -> str | None:
+    if len(fields) != len(header):
+        return f"has {len(fields)} fields, the header has {len(header)}: {', '.join(header)}"
+    for column, value in zip(header, fields, strict=True):
+        if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
+            return f"column {column!r} is not UTF-8; save the file as UTF-8"
+        if "\0" in value:
+            return f"column {column!r} holds NUL bytes; the file is damaged"
+    return None
+
+
+def read_parquet(path: Path, name: str) -> Rows:
+    """Read Parquet by batches of rows, so that memory does not grow with the file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for number, values in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                    yield Row(values, Place(name, "row", number))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceError([f"{name}: cannot be read as Parquet: {str(error).splitlines()[0]}"]) from None
+
+
+READERS: dict[str, Callable[[Path, str], Rows]] = {
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".csv": read_table,
+    ".tsv": read_table,
+    ".parquet": read_parquet,
+}
