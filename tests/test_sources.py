@@ -147,7 +147,7 @@ IMPOSTORS = {
     "d.csv": (b"\n<html lang=en>", r"is a web page \(HTML\)"),
     "e.json": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
-        "Git LFS pointer, not the data; run git lfs",
+        "is a Git LFS pointer, not the data; run git lfs",
     ),
     "f.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     "g.jsonl": (b"PK\x03\x04....", "is a zip archive; unpack it first"),
