@@ -121,6 +121,7 @@ def _words(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[str]:
         yield "a list of " + " or ".join(_words(get_args(annotation)[0]))
     elif origin is dict:
         name, value = (" or ".join(_words(part)) for part in get_args(annotation))
+        name = name.replace("text", "names")
         yield f"a mapping of {name.replace('one of ', '')} to {value}" if value else "a mapping"
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield "a mapping"
