@@ -90,7 +90,10 @@ def _did_you_mean(location: Key, model: type[Section]) -> str:
     elsewhere = [f"{section}.{name}" for section, keys in known.items() if name in keys]
     elsewhere += [f"training.{name}"] if name in installed_fields() else []
     elsewhere += [name] if parents and name in known else []
-    return near or (f"; did you mean {elsewhere[0]!r}?" if elsewhere else "")
+    if near or elsewhere:
+        return near or f"; did you mean {elsewhere[0]!r}?"
+    names = [key for key in known.get(parents[0], []) if key not in PEFT_NAMES] if parents else ["extends", *known]
+    return f"; there are {', '.join(names)}" if names else ""
 
 
 def _keys(info: FieldInfo) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ def parse(text: str, name: str) -> Document:
     try:
         nodes = list(_compose(text))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = _place(error)
         return _broken(f"{name}:{mark.line + 1}" if mark else name, _syntax(error, text))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -245,13 +246,15 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    if not math.isfinite(value):
+        return dumper.represent_float(value)
     mantissa, e, exponent = repr(value).partition("e")
     text = f"{mantissa}.0e{exponent}" if e and "." not in mantissa else repr(value)
     return dumper.represent_scalar(_TAG + "float", text)
 
 
 def _str(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    style = "'" if _INT.match(value) or _FLOAT.match(value) else None
+    style = "'" if _INT.match(value) or _FLOAT.match(value) else None if value.isprintable() else '"'
     return dumper.represent_scalar(_TAG + "str", value, style=style)
 
 
@@ -263,10 +266,16 @@ def _broken(where: str, message: str) -> Document:
     return Document(problems=[Problem(where, "", message)])
 
 
+def _place(error: yaml.MarkedYAMLError) -> Any:
+    """Where to look: what is never closed is found at its beginning, everything else where reading stopped."""
+    unclosed = "stream end" in str(error.problem) or "end of stream" in str(error.problem)
+    return (error.context_mark if unclosed else None) or error.problem_mark or error.context_mark
+
+
 def _syntax(error: yaml.MarkedYAMLError, text: str) -> str:
     """PyYAML's complaint in the reader's words."""
     problem = error.problem or "cannot be read"
-    mark = error.problem_mark
+    mark = _place(error)
     line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
     if "\t" in line[: len(line) - len(line.lstrip())] or r"'\t'" in problem:
         return "a tab; YAML indents with spaces only"
