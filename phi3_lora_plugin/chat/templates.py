@@ -1,0 +1,202 @@
+"""The published chat templates with marked turns, recognised by what a tokenizer's own template renders.
+
+The files beside this one carry two kinds of marks: `{% generation %}` around what the assistant says, as transformers
+and TRL understand it, and `{# turn #}` ... `{# end #}` around what the others say, comments to everybody else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any
+
+Span = tuple[int, int]
+
+
+class TemplateError(ValueError):
+    """A chat template that is unknown, missing or refused; says which there are and how to choose one."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """One chat template.
+
+    Attributes:
+        name: as `data.template` takes it.
+        stop: the token that ends an assistant turn; None: the tokenizer's eos token.
+        system: whether it has a place for a system message.
+        empty_system: whether an empty system message is rendered at all.
+        system_first: whether system messages come before all others, wherever they stand.
+        tools: whether it has a place for tool messages and declared tools.
+        user_opens: whether a user turn always opens the assistant's, so that a generation prompt is always there.
+        refused: why models with this template cannot be trained, if so.
+    """
+
+    name: str
+    stop: str | None = "<|end|>"
+    system: bool = True
+    empty_system: bool = True
+    system_first: bool = False
+    tools: bool = False
+    user_opens: bool = False
+    refused: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Jinja text that renders as the published one and marks what the assistant says (for TRL as well)."""
+        return _read(self.name)
+
+    @property
+    def turns(self) -> str:
+        """The same with every turn marked, whoever speaks."""
+        marked = re.sub(r"\{#- turn -#\}", "{%- generation -%}", self.text)
+        return re.sub(r"\{#- end -#\}", "{%- endgeneration -%}", marked)
+
+
+_REMOTE = "Phi-3-{} runs only through remote code, which is never executed here"
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("phi-3-mini-4k"),
+        Template("phi-3.5-mini", empty_system=False),
+        Template("phi-3-mini-128k-apr2024", system=False, user_opens=True),
+        Template("phi-3-medium", system=False, user_opens=True),
+        Template("phi-4", stop="<|im_end|>"),
+        Template("phi-4-mini", tools=True),
+        Template("phi-4-mini-reasoning", tools=True, system_first=True),
+        Template("plain", stop=None),
+        Template("phi-3-small", refused=_REMOTE.format("small")),
+        Template("phi-3-vision", refused=_REMOTE.format("vision")),
+    )
+}
+
+# Conversations on which any two of the templates above differ, and which show what an edit of one would change.
+_PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("user", "u"),),
+    (("user", " u \n"), ("assistant", "\n a ")),
+    (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")),
+    (("system", ""), ("user", ""), ("assistant", "")),
+    (("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")),
+    (("user", "u"), ("system", "s"), ("assistant", "a")),
+    (("user", "u"), ("assistant", "a"), ("tool", "t"), ("assistant", "b")),
+)
+
+
+def template_for(tokenizer: Any, name: str | None = None) -> Template:
+    """The template of a tokenizer, recognised by its renders, or the one that `name` says.
+
+    A tokenizer without a template and without Phi-3's role tokens gets `plain`: roles as text. Nothing can keep a user
+    from writing such roles; a base model that was never taught role tokens has no others.
+
+    Raises:
+        TemplateError: unknown, refused, or none where there should be one.
+    """
+    if name is not None:
+        if name not in TEMPLATES:
+            raise TemplateError(f"data.template: {name!r} is none of {', '.join(_usable())}")
+        found = TEMPLATES[name]
+    elif tokenizer.chat_template is None:
+        vocabulary = tokenizer.get_added_vocab()
+        if "<|end|>" in vocabulary or "<|im_end|>" in vocabulary:
+            raise TemplateError(
+                "the tokenizer has Phi-3's role tokens but no chat template; "
+                f"say which its model was trained with: data.template, one of {', '.join(_usable())}"
+            )
+        found = TEMPLATES["plain"]
+    else:
+        found = _recognise(_text(tokenizer.chat_template))
+    if found.refused:
+        raise TemplateError(f"template {found.name}: {found.refused}")
+    stop = found.stop or tokenizer.eos_token
+    if stop is None or tokenizer.convert_tokens_to_ids(stop) in (None, tokenizer.unk_token_id):
+        raise TemplateError(
+            f"template {found.name} ends a turn with {stop}, which the tokenizer does not have as a token"
+        )
+    return found
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """sha256 of what the tokenizer's template renders for fixed conversations; of nothing where it has none."""
+    return _fingerprint(_text(tokenizer.chat_template)) if tokenizer.chat_template else hashlib.sha256().hexdigest()
+
+
+def render(
+    template_text: str,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    tokens: Mapping[str, Any],
+    add_generation_prompt: bool = False,
+    marked: bool = False,
+) -> tuple[list[str], list[list[Span]]]:
+    """Texts of conversations and, if `marked`, the character ranges between the marks, by transformers' own sandbox.
+
+    Args:
+        tokens: `bos_token`, `eos_token` and others that templates name.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[list(map(dict, conversation)) for conversation in conversations],
+        chat_template=template_text,
+        return_assistant_tokens_mask=marked,
+        add_generation_prompt=add_generation_prompt,
+        **tokens,
+    )
+    return list(texts), [[tuple(span) for span in one] for one in spans] if marked else []
+
+
+def _usable() -> list[str]:
+    return [template.name for template in TEMPLATES.values() if not template.refused]
+
+
+def _text(chat_template: Any) -> str:
+    """One template of a tokenizer that may have several by name."""
+    return chat_template["default"] if isinstance(chat_template, dict) else chat_template
+
+
+@cache
+def _read(name: str) -> str:
+    return (
+        files("phi3_lora_plugin.chat").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+    )
+
+
+@lru_cache(maxsize=256)
+def _recognise(text: str) -> Template:
+    wanted = _renders(text)
+    for template in TEMPLATES.values():
+        if _renders(template.text) == wanted:
+            return template
+    alike = {
+        name: sum(mine == theirs for mine, theirs in zip(_renders(template.text), wanted, strict=True))
+        for name, template in TEMPLATES.items()
+        if not template.refused
+    }
+    nearest = max(alike, key=lambda name: alike[name])
+    raise TemplateError(
+        f"the tokenizer's chat template renders like none that is known; {nearest} is nearest, with {alike[nearest]} "
+        f"of {len(wanted)} probes equal. A mask cannot be proved for it. If the model was trained with one of "
+        f"{', '.join(_usable())}, say so: data.template={nearest}"
+    )
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256("\0".join(_renders(text)).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _renders(text: str) -> tuple[str, ...]:
+    """What a template makes of the probes; an error of its own is an answer too."""
+    made = []
+    for probe in _PROBES:
+        messages = [{"role": role, "content": content} for role, content in probe]
+        for prompt in (False, True):
+            try:
+                (got,), _ = render(text, [messages], {"bos_token": "<bos>", "eos_token": "<eos>"}, prompt)
+            except Exception as error:  # templates are programs of strangers and may raise anything
+                got = f"error {type(error).__name__}"
+            made.append(got)
+    return tuple(made)

@@ -1,0 +1,292 @@
+"""The base model: native class, repaired config, no remote code, placed and typed for the machine it is on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.embedded import locate
+from phi3_lora_plugin.families import recognise, repair_rope
+from phi3_lora_plugin.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from phi3_lora_plugin.recipe import Recipe
+
+log = logging.getLogger(__name__)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+#: Bytes up to which a tensor is hashed whole for a fingerprint; larger ones are sampled.
+_WHOLE = 1 << 22
+
+
+class ModelError(ValueError):
+    """A base model that is not there, is incomplete, or does not go with its tokenizer or this machine."""
+
+
+def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """(model, tokenizer) of a recipe; the loader that this package registers as `phi3`.
+
+    Raises:
+        ModelError, TokenizerError, UnsupportedModel, RopeError: see there.
+    """
+    spec = recipe.model
+    tokenizer = load_tokenizer(spec.path, spec.revision)
+    model = load_model(
+        spec.path,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        attention=spec.attention,
+        quantize=spec.quantize,
+        device=spec.device,
+    )
+    return model, tokenizer
+
+
+def load_model(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+    quantize: str = "none",
+    device: str = "auto",
+) -> PreTrainedModel:
+    """The base model of a folder or hub repository, by its native class whatever `auto_map` says.
+
+    Args:
+        path_or_id: folder, `embedded:NAME`, or hub id; `revision` goes with a hub id.
+        dtype: of the frozen weights; "auto" is bfloat16 on hardware that computes in it, else float32.
+        attention: "auto" is sdpa. An implementation that cannot run here gives way to sdpa, and the log says so.
+        quantize: "nf4" (QLoRA, arXiv 2305.14314: 4-bit, double quantisation) or "int8" through bitsandbytes.
+        device: "auto" is the accelerator if there is one. In a distributed run the host places the model.
+
+    Raises:
+        ModelError: missing, incomplete or unsafe weights, or a request this machine cannot meet.
+        UnsupportedModel: not a model of the family.
+        RopeError: rotary settings that no revision has.
+    """
+    import torch
+    from transformers import GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    folder = model_folder(str(path_or_id), revision)
+    config = load_config(folder)
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    options: dict[str, Any] = {"dtype": kind, "attn_implementation": _attention(attention, place, kind)}
+    if quantize != "none":
+        from phi3_lora_plugin.quantize import quantization_config
+
+        options["quantization_config"] = quantization_config(quantize, kind)
+    if (map_ := _device_map(place, quantize)) is not None:
+        options["device_map"] = map_
+    try:
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            str(folder), config=config, output_loading_info=True, **options
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # the Rust side's class, which has moved between versions
+            raise
+        raise ModelError(f"{folder} has weights that are cut off or damaged: {error}; fetch them again") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights, which would be random numbers: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; fetch the model again"
+        )
+    model.name_or_path = locate(path_or_id)
+    model.config._name_or_path = model.name_or_path
+    model.config.use_cache = False
+    if not (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    if (folder / "tokenizer.json").is_file():
+        set_stop_tokens(model, load_tokenizer(folder))
+    return model.eval()
+
+
+def set_stop_tokens(model: Any, tokenizer: Any) -> list[str]:
+    """Make generation stop at the end of a turn and pad outside the stop tokens; return a sentence for each change.
+
+    Raises:
+        ModelError: the tokenizer has ids that the embedding has no row for.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings; they are of different models"
+        )
+    done = repair_tokenizer(tokenizer)
+    generation = model.generation_config
+    known = generation.eos_token_id
+    before = [known] if isinstance(known, int) else sorted(known or ())
+    stops = stop_token_ids(tokenizer, [token for token in before if token != tokenizer.pad_token_id])
+    if stops != before:
+        done.append(f"generation stops at {', '.join(tokenizer.convert_ids_to_tokens(stops))} instead of ids {before}")
+        generation.eos_token_id = stops
+    if generation.pad_token_id != tokenizer.pad_token_id:
+        done.append(f"generation pads with {tokenizer.pad_token}")
+    generation.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return done
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a model: itself, what `embedded:` names, or a snapshot of the hub.
+
+    Raises:
+        ModelError: nothing there, no config, or no weights that can be read without executing them.
+    """
+    folder = Path(locate(name))
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise ModelError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+            )
+        except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{name}: not a folder here, and the hub did not give it: {reason}") from error
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is an adapter, not a base model; give the model that it was trained on")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; it holds {_listed(folder)}")
+    if not any((folder / weights).is_file() for weights in _WEIGHTS):
+        pickled = sorted(entry.name for entry in folder.glob("*.bin"))
+        advice = (
+            f"; {pickled[0]} is a pickle, which can execute code and is not read: convert it to safetensors"
+            if pickled
+            else ""
+        )
+        raise ModelError(f"{folder} has no model.safetensors; it holds {_listed(folder)}{advice}")
+    return folder
+
+
+def load_config(folder: str | Path) -> Any:
+    """The native config object of a model folder, with rotary settings repaired and without `auto_map`.
+
+    Raises:
+        ModelError: config.json is not JSON, or the native class refuses it.
+        UnsupportedModel: not a model of the family.
+        RopeError: rotary settings that no revision has.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = Path(folder) / "config.json"
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    recognise(given)
+    repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}
+    native = CONFIG_MAPPING[repaired["model_type"]]
+    if not hasattr(native(), "rope_parameters"):
+        repaired = _old_layout(repaired)
+    try:
+        return native.from_dict(repaired)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def base_fingerprint(path_or_id: str | Path, revision: str | None = None) -> str:
+    """sha256 over names, types, shapes and values of a model's weights, however they are split into files.
+
+    Tensors of more than 4 MiB are sampled (17 pieces of 256 KiB), so that 28 GB take seconds; a model trained further
+    differs everywhere, an edit of single values in a large tensor may go unseen.
+    """
+    folder = model_folder(str(path_or_id), revision)
+    found: list[tuple[str, Path, str, list[int], int, int]] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                found.append((name, file, entry["dtype"], entry["shape"], 8 + size + start, 8 + size + stop))
+    digest = hashlib.sha256()
+    for name, file, dtype, shape, start, stop in sorted(found):
+        digest.update(f"{name} {dtype} {shape}\n".encode())
+        with file.open("rb") as stream:
+            if stop - start <= _WHOLE:
+                stream.seek(start)
+                digest.update(stream.read(stop - start))
+                continue
+            piece = _WHOLE >> 4
+            for part in range(17):
+                stream.seek(start + part * (stop - start - piece) // 16)
+                digest.update(stream.read(piece))
+    return digest.hexdigest()
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device: cuda, but torch sees no CUDA device; write auto or cpu")
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator.type if accelerator else "cpu"
+    return device
+
+
+def _dtype(dtype: str, place: str) -> Any:
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if place == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _attention(attention: str, place: str, dtype: Any) -> str:
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if not attention.startswith("flash_attention"):
+        return "sdpa" if attention == "auto" else attention
+    if place == "cuda" and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available():
+        return attention
+    why = "needs a CUDA device" if place != "cuda" else "needs the package flash-attn and 16-bit weights"
+    log.warning("attention %s %s; sdpa is used instead", attention, why)
+    return "sdpa"
+
+
+def _device_map(place: str, quantize: str) -> dict[str, Any] | None:
+    """Where to put the model; a distributed run places it itself, unless its weights are packed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return {"": int(os.environ.get("LOCAL_RANK", "0"))} if quantize != "none" and place != "cpu" else None
+    return None if place == "cpu" and quantize == "none" else {"": place}
+
+
+def _old_layout(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings as transformers before 5 has them."""
+    rope = dict(config.pop("rope_parameters"))
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if rope["rope_type"] == "longrope":
+        config["rope_scaling"] = {
+            "type": "longrope",
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
+        }
+    return config
+
+
+def _listed(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"

@@ -1,0 +1,35 @@
+"""Quantised base weights through bitsandbytes; all else of a quantised run is the code of a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi3_lora_plugin.model import ModelError
+
+
+def quantization_config(kind: str, compute: Any) -> Any:
+    """The `BitsAndBytesConfig` of "nf4" or "int8"; embeddings and head stay as they are.
+
+    Args:
+        compute: dtype that nf4 weights are multiplied in.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or an unknown kind.
+    """
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f'quantize: {kind} needs bitsandbytes: pip install "phi3-lora-plugin[qlora]"')
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=["lm_head"],
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    raise ModelError(f"quantize: {kind!r} is none of none, nf4, int8")
