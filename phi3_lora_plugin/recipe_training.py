@@ -157,6 +157,10 @@ def translate(given: Mapping[str, Any], installed: Mapping[str, Kinds] | None = 
             if name != key:
                 result.was[name] = key
                 result.notes.append((key, f"read as {name}: {shorten(result.values[name])}"))
+    pair = {"warmup_steps", "warmup_ratio"}
+    if "float" not in fields.get("warmup_steps", ()) and len(pair & set(result.values)) == 1:
+        (other,) = pair - set(result.values)
+        result.values[other] = None  # two arguments for one thing: a child that gives one takes back its parent's other
     if result.values.get("push_to_hub") and not result.values.get("hub_model_id"):
         result.problems.append(("push_to_hub", "needs training.hub_model_id; otherwise the folder's name becomes it"))
     return result

@@ -175,6 +175,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     path.write_bytes("﻿a: é\r\nb: 2\r\n".encode())
 
     assert read_file(path).data == {"a": "é", "b": 2}
+    path.write_bytes("\ufeff<html>".encode())
+    assert "web page" in read_file(path).problems[0].message
 
 
 @pytest.mark.parametrize(

@@ -119,11 +119,18 @@ def test_p8_names_of_any_version_become_the_installed_ones(
 ) -> None:
     result = translate(given, fields)
 
-    assert (result.values, result.problems) == (values, [])
+    assert {key: value for key, value in result.values.items() if value is not None} == values
+    assert result.problems == []
     (given_name,), (name,) = given, values
     if given_name != name:
         assert result.was == {name: given_name}
         assert result.notes and result.notes[0][0] == given_name
+
+
+def test_a_warmup_of_one_kind_takes_back_one_of_the_other_where_both_exist() -> None:
+    assert translate({"warmup_steps": 0}, OLD).values == {"warmup_steps": 0, "warmup_ratio": None}
+    assert translate({"warmup_steps": 0.1}, OLD).values == {"warmup_steps": None, "warmup_ratio": 0.1}
+    assert translate({"warmup_steps": 0}, NEW).values == {"warmup_steps": 0}
 
 
 @pytest.mark.parametrize(
