@@ -144,7 +144,12 @@ def recognise(config: Mapping[str, Any]) -> Family:
 
 
 def projections(config: Mapping[str, Any]) -> tuple[Projection, ...]:
-    """The linear maps of one decoder layer, with the slices inside the fused ones, from a config (GQA included)."""
+    """The linear maps of one decoder layer, with the slices inside the fused ones, from a config (GQA included).
+
+    Raises:
+        UnsupportedModel: another architecture.
+    """
+    recognise(config)
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     heads = int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
