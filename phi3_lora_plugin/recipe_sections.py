@@ -65,16 +65,11 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights; auto: bfloat16 where the hardware computes in it, else float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Attention implementation; auto never demands a package that is not installed."""
+    """Attention implementation; auto is sdpa, and one that cannot run here gives way to it with a warning."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """nf4 is QLoRA's 4-bit type with double quantisation, int8 is LLM.int8(); both need the extra `qlora`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Weights are quantised from 16 or 32 bits, and computed with in `dtype`."""
-        if self.quantize != "none" and self.dtype == "float16":
-            yield "dtype", "float16 compute overflows in Phi-3's MLP; write bfloat16, float32 or auto with quantize"
 
 
 class DataSection(Section):
