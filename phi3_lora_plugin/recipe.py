@@ -132,12 +132,12 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
         RecipeError: with every problem, its file and line, what was expected, and the nearest valid name.
     """
     chain = read_chain(name_or_path, find or shipped)
-    about = chain.layers[0].data.get("about") if chain.layers else None
+    for parent in chain.layers[1:]:
+        parent.data.pop("about", None)  # a child is not what its parent says about itself
     layers = [*reversed(chain.layers), *read_overrides(overrides)]
     for layer in layers:
         normalise(layer)
     merged = merge(layers)
-    merged.data["about"] = about or {}  # a child is not what its parent says about itself
     merged.data.setdefault("output_dir", f"runs/{chain.name}")
     problems = [*chain.problems, *(problem for layer in layers for problem in layer.problems)]
     try:

@@ -383,6 +383,7 @@ def test_about_is_not_inherited(tmp_path: Path) -> None:
     child = write(tmp_path, "child.yaml", "extends: phi3-mini-4k-modelcard\n")
 
     assert load_recipe("phi3-mini-4k-modelcard").about.deviations
+    assert load_recipe("tiny-cpu", ["about.memory=1 GB"]).about.memory == "1 GB"
     assert load_recipe(child).about == Recipe(model={"path": "x"}).about  # type: ignore[arg-type]
 
 
