@@ -81,7 +81,7 @@ FAMILIES = {
         Family("phi-3.5-mini", "Phi-3.5-mini-instruct", "phi3", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-3-medium-4k", "Phi-3-medium-4k-instruct", "phi3", ("phi-3-medium",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-3-medium-128k", "Phi-3-medium-128k-instruct", "phi3", ("phi-3-medium",), _PHI3_STOP, _PHI3_PAD),
-        Family("phi-4", "Phi-4", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD),
+        Family("phi-4", "Phi-4", "phi3", ("phi-4", "phi-4-dec2024"), _PHI4_STOP, _PHI4_PAD),
         Family("phi-4-reasoning", "Phi-4-reasoning", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD),
         Family(
             "phi-4-mini",

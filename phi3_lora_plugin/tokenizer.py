@@ -154,7 +154,7 @@ def _folder(name: str, revision: str | None) -> Path:
 
 
 def _pad_token(tokenizer: Any, stops: Sequence[int]) -> str:
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_added_vocab()
     named = dict.fromkeys(token for family in FAMILIES.values() for token in family.pad)
     reserved = [
         token.content

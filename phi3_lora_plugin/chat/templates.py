@@ -66,6 +66,7 @@ TEMPLATES = {
         Template("phi-3-mini-128k-apr2024", system=False, user_opens=True),
         Template("phi-3-medium", system=False, user_opens=True),
         Template("phi-4", stop="<|im_end|>"),
+        Template("phi-4-dec2024", stop="<|im_end|>", user_opens=True),
         Template("phi-4-mini", tools=True),
         Template("phi-4-mini-reasoning", tools=True, system_first=True),
         Template("plain", stop=None),

@@ -1,0 +1,218 @@
+"""The family table: members recognised from configs, rows of fused projections, rotary repairs, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi3_lora_plugin.families import (
+    RopeError,
+    UnsupportedModel,
+    default_max_length,
+    projections,
+    recognise,
+    repair_rope,
+    rope_of,
+    straddles,
+)
+
+MINI = {
+    "model_type": "phi3",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+}
+MEDIUM = MINI | {
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+}
+PHI4 = MEDIUM | {"vocab_size": 100352, "max_position_embeddings": 16384, "rope_theta": 250000.0}
+PHI4_MINI = MINI | {"num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064}
+MOE = MINI | {"model_type": "phimoe", "hidden_size": 4096, "num_key_value_heads": 8, "num_local_experts": 16}
+
+
+def longrope(first: float = 1.03, count: int = 48, kind: str = "longrope") -> dict[str, object]:
+    return {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": kind, "short_factor": [1.0] * count, "long_factor": [first] + [2.0] * (count - 1)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MINI, "phi-3-mini-4k"),
+        (MINI | longrope(1.03), "phi-3-mini-128k"),
+        (MINI | longrope(1.03, kind="su"), "phi-3-mini-128k"),
+        (MINI | longrope(1.0800000429153442), "phi-3.5-mini"),
+        (MEDIUM, "phi-3-medium-4k"),
+        (MEDIUM | longrope(1.0, 64, "su"), "phi-3-medium-128k"),
+        (PHI4, "phi-4"),
+        (PHI4 | {"max_position_embeddings": 32768, "rope_theta": 500000.0}, "phi-4-reasoning"),
+        (PHI4_MINI | longrope(1.0), "phi-4-mini"),
+        (MOE, "phi-3.5-moe"),
+        (MINI | {"hidden_size": 64}, "phi3"),
+        (MOE | {"hidden_size": 64}, "phimoe"),
+    ],
+)
+def test_a_member_is_recognised_by_its_config(config: dict[str, object], name: str) -> None:
+    assert recognise(config).name == name
+
+
+@pytest.mark.parametrize(
+    "kind", ["phi3small", "phi3_v", "phi4mm", "phi4_multimodal", "phi4flash", "phi", "llama", None]
+)
+def test_anything_else_is_refused_with_a_reason(kind: str | None) -> None:
+    with pytest.raises(UnsupportedModel, match=f"model_type {kind!r}: .{{30,}}") as caught:
+        recognise(MINI | {"model_type": kind})
+    assert "`phi3` and `phimoe`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes"),
+    [
+        (MINI, {"qkv_proj": (9216, 3072), "o_proj": (3072, 3072), "gate_up_proj": (16384, 3072)}),
+        (MEDIUM, {"qkv_proj": (7680, 5120), "gate_up_proj": (35840, 5120), "down_proj": (5120, 17920)}),
+        (PHI4_MINI, {"qkv_proj": (5120, 3072), "o_proj": (3072, 3072)}),
+    ],
+)
+def test_projections_have_the_published_shapes(config: dict[str, object], shapes: dict[str, tuple[int, int]]) -> None:
+    found = {each.name: (each.out_features, each.in_features) for each in projections(config)}
+    assert shapes.items() <= found.items()
+
+
+def test_slices_cover_a_fused_projection_without_a_gap() -> None:
+    for config in (MINI, MEDIUM, PHI4_MINI):
+        for each in projections(config):
+            bounds = [(part.start, part.stop) for part in each.slices]
+            if bounds:
+                assert bounds[0][0] == 0 and bounds[-1][1] == each.out_features
+                assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+    qkv = projections(MEDIUM)[0].slices
+    assert [(part.name, part.stop - part.start) for part in qkv] == [
+        ("q_proj", 5120),
+        ("k_proj", 1280),
+        ("v_proj", 1280),
+    ]
+
+
+def test_projections_are_those_of_the_real_modules() -> None:
+    import tiny
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    model = tiny.model(num_key_value_heads=2)
+    for each in projections(model.config.to_dict()):
+        weight = model.get_parameter(f"model.layers.1.{each.path}.weight")
+        assert weight.shape == (each.out_features, each.in_features)
+    config = PhimoeConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=4, vocab_size=64)
+    moe = dict(PhimoeForCausalLM(config).named_parameters())
+    for each in projections(config.to_dict()):
+        name = f"model.layers.0.{each.path}" if each.experts else f"model.layers.0.{each.path}.weight"
+        head = (each.experts,) if each.experts else ()
+        assert moe[name].shape == (*head, each.out_features, each.in_features)
+
+
+def test_g12_every_spelling_of_longrope_becomes_the_same() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [1.5] * 48}
+    common = MINI | {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    spellings = [
+        common | {"rope_theta": 10000.0, "rope_scaling": {"type": "su", **factors}},
+        common | {"rope_theta": 10000.0, "rope_scaling": {"type": "yarn", **factors}},
+        common | {"rope_scaling": {"rope_type": "longrope", "type": "su", **factors}},
+        common | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors}},
+    ]
+    repaired = [repair_rope(config) for config in spellings]
+    assert all(config == repaired[0] for config in repaired)
+    assert "type" not in repaired[0]["rope_parameters"] and "rope_scaling" not in repaired[0]
+    assert repair_rope(repaired[0]) == repaired[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"long_factor": [1.0] * 47}, "long_factor has 47 numbers; expected 48"),
+        ({"short_factor": None}, "short_factor is None; expected a list of 48 positive numbers"),
+        ({"short_factor": ["1"] * 48}, "expected a list of 48 positive numbers"),
+        ({"long_factor": [True] * 48}, "expected a list of 48 positive numbers"),
+        ({"type": "linear"}, "rope type 'linear'"),
+    ],
+)
+def test_g12_bad_factors_name_field_found_and_expected(change: dict[str, object], says: str) -> None:
+    config = MINI | longrope()
+    config["rope_scaling"] = config["rope_scaling"] | change  # type: ignore[operator]
+    with pytest.raises(RopeError, match=says):
+        repair_rope(config)
+
+
+def test_g12_partial_rotary_halves_the_factors_too() -> None:
+    config = PHI4_MINI | longrope(1.0, 48) | {"partial_rotary_factor": 0.75}
+    assert repair_rope(config)["rope_parameters"]["partial_rotary_factor"] == 0.75
+    with pytest.raises(RopeError, match="expected 64"):
+        repair_rope(PHI4_MINI | longrope(1.0, 48))
+
+
+def test_g12_published_configs_load_to_the_same_numbers(shared_data: Path, tmp_path: Path) -> None:
+    from phi3_lora_plugin.model import load_config
+
+    for file in sorted((shared_data / "configs").glob("*.json")):
+        published = json.loads(file.read_text())
+        folder = tmp_path / file.stem
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(published))
+        loaded = load_config(folder)
+        rope = published.get("rope_scaling") or {}
+        assert loaded.rope_parameters.get("long_factor") == rope.get("long_factor"), file.name
+        assert loaded.rope_parameters["rope_type"] == ("longrope" if rope else "default")
+        assert loaded.rope_parameters["rope_theta"] == published["rope_theta"]
+        assert "type" not in loaded.rope_parameters and getattr(loaded, "auto_map", None) is None
+        assert recognise(published).name in file.stem.replace("-instruct", "") + "phi-4-mini"
+
+
+def test_g13_the_default_length_stays_within_the_original_context() -> None:
+    assert default_max_length(MINI) == 4096
+    assert default_max_length(MINI | longrope()) == 4096
+    assert default_max_length(PHI4) == 16384
+
+
+def test_g13_a_straddling_batch_is_flagged_where_logits_really_shift() -> None:
+    import tiny
+    import torch
+
+    changes = {
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    }
+    model = tiny.model(**changes)
+    config = model.config.to_dict()
+    short = torch.randint(3, 500, (1, 10), generator=torch.Generator().manual_seed(0))
+    alone = model(short).logits
+    for width in (16, 17):
+        padded = torch.zeros(1, width, dtype=torch.long)
+        padded[:, :10] = short
+        shifted = not torch.allclose(model(padded).logits[:, :10], alone, atol=1e-4)
+        assert shifted is straddles([10, width], config) is (width > 16)
+    assert not straddles([17, 20], config) and not straddles([], config) and not straddles([10, 5000], MINI)
+
+
+def test_rope_settings_are_read_without_changing_the_config() -> None:
+    config = MINI | longrope(kind="su")
+    before = json.dumps(config)
+    assert rope_of(config)["rope_type"] == "longrope"
+    assert json.dumps(config) == before

@@ -1,0 +1,140 @@
+"""Templates: ours render byte for byte as the published ones, and are recognised by that alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from phi3_lora_plugin.chat.templates import (
+    TEMPLATES,
+    TemplateError,
+    _recognise,
+    render,
+    template_fingerprint,
+    template_for,
+)
+
+TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+FILES = {
+    "phi-3-mini-4k": "phi-3-mini-4k-instruct",
+    "phi-3.5-mini": "phi-3.5-mini-instruct",
+    "phi-3-mini-128k-apr2024": "phi-3-mini-128k-instruct-apr2024",
+    "phi-3-medium": "phi-3-medium-4k-instruct",
+    "phi-4": "phi-4-base",
+    "phi-4-mini": "phi-4-mini",
+    "phi-4-mini-reasoning": "phi-4-mini-reasoning",
+    "phi-3-small": "phi-3-small-8k-instruct",
+    "phi-3-vision": "phi-3-vision-128k-instruct",
+}
+
+content = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    ["", " ", "\n", " a \n", "{{ x }}", "🙂"]
+)
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": content},
+    optional={"tools": st.none() | content},
+)
+conversations = st.lists(message, min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(conversation=conversations, prompt=st.booleans())
+def test_g6_training_template_is_byte_identical(
+    shared_data: Path, name: str, conversation: list[dict[str, str]], prompt: bool
+) -> None:
+    published = (shared_data / "chat_templates" / f"{FILES[name]}.jinja").read_text()
+    for ours in (TEMPLATES[name].text, TEMPLATES[name].turns):
+        assert render(ours, [conversation], TOKENS, prompt) == render(published, [conversation], TOKENS, prompt)
+
+
+def test_g6_expected_renders(shared_data: Path) -> None:
+    rows = json.loads((shared_data / "chat_templates" / "expected_renders.json").read_text())
+    rows = [row for row in rows if row.get("hf_jinja_equals_expected")]
+    by_stem = {stem: name for name, stem in FILES.items()}
+    checked = 0
+    for row in rows:
+        if row.get("template_file"):
+            name = by_stem[Path(row["template_file"]).stem]
+        elif row.get("template"):
+            name = _recognise(row["template"]).name
+        else:
+            name = "phi-3-mini-4k"  # what ollama's template of that name stands for
+        tokens = TOKENS if row.get("template_file") else {"bos_token": "", "eos_token": ""}
+        (text,), _ = render(TEMPLATES[name].text, [row["messages"]], tokens, bool(row["add_generation_prompt"]))
+        assert text == row["rendered"], row["source"]
+        checked += 1
+    assert checked == len(rows) >= 10
+
+
+def test_g6_published_templates_are_recognised_in_whatever_cosmetics(shared_data: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    for name, stem in FILES.items():
+        published = (shared_data / "chat_templates" / f"{stem}.jinja").read_text()
+        for text in (published, "{# a comment #}" + published, published.replace("{% endfor %}", "{% endfor -%}")):
+            tokenizer.chat_template = text
+            if TEMPLATES[name].refused:
+                with pytest.raises(TemplateError, match="remote code"):
+                    template_for(tokenizer)
+            elif TEMPLATES[name].stop == "<|end|>":
+                assert template_for(tokenizer).name == name
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda text: text + " ", lambda text: text.replace("user", "human"), lambda text: "x"]
+)
+def test_g6_an_edited_template_is_an_error_that_says_how_to_opt_in(edit) -> None:  # type: ignore[no-untyped-def]
+    tokenizer = tiny.tokenizer(template=edit(tiny.MINI_4K_TEMPLATE))
+    with pytest.raises(TemplateError, match="data.template="):
+        template_for(tokenizer)
+    assert template_for(tokenizer, "phi-3.5-mini").name == "phi-3.5-mini"
+
+
+def test_g6_an_edit_that_only_trims_white_space_is_seen() -> None:
+    trimmed = tiny.MINI_4K_TEMPLATE.replace("message['content']", "message['content'] | trim")
+    with pytest.raises(TemplateError, match="nearest"):
+        template_for(tiny.tokenizer(template=trimmed))
+
+
+def test_no_template_is_plain_text_without_role_tokens_and_an_error_with_them(shared_data: Path) -> None:
+    from phi3_lora_plugin.tokenizer import load_tokenizer
+
+    with pytest.raises(TemplateError, match="role tokens but no chat template"):
+        template_for(tiny.tokenizer(template=None))
+    stories = load_tokenizer(shared_data / "models" / "phi3-stories260K")
+    assert template_for(stories).name == "plain"
+    with pytest.raises(TemplateError, match="does not have as a token"):
+        template_for(stories, "phi-3-mini-4k")
+    with pytest.raises(TemplateError, match="'phi3' is none of phi-3-mini-4k"):
+        template_for(stories, "phi3")
+
+
+def test_a_named_template_among_several_is_the_default_one() -> None:
+    tokenizer = tiny.tokenizer()
+    plain = template_fingerprint(tokenizer)
+    tokenizer.chat_template = {"default": tiny.MINI_4K_TEMPLATE, "rag": "x"}
+    assert template_for(tokenizer).name == "phi-3-mini-4k"
+    assert template_fingerprint(tokenizer) == plain != template_fingerprint(tiny.tokenizer(template=None))
+
+
+def test_every_template_marks_what_the_assistant_says_for_other_hosts() -> None:
+    tokenizer = tiny.tokenizer()
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
+    for template in TEMPLATES.values():
+        if template.refused or template.stop != "<|end|>":
+            continue
+        tokenizer.chat_template = template.text
+        got = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        said = [token for token, mask in zip(got["input_ids"], got["assistant_masks"], strict=True) if mask]
+        assert tokenizer.decode(said).strip() == "fine<|end|>", template.name
+
+
+def test_a_template_is_a_program_in_a_sandbox() -> None:
+    evil = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(TemplateError, match="like none that is known"):
+        template_for(tiny.tokenizer(template=evil))
