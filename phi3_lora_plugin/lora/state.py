@@ -1,0 +1,365 @@
+"""The LoRA part of a model and nothing else: which parameters it is, taking it out, putting it back.
+
+loralib's three functions, for loralib's layers, for PEFT's (wrapped, added by `add_adapter`, injected) and for slices.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from phi3_lora_plugin.lora.state_keys import index_of, is_lora, spelling, without_wrappers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 5
+_WRAPPER_CHILDREN = ("module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+class StateError(ValueError):
+    """A LoRA state that does not fit the model, or a model whose LoRA state cannot be taken out."""
+
+
+class UnknownBias(NotImplementedError, ValueError):
+    """`bias` is none of the three words; a NotImplementedError as in loralib, a ValueError as everywhere else."""
+
+
+class LoadReport(NamedTuple):
+    """What a load left over: names of the model that got nothing, keys of the state that nothing wanted."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze everything but LoRA (A, B, DoRA's magnitudes, PEFT's modules_to_save and trained tokens).
+
+    As in loralib (microsoft/LoRA, `loralib.utils`), frozen LoRA of loralib's layers stays frozen. In PEFT layers the
+    active adapters become trainable, also when they were loaded for inference.
+
+    Args:
+        bias: "none"; "all", every parameter named `bias`; "lora_only", those of the layers that have LoRA.
+
+    Raises:
+        UnknownBias: any other word.
+    """
+    _check_bias(bias)
+    inner = unwrapped(model)
+    active = _active_peft_names(inner)
+    wanted = _bias_names(inner, bias)
+    found = False
+    for name, parameter in inner.named_parameters():
+        plain = without_wrappers(name)
+        if is_lora(plain):
+            found = True
+            adapter = spelling(plain).adapter
+            if adapter is not None and active is not None:
+                parameter.requires_grad_(adapter in active)
+        else:
+            parameter.requires_grad_(plain in wanted)
+    if not found:
+        log.warning("%s has no LoRA parameter: everything is frozen now", type(inner).__name__)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none", *, adapter: str | None = None) -> dict[str, Tensor]:
+    """The LoRA tensors of a model by the names that its own `state_dict` has, without those of wrappers around it.
+
+    The tensors are the live ones (detached), as in loralib. Sharded ones are gathered, which is a collective: call it
+    on every rank. FSDP1 gives the tensors on rank 0 only.
+
+    Args:
+        bias: as for `mark_only_lora_as_trainable`. Buffers that happen to be called `bias` are never among them.
+        adapter: of a PEFT model, only this one; else all of them.
+
+    Raises:
+        UnknownBias: any other word.
+        StateError: the model has no adapter of this name.
+    """
+    _check_bias(bias)
+    inner = unwrapped(model)
+    known = adapters_of(inner)
+    if adapter is not None and adapter not in known:
+        raise StateError(f"no adapter {adapter!r}; the model has {', '.join(sorted(known)) or 'none'}")
+    biases = _bias_names(inner, bias)
+    wanted = [
+        name
+        for name in _state_names(inner)
+        if (is_lora(plain := without_wrappers(name)) or plain in biases)
+        and (adapter is None or spelling(plain).adapter in (adapter, None))
+    ]
+    gathered = _gather(model, inner, wanted)
+    return {without_wrappers(name): tensor for name, tensor in gathered.items()}
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], strict: bool = True, *, adapter: str | None = None
+) -> LoadReport:
+    """Put LoRA tensors into a model that has the layers for them, whichever of the usual spellings their keys have.
+
+    Keys may be those of `lora_state_dict`, of PEFT's files (no adapter name) or loralib's, with or without the prefixes
+    that DDP, FSDP and torch.compile add. Values are cast to the parameters' types. A layer whose LoRA is merged into
+    its weight is unmerged, loaded and merged again. Sharded parameters get their shard: call it on every rank.
+
+    Args:
+        strict: a missing or unexpected key is an error, and nothing is loaded.
+        adapter: of a PEFT model with several, the one that a state without adapter names is for; else the active one.
+
+    Raises:
+        StateError: missing or unexpected keys if `strict`; in any case misshapen or non-finite tensors, or a key that
+            could mean two parameters. The model is then as before.
+    """
+    import torch
+
+    inner = unwrapped(model)
+    _refuse_flattened(inner)
+    if adapter is not None and adapter not in (known := adapters_of(inner)):
+        raise StateError(f"no adapter {adapter!r}; the model has {', '.join(sorted(known)) or 'none'}")
+    targets = _parameters(inner)
+    index = index_of(targets, adapter or _default_adapter(inner), _tied_names(inner))
+    chosen, unexpected, problems = index.match(state)
+    filled = set(chosen.values())
+    missing = [name for name in index.expected(filled) if name not in filled]
+    if strict and missing:
+        problems.append(_listed("missing, so these would keep what they have", missing))
+    if strict and unexpected:
+        problems.append(_listed("unexpected, nothing in the model takes them", unexpected))
+    shapes = [
+        f"{key}: {tuple(state[key].shape)}, the model has {tuple(_whole_shape(targets[name]))}"
+        for key, name in chosen.items()
+        if tuple(state[key].shape) != tuple(_whole_shape(targets[name]))
+    ]
+    if shapes:
+        problems.append(_listed("of another shape", shapes))
+    broken = [key for key in chosen if not torch.isfinite(state[key]).all()]
+    if broken:
+        problems.append(_listed("not finite (NaN or Inf)", broken))
+    if problems:
+        raise StateError("the LoRA state does not fit the model:\n" + "\n".join(problems))
+    if not chosen:
+        log.warning("none of the %d tensors is for this model: it is as it was", len(state))
+    with _unmerged(inner):
+        _write(inner, targets, {name: state[key] for key, name in chosen.items()})
+    return LoadReport(missing, unexpected)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed: what was wrapped, not a copy."""
+    while True:
+        children = dict(model.named_children())
+        name = next((name for name in _WRAPPER_CHILDREN if name in children), None)
+        bare = not model._parameters and (len(children) == 1 or type(model).__name__ == "DeepSpeedEngine")
+        if name is None or not bare:
+            return model
+        model = children[name]
+
+
+def adapters_of(model: nn.Module) -> set[str]:
+    """The names of the PEFT adapters in a model; empty for loralib's layers."""
+    names = (spelling(without_wrappers(name)).adapter for name in _state_names(model) if "." in name)
+    return {name for name in names if name is not None}
+
+
+def _check_bias(bias: str) -> None:
+    if bias not in ("none", "all", "lora_only"):
+        raise UnknownBias(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
+
+
+def _state_names(model: nn.Module) -> list[str]:
+    """Parameters once each, and persistent buffers that belong to LoRA; in the order of the model."""
+    names = [name for name, _ in model.named_parameters()]
+    for prefix, module in model.named_modules():
+        names += [
+            f"{prefix}.{name}" if prefix else name
+            for name in module._buffers
+            if name.startswith("lora_") and name not in module._non_persistent_buffers_set
+        ]
+    return names
+
+
+def _bias_names(model: nn.Module, bias: str) -> set[str]:
+    """Real parameters called `bias`, by plain name: all, or those of the layers that have LoRA."""
+    if bias == "none":
+        return set()
+    found = {
+        without_wrappers(name)
+        for name, _ in model.named_parameters()
+        if name.rpartition(".")[2] == "bias" and not is_lora(name) and ".original_module." not in f".{name}"
+    }
+    if bias == "all":
+        return found
+    layers = {re.split(r"(?:^|\.)lora_", without_wrappers(name))[0] for name in _state_names(model) if is_lora(name)}
+    # The layer itself (loralib), what PEFT wraps, and what loralib's Conv layers wrap.
+    return found & {
+        ".".join(part for part in (layer, inside, "bias") if part)
+        for layer in layers
+        for inside in ("", "base_layer", "conv")
+    }
+
+
+def _active_peft_names(model: nn.Module) -> set[str] | None:
+    active: set[str] | None = None
+    for module in model.modules():
+        names = getattr(module, "active_adapters", None)
+        if isinstance(names, (list, tuple)) and hasattr(module, "base_layer"):
+            active = (active or set()) | set(names)
+    return active
+
+
+def _default_adapter(model: nn.Module) -> str | None:
+    active = _active_peft_names(model) or set()
+    names = adapters_of(model)
+    return next(iter(active)) if len(active) == 1 else next(iter(names)) if len(names) == 1 else None
+
+
+def _parameters(model: nn.Module) -> dict[str, Any]:
+    """Everything that a state may be for, by plain name: LoRA tensors and parameters called `bias`."""
+    biases = _bias_names(model, "all")
+    found = {without_wrappers(name): parameter for name, parameter in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        if is_lora(without_wrappers(name)):
+            found[without_wrappers(name)] = buffer
+    return {name: tensor for name, tensor in found.items() if is_lora(name) or name in biases}
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several -> the name that `_parameters` uses."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = without_wrappers(name)
+        if is_lora(plain) and first.setdefault(id(parameter), plain) != plain:
+            found[plain] = first[id(parameter)]
+    return found
+
+
+def _gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    if _is_flattened(model):
+        return _gather_flattened(model, names)
+    for module in inner.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDP2 may hold whole copies of its own
+            module.reshard()
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    found: dict[str, Any] = {}
+    for path, leaves in owners.items():
+        # A layer's own state_dict, so that its checks run (slices refuse to save what lies between them).
+        own = inner.get_submodule(path).state_dict()
+        found |= {f"{path}.{leaf}" if path else leaf: own[leaf] for leaf in leaves}
+    parameters = dict(inner.named_parameters())
+    partitioned = [parameters[name] for name in names if _is_partitioned(parameters.get(name))]
+    if partitioned:
+        import deepspeed  # type: ignore[import-not-found]
+
+        with deepspeed.zero.GatheredParameters(partitioned):
+            found |= {name: parameters[name].detach().clone() for name in names if name in parameters}
+    return {name: _whole(found[name]) for name in names}
+
+
+def _whole(tensor: Any) -> Any:
+    """A DTensor (FSDP2, tensor parallel) gathered; anything else as it is."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    place = tensor.device_mesh.device_type
+    if tensor.device.type not in (place, "meta"):  # offloaded to the CPU, where NCCL cannot gather
+        tensor = tensor.to(place)
+    return tensor.full_tensor()
+
+
+def _whole_shape(tensor: Any) -> Any:
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def _is_partitioned(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor")
+
+
+def _is_flattened(model: nn.Module) -> bool:
+    """Whether FSDP1 has cut the parameters into one flat vector a unit."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def _gather_flattened(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    frozen = {without_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    plain = {without_wrappers(name): name for name in names}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen & plain.keys())
+    state = {without_wrappers(name): tensor for name, tensor in get_model_state_dict(model, options=options).items()}
+    return {plain[name]: state[name] for name in plain if name in state}
+
+
+def _refuse_flattened(model: nn.Module) -> None:
+    if _is_flattened(model):
+        raise StateError("FSDP1 has flattened the parameters: load the LoRA state before the model is wrapped")
+
+
+@contextmanager
+def _unmerged(model: nn.Module) -> Iterator[None]:
+    """Take LoRA out of the weights that it is merged into, and put it back at the end."""
+    peft, loralib = [], []
+    for module in model.modules():
+        if getattr(module, "merged", False) is not True:
+            continue
+        if hasattr(module, "merged_adapters"):
+            peft.append((module, list(module.merged_adapters)))
+        elif hasattr(module, "merge_weights"):
+            loralib.append((module, module.training))
+    for layer, _ in peft:
+        layer.unmerge()
+    for layer, _ in loralib:
+        layer.train(True)  # loralib subtracts its update here
+    try:
+        yield
+    finally:
+        for layer, names in peft:
+            layer.merge(adapter_names=names)
+        for layer, training in loralib:
+            layer.train(training)
+
+
+def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters; if a layer refuses its own, every parameter gets back what it had."""
+    import torch
+
+    partitioned = [targets[name] for name in values if _is_partitioned(targets[name])]
+    if partitioned:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0), torch.no_grad():
+            for name, value in values.items():
+                targets[name].copy_(value)
+        return
+    modules = {without_wrappers(path): module for path, module in model.named_modules()}
+    before = {name: targets[name].detach().clone() for name in values}
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            # By the layer's own hook, so that its checks run (slices refuse what lies between them).
+            modules[path].load_state_dict({leaf: _sharded(value, targets[name])}, strict=False)
+    except RuntimeError as error:
+        with torch.no_grad():
+            for name, value in before.items():
+                targets[name].copy_(value)
+        raise StateError(f"the LoRA state does not fit the model:\n{error}") from error
+
+
+def _sharded(value: Tensor, target: Any) -> Any:
+    """The value as the parameter has it: a DTensor of the same placement where that is one."""
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = target.device_mesh
+    return distribute_tensor(value.to(mesh.device_type, target.dtype), mesh, target.placements)
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"  {len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"
