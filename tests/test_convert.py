@@ -1,0 +1,558 @@
+"""Adapters and models of other people's making come in and go out without changing a single logit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import loralib
+import pytest
+import tiny
+import torch
+import typer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from phi3_lora_plugin.base_layouts import BaseLayoutError, fuse_base, split_base
+from phi3_lora_plugin.cli.convert import convert_command
+from phi3_lora_plugin.convert import ConvertError, convert
+from phi3_lora_plugin.lora.layouts import LayoutError
+from phi3_lora_plugin.lora.loralib_files import LoralibError, parse_enable_lora
+from phi3_lora_plugin.lora.peft_files import PeftFilesError, read_peft
+from phi3_lora_plugin.lora.servable import servable
+from phi3_lora_plugin.lora.torchtune_files import TorchtuneError
+from phi3_lora_plugin.shards import ModelFolderError, Weights
+
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    model = load(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+def train(base: Path, folder: Path, seed: int = 1, **options) -> Path:
+    """A plain PEFT adapter on `base`, every trained tensor moved away from where it started."""
+    model = get_peft_model(load(base), LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return folder
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-6)
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["mha", "gqa"])
+def bases(request, tmp_path_factory) -> tuple[Path, Path]:
+    """(a tiny Phi-3, the same model as a Llama, as unsloth's mirrors are)"""
+    folder = tmp_path_factory.mktemp("bases")
+    fused = tiny.base(folder / "phi3", num_key_value_heads=request.param)
+    split_base(fused, folder / "llama")
+    return fused, folder / "llama"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"qkv_proj": 6}, "alpha_pattern": {"layers.1.mlp.gate_up_proj": 20}},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 5]},
+        {"layers_to_transform": [1]},
+        {"lora_bias": True},
+    ],
+    ids=lambda options: ",".join(options) or "plain",
+)
+def test_g21_a_fused_adapter_runs_on_the_split_base_and_comes_back_as_it_was(bases, tmp_path, options):
+    fused, llama = bases
+    adapter = train(fused, tmp_path / "fused", target_modules=FUSED, **options)
+
+    report = convert(adapter, tmp_path / "split", "split", base=fused, target_base=str(llama))
+    same(logits(llama, tmp_path / "split"), logits(fused, adapter))
+    assert not any(
+        "fused" in key or "qkv" in key for key in load_file(tmp_path / "split" / "adapter_model.safetensors")
+    )
+    assert any(row.rule.startswith("A shared") for row in report.rows)
+
+    convert(tmp_path / "split", tmp_path / "back", "fused", base=fused)
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    same(logits(fused, tmp_path / "back"), logits(fused, adapter))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": SPLIT},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": SPLIT, "use_rslora": True},
+        {"target_modules": SPLIT, "use_dora": True},
+        {"target_modules": SPLIT, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3, "up_proj": 32}},
+        {"target_modules": ["gate_proj", "o_proj"], "layers_to_transform": [0]},
+    ],
+    ids=["all", "q-v", "rslora", "dora", "patterns", "gate-of-layer-0"],
+)
+def test_an_adapter_of_a_split_mirror_runs_on_the_fused_base(bases, tmp_path, options):
+    fused, llama = bases
+    adapter = train(llama, tmp_path / "split", **options)
+    convert(adapter, tmp_path / "fused", "fused", base=fused)
+    same(logits(fused, tmp_path / "fused"), logits(llama, adapter))
+    config = json.loads((tmp_path / "fused" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(fused)
+    if options == {"target_modules": SPLIT}:
+        assert config["rank_pattern"] == {"qkv_proj": 12, "gate_up_proj": 8}
+        assert config["alpha_pattern"] == {"qkv_proj": 24, "gate_up_proj": 16}
+
+
+def test_a_written_config_is_minimal_sorted_and_the_same_every_time(bases, tmp_path):
+    fused, _ = bases
+    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
+    for name in ("one", "two"):
+        convert(adapter, tmp_path / name, "split", base=fused)
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+    config = json.loads((one / "adapter_config.json").read_text())
+    assert list(config) == sorted(config) and config["target_modules"] == sorted(SPLIT)
+    assert not {"eva_config", "corda_config", "peft_version", "use_dora"} & set(config)
+
+
+def with_loralib(base: Path, seed: int = 0, **flags) -> torch.nn.Module:
+    """The model of `base` with loralib's own layers in it, as its README says, and LoRA weights that do something."""
+    model = load(base)
+    torch.manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        last = name.rpartition(".")[2]
+        if last not in FUSED:
+            continue
+        shape = (module.in_features, module.out_features)
+        kind = loralib.MergedLinear if last in flags else loralib.Linear
+        more = {"enable_lora": flags[last]} if last in flags else {}
+        layer = kind(*shape, r=2, lora_alpha=6, bias=False, merge_weights=False, **more)
+        layer.weight.data = module.weight.data
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+        model.get_submodule(name.rpartition(".")[0]).register_module(last, layer)
+    loralib.mark_only_lora_as_trainable(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_loralib_layers_become_a_peft_adapter_and_go_back(bases, tmp_path, suffix):
+    fused, _ = bases
+    groups = 3 if load(fused).config.num_key_value_heads == 4 else 4
+    flags = {
+        "qkv_proj": [True, False, True] if groups == 3 else [True, True, False, True],
+        "gate_up_proj": [True, False],
+    }
+    model = with_loralib(fused, **flags)
+    file = tmp_path / f"lora{suffix}"
+    state = {key: value.clone() for key, value in loralib.lora_state_dict(model).items()}
+    torch.save(state, file) if suffix == ".pt" else save_file(state, file)
+    with torch.inference_mode():
+        wanted = model(input_ids=IDS).logits
+
+    report = convert(file, tmp_path / "peft", "peft", base=fused, alpha=6, enable_lora=flags)
+    same(logits(fused, tmp_path / "peft"), wanted)
+    assert report.kind == "loralib" and any(row.rule.startswith("MergedLinear") for row in report.rows)
+
+    convert(tmp_path / "peft", tmp_path / f"back{suffix}", "loralib", base=fused)
+    back = (
+        torch.load(tmp_path / f"back{suffix}", weights_only=True)
+        if suffix == ".pt"
+        else load_file(tmp_path / f"back{suffix}")
+    )
+    assert back.keys() == state.keys() and all("lora_" in key for key in back)
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    sidecar = json.loads((tmp_path / f"back{suffix}.json").read_text())
+    assert sidecar["r"] == 2 and sidecar["alpha"] == 6
+    assert sidecar["modules"]["model.layers.0.self_attn.qkv_proj"]["enable_lora"] == flags["qkv_proj"]
+
+    convert(tmp_path / f"back{suffix}", tmp_path / "again", "fused", base=fused)  # the sidecar says it all
+    same(logits(fused, tmp_path / "again"), wanted)
+
+
+def test_a_loralib_embedding_is_peft_s_embedding(tmp_path):
+    torch.manual_seed(0)
+    layer = loralib.Embedding(512, 32, r=2, lora_alpha=6, merge_weights=False)
+    torch.nn.init.normal_(layer.lora_A)
+    base = tiny.base(tmp_path / "base")
+    model = load(base)
+    layer.weight.data = model.model.embed_tokens.weight.data
+    model.model.embed_tokens = layer
+    torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
+    with torch.inference_mode():
+        wanted = model.eval()(input_ids=IDS).logits
+    report = convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=base, alpha=6)
+    same(logits(base, tmp_path / "peft"), wanted)
+    assert any("embeddings: embed_tokens" in note for note in report.notes)
+
+
+def test_what_loralib_does_not_store_is_asked_for(bases, tmp_path):
+    fused, _ = bases
+    model = with_loralib(fused, qkv_proj=[True, False, False, True])
+    torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
+    with pytest.raises(LoralibError, match="alpha is not said: loralib stores neither r nor lora_alpha") as caught:
+        convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=fused)
+    assert "this is a MergedLinear; say its flags, for example --enable-lora qkv_proj=T,F,T" in str(caught.value)
+    with pytest.raises(LoralibError, match="r is said to be 8, but the tensors have rank 2"):
+        convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=fused, alpha=6, r=8)
+    with pytest.raises(LoralibError, match="do not belong to r=2 with enable_lora=T,F"):
+        convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=fused, alpha=6, enable_lora={"qkv_proj": (1, 0)})
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_merged_linear_with_one_group_is_caught_by_its_height(tmp_path):
+    base = tiny.base(tmp_path / "base")
+    model = with_loralib(base, qkv_proj=[True, False, False])
+    torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
+    with pytest.raises(
+        LoralibError, match="B reaches over 32 rows, the model's qkv_proj has 96; if it was a MergedLinear"
+    ):
+        convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=base, alpha=6)
+
+
+def test_conv_layers_biases_and_code_are_refused(tmp_path):
+    torch.manual_seed(0)
+    conv = torch.nn.Sequential(loralib.Conv2d(4, 8, 3, r=2, lora_alpha=4))
+    torch.save(loralib.lora_state_dict(conv), tmp_path / "conv.pt")
+    with pytest.raises(LoralibError, match="r is said to be 2, but the tensors have rank 6"):
+        convert(tmp_path / "conv.pt", tmp_path / "out", "peft", alpha=4, r=2)
+    (tmp_path / "conv.pt.json").write_text(json.dumps({"alpha": 4, "modules": {"0": {"kind": "conv2d", "alpha": 4}}}))
+    with pytest.raises(LoralibError, match="a loralib Conv layer .* has no PEFT counterpart"):
+        convert(tmp_path / "conv.pt", tmp_path / "out", "peft")
+
+    linear = torch.nn.Sequential(loralib.Linear(4, 4, r=2))
+    torch.save(loralib.lora_state_dict(linear, bias="all"), tmp_path / "bias.pt")
+    with pytest.raises(LoralibError, match=r"1 tensors are not LoRA \(0.bias\)"):
+        convert(tmp_path / "bias.pt", tmp_path / "out", "peft", alpha=1)
+
+    class Touch:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"a.lora_A": Touch()}))
+    with pytest.raises(LoralibError, match="cannot be read without running code from it"):
+        convert(tmp_path / "evil.pt", tmp_path / "out", "peft", alpha=1)
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
+
+
+def test_torchtune_names_come_in_and_go_out(bases, tmp_path):
+    fused, _ = bases
+    torch.manual_seed(0)
+    config = load(fused).config
+    head = config.hidden_size // config.num_attention_heads
+    heights = {
+        "attn.q_proj": config.num_attention_heads * head,
+        "attn.v_proj": config.num_key_value_heads * head,
+        "attn.output_proj": 32,
+        "mlp.w1": 64,
+        "mlp.w2": 32,
+        "mlp.w3": 64,
+    }
+    state = {}
+    for layer in range(2):
+        for name, out in heights.items():
+            width = 64 if name == "mlp.w2" else 32
+            state[f"layers.{layer}.{name}.lora_a.weight"] = torch.randn(2, width) * 0.1
+            state[f"layers.{layer}.{name}.lora_b.weight"] = torch.randn(out, 2) * 0.1
+    torch.save(state, tmp_path / "adapter_model.pt")
+
+    with pytest.raises(TorchtuneError, match="alpha is not said: torchtune stores none with a Phi-3 adapter"):
+        convert(tmp_path / "adapter_model.pt", tmp_path / "peft", "fused", base=fused)
+    convert(tmp_path / "adapter_model.pt", tmp_path / "peft", "fused", base=fused, alpha=16)
+
+    merged = PeftModel.from_pretrained(load(fused), str(tmp_path / "peft")).merge_and_unload().state_dict()
+    plain = load(fused).state_dict()
+    name = "layers.1.mlp.w3"
+    delta = (merged["model.layers.1.mlp.gate_up_proj.weight"] - plain["model.layers.1.mlp.gate_up_proj.weight"])[64:]
+    wanted = state[f"{name}.lora_b.weight"] @ state[f"{name}.lora_a.weight"] * 8  # w3 is "up", the second half
+    torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-6)
+
+    report = convert(tmp_path / "peft", tmp_path / "back.pt", "torchtune", base=fused)
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    assert any("lora_rank 2 and lora_alpha 16" in note for note in report.notes)
+
+    state["layers.0.attn.qkv.lora_a.weight"] = torch.zeros(2, 32)
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(
+        TorchtuneError, match="'layers.0.attn.qkv.lora_a.weight' is no key of a torchtune Phi-3 adapter"
+    ):
+        convert(tmp_path / "odd.pt", tmp_path / "odd", "fused", base=fused, alpha=16)
+
+
+def test_named_and_wrapped_adapters_are_understood_or_pointed_at(bases, tmp_path):
+    fused, _ = bases
+    model = get_peft_model(load(fused), LoraConfig(r=2, target_modules=FUSED), adapter_name="mine")
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(PeftFilesError, match="it has the adapters mine inside: name one of these folders"):
+        read_peft(tmp_path / "run")
+    convert(tmp_path / "run" / "mine", tmp_path / "split", "split", base=fused)
+
+    adapter = train(fused, tmp_path / "plain", target_modules=FUSED)
+    raw = load_file(adapter / "adapter_model.safetensors")
+    wrapped = {
+        f"module.{key.replace('lora_A.', 'lora_A.default.').replace('lora_B.', 'lora_B.default.')}": raw[key]
+        for key in raw
+    }
+    save_file(wrapped, adapter / "adapter_model.safetensors")
+    report = convert(adapter, tmp_path / "clean", "peft", base=fused)
+    assert load_file(tmp_path / "clean" / "adapter_model.safetensors").keys() == raw.keys()
+    assert any("16 keys were brought to PEFT's names" in note for note in report.notes)
+
+    save_file(wrapped | {key.replace("default", "other"): value.clone() for key, value in wrapped.items()},
+              adapter / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(PeftFilesError, match="holds several adapters"):
+        read_peft(adapter)
+
+
+def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path):
+    fused, _ = bases
+
+    def changed(**settings) -> Path:
+        adapter = train(fused, tmp_path / "adapter", target_modules=FUSED)
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        return adapter
+
+    cases = {
+        "use_qalora=True changes what the adapter computes": {"use_qalora": True},
+        "someday_config={'a': 1} changes what the adapter computes": {"someday_config": {"a": 1}},
+        "peft_type is 'LOHA'": {"peft_type": "LOHA"},
+        "fan_in_fan_out is set": {"fan_in_fan_out": True},
+        "it started from 'pissa'": {"init_lora_weights": "pissa"},
+        "the config says rank 5, but A is": {"rank_pattern": {"o_proj": 5}},
+    }
+    for message, settings in cases.items():
+        with pytest.raises(PeftFilesError, match=message):
+            convert(changed(**settings), tmp_path / "out", "split", base=fused)
+    with pytest.raises(ConvertError, match="whose config says r and alpha"):
+        convert(changed(), tmp_path / "out", "split", base=fused, alpha=3)
+    with pytest.raises(
+        ConvertError, match="lm_head.weight: trained in full or by token, which loralib files do not hold"
+    ):
+        convert(train(fused, tmp_path / "full", target_modules=FUSED, modules_to_save=["lm_head"]),
+                tmp_path / "out.pt", "loralib", base=fused)  # fmt: skip
+    with pytest.raises(LoralibError, match="loralib has no DoRA"):
+        convert(
+            train(fused, tmp_path / "dora", target_modules=FUSED, use_dora=True),
+            tmp_path / "out.pt",
+            "loralib",
+            base=fused,
+        )
+    other = tiny.base(tmp_path / "other", hidden_size=64, num_hidden_layers=1)
+    with pytest.raises(ConvertError, match=r"do not fit the model's weight .*64|only 1 layers"):
+        convert(changed(), tmp_path / "out", "split", base=other)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.pt").exists()
+
+
+def test_mixed_ranks_go_to_torchtune_padded_and_mixed_scalings_are_refused(bases, tmp_path):
+    fused, _ = bases
+    adapter = train(
+        fused, tmp_path / "a", target_modules=FUSED, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 4}
+    )
+    report = convert(adapter, tmp_path / "a.pt", "torchtune", base=fused)
+    assert {value.shape[0] for key, value in torch.load(tmp_path / "a.pt").items() if "lora_a" in key} == {4}
+    convert(tmp_path / "a.pt", tmp_path / "back", "fused", base=fused, alpha=8)
+    same(logits(fused, tmp_path / "back"), logits(fused, adapter))
+    assert any("lora_rank 4 and lora_alpha 8" in note for note in report.notes)
+    odd = train(fused, tmp_path / "b", target_modules=FUSED, alpha_pattern={"o_proj": 5})
+    with pytest.raises(TorchtuneError, match="one rank and alpha"):
+        convert(odd, tmp_path / "b.pt", "torchtune", base=fused)
+    convert(odd, tmp_path / "b.pt", "torchtune", base=fused, uniform=True)
+    convert(tmp_path / "b.pt", tmp_path / "b2", "fused", base=fused, alpha=8)
+    same(logits(fused, tmp_path / "b2"), logits(fused, odd))
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head"),
+        ({"target_modules": ["qkv_proj", "embed_tokens"]}, "embeddings: embed_tokens"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias: servers drop"),
+        ({"lora_bias": True}, "bias: servers drop"),
+        ({"r": 65}, "rank 65 is above the limit of 64"),
+        ({"rank_pattern": {"qkv_proj": 128}, "alpha_pattern": {"qkv_proj": 256}}, "rank 128 is above"),
+        ({"alpha_pattern": {"qkv_proj": 5}}, "scaled differently"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
+        ({"init_lora_weights": "olora"}, "meant for a changed base"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is empty"),
+        ({"peft_type": "IA3"}, "servers load LORA"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_g21_servability_flags_each_obstacle_and_nothing_else(tmp_path, settings, flag):
+    good = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": FUSED, "base_model_name_or_path": "x/y"}
+    save_file({"base_model.model.a.lora_A.weight": torch.zeros(16, 4)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(good))
+    assert servable(tmp_path) == []
+    (tmp_path / "adapter_config.json").write_text(json.dumps(good | settings))
+    problems = servable(tmp_path)
+    assert any(flag in problem for problem in problems), problems
+    assert len(problems) == 1
+
+
+def test_uniform_makes_a_mixed_adapter_servable(bases, tmp_path):
+    fused, _ = bases
+    adapter = train(fused, tmp_path / "mixed", target_modules=FUSED, alpha_pattern={"o_proj": 3})
+    report = convert(adapter, tmp_path / "one", "peft", base=fused, uniform=True, target_base="microsoft/x")
+    assert not report.notes and "alpha_pattern" not in json.loads(
+        (tmp_path / "one" / "adapter_config.json").read_text()
+    )
+    same(logits(fused, tmp_path / "one"), logits(fused, adapter))
+
+
+LONG = {
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 32,
+    "sliding_window": 262144,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"num_key_value_heads": 2}, "llama"),
+        ({"tie_word_embeddings": True}, "llama"),
+        ({"sliding_window": 16, "num_key_value_heads": 1}, "mistral"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}, "llama"),
+        (LONG, "llama"),
+    ],
+    ids=["gqa", "tied", "window", "theta", "longrope"],
+)
+def test_a_base_becomes_split_and_fused_again_with_equal_logits(tmp_path, changes, kind):
+    base = tiny.base(tmp_path / "phi3", **changes)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_phi3.Phi3"}}))
+    rows, notes = split_base(base, tmp_path / "split", max_shard="50KB")
+    written = json.loads((tmp_path / "split" / "config.json").read_text())
+    assert written["model_type"] == kind and "auto_map" not in written
+    assert (tmp_path / "split" / "model.safetensors.index.json").is_file() and (
+        tmp_path / "split" / "tokenizer.json"
+    ).is_file()
+    assert any("logits compared" in note for note in notes)
+    ids = torch.arange(40)[None] + 3
+    with torch.inference_mode():
+        for part in (ids[:, :12], ids):
+            same(load(tmp_path / "split")(input_ids=part).logits, load(base)(input_ids=part).logits)
+
+    fuse_base(tmp_path / "split", tmp_path / "again")
+    one, two = Weights(base), Weights(tmp_path / "again")
+    assert set(one) == set(two) and all(torch.equal(one.read(name), two.read(name)) for name in one)
+    assert len(rows) == len(Weights(tmp_path / "split"))
+
+
+def test_a_base_that_the_other_layout_cannot_say_is_refused(tmp_path):
+    partial = tiny.base(tmp_path / "partial", rope_parameters={
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75})  # fmt: skip
+    with pytest.raises(BaseLayoutError, match="it rotates only 75% of each head"):
+        split_base(partial, tmp_path / "out")
+    good = tiny.base(tmp_path / "good")
+    split_base(good, tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"attention_bias": True, "rope_scaling": {"rope_type": "llama3"}}))
+    with pytest.raises(BaseLayoutError, match="(?s)rope is 'llama3'.*attention_bias is set"):
+        fuse_base(tmp_path / "llama", tmp_path / "out")
+    path.write_text(json.dumps(config | {"rope_theta": 99.0}))
+    fuse_base(tmp_path / "llama", tmp_path / "theta")
+    with pytest.raises(BaseLayoutError, match="only phi3 has fused projections"):
+        split_base(tmp_path / "llama", tmp_path / "out")
+    with pytest.raises(ModelFolderError, match="is not empty"):
+        split_base(good, tmp_path / "llama")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_wrong_conversion_is_caught_by_the_logits_and_leaves_nothing(tmp_path, monkeypatch):
+    from phi3_lora_plugin import base_layouts
+
+    base = tiny.base(tmp_path / "base")
+    right = base_layouts._split_config
+    monkeypatch.setattr(
+        base_layouts, "_split_config", lambda config: (right(config)[0] | {"rope_theta": 50.0}, right(config)[1])
+    )
+    with pytest.raises(BaseLayoutError, match="the converted model's logits differ by"):
+        split_base(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_p24_the_tokenizer_and_the_base_travel_with_the_adapter(bases, tmp_path):
+    fused, llama = bases
+    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
+    tiny.tokenizer().save_pretrained(adapter)
+    convert(adapter, tmp_path / "split", "split", base=fused, target_base="unsloth/Phi-3-mini-4k-instruct")
+    assert (tmp_path / "split" / "tokenizer.json").is_file()
+    config = json.loads((tmp_path / "split" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "unsloth/Phi-3-mini-4k-instruct"
+    report = convert(adapter, tmp_path / "nameless", "split", base=fused)
+    assert any("say it with --target-base" in note for note in report.notes)
+
+
+def test_the_command_reports_rules_rows_and_json(bases, tmp_path):
+    fused, _ = bases
+    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
+    app = typer.Typer()
+    app.command()(convert_command)
+    run = CliRunner().invoke
+    told = run(app, [str(adapter), str(tmp_path / "split"), "--to", "split", "--base", str(fused)])
+    assert told.exit_code == 0, told.output
+    assert (
+        "2 x model.layers.N.self_attn.qkv_proj -> model.layers.N.self_attn.q_proj: A shared, rows 0-31 of B"
+        in told.output
+    )
+    told = run(app, [str(adapter), str(tmp_path / "o.pt"), "--to", "loralib", "--base", str(fused), "--json"])
+    assert json.loads(told.output)["rows"][0]["target"].startswith("model.layers.0.")
+    told = run(app, [str(tmp_path / "o.pt"), str(tmp_path / "q"), "--to", "peft", "--enable-lora", "qkv_proj"])
+    assert isinstance(told.exception, LoralibError) and "expected MODULE=T,F" in str(told.exception)
+    assert run(app, [str(adapter), str(tmp_path / "x"), "--to", "onnx"]).exit_code == 2
+    for arguments, message in [
+        ([str(adapter), str(tmp_path / "x"), "--to", "phi3-base"], "is an adapter, which becomes peft, fused"),
+        ([str(fused), str(tmp_path / "x"), "--to", "split"], "is a model, which becomes llama-base"),
+        ([str(adapter), str(tmp_path / "x"), "--to", "gguf"], "gguf is one file"),
+        ([str(adapter), str(tmp_path / "x"), "--to", "split", "--base", str(tmp_path / "no")], "is no model folder"),
+    ]:
+        told = run(app, arguments)
+        assert isinstance(told.exception, (ConvertError, ModelFolderError)) and message in str(told.exception)
+    assert parse_enable_lora("qkv_proj=T,F,true") == ("qkv_proj", (True, False, True))
+
+
+def test_misshapen_tensors_are_named(bases, tmp_path):
+    fused, _ = bases
+    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"
+    tensors[key] = tensors[key][:-1].contiguous()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(
+        (ConvertError, LayoutError), match=r"layers.0.self_attn.qkv_proj: A \(4, 32\) and B \(\d+, 4\) do not fit"
+    ):
+        convert(adapter, tmp_path / "split", "split", base=fused)
