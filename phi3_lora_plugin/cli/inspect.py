@@ -1,0 +1,20 @@
+"""`phi3-lora inspect`: what a folder is, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def inspect_command(
+    path: Annotated[str, typer.Argument(help="Folder of a model, a tokenizer or an adapter.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what family a folder belongs to, what would be trained, and every problem with its fix."""
+    from phi3_lora_plugin.inspect import inspect, lines
+
+    found = inspect(path)
+    print(json.dumps(asdict(found), indent=2, default=list) if as_json else "\n".join(lines(found)))

@@ -1,0 +1,159 @@
+"""`inspect`: every kind of folder is told for what it is, every problem is named with its fix, nothing is made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from phi3_lora_plugin.inspect import InspectError, Problem, inspect, lines
+from phi3_lora_plugin.tokenizer import save_tokenizer
+
+
+TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+
+
+def clean(folder: Path) -> Path:
+    """A model folder without a problem: what our own loader would save."""
+    from phi3_lora_plugin.model import load_model
+    from phi3_lora_plugin.tokenizer import load_tokenizer
+
+    tiny.base(folder / "published")
+    load_model(folder / "published").save_pretrained(folder / "clean")
+    save_tokenizer(load_tokenizer(folder / "published"), folder / "clean")
+    return folder / "clean"
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def whats(problems: tuple[Problem, ...]) -> str:
+    return "\n".join(problem.what for problem in problems)
+
+
+def adapter(folder: Path, trained: bool = True, targets: tuple[str, ...] = ("qkv_proj", "o_proj")) -> Path:
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=list(targets)))
+    if trained:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    model.peft_config["default"].base_model_name_or_path = "somebody/phi"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_clean_model_has_no_problem_and_says_what_it_is(tmp_path: Path) -> None:
+    found = inspect(clean(tmp_path))
+    assert found.problems == () and found.kinds == ("model", "tokenizer")
+    assert found.family == "phi3 (a model of the Phi-3 architecture)" and found.template == "phi-3-mini-4k"
+    assert found.max_length == 256 and found.pad_token == "<unk> (0)"
+    assert [each.path for each in found.projections][0] == "self_attn.qkv_proj"
+    assert any("<|end|>" in stop for stop in found.stop_tokens)
+    told = "\n".join(lines(found))
+    assert "(q_proj 0:32, k_proj 32:64, v_proj 64:96)" in told and "problems     none" in told
+
+
+def test_presets_say_the_parameters_that_they_really_train(tmp_path: Path) -> None:
+    from phi3_lora_plugin.lora.inject import add_lora
+    from phi3_lora_plugin.recipe import load_recipe
+
+    found = inspect(clean(tmp_path))
+    assert len(found.trainable) >= 3
+    for row in found.trainable:
+        lora = load_recipe(row.presets[0]).lora
+        model = add_lora(tiny.model(), lora.targets, lora.r, lora.alpha)
+        dense = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sliced = any(name in row.targets for name in ("q_proj,", "gate_proj"))
+        assert row.parameters == dense or (sliced and row.parameters < dense), row
+        assert row.bytes == 16 * row.parameters
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
+        ("config.json", {"model_type": "phi3small"}, "Phi-3-small"),
+        ("config.json", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear'"),
+        ("generation_config.json", {"eos_token_id": 400}, "runs on behind the end of a turn"),
+        ("generation_config.json", {"pad_token_id": 403}, "pad id 403 is a stop token"),
+        ("tokenizer_config.json", {"pad_token": "<|end|>"}, "pads with <|end|>, which is a stop token"),
+        ("tokenizer_config.json", {"eos_token": "<|no|>"}, "<|no|>"),
+        ("tokenizer.json", {"truncation": TRUNCATION}, "truncation saved in it"),
+    ],
+)
+def test_each_problem_is_found_with_its_fix(tmp_path: Path, file: str, changes: dict[str, object], says: str) -> None:
+    folder = clean(tmp_path)
+    edit(folder / file, **changes)
+    found = inspect(folder)
+    assert says in whats(found.problems)
+    assert all(problem.fix for problem in found.problems)
+    assert says in "\n".join(lines(found))
+
+
+def test_a_template_that_is_unknown_or_drops_system_messages_is_named(tmp_path: Path) -> None:
+    folder = clean(tmp_path)
+    (folder / "chat_template.jinja").write_text(tiny.MINI_4K_TEMPLATE + " ")
+    assert "nearest" in whats(inspect(folder).problems)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + "
+        "'<|end|>\n<|assistant|>\n'}}{% elif message['role'] == 'assistant' %}{{message['content'] + '<|end|>\n'}}"
+        "{% endif %}{% endfor %}"
+    )
+    assert "drops system messages" in whats(inspect(folder).problems)
+
+
+def test_missing_and_pickled_weights_are_named(tmp_path: Path) -> None:
+    folder = clean(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pickles" in whats(inspect(folder).problems)
+    (folder / "pytorch_model.bin").unlink()
+    assert "there are no weights" in whats(inspect(folder).problems)
+
+
+def test_a_tokenizer_that_auto_tokenizer_would_misread_is_named(tmp_path: Path) -> None:
+    save_tokenizer(tiny.tokenizer(), tmp_path)
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    assert "AutoTokenizer then gives other ids" in whats(inspect(tmp_path).problems)
+
+
+def test_an_adapter_is_described_and_its_faults_are_named(tmp_path: Path) -> None:
+    good = inspect(adapter(tmp_path / "good"))
+    assert good.problems == () and good.adapter["r"] == 4 and good.adapter["targets"] == ["o_proj", "qkv_proj"]
+    assert good.adapter["base"] == "somebody/phi" and good.adapter["tensors"] == 8
+    assert "changes nothing" in whats(inspect(adapter(tmp_path / "untrained", trained=False)).problems)
+    broken = adapter(tmp_path / "broken")
+    file = broken / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * torch.nan}, file)
+    assert f"1 tensors are not finite, such as {name}" in whats(inspect(broken).problems)
+    save_file({f"module.{key}": tensor for key, tensor in tensors.items()}, file)
+    assert "8 keys have a prefix" in whats(inspect(broken).problems)
+    split = {key.replace("qkv_proj", "q_proj"): tensor for key, tensor in tensors.items()}
+    save_file(split, file)
+    assert "adapts q_proj, which Microsoft's Phi-3 has fused" in whats(inspect(broken).problems)
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "cut off or damaged" in whats(inspect(broken).problems)
+    file.unlink()
+    assert "there are no adapter weights" in whats(inspect(broken).problems)
+
+
+def test_nothing_to_look_at_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InspectError, match="no such folder"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(InspectError, match="it holds nothing"):
+        inspect(tmp_path)
+
+
+def test_published_folders_are_recognised(shared_data: Path) -> None:
+    found = inspect(shared_data / "tokenizers" / "phi-3-mini-128k-instruct-apr2024")
+    assert found.family == "phi-3-mini-128k (Phi-3-mini-128k-instruct)" and found.template == "phi-3-mini-128k-apr2024"
+    assert "'su'" in whats(found.problems)
+    all_linear = next(row for row in found.trainable if row.targets == "all-linear, r 16")
+    assert all_linear.parameters == 25_165_824
