@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from phi3_lora_plugin.inspect import InspectError, Problem, inspect, lines
 from phi3_lora_plugin.tokenizer import save_tokenizer
 
-
 TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
 
 
