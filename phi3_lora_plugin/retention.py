@@ -1,0 +1,86 @@
+"""Which checkpoints of a store stay, and which is the best."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from phi3_lora_plugin.manifest import RESUME
+from phi3_lora_plugin.store_layout import Entry, discard, entries, step_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints a store keeps; one that any rule keeps is kept.
+
+    Attributes:
+        last: the newest ones; at least one.
+        best: the best ones by their metric.
+        every: those whose step divides by this, for good.
+        resume: of the newest ones, how many keep what training needs to go on (optimizer, schedule, random state).
+    """
+
+    last: int = 2
+    best: int = 1
+    every: int | None = None
+    resume: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("last", self.last, 1), ("best", self.best, 0), ("resume", self.resume, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"keep_{name}: expected a whole number of at least {least}, got {value!r}")
+        if self.every is not None and (not isinstance(self.every, int) or self.every < 1):
+            raise ValueError(f"keep_every: expected a whole number of at least 1 or None, got {self.every!r}")
+
+
+def kept(found: Sequence[Entry], rule: Retention) -> list[Entry]:
+    """The checkpoints that stay, newest first."""
+    newest = sorted(found, key=lambda entry: entry.step, reverse=True)
+    stays = {entry.step for entry in newest[: rule.last]}
+    stays |= {entry.step for entry in by_metric(newest)[: rule.best]}
+    stays |= {entry.step for entry in newest if rule.every and entry.step % rule.every == 0}
+    return [entry for entry in newest if entry.step in stays]
+
+
+def by_metric(found: Sequence[Entry]) -> list[Entry]:
+    """Those that have a metric, best first; of equals the earlier one. Only the metric of the newest counts."""
+    measured = sorted((entry for entry in found if entry.metric), key=lambda entry: entry.step)
+    if not measured:
+        return []
+    metric = measured[-1].metric or {}
+    alike = [entry for entry in measured if (entry.metric or {})["name"] == metric["name"]]
+    sign = -1 if metric.get("greater_is_better") else 1
+    return sorted(alike, key=lambda entry: sign * float((entry.metric or {})["value"]))
+
+
+def prune(store: Path, rule: Retention) -> list[Path]:
+    """Delete what no rule keeps; what was deleted. Whatever cannot be deleted stays and is logged.
+
+    Nothing goes unless the newest checkpoint has all its bytes: there is always a good one.
+    """
+    found = [entry for entry in entries(store) if entry.path.name == step_name(entry.step)]  # not what people named
+    if not found or not _has_its_bytes(found[0]):
+        return []
+    stays = kept(found, rule)
+    doomed = [entry.path for entry in found if entry not in stays]
+    doomed += [entry.path / RESUME for entry in [e for e in stays if e.has_resume][rule.resume :]]
+    gone = []
+    for path in doomed:
+        try:
+            discard(path, store)
+            gone.append(path)
+        except OSError as error:
+            log.warning("%s could not be deleted and stays: %s", path, error)
+    return gone
+
+
+def _has_its_bytes(entry: Entry) -> bool:
+    listed = entry.manifest["files"]
+    try:
+        return all((entry.path / name).stat().st_size == listed[name]["bytes"] for name in listed)
+    except OSError:
+        return False

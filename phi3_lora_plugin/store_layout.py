@@ -1,0 +1,205 @@
+"""Names inside a store of checkpoints, and the few moves on disk that are whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from phi3_lora_plugin.manifest import RESUME, ManifestError, read_manifest
+
+log = logging.getLogger(__name__)
+
+LATEST, BEST = "LATEST", "BEST"
+#: Where a store lies in an output folder. A push to the hub leaves out what begins with `_`.
+FOLDER, FOLDER_WHEN_PUSHED = "lora", "_lora"
+_OURS = re.compile(r"^\..+\.(?:tmp|old)-(?P<pid>\d+)-(?P<host>.+)$")
+_EARLIER = re.compile(r"^earlier-(\d+)$")
+
+#: What a file is written from: its bytes, or a function that writes them into a stream.
+Content = bytes | Callable[[BinaryIO], Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint in a store, as its manifest describes it; its files have not been looked at."""
+
+    path: Path
+    step: int
+    manifest: Mapping[str, Any]
+
+    @property
+    def has_resume(self) -> bool:
+        return (self.path / RESUME).is_dir()
+
+    @property
+    def metric(self) -> Mapping[str, Any] | None:
+        return self.manifest.get("metric")
+
+
+def entries(store: Path) -> list[Entry]:
+    """The checkpoints of a store whose manifest can be read, newest (highest step) first."""
+    found = []
+    for folder in _folders(store):
+        try:
+            manifest = read_manifest(folder)
+        except ManifestError:
+            continue
+        found.append(Entry(folder, int(manifest["step"]), manifest))
+    return sorted(found, key=lambda entry: entry.step, reverse=True)
+
+
+def torn(store: Path) -> list[Path]:
+    """Folders that are named as checkpoints are but whose manifest is missing or damaged."""
+    good = {entry.path for entry in entries(store)}
+    return sorted(folder for folder in _folders(store) if folder not in good and re.match(r"step-\d+$", folder.name))
+
+
+def earlier(store: Path) -> list[Path]:
+    """Folders into which checkpoints of earlier runs were put aside, newest first."""
+    numbered = [(int(match[1]), path) for path in _folders(store) if (match := _EARLIER.match(path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def stores_in(folder: Path) -> list[Path]:
+    """The stores that a path means: itself, or those of the run that has it as output folder."""
+    return [path for path in (folder, folder / FOLDER, folder / FOLDER_WHEN_PUSHED) if path.is_dir()]
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def beside(store: Path, name: str, kind: str = "tmp") -> Path:
+    """A name for something unfinished (`tmp`) or done with (`old`) that readers do not look at and `sweep` finds."""
+    return store / f".{name}.{kind}-{os.getpid()}-{socket.gethostname()}"
+
+
+def write_file(path: Path, content: Content) -> dict[str, Any]:
+    """Write a file down to the disk; what a manifest says about it."""
+    stream = _HashingStream(path)
+    try:
+        if callable(content):
+            content(stream)  # type: ignore[arg-type]
+        else:
+            stream.write(content)
+        stream.sync()
+    except OSError as error:  # the write itself does not know the name
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        stream.file.close()
+    return {"bytes": stream.size, "sha256": stream.digest.hexdigest()}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a small file in place of another; a reader sees the one or the other."""
+    temporary = beside(path.parent, path.name)
+    try:
+        write_file(temporary, content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names inside a folder last through a power cut, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def discard(path: Path, store: Path) -> None:
+    """Delete a folder of a store: away under a name that nobody reads first, so that it is never half there."""
+    name = path.name if path.parent == store else f"{path.parent.name}-{path.name}"
+    away = beside(store, name, "old")
+    shutil.rmtree(away, ignore_errors=True)
+    os.rename(path, away)
+    shutil.rmtree(away)
+
+
+def set_aside(store: Path, checkpoints: Iterable[Path]) -> Path | None:
+    """Move checkpoints of another run out of the way, into a new `earlier-N/`; nothing is deleted."""
+    paths = list(checkpoints)
+    if not paths:
+        return None
+    numbers = [int(match[1]) for path in earlier(store) if (match := _EARLIER.match(path.name))]
+    folder = store / f"earlier-{max(numbers, default=0) + 1}"
+    folder.mkdir()
+    for path in paths:
+        os.rename(path, folder / path.name)
+    sync_folder(store)
+    return folder
+
+
+def sweep(store: Path) -> list[str]:
+    """Delete what dead processes left unfinished or half deleted, by our own names only; the names.
+
+    Call it with the store locked.
+    """
+    gone = []
+    for path in sorted(store.iterdir()) if store.is_dir() else ():
+        match = _OURS.match(path.name)
+        if match is None or _alive(int(match["pid"]), match["host"]):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        gone.append(path.name)
+    return gone
+
+
+def _folders(store: Path) -> list[Path]:
+    if not store.is_dir():
+        return []
+    return [path for path in store.iterdir() if not path.name.startswith(".") and path.name != RESUME and path.is_dir()]
+
+
+def _alive(pid: int, host: str) -> bool:
+    if host != socket.gethostname() or pid == os.getpid():
+        return False  # the lock is ours, so whoever that was is gone
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class _HashingStream:
+    """A file that is written front to back, with its size and sha256 so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("xb")
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.file.write(view)
+        self.digest.update(view)
+        self.size += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())

@@ -1,0 +1,103 @@
+"""One run writes into a store at a time."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import threading
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+NAME = ".lock"
+
+_HELD: dict[Path, StoreLock] = {}
+
+
+class StoreBusy(ValueError):
+    """Another run is writing into the store."""
+
+
+class StoreLock:
+    """The right to write into a store, until `release` or the end of the process, however it ends.
+
+    A record lock of the operating system on `.lock`: forked data loaders do not hold it on, a killed process leaves
+    nothing behind that anyone had to judge stale.
+
+    Args:
+        holder: two locks of one holder in one process are one run; so are two of one thread, of which the first can
+            only be left over from a run that failed.
+    """
+
+    def __init__(self, store: Path, holder: object = None) -> None:
+        self.store = store.resolve()
+        self.holder = holder
+        self.thread = threading.current_thread()
+        self._handle: int | None = None
+        other = _HELD.get(self.store)
+        if other is not None:
+            if other.thread is not self.thread and other.thread.is_alive() and other.holder is not holder:
+                raise StoreBusy(f"{store} is being written by another thread of this process")
+            self._handle, other._handle = other._handle, None
+        else:
+            self._handle = _lock(self.store / NAME)
+        _HELD[self.store] = self
+
+    def release(self) -> None:
+        """Let others write. Doing it twice does no harm."""
+        if _HELD.get(self.store) is self:
+            del _HELD[self.store]
+        if self._handle is not None:
+            (self.store / NAME).unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
+
+
+def held(store: Path) -> bool:
+    """Whether this process has the lock of a store."""
+    return store.resolve() in _HELD
+
+
+def _lock(path: Path) -> int | None:
+    if fcntl is None:
+        log.warning("this system has no file locks: nothing keeps a second run out of %s", path.parent)
+        return None
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise StoreBusy(
+                    f"{path.parent} is being written by another run ({owner or 'unknown'}); wait for it, or give "
+                    "this run another folder"
+                ) from error
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                log.warning("the file system has no locks: nothing keeps a second run out of %s", path.parent)
+                return None
+            raise
+        try:
+            current = os.stat(path).st_ino == os.fstat(handle).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:
+            _sign(handle)
+            return handle
+        os.close(handle)  # the one who had it deleted the file in between: there is a new one
+
+
+def _sign(handle: int) -> None:
+    """Say in the file who has it, for the message to others; on a full disk the lock does without."""
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError as error:
+        log.debug("the lock file could not be written: %s", error)
