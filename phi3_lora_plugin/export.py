@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.merge_check import VerificationError, check_written, compare_logits, fits, quantization_loss
-from phi3_lora_plugin.merge_plan import MergeError, merged_tensors, plan_merge
+from phi3_lora_plugin.merge_check import check_written, compare_logits, fits, quantization_loss
+from phi3_lora_plugin.merge_plan import MergeError, VerificationError, merged_tensors, plan_merge
 from phi3_lora_plugin.shards import ShardWriter, Weights, copy_tokenizer, model_folder, read_json, staged, write_json
 
 __all__ = [
@@ -219,7 +219,7 @@ def write_generation_config(stage: Path, source: Path, config: Mapping[str, Any]
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if (stage / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(stage)
-        known = stop_token_ids(tokenizer, known)
+        known = stop_token_ids(tokenizer, [token for token in known if token != tokenizer.pad_token_id])
         settings["pad_token_id"] = tokenizer.pad_token_id  # one that does not stop, unlike the published
     if known:
         settings["eos_token_id"] = known if len(known) > 1 else known[0]

@@ -113,6 +113,10 @@ def write_gguf_model(
         folder, int(config["vocab_size"]), [] if stops is None else [stops] if isinstance(stops, int) else stops
     )
     title, notes = _title(name or folder.resolve().name, vocabulary)
+    if config.get("model_type") == "phimoe":
+        notes.append(
+            "llama.cpp weighs PhiMoE's experts by a softmax over the chosen two, transformers by sparsemixer; answers differ"
+        )
     plan = _placed(gguf, arch, weights, config)
     factors, attention = _rope(config)
 

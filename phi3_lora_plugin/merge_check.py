@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.merge_plan import HEAD
+from phi3_lora_plugin.merge_plan import HEAD, VerificationError
 from phi3_lora_plugin.shards import Weights, read_json
 
 if TYPE_CHECKING:
@@ -13,10 +14,6 @@ if TYPE_CHECKING:
 
 # How far logits may be apart, as a part of the largest one: what rounding merged weights to this type can do.
 _TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2, "float16": 1e-2}
-
-
-class VerificationError(RuntimeError):
-    """The merged model is not the adapted one, which is a defect here or in a library; nothing was written."""
 
 
 def check_written(stage: Path, weights: Weights, untied: bool) -> None:
@@ -77,7 +74,10 @@ def _trained_logits(source: Path, adapter: Path, ids: Any, quantize: str) -> tup
     model = load_model(str(source), attention="eager", **where).eval()
     with torch.inference_mode():
         plain = model(input_ids=ids.to(model.device)).logits.float().cpu()
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with warnings.catch_warnings():
+            # PEFT asks for a name that transformers has deprecated.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
         return plain, adapted(input_ids=ids.to(model.device)).logits.float().cpu()
 
 

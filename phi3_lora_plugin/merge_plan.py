@@ -20,6 +20,10 @@ class MergeError(ValueError):
     """This adapter cannot be merged into this base as asked; tells every reason, and nothing was written."""
 
 
+class VerificationError(RuntimeError):
+    """The merged model is not the adapted one, which is a defect here or in a library; nothing was written."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What happens to which weight: module -> adapter tensors, names that are replaced, rows that are set."""
@@ -162,7 +166,7 @@ def _one(
             bias = weights.read(f"{module}.bias").float().clone()
         tensor, bias, difference = merge_module(settings, module, parts, tensor.float().clone(), bias)
         if difference > 1e-3 * max(1.0, float(tensor.abs().max())) * max(tensor.shape) ** 0.5:
-            raise MergeError(
+            raise VerificationError(
                 f"{name}: the merged module differs from PEFT's by {difference:.2e}; this is a defect, report it"
             )
         if bias is not None:
