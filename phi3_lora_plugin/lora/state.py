@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from phi3_lora_plugin.lora.gather import gather, is_flattened, is_partitioned, sharded_like, unwrapped, whole_shape
 from phi3_lora_plugin.lora.state_keys import index_of, is_lora, spelling, without_wrappers
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
-_WRAPPER_CHILDREN = ("module", "_orig_mod", "_fsdp_wrapped_module")
 
 
 class StateError(ValueError):
@@ -81,20 +81,25 @@ def lora_state_dict(model: nn.Module, bias: str = "none", *, adapter: str | None
         UnknownBias: any other word.
         StateError: the model has no adapter of this name.
     """
+    inner = unwrapped(model)
+    wanted = set(lora_names(inner, bias, adapter=adapter))
+    names = [name for name in _state_names(inner) if without_wrappers(name) in wanted]
+    return {without_wrappers(name): tensor for name, tensor in gather(model, inner, names).items()}
+
+
+def lora_names(model: nn.Module, bias: str = "none", *, adapter: str | None = None) -> list[str]:
+    """The keys that `lora_state_dict` gives, without touching a tensor."""
     _check_bias(bias)
     inner = unwrapped(model)
-    known = adapters_of(inner)
-    if adapter is not None and adapter not in known:
+    if adapter is not None and adapter not in (known := adapters_of(inner)):
         raise StateError(f"no adapter {adapter!r}; the model has {', '.join(sorted(known)) or 'none'}")
     biases = _bias_names(inner, bias)
-    wanted = [
+    plain = (without_wrappers(name) for name in _state_names(inner))
+    return [
         name
-        for name in _state_names(inner)
-        if (is_lora(plain := without_wrappers(name)) or plain in biases)
-        and (adapter is None or spelling(plain).adapter in (adapter, None))
+        for name in plain
+        if (is_lora(name) or name in biases) and (adapter is None or spelling(name).adapter in (adapter, None))
     ]
-    gathered = _gather(model, inner, wanted)
-    return {without_wrappers(name): tensor for name, tensor in gathered.items()}
 
 
 def load_lora_state_dict(
@@ -130,9 +135,9 @@ def load_lora_state_dict(
     if strict and unexpected:
         problems.append(_listed("unexpected, nothing in the model takes them", unexpected))
     shapes = [
-        f"{key}: {tuple(state[key].shape)}, the model has {tuple(_whole_shape(targets[name]))}"
+        f"{key}: {tuple(state[key].shape)}, the model has {tuple(whole_shape(targets[name]))}"
         for key, name in chosen.items()
-        if tuple(state[key].shape) != tuple(_whole_shape(targets[name]))
+        if tuple(state[key].shape) != tuple(whole_shape(targets[name]))
     ]
     if shapes:
         problems.append(_listed("of another shape", shapes))
@@ -148,21 +153,22 @@ def load_lora_state_dict(
     return LoadReport(missing, unexpected)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed: what was wrapped, not a copy."""
-    while True:
-        children = dict(model.named_children())
-        name = next((name for name in _WRAPPER_CHILDREN if name in children), None)
-        bare = not model._parameters and (len(children) == 1 or type(model).__name__ == "DeepSpeedEngine")
-        if name is None or not bare:
-            return model
-        model = children[name]
-
-
 def adapters_of(model: nn.Module) -> set[str]:
     """The names of the PEFT adapters in a model; empty for loralib's layers."""
-    names = (spelling(without_wrappers(name)).adapter for name in _state_names(model) if "." in name)
+    names = (spelling(without_wrappers(name)).adapter for name in _state_names(model))
     return {name for name in names if name is not None}
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The one PEFT adapter that is trained, or active if none is; None if that is not one."""
+    trained = {
+        each.adapter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (each := spelling(without_wrappers(name))).adapter is not None
+    }
+    active = trained or _active_peft_names(model) or set()
+    names = active or adapters_of(model)
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _check_bias(bias: str) -> None:
@@ -212,9 +218,8 @@ def _active_peft_names(model: nn.Module) -> set[str] | None:
 
 
 def _default_adapter(model: nn.Module) -> str | None:
-    active = _active_peft_names(model) or set()
-    names = adapters_of(model)
-    return next(iter(active)) if len(active) == 1 else next(iter(names)) if len(names) == 1 else None
+    names = _active_peft_names(model) or adapters_of(model)
+    return next(iter(names)) if len(names) == 1 else None
 
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
@@ -238,65 +243,8 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    if _is_flattened(model):
-        return _gather_flattened(model, names)
-    for module in inner.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDP2 may hold whole copies of its own
-            module.reshard()
-    owners: dict[str, list[str]] = {}
-    for name in names:
-        owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-    found: dict[str, Any] = {}
-    for path, leaves in owners.items():
-        # A layer's own state_dict, so that its checks run (slices refuse to save what lies between them).
-        own = inner.get_submodule(path).state_dict()
-        found |= {f"{path}.{leaf}" if path else leaf: own[leaf] for leaf in leaves}
-    parameters = dict(inner.named_parameters())
-    partitioned = [parameters[name] for name in names if _is_partitioned(parameters.get(name))]
-    if partitioned:
-        import deepspeed  # type: ignore[import-not-found]
-
-        with deepspeed.zero.GatheredParameters(partitioned):
-            found |= {name: parameters[name].detach().clone() for name in names if name in parameters}
-    return {name: _whole(found[name]) for name in names}
-
-
-def _whole(tensor: Any) -> Any:
-    """A DTensor (FSDP2, tensor parallel) gathered; anything else as it is."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    place = tensor.device_mesh.device_type
-    if tensor.device.type not in (place, "meta"):  # offloaded to the CPU, where NCCL cannot gather
-        tensor = tensor.to(place)
-    return tensor.full_tensor()
-
-
-def _whole_shape(tensor: Any) -> Any:
-    return getattr(tensor, "ds_shape", tensor.shape)
-
-
-def _is_partitioned(tensor: Any) -> bool:
-    return hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor")
-
-
-def _is_flattened(model: nn.Module) -> bool:
-    """Whether FSDP1 has cut the parameters into one flat vector a unit."""
-    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-
-
-def _gather_flattened(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    frozen = {without_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    plain = {without_wrappers(name): name for name in names}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen & plain.keys())
-    state = {without_wrappers(name): tensor for name, tensor in get_model_state_dict(model, options=options).items()}
-    return {plain[name]: state[name] for name in plain if name in state}
-
-
 def _refuse_flattened(model: nn.Module) -> None:
-    if _is_flattened(model):
+    if is_flattened(model):
         raise StateError("FSDP1 has flattened the parameters: load the LoRA state before the model is wrapped")
 
 
@@ -328,7 +276,7 @@ def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Te
     """Copy values into parameters; if a layer refuses its own, every parameter gets back what it had."""
     import torch
 
-    partitioned = [targets[name] for name in values if _is_partitioned(targets[name])]
+    partitioned = [targets[name] for name in values if is_partitioned(targets[name])]
     if partitioned:
         import deepspeed
 
@@ -342,22 +290,12 @@ def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Te
         for name, value in values.items():
             path, _, leaf = name.rpartition(".")
             # By the layer's own hook, so that its checks run (slices refuse what lies between them).
-            modules[path].load_state_dict({leaf: _sharded(value, targets[name])}, strict=False)
+            modules[path].load_state_dict({leaf: sharded_like(value, targets[name])}, strict=False)
     except RuntimeError as error:
         with torch.no_grad():
             for name, value in before.items():
                 targets[name].copy_(value)
         raise StateError(f"the LoRA state does not fit the model:\n{error}") from error
-
-
-def _sharded(value: Tensor, target: Any) -> Any:
-    """The value as the parameter has it: a DTensor of the same placement where that is one."""
-    if not hasattr(target, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = target.device_mesh
-    return distribute_tensor(value.to(mesh.device_type, target.dtype), mesh, target.placements)
 
 
 def _listed(what: str, names: Sequence[str]) -> str:

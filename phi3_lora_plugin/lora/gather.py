@@ -1,0 +1,98 @@
+"""Tensors of sharded models: gathered whole (FSDP2, FSDP1, ZeRO-3), and cut again to what a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.lora.state_keys import without_wrappers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_WRAPPER_CHILDREN = ("module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed: what was wrapped, not a copy."""
+    while True:
+        children = dict(model.named_children())
+        name = next((name for name in _WRAPPER_CHILDREN if name in children), None)
+        bare = not model._parameters and (len(children) == 1 or type(model).__name__ == "DeepSpeedEngine")
+        if name is None or not bare:
+            return model
+        model = children[name]
+
+
+def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """The named tensors of `inner`, whole. Collective if anything is sharded; FSDP1 gives them on rank 0 only.
+
+    Args:
+        model: with the wrappers that it has, of which `inner` is the `unwrapped`.
+    """
+    if is_flattened(model):
+        return _gather_flattened(model, names)
+    for module in inner.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDP2 may hold whole copies of its own
+            module.reshard()
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    found: dict[str, Any] = {}
+    for path, leaves in owners.items():
+        # A layer's own state_dict, so that its checks run (slices refuse to save what lies between them).
+        own = inner.get_submodule(path).state_dict()
+        found |= {f"{path}.{leaf}" if path else leaf: own[leaf] for leaf in leaves}
+    parameters = dict(inner.named_parameters())
+    partitioned = [parameters[name] for name in names if is_partitioned(parameters.get(name))]
+    if partitioned:
+        import deepspeed  # type: ignore[import-not-found]
+
+        with deepspeed.zero.GatheredParameters(partitioned):
+            found |= {name: parameters[name].detach().clone() for name in names if name in parameters}
+    return {name: _whole(found[name]) for name in names}
+
+
+def _whole(tensor: Any) -> Any:
+    """A DTensor (FSDP2, tensor parallel) gathered; anything else as it is."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    place = tensor.device_mesh.device_type
+    if tensor.device.type not in (place, "meta"):  # offloaded to the CPU, where NCCL cannot gather
+        tensor = tensor.to(place)
+    return tensor.full_tensor()
+
+
+def whole_shape(tensor: Any) -> Any:
+    """The shape of a parameter before ZeRO-3 cut it; a DTensor's own shape is that already."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether ZeRO-3 has cut a parameter."""
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor")
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FSDP1 has cut the parameters into one flat vector a unit."""
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def _gather_flattened(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    frozen = {without_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    plain = {without_wrappers(name): name for name in names}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen & plain.keys())
+    state = {without_wrappers(name): tensor for name, tensor in get_model_state_dict(model, options=options).items()}
+    return {plain[name]: state[name] for name in plain if name in state}
+
+
+def sharded_like(value: Tensor, target: Any) -> Any:
+    """The value as the parameter has it: a DTensor of the same placement where that is one."""
+    if not hasattr(target, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = target.device_mesh
+    return distribute_tensor(value.to(mesh.device_type, target.dtype), mesh, target.placements)
