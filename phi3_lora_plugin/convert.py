@@ -117,6 +117,8 @@ def convert(
     if (suffixes := _FILES.get(to)) and target.suffix not in suffixes:
         raise ConvertError(f"{target}: {to} is one file; give it a name that ends in {' or '.join(suffixes)}")
     model = _is_model(source)
+    if not model and not source.exists():
+        raise ConvertError(f"{source}: no such file or folder, and no model in the local cache")
     if model != (to in ("llama-base", "phi3-base")) and not (model and to == "gguf"):
         what = "a model" if model else "an adapter"
         fits = "llama-base, phi3-base, gguf" if model else ", ".join(TARGETS[:6])
@@ -179,7 +181,7 @@ def _convert_model(
         from phi3_lora_plugin.gguf_export import write_gguf_model
 
         with _staged_file(target, overwrite) as file:
-            rows, notes = write_gguf_model(file, source, dtype)
+            rows, notes = write_gguf_model(file, source, dtype, source.name)
     else:
         from phi3_lora_plugin.base_layouts import fuse_base, split_base
 

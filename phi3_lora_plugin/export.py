@@ -227,12 +227,22 @@ def write_generation_config(stage: Path, source: Path, config: Mapping[str, Any]
 
 
 def _quantized_in_training(adapter: Path) -> str:
-    """How the base was quantised when this adapter was trained, by the manifest beside it; `none` if unsaid."""
-    for place in (adapter, adapter.parent):
-        path = place / "manifest.json"
-        if path.is_file():
-            manifest = read_json(path)
-            for where in (manifest, manifest.get("base") or {}, (manifest.get("recipe") or {}).get("model") or {}):
-                if isinstance(where, Mapping) and where.get("quantize") in ("nf4", "int8"):
-                    return str(where["quantize"])
+    """How the base was quantised in training, by the manifest or recipe beside the adapter; `none` if unsaid."""
+    import yaml
+
+    for place in (adapter, *adapter.resolve().parents[:2]):
+        for name in ("manifest.json", "recipe.yaml"):
+            if not (place / name).is_file():
+                continue
+            try:
+                told = yaml.safe_load((place / name).read_text(encoding="utf-8"))  # which JSON is, too
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise MergeError(
+                    f"{place / name} cannot be read: {error}; say --quantized none, nf4 or int8"
+                ) from error
+            told = told if isinstance(told, Mapping) else {}
+            inside = [told.get("model"), told.get("base"), (told.get("recipe") or {})]
+            for section in (told, *inside, *(part.get("model") for part in inside[2:] if isinstance(part, Mapping))):
+                if isinstance(section, Mapping) and section.get("quantize") in ("none", "nf4", "int8"):
+                    return str(section["quantize"])
     return "none"

@@ -115,7 +115,8 @@ def write_gguf_model(
     title, notes = _title(name or folder.resolve().name, vocabulary)
     if config.get("model_type") == "phimoe":
         notes.append(
-            "llama.cpp weighs PhiMoE's experts by a softmax over the chosen two, transformers by sparsemixer; answers differ"
+            "llama.cpp weighs PhiMoE's experts by a softmax over the chosen two, transformers by sparsemixer; "
+            "their answers differ"
         )
     plan = _placed(gguf, arch, weights, config)
     factors, attention = _rope(config)

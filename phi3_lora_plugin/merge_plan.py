@@ -59,12 +59,13 @@ def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], u
         else:
             modules.setdefault(module, {})[key] = tensor
     full, tokens = full_tensors(peft, left)
+    strangers: list[str] = []
     for module, tensors in modules.items():
         name = f"{module}.weight"
         if name == HEAD and _tied(config) and name not in weights:
             name = TABLE
         if name not in weights:
-            problems.append(f"{module}: the base has no such weight")
+            strangers.append(module)
             continue
         a, b = (
             next((t for key, t in tensors.items() if f"lora_{f}" in key or f"embedding_{f}" in key), None) for f in "AB"
@@ -75,6 +76,13 @@ def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], u
             problems.append(f"{module}: A {shapes[0]} and B {shapes[1]} do not fit the base's weight {shape}")
         if f"{module}.lora_B.bias" in tensors and f"{module}.bias" not in weights:
             problems.append(f"{module}: the adapter has a bias (lora_bias), and the base has none to add it to")
+    if strangers:
+        split = any(module.rpartition(".")[2] in ("q_proj", "gate_proj", "up_proj") for module in strangers)
+        problems.append(
+            f"{len(strangers)} adapted modules are not in the base: {', '.join(strangers[:3])}"
+            f"{', ...' if len(strangers) > 3 else ''}"
+            + ("; the adapter is split, this base fused: `phi3-lora convert ... --to fused` first" if split else "")
+        )
     for module in experts:
         for name in _expert_names(module, weights, config):
             if name not in weights:

@@ -538,6 +538,7 @@ def test_the_command_reports_rules_rows_and_json(bases, tmp_path):
         ([str(adapter), str(tmp_path / "x"), "--to", "phi3-base"], "is an adapter, which becomes peft, fused"),
         ([str(fused), str(tmp_path / "x"), "--to", "split"], "is a model, which becomes llama-base"),
         ([str(adapter), str(tmp_path / "x"), "--to", "gguf"], "gguf is one file"),
+        ([str(tmp_path / "nothing"), str(tmp_path / "x"), "--to", "llama-base"], "no such file or folder"),
         ([str(adapter), str(tmp_path / "x"), "--to", "split", "--base", str(tmp_path / "no")], "is no model folder"),
     ]:
         told = run(app, arguments)

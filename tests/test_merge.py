@@ -240,7 +240,7 @@ def test_p12_the_loss_of_merging_a_qlora_adapter_is_measured_or_avoided(tmp_path
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = tiny.base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
-    (adapter / "manifest.json").write_text(json.dumps({"recipe": {"model": {"quantize": "nf4"}}}))
+    (tmp_path / "recipe.yaml").write_text("model:\n  quantize: nf4\n")  # of the run that the adapter lies in
     plain = merge(adapter, base, tmp_path / "plain")
     note = next(
         note for note in plain.notes if note.startswith("trained on a nf4 base and merged onto the unquantised")
@@ -272,7 +272,7 @@ def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base
         return train(base, tmp_path / "adapter", target_modules=FUSED)
 
     cases = {
-        "model.layers.9.mlp.down_proj: the base has no such weight": lambda t: t.update(
+        "1 adapted modules are not in the base: model.layers.9.mlp.down_proj": lambda t: t.update(
             {f"{layer}.9.mlp.down_proj.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
         ),
         r"o_proj: A \(4, 31\) and B \(32, 4\) do not fit": lambda t: t.update(
@@ -299,6 +299,15 @@ def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base
         with pytest.raises(MergeError, match="changed the base in a way that cannot be computed again"):
             merge(path.parent, base, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_split_adapter_on_a_fused_base_is_sent_to_convert(base, tmp_path):
+    from phi3_lora_plugin.base_layouts import split_base
+
+    split_base(base, tmp_path / "llama")
+    adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(MergeError, match="4 adapted modules are not in the base: .*convert ... --to fused` first"):
+        merge(adapter, base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("broken", ["module", "model"])
