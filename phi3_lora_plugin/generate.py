@@ -34,7 +34,8 @@ def adapter_folder(path: str | Path) -> Path:
             ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         )
         raise AdapterError(
-            f"{folder} holds no LoRA adapter (adapter_config.json) and no complete checkpoint; found: {inside or 'nothing'}"
+            f"{folder} holds no LoRA adapter (adapter_config.json) and no complete checkpoint; "
+            f"found: {inside or 'nothing'}"
         )
     return found
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback  # noqa: TID253
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """Ends training after the step in which SIGINT or SIGTERM came; a second signal ends it at once.
 
-    Used as a context manager around `trainer.train()`. Outside the main thread, where Python takes no signals, it does nothing.
+    A context manager around `trainer.train()`. Outside the main thread, where Python takes no signals, it does nothing.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,217 @@
+"""One measured run in a process of its own: `python -m benchmarks.variants VARIANT JOB.json` writes JOB's result file.
+
+Every variant trains the same adapter on the same rows in the same order; what differs is who runs the step.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.workloads import WORKLOADS, Workload
+
+TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+WARM_UP = 3  # steps that are not timed
+
+#: Who runs the step, and on which rows: padded batches, or packs of up to `max_length` tokens.
+VARIANTS = {
+    "ours": "padded",
+    "ours-packed": "packed",
+    "trainer-peft": "padded",
+    "trainer-peft-packed": "packed",
+    "trl": "padded",
+    "trl-packed": "packed",
+    "liger": "padded",
+}
+
+
+class Clock(TrainerCallback):
+    """Seconds at the end of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the clock once the device is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+
+class Padding:
+    """Right padding that says so, for every variant alike; `pad` is id 0."""
+
+    pad_token_id = 0
+    padding_side = "right"
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        width = max(len(example["input_ids"]) for example in examples)
+
+        def filled(name: str, filler: int) -> torch.Tensor:
+            return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in examples])
+
+        batch = {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100)}
+        lengths = torch.tensor([len(row["input_ids"]) for row in examples])
+        batch["attention_mask"] = (torch.arange(width)[None] < lengths[:, None]).long()
+        return batch
+
+
+def build(load: Workload, seed: int) -> Any:
+    """The model of a workload with a fresh adapter; equal for equal seeds."""
+    dtype = getattr(torch, load.dtype)
+    torch.manual_seed(seed)
+    config = Phi3Config(**load.model, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa")
+    with torch.device(load.device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        model = Phi3ForCausalLM(config)
+        torch.set_default_dtype(before)
+    model.config.use_cache = False
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=load.rank, lora_alpha=2 * load.rank, target_modules=TARGETS))
+
+
+def arguments(load: Workload, folder: Path, kind: type = TrainingArguments, **more: Any) -> Any:
+    """Training arguments that every variant shares."""
+    return kind(
+        output_dir=str(folder),
+        max_steps=load.steps,
+        per_device_train_batch_size=load.batch,
+        learning_rate=load.learning_rate,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=load.device == "cpu",
+        bf16=load.dtype == "bfloat16" and "bf16" not in more,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+        dataloader_pin_memory=load.device != "cpu",
+        seed=0,
+        **more,
+    )
+
+
+def trainer_for(
+    variant: str, model: Any, load: Workload, data: list[dict[str, Any]], folder: Path, clock: Clock
+) -> Any:
+    """The Trainer of a variant around the model."""
+
+    if variant.startswith("trl"):
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        packed = variant == "trl-packed"
+        args = arguments(
+            load,
+            folder,
+            SFTConfig,
+            max_length=load.max_length,
+            packing=packed,
+            dataset_kwargs={"skip_prepare_dataset": not packed},
+            **({} if packed else {"gradient_checkpointing": variant == "trl"}),
+        )
+        return SFTTrainer(
+            model, args, train_dataset=Dataset.from_list(data), processing_class=words(), callbacks=[clock]
+        )
+    from phi3_lora_plugin.chat.pack import PackedCollator, pack
+    from phi3_lora_plugin.speed.apply import speed_up
+
+    collator: Any = Padding()
+    extra: dict[str, Any] = {}
+    if variant.endswith("packed"):
+        packs = pack([len(row["input_ids"]) for row in data], load.max_length)
+        data = [{"rows": [data[index] for index in members]} for members in packs]
+        collator = PackedCollator()
+        per_batch = max(1, round(load.batch * load.mean_length / load.max_length))
+        extra = {"per_device_train_batch_size": per_batch}
+    if variant.startswith("ours"):
+        for applied in speed_up(model):
+            print(applied, file=sys.stderr)
+    args = arguments(load, folder, logging_nan_inf_filter=not variant.startswith("ours"))
+    for name, value in extra.items():
+        setattr(args, name, value)
+    if variant == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_phi3
+
+        apply_liger_kernel_to_phi3(model=model.get_base_model())
+    return Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=[clock])
+
+
+def words() -> Any:
+    """The least tokenizer that TRL takes: it is never asked to tokenise, the rows are ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
+
+
+def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Train and report: losses, tokens (padding not counted) a second, peak memory, and the adapter as one vector."""
+    from contextlib import nullcontext
+
+    from phi3_lora_plugin.speed.apply import packed_rows
+
+    load = WORKLOADS[job["workload"]]
+    if load.memory_gb and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(load.memory_gb * 2**30 / total)
+    data = json.loads(Path(job["rows"]).read_text())
+    clock = Clock()
+    begun = time.perf_counter()
+    model = build(load, job["seed"])
+    trainer = trainer_for(variant, model, load, data, Path(job["folder"]), clock)
+    counted: list[int] = []
+    stock = trainer.get_batch_samples
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        samples, items = stock(*args, **kwargs)
+        counted.append(sum(_tokens(batch) for batch in samples))
+        return samples, items
+
+    trainer.get_batch_samples = counting
+    ready = time.perf_counter()
+    packs = variant in ("ours-packed",) or (variant == "ours")
+    with packed_rows(model) if packs else nullcontext():
+        trainer.train()
+    timed = clock.times[WARM_UP:]
+    tokens = sum(counted[WARM_UP : WARM_UP + len(timed)])
+    vector = torch.cat([p.detach().float().cpu().flatten() for p in model.parameters() if p.requires_grad])
+    torch.save(vector, job["vector"])
+    saved = time.perf_counter()
+    model.save_pretrained(Path(job["folder"], "adapter"), save_embedding_layers=False)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if load.device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {
+        "variant": variant,
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "tokens_per_second": tokens / (clock.times[-1] - clock.times[WARM_UP - 1]),
+        "step_ms": 1000 * (clock.times[-1] - clock.times[WARM_UP - 1]) / len(timed),
+        "peak_bytes": peak,
+        "start_seconds": ready - begun,
+        "save_seconds": time.perf_counter() - saved,
+    }
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return int(batch["input_ids"].numel())
+
+
+if __name__ == "__main__":
+    ask = json.loads(Path(sys.argv[2]).read_text())
+    Path(ask["result"]).write_text(json.dumps(measure(sys.argv[1], ask)))

@@ -1,0 +1,170 @@
+"""The rows of one source -> canonical messages: one format a source, by its columns unless the recipe names it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any
+
+from phi3_lora_plugin.chat.columns import MESSAGE_KEYS, lookup, rename, unread
+from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, Adapter, detect
+from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
+from phi3_lora_plugin.chat.sources import Source
+from phi3_lora_plugin.chat.turns import Message, RowError, complete, named, read_turns, shown
+
+_LOOK_AT = 100  # rows from the top that decide how a source is read
+
+
+@dataclass
+class Reading:
+    """What became known of one source while it was read; whole once `conversations` has come to its end."""
+
+    name: str
+    format: str = ""
+    because: str = ""  # how the format was chosen
+    rows: int = 0  # read so far, good and bad
+    unread: Counter[str] = field(default_factory=Counter)  # columns and keys that the format makes nothing of
+
+
+def conversations(
+    source: Source, reading: Reading, wanted: str, columns: Mapping[str, str], adapters: Mapping[str, Adapter]
+) -> Iterator[tuple[Place, list[Message]] | Problem]:
+    """Yield the messages of each row, or what is wrong with it, in order; `reading` is filled on the way.
+
+    Args:
+        source: from `find_sources`.
+        reading: a fresh one.
+        wanted: name of a format, or "auto".
+        columns: canonical name to foreign name, as in `data.columns`.
+        adapters: every registered format by name.
+
+    Raises `SourceError` where the source as a whole cannot be read that way.
+    """
+    items = source.rows()
+    top: list[Row | Problem] = []
+    looked = 0
+    for item in items:
+        top.append(item)
+        looked += isinstance(item, Row)
+        if looked == _LOOK_AT:
+            break
+    rows = [item for item in top if isinstance(item, Row)]
+    if not top:
+        raise SourceError([f"{source.name}: has no rows"])
+    if rows:
+        reading.format, reading.because = _choose(source.name, rows, wanted, columns, adapters)
+    adapt = adapters.get(reading.format) or ADAPTERS.get(reading.format)
+    for item in chain(top, items):
+        reading.rows += 1
+        if isinstance(item, Problem) or adapt is None:
+            yield item if isinstance(item, Problem) else Problem(item.place, "comes after rows of no format")
+            continue
+        try:
+            row = rename(item.values, columns)
+            yield item.place, _adapted(adapt, row, reading.format)
+            reading.unread.update(unread(row, reading.format))
+        except RowError as error:
+            others = [name for name in detect(item.values) if name != reading.format]
+            hint = f"; it looks like {others[0]}, but one source has one format" if others and wanted == "auto" else ""
+            yield Problem(item.place, f"{error}{hint}")
+
+
+def _adapted(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Message]:
+    if ADAPTERS.get(name) is adapt:
+        return adapt(row)
+    # A stranger's adapter: whatever it raises is about this row; what it gives is checked like a row's own messages.
+    try:
+        made = adapt(row)
+    except RowError:
+        raise
+    except Exception as error:
+        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise RowError(f"adapter {name!r}: {said}") from error
+    if not isinstance(made, list):
+        raise RowError(f"adapter {name!r} gave {shown(made)}; expected a list of messages")
+    return complete(list(read_turns(made)))
+
+
+def _choose(
+    source: str, rows: list[Row], wanted: str, columns: Mapping[str, str], adapters: Mapping[str, Adapter]
+) -> tuple[str, str]:
+    """Return the format of a source, and the reason for it; raises `SourceError` if there is none, or two."""
+    if wanted != "auto" and wanted not in adapters and wanted not in ADAPTERS:
+        known = sorted({*adapters, *ADAPTERS})
+        near = get_close_matches(wanted, known, 1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise SourceError([f"data.format: there is no {wanted!r}, only auto, {', '.join(known)}{guess}"])
+    _check_columns(source, rows, wanted, columns)
+    if wanted == "auto":
+        return _recognise(source, rows, columns)
+    missing = [name for name in REQUIRED.get(wanted, ()) if name not in columns]
+    if not any(all(name in row.values for name in missing) for row in rows):
+        raise SourceError([f"{rows[0].place}: {_no_column(missing, rows[0], wanted)}"])
+    return wanted, "as data.format says"
+
+
+def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tuple[str, str]:
+    for row in rows:
+        try:
+            renamed = rename(row.values, columns)
+        except RowError:
+            continue
+        # Columns that the recipe speaks of decide, if they make a format by themselves.
+        fits = detect({name: renamed[name] for name in columns if name in renamed}) or detect(renamed)
+        if len(fits) > 1:
+            both = " and ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in fits)
+            raise SourceError([f"{row.place}: fits {both}; say which with data.format"])
+        if fits:
+            found = ", ".join(
+                f"{name} (from {columns[name]})" if name in columns else name for name in REQUIRED[fits[0]]
+            )
+            return fits[0], f"by its column{'s' if ',' in found else ''} {found}"
+    formats = "; ".join(f"{name} has {', '.join(required)}" for name, required in REQUIRED.items())
+    raise SourceError(
+        [
+            f"{rows[0].place}: fits no format; its columns are {named(rows[0].values)}, while {formats}. "
+            "Say what is what with data.columns, as in data.columns='{prompt: question, completion: answer}'"
+        ]
+    )
+
+
+def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[str, str]) -> None:
+    """Refuse names in `data.columns` that no format has, or that no row has."""
+    if wanted in REQUIRED:
+        names = [*REQUIRED[wanted], *OPTIONAL[wanted], *MESSAGE_KEYS]
+    else:
+        names = sorted({name for table in (REQUIRED, OPTIONAL) for some in table.values() for name in some})
+        names += MESSAGE_KEYS
+    problems = []
+    for name, foreign in columns.items():
+        if name not in names and (wanted == "auto" or wanted in REQUIRED):
+            near = get_close_matches(name, names, 1)
+            guess = f"; did you mean {near[0]!r}?" if near else f", only {', '.join(names)}"
+            problems.append(f"data.columns: format {wanted} has no column {name!r}{guess}")
+        elif name not in MESSAGE_KEYS and not any(_has(row.values, foreign) for row in rows):
+            present = list(dict.fromkeys(key for row in rows for key in row.values))
+            near = get_close_matches(foreign, present, 1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(
+                f"data.columns.{name}: no row of {source} has a column {foreign!r}, only {', '.join(present)}{guess}"
+            )
+    if problems:
+        raise SourceError(problems)
+
+
+def _has(row: Mapping[str, Any], foreign: str) -> bool:
+    try:
+        lookup(row, foreign)
+    except KeyError:
+        return False
+    return True
+
+
+def _no_column(missing: list[str], row: Row, wanted: str) -> str:
+    absent = [name for name in missing if name not in row.values]
+    others = detect(row.values)
+    advice = f"it looks like {others[0]}" if others else "say what is what with data.columns"
+    return f"format {wanted} needs {', '.join(absent)}; the columns are {named(row.values)}; {advice}"

@@ -1,0 +1,53 @@
+"""`phi3-lora`: every command is a plain function in a module of this package; heavy imports wait inside them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from phi3_lora_plugin.cli.chat import chat_command
+from phi3_lora_plugin.cli.convert import convert_command, merge_command
+from phi3_lora_plugin.cli.data import check_command
+from phi3_lora_plugin.cli.inspect import inspect_command
+from phi3_lora_plugin.cli.plugins import plugins_command
+from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
+from phi3_lora_plugin.cli.train import train_command
+from phi3_lora_plugin.cli.verify import verify_command
+
+app = typer.Typer(
+    name="phi3-lora",
+    help="Fine-tune Microsoft's Phi-3 family with LoRA: a recipe in, a checked adapter out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train_command)
+app.command("chat")(chat_command)
+app.command("verify")(verify_command)
+app.command("inspect")(inspect_command)
+app.command("recipes")(recipes_command)
+app.command("show")(show_command)
+app.command("validate")(validate_command)
+app.command("schema")(schema_command)
+app.command("plugins")(plugins_command)
+app.command("convert")(convert_command)
+app.command("merge")(merge_command)
+
+data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+data.command("check")(check_command)
+data.callback()(lambda: None)  # keeps `check` a word of its own although it is the only one
+app.add_typer(data, name="data")
+
+
+def main() -> None:
+    """Run the command line; exit with 0 fine, 1 failed, 2 wrong input, 130 interrupted."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        # Our own error classes mean wrong input and tell the whole story; anything else is a failure with its trace.
+        if not type(error).__module__.startswith("phi3_lora_plugin."):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

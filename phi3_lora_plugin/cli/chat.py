@@ -1,0 +1,60 @@
+"""`phi3-lora chat`: talk to an adapter, or ask it one thing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def chat_command(
+    adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and leave.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it is not where the adapter says.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    quantize: Annotated[str, typer.Option(help="none, nf4 or int8")] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Stream answers of an adapter, rendered and stopped as in training."""
+    from phi3_lora_plugin.generate import adapter_folder, load_adapter, stream
+
+    model, tokenizer = load_adapter(adapter, base=base, dtype=dtype, quantize=quantize, device=device)
+    encoding = _encoding_of(adapter_folder(adapter))
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+
+    def answer(text: str) -> None:
+        messages.append({"role": "user", "content": text})
+        said = []
+        for piece in stream(
+            model, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature, **encoding
+        ):
+            said.append(piece)
+            print(piece, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": "".join(said)})
+
+    if prompt is not None:
+        answer(prompt)
+        return
+    if sys.stdin.isatty():
+        print("Ctrl-D leaves.")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if text.strip():
+            answer(text)
+
+
+def _encoding_of(adapter: Path) -> dict[str, Any]:
+    """How the adapter's data was rendered, from its manifest; what people type is never allowed to open a turn."""
+    manifest = adapter / "manifest.json"
+    chat = json.loads(manifest.read_text(encoding="utf-8")).get("chat", {}) if manifest.is_file() else {}
+    return {"system": chat.get("system", "error"), "template": chat.get("template"), "control_tokens": "escape"}

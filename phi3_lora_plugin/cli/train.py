@@ -1,0 +1,178 @@
+"""`phi3-lora train`: run a recipe and say what came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phi3_lora_plugin.recipe import Recipe
+    from phi3_lora_plugin.train import Result
+
+#: What a run leaves in its folder; a folder with one of these is somebody's run.
+_TRACES = ("lora", "recipe.yaml", "data_report.json")
+
+
+class OutputDirError(ValueError):
+    """The folder that a run was to write into is taken, or cannot be written."""
+
+
+def train_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "tiny-cpu",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    allow_drift: Annotated[
+        list[str] | None, typer.Option(help="A setting that may differ from the checkpoint's; repeatable.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer before and after.")] = 3,
+    check: Annotated[bool, typer.Option(help="Reload the adapter with plain PEFT afterwards and compare.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON at the end, nothing else on stdout.")
+    ] = False,
+) -> None:
+    """Train a LoRA adapter by a recipe; without one, the embedded demonstration."""
+    from rich.console import Console
+
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.recipe import load_recipe
+
+    main_process = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=as_json, quiet=quiet or not main_process, highlight=False)
+    if "=" in recipe:  # `phi3-lora train lora.r=4`: overrides of the demonstration
+        recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
+    plugins = load_plugins()
+    run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
+    run = _with_output_dir(run, resume)
+    console.print(f"recipe {run.name} -> {run.output_dir}")
+
+    from phi3_lora_plugin.train import TrainingError, train
+
+    try:
+        result = train(
+            run,
+            resume=resume,
+            allow_drift=allow_drift or (),
+            samples=samples,
+            check=check,
+            plugins=plugins,
+            console=console,
+        )
+    except TrainingError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if not main_process:
+        return
+    if as_json:
+        print(result.to_json())
+    again = " ".join(["phi3-lora train", recipe, *(overrides or ())])
+    report(result, again, Console(stderr=as_json, highlight=False))
+    if result.status == "interrupted":
+        raise typer.Exit(130)
+
+
+def report(result: Result, again: str, console: Console) -> None:
+    """The end of a run for a person: losses, answers, sizes, where it lies, and what to do next."""
+    from rich.table import Table
+
+    if result.status == "interrupted":
+        console.print(f"\nstopped after step {result.steps}; the adapter so far: {result.adapter}")
+        console.print(f"go on with:  {again} output_dir={result.output_dir} --resume")
+        return
+    if result.samples:
+        table = Table(title="held-out prompts", title_justify="left")
+        for column in ("prompt", "before", "after", "expected"):
+            table.add_column(column, overflow="fold")
+        for sample in result.samples:
+            table.add_row(sample.prompt, sample.before, sample.after, sample.expected)
+        console.print(table)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _figures(result):
+        table.add_row(name, value)
+    console.print(table)
+    if result.adapter:
+        console.print("\ntry next:")
+        console.print(f"  phi3-lora chat {result.adapter}", soft_wrap=True)
+        console.print(f"  phi3-lora verify {result.adapter}", soft_wrap=True)
+
+
+def _figures(result: Result) -> list[tuple[str, str]]:
+    share = 100 * result.trainable_parameters / max(1, result.total_parameters)
+    rows = [
+        ("steps", f"{result.steps} ({result.epochs:.2f} epochs, {result.tokens:,} tokens) in {result.seconds:.0f} s"),
+        ("trained", f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters ({share:.2f}%)"),
+    ]
+    if result.eval_loss_before is not None and result.eval_loss_after is not None:
+        rows.append(("held-out loss", f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"))
+    if result.adapter:
+        ratio = result.base_bytes / max(1, result.adapter_bytes)
+        rows.append(
+            ("adapter", f"{_size(result.adapter_bytes)}, the full model {_size(result.base_bytes)} ({ratio:.0f} times)")
+        )
+        rows.append(("it lies in", result.adapter))
+    if result.reload_difference is not None:
+        rows.append(("reloaded", f"plain PEFT, fresh process: logits within {result.reload_difference:.1e}"))
+    return rows
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
+    """The recipe with a folder that is free, or, to resume, with the run that is meant.
+
+    A folder that nobody named gets a number when it is taken; one that somebody named is never written over.
+
+    Raises:
+        OutputDirError: the named folder holds another run or cannot be written, or there is no run to resume.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return recipe  # rank zero decides, and fails for all
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    named = not alone or recipe.provenance.get("output_dir", "default") != "default"
+    folder = Path(recipe.output_dir)
+    taken = [folder, *_numbered(folder)] if not named else [folder]
+    runs = [path for path in taken if any((path / trace).exists() for trace in _TRACES)]
+    if resume:
+        if not runs:
+            raise OutputDirError(f"{folder} holds no run to resume; run without --resume, or give output_dir=FOLDER")
+        folder = max(runs, key=lambda path: path.stat().st_mtime)
+    elif runs and named:
+        raise OutputDirError(
+            f"{folder} holds a run already; go on with it by --resume, or give another output_dir=FOLDER"
+        )
+    elif runs:
+        folder = next(path for path in _names(folder) if path not in runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputDirError(
+            f"{folder} cannot be written: {error.strerror or error}; give output_dir=FOLDER"
+        ) from error
+    return recipe.model_copy(update={"output_dir": str(folder)})
+
+
+def _names(folder: Path) -> Any:
+    yield folder
+    number = 2
+    while True:
+        yield folder.with_name(f"{folder.name}-{number}")
+        number += 1
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [path for path in folder.parent.glob(f"{folder.name}-*") if path.name[len(folder.name) + 1 :].isdigit()]

@@ -1,0 +1,126 @@
+"""A plan of where LoRA sits: which modules, what rank each, which rows of the fused ones; and how PEFT is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LAYERS = "model.layers"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `stop` (exclusive) of a fused projection that have an A and a B of their own, of this rank."""
+
+    name: str
+    start: int
+    stop: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module, or one stack of expert weights, that gets LoRA.
+
+    `rank` and `alpha` are what PEFT is told. With `blocks`, that is the sum of their ranks, and the alpha that leaves
+    the scaling what `alpha / r` (rsLoRA: `alpha / sqrt(r)`) makes it for one block.
+    """
+
+    module: str
+    projection: str
+    layer: int
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    blocks: tuple[Block, ...] = ()
+    experts: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Entries that training changes; the zeros outside the blocks of B are not among them."""
+        if self.blocks:
+            return sum(block.rank * (self.in_features + block.stop - block.start) for block in self.blocks)
+        return self.rank * (self.in_features + self.out_features) * max(self.experts, 1)
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """Everything that gets LoRA, in the order of the model, and how to say it to `peft.LoraConfig`."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    layers: int
+    targets: tuple[Target, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(target.parameters for target in self.targets)
+
+    @property
+    def blocks(self) -> dict[str, tuple[Block, ...]]:
+        """The sliced modules: module path -> its blocks. What `slices.apply_slices` takes."""
+        return {target.module: target.blocks for target in self.targets if target.blocks}
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Short names where one set of layers serves all of them, else full paths; sorted."""
+        modules = [target for target in self.targets if not target.experts]
+        if self._even(modules):
+            return sorted({target.projection for target in modules})
+        return sorted(target.module for target in modules)
+
+    @property
+    def target_parameters(self) -> list[str]:
+        """PEFT does not apply `layers_to_transform` to parameters, so fewer than all layers are named one by one."""
+        experts = [target for target in self.targets if target.experts]
+        if self._layers_of(experts) == set(range(self.layers)) and self._even(experts):
+            return sorted({target.module.removeprefix(f"{LAYERS}.{target.layer}.") for target in experts})
+        return sorted(target.module for target in experts)
+
+    @property
+    def layers_to_transform(self) -> list[int] | None:
+        modules = [target for target in self.targets if not target.experts]
+        layers = self._layers_of(modules)
+        return None if not modules or not self._even(modules) or len(layers) == self.layers else sorted(layers)
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        return self._pattern({target: target.rank for target in self.targets}, self.r)
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        return self._pattern({target: target.alpha for target in self.targets}, self.alpha)
+
+    @staticmethod
+    def _layers_of(targets: Iterable[Target]) -> set[int]:
+        return {target.layer for target in targets}
+
+    def _even(self, targets: Sequence[Target]) -> bool:
+        layers = {name: {t.layer for t in targets if t.projection == name} for name in {t.projection for t in targets}}
+        return len({frozenset(each) for each in layers.values()}) <= 1
+
+    def _pattern(self, values: Mapping[Target, Any], default: Any) -> dict[str, Any]:
+        pattern: dict[str, Any] = {}
+        for name in sorted({target.projection for target in values}):
+            each = {target.module: value for target, value in values.items() if target.projection == name}
+            if len(set(each.values())) > 1:
+                pattern |= {module: value for module, value in each.items() if value != default}
+            elif (value := next(iter(each.values()))) != default:
+                pattern[name] = value
+        return pattern
+
+
+def span(layers: Iterable[int]) -> str:
+    """Layer numbers as people write them: `layer 3`, `layers 0-31`, `layers 0-2, 5`."""
+    numbers = sorted(layers)
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"layer{'s' if len(numbers) != 1 else ''} {text}"

@@ -1,0 +1,399 @@
+"""Target names in either vocabulary, fused or split, resolved against a model's config into a plan."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phi3_lora_plugin.families import Projection, projections
+from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
+
+ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
+_ROUTER = "mlp.router"
+_OUTSIDE = ("lm_head", "model.embed_tokens")
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+
+
+class TargetError(ValueError):
+    """LoRA cannot be placed as asked: `problems` are all the reasons; the message adds the model's real names."""
+
+    def __init__(self, problems: Sequence[str], layout: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = ["LoRA cannot be placed as asked:", *(f"  - {problem}" for problem in self.problems)]
+        super().__init__("\n".join([*lines, layout] if layout else lines))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Something that a target can name: a projection as a whole (`part` None) or one slice of it."""
+
+    projection: Projection
+    part: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The path below the layer; for a slice, the one an unfused model would have."""
+        if self.part is None:
+            return self.projection.path
+        parent, _, _ = self.projection.path.rpartition(".")
+        return f"{parent}.{self.projection.slices[self.part].name}"
+
+
+def resolve_targets(
+    model_or_config: Any,
+    targets: str | Iterable[str],
+    r: int,
+    alpha: float,
+    *,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
+    target_parameters: Iterable[str] | None = None,
+) -> TargetPlan:
+    """Work out which modules of the model get LoRA, and with what rank, before anything is touched.
+
+    A target is a name (`qkv_proj`, `self_attn.qkv_proj`), a slice of a fused projection by the name that it has on
+    unfused models (`q_proj`, `up_proj`), `all-linear` (every projection of every layer, never a head or a router),
+    `experts` (PhiMoE), or else a regular expression that must match a whole module path.
+
+    Args:
+        model_or_config: a transformers model, its config, or the config as a mapping.
+        rank_pattern: PEFT's; the first pattern that ends a module's path wins. Slices go by their own names here.
+        alpha_pattern: likewise.
+        layers_to_transform: only these layers. Nothing else may leave a layer out, except `exclude_modules`.
+        exclude_modules: PEFT's: names, or one regular expression over whole module paths.
+        target_parameters: PEFT's; on PhiMoE the stacked expert weights, which `experts` in `targets` names too.
+
+    Raises:
+        TargetError: with every problem: a name that matches nothing or not in every layer, a projection named both
+            whole and by slices, heads, embeddings and routers, patterns that fit nothing, ranks that cannot be.
+        UnsupportedModel: the model is not of the Phi family.
+    """
+    config = _as_mapping(model_or_config)
+    layout = projections(config)
+    layers = int(config["num_hidden_layers"])
+    problems = _number_problems(r, alpha, rank_pattern or {}, alpha_pattern or {})
+    wanted = _wanted_layers(layers_to_transform, layers, problems)
+    asked = [targets] if isinstance(targets, str) else list(targets)
+    if target_parameters is not None:
+        asked += _parameter_names(target_parameters, layout, problems)
+    if not asked:
+        problems.append("no target is named; `all-linear` means every projection")
+
+    chosen: dict[_Place, set[int]] = {}
+    for target in dict.fromkeys(asked):
+        for place, found in _match(target, layout, layers, wanted, config, problems).items():
+            chosen.setdefault(place, set()).update(found)
+    _refuse_both_vocabularies(chosen, problems)
+    _exclude(exclude_modules, chosen, problems)
+    if not problems:
+        ranks, alphas = _Pattern("rank_pattern", rank_pattern), _Pattern("alpha_pattern", alpha_pattern)
+        resolved = [
+            _target(projection, layer, chosen, r, alpha, rslora, ranks, alphas, problems)
+            for layer in range(layers)
+            for projection in layout
+            if any(place.projection == projection and layer in found for place, found in chosen.items())
+        ]
+        problems += ranks.unused(chosen) + alphas.unused(chosen)
+    if problems:
+        raise TargetError(list(dict.fromkeys(problems)), describe(config))
+    return TargetPlan(r, alpha, rslora, layers, tuple(resolved))
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """One sentence with the real module names of each layer, and what the slices of the fused ones are called."""
+    names = ", ".join(
+        projection.path + (f" (= {', '.join(part.name for part in projection.slices)})" if projection.slices else "")
+        for projection in projections(config)
+    )
+    return f"Each of the {config['num_hidden_layers']} layers of this {config.get('model_type')} model has {names}."
+
+
+def _as_mapping(model_or_config: Any) -> Mapping[str, Any]:
+    config = getattr(model_or_config, "config", model_or_config)
+    mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    return mapping
+
+
+def _number_problems(r: Any, alpha: Any, ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> list[str]:
+    whole = {"r": r} | {f"rank_pattern[{key!r}]": value for key, value in ranks.items()}
+    positive = {"alpha": alpha} | {f"alpha_pattern[{key!r}]": value for key, value in alphas.items()}
+    problems = [
+        f"{name}: expected a whole number of at least 1, got {value!r}"
+        for name, value in whole.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
+    problems += [
+        f"{name}: expected a number above 0, got {value!r}"
+        for name, value in positive.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+    ]
+    for option, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                problems.append(f"{option}: {key!r} is not a regular expression: {error}")
+    return problems
+
+
+def _wanted_layers(asked: int | Iterable[int] | None, layers: int, problems: list[str]) -> set[int]:
+    if asked is None:
+        return set(range(layers))
+    numbers = [asked] if isinstance(asked, int) else list(asked)
+    wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < layers]
+    if wrong or not numbers:
+        problems.append(f"layers_to_transform: expected layers of 0 to {layers - 1}, got {wrong or 'none at all'}")
+    return set(numbers) - set(wrong)
+
+
+def _match(
+    target: str,
+    layout: Sequence[Projection],
+    layers: int,
+    wanted: set[int],
+    config: Mapping[str, Any],
+    problems: list[str],
+) -> dict[_Place, set[int]]:
+    """The places that one target names, with the layers in which it does; what is wrong with it goes to `problems`."""
+    if target.lower() == ALL_LINEAR:
+        return {_Place(projection): set(wanted) for projection in layout if not _stacked(projection)}
+    if target == EXPERTS and any(_stacked(projection) for projection in layout):
+        return {_Place(projection): set(wanted) for projection in layout if _stacked(projection)}
+    if _NAME.fullmatch(target):
+        # Stacked weights are far larger than such a name suggests, so only a path with `experts` means them.
+        places = [place for place in _places(layout) if not _stacked(place.projection) or EXPERTS in target.split(".")]
+        found = {place: {layer for layer in range(layers) if _ends(_full(place, layer), target)} for place in places}
+        outside = [name for name in _outside(config, layers) if _ends(name, target)]
+    else:
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            problems.append(f"{target!r} is neither a name nor a regular expression: {error}")
+            return {}
+        found = {
+            place: {layer for layer in range(layers) if pattern.fullmatch(_full(place, layer))}
+            for place in _places(layout)
+        }
+        found = _fused_or_slices(target, found, problems)
+        outside = [name for name in _outside(config, layers) if pattern.fullmatch(name)]
+    found = {place: each for place, each in found.items() if each}
+    problems += _refusals(target, outside, config)
+    if not found and not outside:
+        problems.append(_unknown(target, layout))
+    for place, each in found.items():
+        if missing := wanted - each:
+            problems.append(
+                f"{target!r} matches {place.path} in {span(each)} but not in {span(missing)}; name it without a layer, "
+                f"and choose layers by layers_to_transform={sorted(each)}"
+            )
+    return {place: each & wanted for place, each in found.items() if each & wanted}
+
+
+def _fused_or_slices(target: str, found: dict[_Place, set[int]], problems: list[str]) -> dict[_Place, set[int]]:
+    """A pattern that fits a fused projection and all its slices means the whole; one that fits some is unclear."""
+    result = dict(found)
+    for place in [place for place, each in found.items() if each and place.projection.slices and place.part is None]:
+        parts = [_Place(place.projection, part) for part in range(len(place.projection.slices))]
+        hit = [part.path for part in parts if found[part]]
+        if hit and len(hit) < len(parts):
+            problems.append(
+                f"{target!r} fits both {place.path} as a whole and, of its slices, only {', '.join(hit)}; write "
+                r"`.*\.` before the name, so that `v_proj` does not fit the end of `qkv_proj`"
+            )
+        result |= {part: set() for part in parts}
+    return result
+
+
+def _refusals(target: str, outside: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    tied = bool(config.get("tie_word_embeddings"))
+    problems = []
+    if any(name.endswith(_ROUTER) for name in outside):
+        problems.append(
+            f"{target!r} names the router of the experts: it returns a tuple that LoRA cannot wrap, and moving the "
+            "routing of a trained mixture breaks it; leave it out"
+        )
+    for name in outside:
+        short = name.rpartition(".")[2]
+        if name.endswith(_ROUTER):
+            continue
+        if tied:
+            problems.append(
+                f"{target!r}: {short} shares its weight with {'embed_tokens' if short == 'lm_head' else 'lm_head'} "
+                "(tie_word_embeddings), so LoRA on one of them is lost or doubled by merging and saving; to train "
+                "single tokens, use trainable_token_indices"
+            )
+        else:
+            problems.append(
+                f"{target!r}: LoRA on {short} is refused: memory-saving losses and TRL read its weight past the "
+                f"adapter, and servers do not load it; modules_to_save=['{short}'] trains it in full, "
+                "trainable_token_indices trains single tokens"
+            )
+    return problems
+
+
+def _unknown(target: str, layout: Sequence[Projection]) -> str:
+    names = [place.path.rpartition(".")[2] for place in _places(layout)]
+    near = difflib.get_close_matches(target.rpartition(".")[2], names, 1, 0.75)
+    hint = f"did you mean {near[0]!r}?" if near else ""
+    if any(_stacked(projection) for projection in layout):
+        if target in ("qkv_proj", "self_attn.qkv_proj"):
+            hint = "attention is not fused here: q_proj, k_proj, v_proj"
+        elif target.rpartition(".")[2] in ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"):
+            hint = "the MLP is a mixture of experts here, whose stacked weights 'experts' names"
+    elif target == EXPERTS:
+        hint = "only PhiMoE has experts"
+    elif "," in target:
+        hint = f"several targets are a list: [{target}]"
+    return f"{target!r} matches no module" + (f"; {hint}" if hint else "")
+
+
+def _parameter_names(asked: Iterable[str], layout: Sequence[Projection], problems: list[str]) -> list[str]:
+    names = [asked] if isinstance(asked, str) else list(asked)
+    stacked = [projection.path for projection in layout if _stacked(projection)]
+    for name in names:
+        if not any(_ends(f"{LAYERS}.0.{path}", re.sub(r"layers\.\d+", "layers.0", name)) for path in stacked):
+            have = ", ".join(stacked) or "none: its projections are modules, which `targets` names"
+            problems.append(f"target_parameters: {name!r} is no stack of expert weights; this model has {have}")
+    return [] if problems else names
+
+
+def _refuse_both_vocabularies(chosen: Mapping[_Place, set[int]], problems: list[str]) -> None:
+    for place in chosen:
+        parts = [other.path for other in chosen if other.part is not None and other.projection == place.projection]
+        if place.part is None and parts:
+            problems.append(
+                f"{place.path} is named both as a whole and by its slices {', '.join(parts)}; a whole has one A of "
+                "rank r for all its rows, slices have one each: choose"
+            )
+
+
+def _exclude(asked: str | Iterable[str] | None, chosen: dict[_Place, set[int]], problems: list[str]) -> None:
+    """Take PEFT's `exclude_modules` out of `chosen`: names by their ends, or one regular expression."""
+    names = [] if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    for name in names:
+        hits = {
+            place: {layer for layer in layers if _fits(_full(place, layer), name, isinstance(asked, str))}
+            for place, layers in chosen.items()
+        }
+        if not any(hits.values()):
+            problems.append(f"exclude_modules: {name!r} excludes nothing that the targets name")
+        for place, layers in hits.items():
+            chosen[place] = chosen[place] - layers
+    for place in [place for place, layers in chosen.items() if not layers]:
+        del chosen[place]
+    if names and not chosen and not problems:
+        problems.append("exclude_modules leaves nothing to train")
+
+
+class _Pattern:
+    """PEFT's rank or alpha pattern, remembering which of its keys were of use."""
+
+    def __init__(self, option: str, pattern: Mapping[str, Any] | None) -> None:
+        self.option = option
+        self.pattern = pattern or {}
+        self.used: set[str] = set()
+
+    def at(self, path: str, default: Any) -> Any:
+        for key, value in self.pattern.items():
+            if re.match(rf"(.*\.)?({key})$", path):
+                self.used.add(key)
+                return value
+        return default
+
+    def unused(self, chosen: Mapping[_Place, set[int]]) -> list[str]:
+        sliced = {
+            place.projection.name: [p.name for p in place.projection.slices]
+            for place in chosen
+            if place.part is not None
+        }
+        problems = []
+        for key in self.pattern:
+            if key in self.used:
+                continue
+            parts = sliced.get(key.rpartition(".")[2])
+            hint = f"; its slices are the targets, so name {', '.join(parts)}" if parts else ""
+            problems.append(f"{self.option}: {key!r} fits none of the targets, or an earlier key fits all of its{hint}")
+        return problems
+
+
+def _target(
+    projection: Projection,
+    layer: int,
+    chosen: Mapping[_Place, set[int]],
+    r: int,
+    alpha: float,
+    rslora: bool,
+    ranks: _Pattern,
+    alphas: _Pattern,
+    problems: list[str],
+) -> Target:
+    parts = [
+        place
+        for place in (_Place(projection, part) for part in range(len(projection.slices)))
+        if layer in chosen.get(place, ())
+    ]
+    whole = _Place(projection)
+    name, module = projection.path.rpartition(".")[2], _full(whole, layer)
+    shape = (projection.in_features, projection.out_features)
+    if not parts:
+        rank, scaled = ranks.at(module, r), alphas.at(module, alpha)
+        return Target(module, name, layer, *shape, rank, scaled, experts=getattr(projection, "experts", 0))
+    blocks, scalings = [], {}
+    for place in parts:
+        part = projection.slices[place.part or 0]
+        path = _full(place, layer)
+        rank = ranks.at(path, r)
+        blocks.append(Block(part.name, part.start, part.stop, rank))
+        scalings[part.name] = alphas.at(path, alpha) / (math.sqrt(rank) if rslora else rank)
+    if not math.isclose(min(scalings.values()), max(scalings.values()), rel_tol=1e-9):
+        shown = ", ".join(f"{name} {scaling:g}" for name, scaling in scalings.items())
+        problems.append(
+            f"{projection.path}: its slices would be scaled differently ({shown}), but one PEFT module has one "
+            "scaling; give them an alpha_pattern that keeps alpha / r equal"
+        )
+    total = sum(block.rank for block in blocks)
+    scaled = next(iter(scalings.values())) * (math.sqrt(total) if rslora else total)
+    return Target(module, name, layer, *shape, total, _tidy(scaled), tuple(blocks))
+
+
+def _tidy(number: float) -> float:
+    """A whole number as an int, so that the saved config reads `48` and not `48.0`."""
+    return int(round(number)) if math.isclose(number, round(number), rel_tol=1e-12) else number
+
+
+def _places(layout: Sequence[Projection]) -> list[_Place]:
+    return [
+        place
+        for projection in layout
+        for place in (_Place(projection), *(_Place(projection, part) for part in range(len(projection.slices))))
+    ]
+
+
+def _stacked(projection: Projection) -> bool:
+    """Whether this is a stack of expert weights: a parameter, not a module."""
+    return bool(getattr(projection, "experts", 0))
+
+
+def _full(place: _Place, layer: int) -> str:
+    return f"{LAYERS}.{layer}.{place.path}"
+
+
+def _outside(config: Mapping[str, Any], layers: int) -> list[str]:
+    routers = [f"{LAYERS}.{layer}.{_ROUTER}" for layer in range(layers)] if config.get("num_local_experts") else []
+    return [*_OUTSIDE, *routers]
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _fits(path: str, name: str, as_pattern: bool) -> bool:
+    return bool(re.fullmatch(name, path)) if as_pattern else _ends(path, name)

@@ -1,0 +1,323 @@
+"""The whole run, read top to bottom: recipe -> model and data -> LoRA -> Trainer -> checked adapter."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.discovery import Plugins, load_plugins
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import Trainer
+
+    from phi3_lora_plugin.recipe import Recipe
+
+
+class TrainingError(RuntimeError):
+    """A run that could not go on, or went wrong in a way that its result must not be used."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt: what the data says, and what the model said before and after training."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind. Losses are means per held-out batch in nats a token; sizes are in bytes."""
+
+    status: str  # "done" or "interrupted"
+    output_dir: str
+    adapter: str | None
+    base: str
+    steps: int
+    epochs: float
+    tokens: int
+    seconds: float
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    base_bytes: int
+    reload_difference: float | None
+    samples: tuple[Sample, ...] = ()
+
+    def to_json(self) -> str:
+        """One line of JSON with every field."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_drift: Sequence[str] = (),
+    samples: int = 0,
+    check: bool = True,
+    plugins: Plugins | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Run a recipe and return what came of it; what `phi3-lora train` does.
+
+    Args:
+        recipe: from `load_recipe`.
+        resume: go on from the newest complete checkpoint of `recipe.output_dir`.
+        allow_drift: names of settings that may differ from the checkpoint's when resuming.
+        samples: answer this many held-out prompts before and after.
+        check: afterwards, reload the adapter in a fresh process with plain PEFT and compare logits.
+        plugins: what was discovered; discovered here if not given.
+        console: where to write; nowhere in particular if not given.
+
+    Raises:
+        RecipeError, DataError, ModelError, TargetError: wrong input, before anything is trained.
+        DriftError: the checkpoint to resume from was made with other settings.
+        TrainingError: the run stopped for its health (non-finite or stuck loss).
+        ReloadError: the saved adapter is not the trained one.
+    """
+    from rich.console import Console
+    from transformers import PrinterCallback, Trainer, set_seed
+
+    from phi3_lora_plugin.chat.dataset import load_data
+    from phi3_lora_plugin.checkpoint import latest_complete
+    from phi3_lora_plugin.families import default_max_length
+    from phi3_lora_plugin.interrupt import StopOnSignal
+    from phi3_lora_plugin.lora.coverage import coverage, render_coverage
+    from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
+    from phi3_lora_plugin.progress import ProgressReport
+    from phi3_lora_plugin.speed.apply import speed_up
+    from phi3_lora_plugin.training_args import lora_options, training_arguments
+
+    started = time.monotonic()
+    say = console or Console(quiet=True)
+    plugins = plugins or load_plugins()
+    output_dir = Path(recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for note in recipe.notes:
+        say.print(f"note: {note}")
+
+    set_seed(recipe.seed)
+    model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
+    longest = recipe.data.max_length or default_max_length(model.config.to_dict())
+    data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest)
+    (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
+    (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    data.report.render(say)
+
+    options = lora_options(recipe)
+    if recipe.lora.init == "eva":
+        options["data"] = _batches(data.train, tokenizer, model.device)
+    set_seed(recipe.seed)  # A depends on the seed alone, not on how the model was loaded
+    model = add_lora(model, **options)
+    say.print(render_coverage(coverage(model)))
+    arguments = training_arguments(recipe, has_eval=data.eval is not None)
+    if _checkpoints_activations(arguments):
+        prepare_for_checkpointing(model)
+    for applied in speed_up(model, recipe.speed):
+        say.print(f"speed: {applied}")
+
+    stop, progress = StopOnSignal(), ProgressReport(say)
+    callbacks = plugins.callbacks(recipe)
+    rows, collator = _feed(data.train, recipe, tokenizer, longest)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=data.eval,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[*callbacks, progress, stop],
+        optimizers=(_optimizer(model, arguments, recipe), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if hasattr(callback, "bind"):
+            callback.bind(trainer)
+
+    before = _eval_loss(trainer)
+    questions = _questions(data.eval, tokenizer, samples)
+    answers_before = [_answer(model, tokenizer, question.ids) for question in questions]
+    with stop:
+        _run(trainer, recipe, resume, allow_drift, say)
+    for callback in callbacks:
+        if getattr(callback, "reason", None):
+            raise TrainingError(callback.reason)
+    interrupted = stop.received is not None
+    after = None if interrupted else _eval_loss(trainer)
+    answers_after = ["" if interrupted else _answer(model, tokenizer, question.ids) for question in questions]
+
+    adapter = latest_complete(output_dir)
+    difference = None
+    if check and adapter is not None and not interrupted and trainer.is_world_process_zero():
+        difference = _check(model, adapter, recipe, data.train[0]["input_ids"], say)
+    trainable, total = model.get_nb_trainable_parameters()
+    base = model.get_base_model()
+    return Result(
+        status="interrupted" if interrupted else "done",
+        output_dir=str(output_dir),
+        adapter=None if adapter is None else str(adapter),
+        base=recipe.model.path,
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        tokens=trainer.state.num_input_tokens_seen,
+        seconds=round(time.monotonic() - started, 2),
+        train_loss=progress.loss,
+        eval_loss_before=before,
+        eval_loss_after=after,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        adapter_bytes=0 if adapter is None else sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
+        base_bytes=sum(p.numel() * p.element_size() for n, p in base.named_parameters() if "lora_" not in n),
+        reload_difference=difference,
+        samples=tuple(
+            Sample(question.prompt, question.expected, was, now)
+            for question, was, now in zip(questions, answers_before, answers_after, strict=True)
+        ),
+    )
+
+
+def attach(trainer: Trainer, recipe: Recipe | None = None, **checkpoint: Any) -> list[str]:
+    """Add what Phi-3 needs to a Trainer that exists, and return a sentence for each thing done.
+
+    LoRA-only checkpoints (`checkpoint` is what `LoraCheckpoint` takes, unless `recipe` says it), stop tokens in the
+    generation config, pad outside the stop set. Calling it twice does nothing the second time.
+    """
+    from phi3_lora_plugin.callbacks import LoraCheckpoint
+    from phi3_lora_plugin.model import set_stop_tokens
+
+    done = []
+    existing = [c for c in trainer.callback_handler.callbacks if isinstance(c, LoraCheckpoint)]
+    if not existing:
+        callback = LoraCheckpoint.from_recipe(recipe) if recipe else LoraCheckpoint(**checkpoint)
+        trainer.add_callback(callback)
+        existing = [callback]
+        done.append("LoRA-only checkpoints are written beside the Trainer's own")
+    for callback in existing:
+        callback.bind(trainer)
+    if trainer.processing_class is not None and getattr(trainer.model, "generation_config", None) is not None:
+        done += set_stop_tokens(trainer.model, trainer.processing_class)
+    return done
+
+
+@dataclass(frozen=True)
+class _Question:
+    ids: list[int]
+    prompt: str
+    expected: str
+
+
+def _questions(rows: Any, tokenizer: Any, count: int) -> list[_Question]:
+    """The first turns of the first `count` held-out rows: everything before the first trained token, and that turn."""
+    found = []
+    for row in rows.select(range(min(count, len(rows)))) if rows is not None else ():
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        start = next(index for index, label in enumerate(labels) if label != -100)
+        stop = next((index for index in range(start, len(labels)) if labels[index] == -100), len(labels))
+        prompt = tokenizer.decode(ids[:start], skip_special_tokens=True).strip()
+        found.append(
+            _Question(ids[:start], prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip())
+        )
+    return found
+
+
+def _answer(model: Any, tokenizer: Any, ids: list[int]) -> str:
+    import torch
+
+    from phi3_lora_plugin.generate import generate_ids
+
+    was_training = model.training
+    model.eval()
+    made = generate_ids(model, tokenizer, torch.tensor([ids], device=model.device), max_new_tokens=48)
+    model.train(was_training)
+    return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip())
+
+
+def _eval_loss(trainer: Trainer) -> float | None:
+    return None if trainer.eval_dataset is None else float(trainer.evaluate()["eval_loss"])
+
+
+def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, Any]:
+    """(rows, collator): rows padded on the right batch by batch, or packs of rows that attend to themselves only."""
+    from transformers import DataCollatorForSeq2Seq
+
+    from phi3_lora_plugin.chat.pack import PackedCollator, pack
+
+    if not recipe.data.packing:
+        return rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
+    packs = pack([len(ids) for ids in rows["input_ids"]], longest)
+    return _Packs(rows, packs), PackedCollator()
+
+
+@dataclass(frozen=True)
+class _Packs:
+    """A data set of packs over a data set of rows."""
+
+    rows: Any
+    packs: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"rows": [self.rows[row] for row in self.packs[index]]}
+
+
+def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], say: Console) -> None:
+    from contextlib import nullcontext
+
+    from phi3_lora_plugin.speed.apply import packed_rows
+
+    with packed_rows(trainer.model) if recipe.data.packing else nullcontext():
+        trainer.train()
+
+
+def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:
+    """LoRA+'s optimizer if the recipe asks for it; None lets the Trainer make the one that its arguments name."""
+    if recipe.lora.loraplus_lr_ratio is None:
+        return None
+    from phi3_lora_plugin.lora.methods import loraplus_optimizer
+
+    return loraplus_optimizer(model, arguments, recipe.lora.loraplus_lr_ratio)
+
+
+def _checkpoints_activations(arguments: Any) -> bool:
+    return bool(
+        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
+    )
+
+
+def _batches(rows: Any, tokenizer: Any, device: Any, size: int = 8, count: int = 32) -> list[dict[str, Any]]:
+    """The first rows as padded batches of model inputs, for initialisations that look at data."""
+    from transformers import DataCollatorForSeq2Seq
+
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    chosen = [rows[index] for index in range(min(len(rows), size * count))]
+    made = [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+    return [{key: value.to(device) for key, value in batch.items()} for batch in made]
+
+
+def _check(model: Any, adapter: Path, recipe: Recipe, ids: Sequence[int], say: Console) -> float | None:
+    """Reload the adapter elsewhere; None, with the reason said, where a second copy of the base would not be fair."""
+    from phi3_lora_plugin.embedded import locate
+    from phi3_lora_plugin.reload_check import reload_check
+
+    if recipe.model.quantize != "none":
+        say.print("the reload was not checked: the base is quantised; phi3-lora verify checks the files")
+        return None
+    parameters = model.num_parameters()
+    if parameters > 1_000_000_000:
+        say.print(f"the reload was not checked: a second copy of {parameters / 1e9:.1f}B parameters may not fit")
+        return None
+    check = reload_check(model, adapter, locate(recipe.model.path), recipe.model.revision, ids[:256])
+    return check.largest_difference

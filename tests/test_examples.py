@@ -1,0 +1,118 @@
+"""The stranger's plugin and the stranger's host in examples/, installed and run as a reader would."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COMMAND = "from phi3_lora_plugin.cli import main; main()"  # what the `phi3-lora` script does
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that my_plugin is installed into, by pip where this environment can build a wheel offline."""
+    folder = tmp_path_factory.mktemp("site")
+    # A copy, because building leaves folders beside the sources.
+    source = tmp_path_factory.mktemp("source") / "my_plugin"
+    shutil.copytree(EXAMPLES / "my_plugin", source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    if all(importlib.util.find_spec(needed) for needed in ("pip", "setuptools", "wheel")):
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+        done = subprocess.run([*pip, "--target", str(folder), str(source)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return folder
+    project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    shutil.copytree(source / "my_plugin", folder / "my_plugin")
+    info = folder / f"my_plugin-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    entries = project["entry-points"]["phi3_lora_plugin"]
+    lines = "\n".join(f"{name} = {target}" for name, target in entries.items())
+    (info / "entry_points.txt").write_text(f"[phi3_lora_plugin]\n{lines}\n")
+    return folder
+
+
+def run(*arguments: str, cwd: Path, site: Path | None = None) -> str:
+    """Run Python in `cwd` with my_plugin on the path, if asked for; return what it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(site or "")}
+    environment.pop("PHI3_LORA_BLOCK_PLUGINS", None)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def losses(path: Path) -> list[float]:
+    with path.open(newline="") as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"]
+
+
+def test_the_plugin_is_listed_with_what_it_registers(site: Path, tmp_path: Path) -> None:
+    report = json.loads(run("-c", COMMAND, "plugins", "--json", "--strict", cwd=tmp_path, site=site))
+    row = next(row for row in report["plugins"] if row["name"] == "my_plugin")
+    assert (row["distribution"], row["version"], row["callbacks"]) == ("my-plugin", "0.1.0", True)
+    assert row["registers"] == {"models": [], "dataset_adapters": ["tickets"], "recipes": ["support-tickets"]}
+    assert report["failures"] == []
+
+
+def test_finding_the_plugin_imports_nothing_heavy(site: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from phi3_lora_plugin import load_plugins; p = load_plugins(strict=True)\n"
+        "assert p.pick('recipes', 'support-tickets').is_file()\n"
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    )
+    assert run("-c", program, cwd=tmp_path, site=site).strip() == "[]"
+
+
+def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_path: Path) -> None:
+    readme = (EXAMPLES / "my_plugin" / "README.md").read_text(encoding="utf-8")
+    [(command, program)] = re.findall(
+        r"^\$ phi3-lora (train .+) data\.path=\"\$\(python -c '(.+)'\)\"$", readme, re.MULTILINE
+    )
+    data = run("-c", program, cwd=tmp_path, site=site).strip()
+    arguments = [*command.split(), f"data.path={data}", "--json", "--samples", "0", "--no-check"]
+    output = run("-c", COMMAND, *arguments, cwd=tmp_path, site=site)
+    result = json.loads(output.splitlines()[-1])
+    folder = tmp_path / "runs" / "support-tickets"
+    assert result["status"] == "done" and Path(result["output_dir"]) == Path("runs/support-tickets")
+    # The adapter read the plugin's own file, the callback wrote, and what was learned shows.
+    assert "tickets" in (folder / "data_report.json").read_text(encoding="utf-8")
+    logged = losses(folder / "loss_log.csv")
+    assert len(logged) >= 3 and logged[-1] < logged[0]
+    assert result["eval_loss_after"] < result["eval_loss_before"]
+    assert (tmp_path / result["adapter"] / "adapter_model.safetensors").is_file()
+
+
+def test_the_host_trains_with_what_it_finds(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    output = run(
+        str(EXAMPLES / "host.py"), "tiny-cpu", "training.num_train_epochs=8", "training.logging_steps=1", cwd=tmp_path
+    )
+    first, last, adapter = re.search(r"loss from ([\d.]+) to ([\d.]+); the adapter lies in (.+)", output).groups()
+    assert float(last) < float(first)
+    with safe_open(tmp_path / adapter / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert names and all("lora_" in name for name in names)
+
+
+def test_the_host_finds_the_plugin_too(site: Path, tmp_path: Path) -> None:
+    overrides = ["training.max_steps=2", "training.logging_steps=1"]
+    run(str(EXAMPLES / "host.py"), "support-tickets", *overrides, cwd=tmp_path, site=site)
+    assert len(losses(tmp_path / "runs" / "support-tickets" / "loss_log.csv")) == 2
+
+
+def test_the_host_is_a_script_of_about_forty_lines() -> None:
+    lines = (EXAMPLES / "host.py").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if line.strip()]) <= 45
