@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.embedded import locate
@@ -117,6 +118,21 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """File name -> content of what `save_tokenizer` writes; of other processors, what they write themselves.
+
+    Nothing for None and for what cannot be saved.
+    """
+    if not hasattr(tokenizer, "save_pretrained"):
+        return {}
+    with TemporaryDirectory() as folder:
+        if hasattr(tokenizer, "backend_tokenizer"):
+            save_tokenizer(tokenizer, folder)
+        else:
+            tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 over everything that decides ids (vocabulary, merges, added tokens, normaliser) and over the pad id."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -181,14 +197,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return None if text is None else str(text)
 
 
 def _template(given: Any) -> str | None:
     """The chat template of a tokenizer_config.json, which older files may hold as a list of named ones."""
     if isinstance(given, list):
-        return next((one.get("template") for one in given if one.get("name") == "default"), None)
-    return given
+        given = next((one.get("template") for one in given if one.get("name") == "default"), None)
+    return None if given is None else str(given)
 
 
 def _first_line(error: Exception) -> str:

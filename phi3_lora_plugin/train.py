@@ -89,9 +89,11 @@ def train(
     from rich.console import Console
     from transformers import PrinterCallback, Trainer, set_seed
 
+    from phi3_lora_plugin.callbacks import CheckpointError
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.checkpoint import latest_complete
     from phi3_lora_plugin.families import default_max_length
+    from phi3_lora_plugin.health import HealthError
     from phi3_lora_plugin.interrupt import StopOnSignal
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
@@ -137,7 +139,7 @@ def train(
         eval_dataset=data.eval,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[*callbacks, progress, stop],
+        callbacks=[progress, stop, *callbacks],  # in this order: what a callback of ours raises comes last
         optimizers=(_optimizer(model, arguments, recipe), None),
     )
     trainer.remove_callback(PrinterCallback)
@@ -148,11 +150,11 @@ def train(
     before = _eval_loss(trainer)
     questions = _questions(data.eval, tokenizer, samples)
     answers_before = [_answer(model, tokenizer, question.ids) for question in questions]
-    with stop:
-        _run(trainer, recipe, resume, allow_drift, say)
-    for callback in callbacks:
-        if getattr(callback, "reason", None):
-            raise TrainingError(callback.reason)
+    try:
+        with stop:
+            _run(trainer, recipe, resume, allow_drift, say)
+    except (HealthError, CheckpointError) as error:
+        raise TrainingError(str(error)) from error
     interrupted = stop.received is not None
     after = None if interrupted else _eval_loss(trainer)
     answers_after = ["" if interrupted else _answer(model, tokenizer, question.ids) for question in questions]
@@ -276,10 +278,12 @@ class _Packs:
 def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], say: Console) -> None:
     from contextlib import nullcontext
 
+    from phi3_lora_plugin.resume import resumable
     from phi3_lora_plugin.speed.apply import packed_rows
 
-    with packed_rows(trainer.model) if recipe.data.packing else nullcontext():
-        trainer.train()
+    going_on = resumable(trainer, recipe.output_dir, allow_drift, say.print) if resume else nullcontext()
+    with packed_rows(trainer.model) if recipe.data.packing else nullcontext(), going_on as checkpoint:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:

@@ -155,7 +155,7 @@ def _usable() -> list[str]:
 
 def _text(chat_template: Any) -> str:
     """One template of a tokenizer that may have several by name."""
-    return chat_template["default"] if isinstance(chat_template, dict) else chat_template
+    return str(chat_template["default"] if isinstance(chat_template, dict) else chat_template)
 
 
 @cache

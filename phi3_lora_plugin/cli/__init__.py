@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -43,6 +44,8 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run the command line; exit with 0 fine, 1 failed, 2 wrong input, 130 interrupted."""
+    # Says at every import that an optional kernel is not there; what is needed is asked for where it is needed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except (ValueError, OSError) as error:

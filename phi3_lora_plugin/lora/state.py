@@ -278,7 +278,7 @@ def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Te
 
     partitioned = [targets[name] for name in values if is_partitioned(targets[name])]
     if partitioned:
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found]
 
         with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0), torch.no_grad():
             for name, value in values.items():

@@ -34,7 +34,7 @@ class Applied:
         return f"{self.part}: {'on' if self.on else 'off'} ({self.why})"
 
 
-def speed_up(model: Any, parts: str | Mapping[str, bool] = "auto") -> tuple[Applied, ...]:
+def speed_up(model: Any, parts: str | Mapping[Any, bool] = "auto") -> tuple[Applied, ...]:
     """Apply the parts that are wanted and safe to a PEFT model; call it before a Trainer is built around the model.
 
     Args:

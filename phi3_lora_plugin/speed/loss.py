@@ -75,13 +75,13 @@ def supervised_cross_entropy(
         rows = rows.to(weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         total = _SupervisedCrossEntropy.apply(rows, weight, bias, labels)
-    items = num_items if num_items is not None else max(1, len(labels))
+    items: Any = num_items if num_items is not None else max(1, len(labels))
     return total / (items.to(total.device) if torch.is_tensor(items) else items)
 
 
 def head_obstacle(model: Any) -> str | None:
     """Why the loss of this causal model (PEFT taken off) cannot come from hidden states; None if it can."""
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not a plain linear layer: an adapter or quantisation sits on it"
     if any(parameter.requires_grad for parameter in head.parameters()):

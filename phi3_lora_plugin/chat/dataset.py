@@ -1,0 +1,270 @@
+"""The recipe's `data` section -> encoded rows to train and to evaluate on, and a report of every row's fate."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.chat.adapt import Reading, conversations
+from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+from phi3_lora_plugin.chat.formats import Adapter
+from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
+from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describe
+from phi3_lora_plugin.chat.sources import find_sources
+from phi3_lora_plugin.chat.templates import TemplateError, template_for
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from phi3_lora_plugin.recipe import Recipe
+    from phi3_lora_plugin.recipe_sections import DataSection
+
+_BATCH = 1000  # conversations rendered and tokenised in one go
+_LISTED = 50  # problems that an error spells out; `problems` has them all
+_PLACES = 8  # rows that an error names for one and the same problem
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on as it is; `problems` has a line for everything that is wrong with it."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        more = len(self.problems) - _LISTED
+        lines = self.problems[:_LISTED] + ([f"... and {more:,} more"] if more > 0 else [])
+        super().__init__("\n  ".join(["the data cannot be used as it is:", *lines]) if len(lines) > 1 else lines[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows of `input_ids` and `labels` (-100 where untrained), unpadded, and what became of all that was read."""
+
+    train: Dataset
+    eval: Dataset | None
+    report: DataReport
+
+
+@dataclass
+class _Rows:
+    """Encoded rows as flat arrays, and what the report says of them."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    labels: array[int] = field(default_factory=lambda: array("i"))
+    about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
+    digests: list[bytes] = field(default_factory=list)
+
+    def add(self, place: str, row: Mapping[str, Any], roles: tuple[str, ...]) -> None:
+        ids, labels = array("i", row["input_ids"]), array("i", row["labels"])
+        self.ids += ids
+        self.labels += labels
+        self.about.append((place, len(ids), len(labels) - labels.count(-100), roles))
+        self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
+
+
+@dataclass
+class _Fate:
+    """What happened to rows that are not used as they stand, and how the sources were read."""
+
+    problems: list[Problem] = field(default_factory=list)
+    dropped: list[Left] = field(default_factory=list)
+    truncated: list[Left] = field(default_factory=list)
+    sources: list[SourceReport] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    read: int = 0
+
+
+def load_data(recipe: Recipe, tokenizer: Any, adapters: Mapping[str, Adapter], max_length: int | None = None) -> Data:
+    """Read, check, encode and split the rows of a recipe.
+
+    Args:
+        tokenizer: of the base model, from `load_tokenizer`.
+        adapters: registered formats by name; the package's own are always there.
+        max_length: longest row in tokens if `data.max_length` says nothing; None: no limit.
+
+    Raises:
+        DataError: nothing to read, malformed rows (unless `data.on_error: skip`), or no row with a trained token left.
+    """
+    data = recipe.data
+    if data.path is None:
+        raise DataError(["data.path: the recipe names no data; add data.path=FILE (or a folder, a glob, a hub id)"])
+    limit = data.max_length or max_length
+    try:
+        template = template_for(tokenizer, data.template)
+    except TemplateError as error:
+        raise DataError([f"data.template: {error}"]) from error
+    fate = _Fate()
+    wanted: list[tuple[str, Any, str | None, int | None]] = [("data.path", data.path, data.split, data.max_rows)]
+    if data.eval_path is not None:
+        wanted.append(("data.eval_path", data.eval_path, data.eval_split, None))
+    elif data.eval_split is not None:
+        wanted.append(("data.eval_split", data.path, data.eval_split, None))
+    parts: list[_Rows] = []
+    unreadable: list[str] = []
+    for key, path, split, most in wanted:
+        try:
+            parts.append(_encoded(_read(key, path, split, most, data, adapters, fate), tokenizer, data, limit, fate))
+        except SourceError as error:
+            unreadable += error.problems
+    if unreadable or (fate.problems and data.on_error == "stop"):
+        advice = ["repair them, or leave them out with data.on_error: skip"] if fate.problems else []
+        raise DataError([*unreadable, *_grouped(fate.problems), *advice])
+    for (key, *_), part in zip(wanted, parts, strict=True):
+        if not part.about:
+            raise DataError([f"{key}: no row is left to use", *_why_none(fate, limit)])
+    train = parts[0]
+    held_out = parts[1] if len(parts) > 1 else None
+    if data.eval_fraction:
+        train, held_out = _split(train, data.eval_fraction, recipe.seed)
+    known = set(train.digests)
+    leaked = (
+        [
+            Left(about[0], "the same conversation is trained on")
+            for about, digest in zip(held_out.about, held_out.digests, strict=True)
+            if digest in known
+        ]
+        if held_out
+        else []
+    )
+    report = DataReport(
+        sources=tuple(fate.sources),
+        files_left_out=tuple(fate.left_out),
+        template=template.name,
+        max_length=limit,
+        rows_read=fate.read,
+        train=describe(train.about),
+        eval=None if held_out is None else describe(held_out.about),
+        skipped=tuple(Left(str(problem.place), problem.text) for problem in fate.problems),
+        dropped=tuple(fate.dropped),
+        truncated=tuple(fate.truncated),
+        duplicates=tuple(_duplicates(train)),
+        leaked=tuple(leaked),
+        unread=dict(fate.unread),
+    )
+    return Data(_dataset(train), None if held_out is None else _dataset(held_out), report)
+
+
+def _read(
+    key: str,
+    path: Any,
+    split: str | None,
+    most: int | None,
+    data: DataSection,
+    adapters: Mapping[str, Adapter],
+    fate: _Fate,
+) -> Iterator[tuple[Place, list[Any]]]:
+    """Conversations of one part, from the top; what is wrong with rows goes into `fate`."""
+    found = find_sources(path, split, key)
+    fate.left_out += found.left_out
+    left = most
+    broken: list[str] = []
+    for source in found.sources:
+        reading = Reading(source.name)
+        try:
+            for item in islice(conversations(source, reading, data.format, data.columns, adapters), left):
+                if isinstance(item, Problem):
+                    fate.problems.append(item)
+                else:
+                    yield item
+        except SourceError as error:
+            broken += error.problems
+        fate.sources.append(SourceReport(reading.name, reading.format, reading.because, reading.rows))
+        fate.unread.update(reading.unread)
+        fate.read += reading.rows
+        left = None if left is None else left - reading.rows
+        if left is not None and left <= 0:
+            break
+    if broken:
+        raise SourceError(broken)
+
+
+def _encoded(
+    read: Iterator[tuple[Place, list[Any]]], tokenizer: Any, data: DataSection, limit: int | None, fate: _Fate
+) -> _Rows:
+    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens)
+    rows = _Rows()
+    while batch := list(islice(read, _BATCH)):
+        encoded = encode_batch([messages for _, messages in batch], tokenizer, limit, policy, data.template)
+        for (place, messages), row in zip(batch, encoded, strict=True):
+            if isinstance(row, EncodeError):
+                if row.reason in ("untrained", "truncated"):
+                    fate.dropped.append(Left(str(place), str(row)))
+                else:
+                    fate.problems.append(Problem(place, str(row)))
+                continue
+            if row["truncated"]:
+                fate.truncated.append(Left(str(place), f"longer than {limit} tokens; its end was cut off"))
+            rows.add(str(place), row, tuple(message["role"] for message in messages))
+    return rows
+
+
+def _grouped(problems: Sequence[Problem]) -> list[str]:
+    """A line for each kind of problem with the rows that have it, in the order of the first of them."""
+    kinds: dict[str, list[Place]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.text, []).append(problem.place)
+    lines = []
+    for text, places in kinds.items():
+        named = ", ".join(map(str, places[:_PLACES]))
+        more = f" and {len(places) - _PLACES:,} more" if len(places) > _PLACES else ""
+        lines.append(f"{named}{more}: {text}")
+    return lines
+
+
+def _why_none(fate: _Fate, limit: int | None) -> list[str]:
+    counts = []
+    if fate.problems:
+        counts.append(f"{len(fate.problems):,} malformed: {fate.problems[0]}")
+    if fate.dropped:
+        counts.append(f"{len(fate.dropped):,} without a trained token: {fate.dropped[0].place}: {fate.dropped[0].why}")
+    if fate.dropped and limit is not None:
+        counts.append(f"rows are cut to {limit:,} tokens; give a larger data.max_length if that is why")
+    return counts or ["there are no rows"]
+
+
+def _split(rows: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
+    """Hold out a share of the distinct conversations, so that no copy of a held-out one is trained on."""
+    distinct = list(dict.fromkeys(rows.digests))
+    if len(distinct) < 2:
+        raise DataError([f"data.eval_fraction: there is nothing to hold out of {len(distinct)} distinct conversation"])
+    count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
+    chosen = set(random.Random(seed).sample(distinct, count))
+    train, held_out = _Rows(), _Rows()
+    start = 0
+    for about, digest in zip(rows.about, rows.digests, strict=True):
+        part = held_out if digest in chosen else train
+        stop = start + about[1]
+        part.ids += rows.ids[start:stop]
+        part.labels += rows.labels[start:stop]
+        part.about.append(about)
+        part.digests.append(digest)
+        start = stop
+    return train, held_out
+
+
+def _duplicates(rows: _Rows) -> Iterator[Left]:
+    first: dict[bytes, str] = {}
+    for about, digest in zip(rows.about, rows.digests, strict=True):
+        if digest in first:
+            yield Left(about[0], f"the same conversation as {first[digest]}")
+        else:
+            first[digest] = about[0]
+
+
+def _dataset(rows: _Rows) -> Dataset:
+    """The rows as an Arrow table, made from whole columns: one row at a time would take longer than encoding them."""
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+
+    offsets = np.cumsum([0, *(length for _, length, _, _ in rows.about)], dtype=np.int64)
+    columns = [pa.LargeListArray.from_arrays(offsets, pa.array(np.array(c, np.int32))) for c in (rows.ids, rows.labels)]
+    return Dataset(pa.table(columns, names=["input_ids", "labels"]))

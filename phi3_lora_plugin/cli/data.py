@@ -1,0 +1,47 @@
+"""`phi3-lora data check`: what would be trained on, row by row, before any model is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def check_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "tiny-cpu",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As data.path=x.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Encoded rows to show, trained tokens marked.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as one line of JSON.")] = False,
+) -> None:
+    """Read and encode the data of a recipe and report on it; needs the tokenizer, not the model."""
+    from rich.console import Console
+
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.recipe import load_recipe
+
+    if "=" in recipe:  # overrides of the demonstration
+        recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
+    plugins = load_plugins()
+    run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
+
+    from phi3_lora_plugin.chat.dataset import load_data
+    from phi3_lora_plugin.chat.report import show_rows
+    from phi3_lora_plugin.families import default_max_length
+    from phi3_lora_plugin.model import ModelError, load_config
+    from phi3_lora_plugin.tokenizer import load_tokenizer
+
+    console = Console(stderr=as_json, highlight=False)
+    for note in run.notes:
+        console.print(f"note: {note}")
+    tokenizer = load_tokenizer(run.model.path, run.model.revision)
+    try:
+        longest = run.data.max_length or default_max_length(load_config(run.model.path).to_dict())
+    except ModelError as error:  # a tokenizer alone is enough to look at data
+        console.print(f"note: no limit on the length of rows, because the model's config is not at hand: {error}")
+        longest = None
+    data = load_data(run, tokenizer, plugins.named("dataset_adapters"), max_length=longest)
+    if as_json:
+        print(data.report.to_json())
+        return
+    data.report.render(console)
+    show_rows(console, data.train, tokenizer, rows)

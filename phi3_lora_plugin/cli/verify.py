@@ -1,0 +1,41 @@
+"""`phi3-lora verify`: is every file of an adapter, a checkpoint or a whole store as it was written?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify_command(
+    path: Annotated[Path, typer.Argument(help="Folder of an adapter, a checkpoint store or a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Compare every file with its manifest and look at every tensor; changes nothing. Exit code 1: damaged."""
+    from phi3_lora_plugin.adapter_check import weights_problems
+    from phi3_lora_plugin.checkpoint import verify
+    from phi3_lora_plugin.manifest import MANIFEST, Report
+
+    foreign = (path / "adapter_config.json").is_file() and not (path / MANIFEST).is_file()
+    report = Report(path) if foreign else verify(path)
+    checked = report.checkpoints or (report,)
+    problems = list(report.problems)
+    for one in checked:
+        problems += [f"{one.folder.name}/{problem}" for problem in weights_problems(one.folder)]
+    if as_json:
+        found = [{"folder": str(one.folder), "step": one.step, "files": dict(one.files)} for one in checked]
+        print(json.dumps({"folder": str(path), "ok": not problems, "problems": problems, "checkpoints": found}))
+    else:
+        for one in checked:
+            size = sum((one.folder / name).stat().st_size for name, state in one.files.items() if state == "ok")
+            if foreign:
+                print(f"{one.folder}: written by another program, without a manifest: only its tensors were looked at")
+            else:
+                state = "ok" if one else "DAMAGED"
+                print(f"{one.folder}: {state}, step {one.step}, {len(one.files)} files, {size:,} bytes")
+        for problem in problems:
+            print(f"  {problem}")
+    if problems:
+        raise typer.Exit(1)

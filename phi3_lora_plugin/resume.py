@@ -1,0 +1,93 @@
+"""Go on from the newest complete checkpoint: found, checked and compared with the run at hand before the first step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.manifest import MANIFEST, RESUME, check_folder
+from phi3_lora_plugin.run_facts import refuse_drift, run_facts
+from phi3_lora_plugin.store_layout import Entry, entries, stores_in, torn
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def resumable(
+    trainer: Trainer,
+    folder: str | Path | None = None,
+    allow_drift: Sequence[str] = (),
+    say: Callable[[str], Any] = log.warning,
+) -> Iterator[str | None]:
+    """A folder that `trainer.train(resume_from_checkpoint=...)` goes on from exactly, or None to begin at the start.
+
+    The newest checkpoint is taken of which every byte is as it was written; newer ones that are torn are named.
+
+        with resumable(trainer) as checkpoint:
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+    Args:
+        folder: the store or the run; the Trainer's output folder if not given.
+        allow_drift: settings that may differ from the checkpoint's; see `run_facts.refuse_drift`.
+        say: gets a sentence for each checkpoint that is passed over, and for the one that is taken.
+
+    Raises:
+        DriftError: the checkpoint was made with other settings; every field is named. Nothing has been trained.
+    """
+    from phi3_lora_plugin.callbacks import LoraCheckpoint
+
+    ours = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LoraCheckpoint)]
+    place = Path(folder or next((c.folder for c in ours if c.folder is not None), None) or trainer.args.output_dir)
+    entry = newest_resumable(place, say)
+    if entry is None:
+        say(f"{place} holds no checkpoint to go on from: training begins at the start")
+        yield None
+        return
+    tokenizer, rows = getattr(trainer, "processing_class", None), trainer.train_dataset
+    adapter = next((callback.adapter for callback in ours), None)
+    refuse_drift(
+        entry.path, entry.manifest, run_facts(trainer.args, trainer.model, tokenizer, rows, adapter), allow_drift
+    )
+    for callback in ours:
+        callback.allow_drift = (*callback.allow_drift, *allow_drift)
+    say(f"going on from {entry.path}, step {entry.step}")
+    with TemporaryDirectory(prefix="phi3-lora-resume-") as together:
+        for source in (entry.path, entry.path / RESUME):
+            for file in source.iterdir():
+                if file.is_file() and file.name != MANIFEST:
+                    _link(file, Path(together, file.name))
+        yield together
+
+
+def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
+    """The newest checkpoint that is whole and has what training needs to go on; says why newer ones do not."""
+    for store in stores_in(folder):
+        for path in torn(store):
+            say(f"passed over: {path}: {'; '.join(check_folder(path).problems)}")
+        for entry in entries(store):
+            report = check_folder(entry.path)
+            if not report:
+                say(f"passed over: {entry.path}: {'; '.join(report.problems)}")
+            elif not entry.has_resume:
+                say(f"passed over: {entry.path}: holds the adapter only, not the optimizer and random state")
+            else:
+                return entry
+    return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """One name more for a file, where the system has that; `resume/` comes last and has its way."""
+    target.unlink(missing_ok=True)
+    try:
+        os.symlink(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
