@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +55,10 @@ def train_command(
 
     from phi3_lora_plugin.train import TrainingError, train
 
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     try:
         result = train(
             run,
@@ -71,7 +76,8 @@ def train_command(
         return
     if as_json:
         print(result.to_json())
-    again = " ".join(["phi3-lora train", recipe, *(overrides or ())])
+    others = [override for override in overrides or () if not override.startswith("output_dir=")]
+    again = shlex.join(["phi3-lora", "train", recipe, *others, f"output_dir={result.output_dir}", "--resume"])
     report(result, again, Console(stderr=as_json, highlight=False))
     if result.status == "interrupted":
         raise typer.Exit(130)
@@ -83,7 +89,7 @@ def report(result: Result, again: str, console: Console) -> None:
 
     if result.status == "interrupted":
         console.print(f"\nstopped after step {result.steps}; the adapter so far: {result.adapter}")
-        console.print(f"go on with:  {again} output_dir={result.output_dir} --resume")
+        console.print(f"go on with:\n  {again}", soft_wrap=True)
         return
     if result.samples:
         table = Table(title="held-out prompts", title_justify="left")
