@@ -61,9 +61,8 @@ def main() -> int:
                 if variant == "trainer-peft-packed" and runs[variant]:
                     continue  # it is there for parity, once
                 runs[variant].append(_run(variant, name, data, chosen.seed))
-                print(
-                    f"{name} round {round_ + 1}: {variant:<20} {runs[variant][-1]['tokens_per_second']:>12,.0f} tokens/s"
-                )
+                speed = runs[variant][-1]["tokens_per_second"]
+                print(f"{name} round {round_ + 1}: {variant:<20} {speed:>12,.0f} tokens/s", flush=True)
         report["workloads"][name] = result = _compare(runs, load.dtype)
         failed |= not all(row["parity"]["ok"] for row in result["ours"].values())
         _table(name, load.notes, result)
@@ -137,8 +136,8 @@ def _table(name: str, notes: str, result: dict[str, Any]) -> None:
     print(f"  {'variant':<22}{'tokens/s':>12}{'step ms':>10}{'peak MB':>10}{'start s':>9}{'save ms':>9}")
     for variant, row in result["variants"].items():
         print(
-            f"  {variant:<22}{row['tokens_per_second']:>12,.0f}{row['step_ms']:>10,.1f}{row['peak_bytes'] / 1e6:>10,.0f}"
-            f"{row['start_seconds']:>9.2f}{1000 * row['save_seconds']:>9.1f}"
+            f"  {variant:<22}{row['tokens_per_second']:>12,.0f}{row['step_ms']:>10,.1f}"
+            f"{row['peak_bytes'] / 1e6:>10,.0f}{row['start_seconds']:>9.2f}{1000 * row['save_seconds']:>9.1f}"
         )
     for mine, row in result["ours"].items():
         parity = row["parity"]

@@ -29,6 +29,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         body.append(f'<rect x="180" y="{y - 12}" width="{400 * share:.1f}" height="15" fill="{colour}"/>')
         body.append(f'<text x="{186 + 400 * share:.1f}" y="{y}">{value:,.0f} tokens/s</text>')
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" font-family="sans-serif" font-size="12">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" font-size="12" '
+        f'font-family="sans-serif">'
         f'<rect width="100%" height="100%" fill="white"/>{"".join(body)}</svg>\n'
     )
