@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe as Recipe
     from phi3_lora_plugin.recipe import RecipeError as RecipeError
     from phi3_lora_plugin.recipe import load_recipe as load_recipe
+    from phi3_lora_plugin.resume import resumable as resumable
+    from phi3_lora_plugin.speed.apply import accelerate_phi3 as accelerate_phi3
     from phi3_lora_plugin.tokenizer import load_tokenizer as load_tokenizer
     from phi3_lora_plugin.train import attach as attach
     from phi3_lora_plugin.train import train as train
@@ -33,6 +35,7 @@ _HOME = {
     "Plugins": "discovery",
     "Recipe": "recipe",
     "RecipeError": "recipe",
+    "accelerate_phi3": "speed.apply",
     "add_lora": "lora.inject",
     "attach": "train",
     "encode": "chat.encode",
@@ -45,6 +48,7 @@ _HOME = {
     "load_tokenizer": "tokenizer",
     "lora_state_dict": "lora.state",
     "mark_only_lora_as_trainable": "lora.state",
+    "resumable": "resume",
     "train": "train",
     "verify": "checkpoint",
 }

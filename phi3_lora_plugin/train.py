@@ -92,7 +92,7 @@ def train(
     from phi3_lora_plugin.callbacks import CheckpointError
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.checkpoint import latest_complete
-    from phi3_lora_plugin.families import default_max_length
+    from phi3_lora_plugin.families import default_max_length, straddles
     from phi3_lora_plugin.health import HealthError
     from phi3_lora_plugin.interrupt import StopOnSignal
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
@@ -116,6 +116,12 @@ def train(
     (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     data.report.render(say)
+    if straddles([len(ids) for ids in data.train["input_ids"]], model.config.to_dict()):
+        say.print(
+            "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
+            "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
+            "training.train_sampling_strategy: group_by_length"
+        )
 
     options = lora_options(recipe)
     if recipe.lora.init == "eva":
