@@ -116,7 +116,7 @@ def train(
     (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     data.report.render(say)
-    if straddles([len(ids) for ids in data.train["input_ids"]], model.config.to_dict()):
+    if straddles(_lengths(data.train), model.config.to_dict()):
         say.print(
             "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
             "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
@@ -263,8 +263,15 @@ def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any,
 
     if not recipe.data.packing:
         return rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
-    packs = pack([len(ids) for ids in rows["input_ids"]], longest)
+    packs = pack(_lengths(rows), longest)
     return _Packs(rows, packs), PackedCollator()
+
+
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of each row, without making Python lists of them."""
+    from pyarrow.compute import list_value_length
+
+    return list(list_value_length(rows.data.column("input_ids")).to_pylist())
 
 
 @dataclass(frozen=True)
