@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,7 +78,7 @@ def train_command(
     if as_json:
         print(result.to_json())
     others = [override for override in overrides or () if not override.startswith("output_dir=")]
-    again = shlex.join(["phi3-lora", "train", recipe, *others, f"output_dir={result.output_dir}", "--resume"])
+    again = shlex.join([_command(), "train", recipe, *others, f"output_dir={result.output_dir}", "--resume"])
     report(result, again, Console(stderr=as_json, highlight=False))
     if result.status == "interrupted":
         raise typer.Exit(130)
@@ -104,8 +105,8 @@ def report(result: Result, again: str, console: Console) -> None:
     console.print(table)
     if result.adapter:
         console.print("\ntry next:")
-        console.print(f"  phi3-lora chat {result.adapter}", soft_wrap=True)
-        console.print(f"  phi3-lora verify {result.adapter}", soft_wrap=True)
+        for what in ("chat", "verify"):
+            console.print(f"  {shlex.join([_command(), what, result.adapter])}", soft_wrap=True)
 
 
 def _figures(result: Result) -> list[tuple[str, str]]:
@@ -125,6 +126,15 @@ def _figures(result: Result) -> list[tuple[str, str]]:
     if result.reload_difference is not None:
         rows.append(("reloaded", f"plain PEFT, fresh process: logits within {result.reload_difference:.1e}"))
     return rows
+
+
+def _command() -> str:
+    """How this shell reaches the command: by its name, or by the path that it was called by (`make demo` does)."""
+    called = Path(sys.argv[0])
+    known = shutil.which("phi3-lora")
+    if called.name != "phi3-lora" or (known is not None and Path(known).samefile(called)):
+        return "phi3-lora"
+    return os.path.relpath(called)
 
 
 def _size(count: float) -> str:
