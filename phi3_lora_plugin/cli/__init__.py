@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 
 import typer
 
@@ -44,8 +46,12 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run the command line; exit with 0 fine, 1 failed, 2 wrong input, 130 interrupted."""
-    # Says at every import that an optional kernel is not there; what is needed is asked for where it is needed.
+    # What other libraries say at every start and nobody here can act upon: an optional kernel that is not there, and a
+    # name of transformers that PEFT still uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except (ValueError, OSError) as error:

@@ -56,10 +56,6 @@ def train_command(
 
     from phi3_lora_plugin.train import TrainingError, train
 
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
     try:
         result = train(
             run,
