@@ -58,6 +58,10 @@ def slow_down(model: Any) -> None:
     from phi3_lora_plugin.speed.loss import restore_loss
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "_trl_forward" in base.__dict__:
+        from phi3_lora_plugin.speed.trl_loss import restore_trl_loss
+
+        restore_trl_loss(base)
     restore_loss(base)
     restore_lora(model)
     for module in {id(model): model, id(base): base}.values():
@@ -68,17 +72,16 @@ def slow_down(model: Any) -> None:
 def accelerate_phi3(trainer: Trainer, parts: str | Mapping[str, bool] = "auto") -> tuple[Applied, ...]:
     """`speed_up` for a Trainer that exists already, in one line; call it before `trainer.train()`.
 
-    TRL's trainers compute the loss from hidden states themselves and bypass a model's forward, so "loss" is off there.
+    TRL's trainers bypass a model's forward: there the head of `SFTTrainer` itself is replaced, where that is slow.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     wanted = dict(_wanted(parts))
     own_loss = _computes_own_loss(trainer)
-    if own_loss:
-        wanted["loss"] = False
-    applied = speed_up(model, wanted)
-    if not own_loss:
-        return applied
-    return tuple(Applied("loss", False, own_loss) if one.part == "loss" else one for one in applied)
+    if not own_loss or not wanted["loss"]:
+        return speed_up(model, wanted)
+    loss = _apply_trl_loss(trainer, model, own_loss)
+    applied = speed_up(model, wanted | {"loss": False})
+    return tuple(loss if one.part == "loss" else one for one in applied)
 
 
 @contextmanager
@@ -124,6 +127,19 @@ def _apply_loss(model: Any, base: Any) -> Applied:
     obstacle = head_obstacle(base)
     if obstacle is None:
         fuse_loss(base)
+    return Applied("loss", obstacle is None, obstacle or PARTS["loss"])
+
+
+def _apply_trl_loss(trainer: Trainer, model: Any, own_loss: str) -> Applied:
+    """The loss of a trainer that computes its own: of TRL's we know one that can be had from fewer positions."""
+    if not any(parent.__module__.startswith("trl.") for parent in type(trainer).__mro__):
+        return Applied("loss", False, own_loss)
+    from phi3_lora_plugin.speed.trl_loss import fuse_trl_loss, trl_loss_obstacle
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    obstacle = trl_loss_obstacle(trainer, base)
+    if obstacle is None:
+        fuse_trl_loss(base)
     return Applied("loss", obstacle is None, obstacle or PARTS["loss"])
 
 

@@ -20,31 +20,59 @@ CHUNK = 256
 
 
 class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
-    """Sum of cross-entropies over rows; the head is frozen, so only the hidden states get a gradient."""
+    """Cross-entropy of each row [rows]; the head is frozen, so only the hidden states get a gradient.
+
+    With `stats` also, without gradient, the entropy of each row's prediction and whether it is right.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any) -> Any:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, stats: bool) -> Any:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy, right = (
+            (torch.empty_like(losses), torch.empty_like(targets, dtype=torch.bool)) if stats else (None,) * 2
+        )
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
-            rows = hidden[start : start + CHUNK]
-            labels = targets[start : start + CHUNK]
+            chunk = slice(start, start + CHUNK)
+            rows, labels = hidden[chunk], targets[chunk]
             logits = nn.functional.linear(rows, weight, bias).float()
             norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(-1, labels[:, None])).sum()
+            losses[chunk] = (norm - logits.gather(-1, labels[:, None])).squeeze(-1)
+            if stats:
+                right[chunk] = logits.argmax(-1) == labels
+                share = (logits - norm).exp_()
+                entropy[chunk] = norm.squeeze(-1) - torch.linalg.vecdot(share, logits)
             if gradient is not None:
                 # d loss / d logits = softmax - onehot, in place of the logits that nobody needs any more
-                share = logits.sub_(norm).exp_()
+                share = share if stats else logits.sub_(norm).exp_()
                 share[torch.arange(len(rows), device=rows.device), labels] -= 1
-                torch.mm(share.to(weight.dtype), weight, out=gradient[start : start + CHUNK])
+                torch.mm(share.to(weight.dtype), weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
-        return total
+        if stats:
+            ctx.mark_non_differentiable(entropy, right)
+        return losses, entropy, right
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Any) -> Any:
+    def backward(ctx: Any, grad_losses: Any, *others: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None
+        return gradient * grad_losses[:, None].to(gradient.dtype), None, None, None, None
+
+
+def supervised_rows(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, stats: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(cross-entropy, entropy, whether it is right) of each row of `hidden` [rows, width] for its target [rows]."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    else:
+        hidden = hidden.to(weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] = _SupervisedCrossEntropy.apply(
+            hidden, weight, bias, targets, stats
+        )
+    return rows
 
 
 def supervised_cross_entropy(
@@ -66,16 +94,9 @@ def supervised_cross_entropy(
         A float32 scalar; 0 where nothing is supervised, with a zero gradient.
     """
     wanted = targets.ne(-100)
-    rows, labels = hidden[wanted], targets[wanted]
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    else:
-        rows = rows.to(weight.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        total = _SupervisedCrossEntropy.apply(rows, weight, bias, labels)
-    items: Any = num_items if num_items is not None else max(1, len(labels))
+    losses, _, _ = supervised_rows(hidden[wanted], weight, targets[wanted], bias)
+    total = losses.sum()
+    items: Any = num_items if num_items is not None else max(1, len(losses))
     return total / (items.to(total.device) if torch.is_tensor(items) else items)
 
 
