@@ -28,9 +28,8 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, stats: bool) -> Any:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        entropy, right = (
-            (torch.empty_like(losses), torch.empty_like(targets, dtype=torch.bool)) if stats else (None,) * 2
-        )
+        entropy: Any = torch.empty_like(losses) if stats else None
+        right: Any = torch.empty_like(targets, dtype=torch.bool) if stats else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
