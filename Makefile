@@ -27,5 +27,8 @@ lint: $(VENV)/.installed  ## style, types and import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(VENV)/.installed  ## us against the peers on this machine, half an hour and more; BENCH="A --pairs 2" for less
+	$(BIN)/python -m benchmarks $(BENCH)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
