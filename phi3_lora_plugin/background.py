@@ -14,7 +14,7 @@ _WAITING = 2  # states in memory that are not written yet, before training waits
 
 
 class Writer:
-    """Runs jobs in order, at once or on a thread of its own.
+    """Runs jobs in order, at once or on a thread of its own. A job deals with its own errors.
 
     What is left is done before the interpreter exits, also after Ctrl-C; with `catch_sigterm` before SIGTERM ends the
     process, where nobody else handles that.
@@ -23,37 +23,34 @@ class Writer:
     def __init__(self, background: bool) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="lora-checkpoint") if background else None
         self._jobs: list[Future[Any]] = []
+        self._process = os.getpid()
         self._previous: Any = None
 
-    def submit(self, job: Callable[[], Any]) -> list[BaseException]:
-        """Run a job, or put it behind those that wait; the errors of jobs that have come to their end since."""
+    def submit(self, job: Callable[[], Any]) -> None:
+        """Run a job, or put it behind those that wait."""
         if self._pool is None:
-            try:
-                job()
-            except Exception as error:  # a caller gets it like one from a thread: to judge, not to unwind
-                return [error]
-            return []
-        while len(waiting := [done for done in self._jobs if not done.done()]) >= _WAITING:
-            waiting[0].exception()
+            job()
+            return
+        self._jobs = [done for done in self._jobs if not done.done()]
+        for waiting in self._jobs[: len(self._jobs) - _WAITING + 1]:
+            waiting.result()
         self._jobs.append(self._pool.submit(job))
-        return self._ended()
 
-    def drain(self) -> list[BaseException]:
-        """Wait until everything is written; the errors."""
+    def drain(self) -> None:
+        """Wait until everything is written."""
         for job in self._jobs:
-            job.exception()
-        return self._ended()
+            job.result()
+        self._jobs = []
 
-    def close(self) -> list[BaseException]:
+    def close(self) -> None:
         """`drain`, and give thread and signal back."""
-        errors = self.drain()
+        self.drain()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
-        return errors
 
     def catch_sigterm(self) -> None:
         """Drain before SIGTERM ends the process, if that is what it would do and there is something to drain."""
@@ -62,12 +59,8 @@ class Writer:
             self._previous = signal.signal(signal.SIGTERM, self._leave)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        for job in self._jobs:
-            job.exception()
+        if os.getpid() == self._process:  # a forked worker has the handler, but not the thread
+            for job in self._jobs:
+                job.exception()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _ended(self) -> list[BaseException]:
-        ended = [job for job in self._jobs if job.done()]
-        self._jobs = [job for job in self._jobs if not job.done()]
-        return [error for job in ended if (error := job.exception()) is not None]

@@ -8,13 +8,14 @@ and the random state from which a resumed run goes on exactly.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback  # noqa: TID253
 
-from phi3_lora_plugin.adapter_files import FORMATS
+from phi3_lora_plugin.adapter_files import FORMATS, adapter_files
 from phi3_lora_plugin.adapter_snapshot import take, trained_but_not_saved
 from phi3_lora_plugin.checkpoint_run import CheckpointRun
 from phi3_lora_plugin.health import HealthError, is_zero_loss, sick_log, sick_weights, zero_loss
@@ -101,6 +102,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._run: CheckpointRun | None = None  # on rank zero, from the first run on
         self._training = False
         self._began_at = 0
+        self._mergeable: list[Any] = []  # loralib's layers, which must not merge while training goes on
         self._due: int | None = None  # the step that is to be taken before the next one
         self._taken: int | None = None
         self._zeros = 0
@@ -144,12 +146,23 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._training, self._began_at = True, state.global_step
         if not lora_names(unwrapped(model)):
             raise StateError(f"{type(unwrapped(model)).__name__} has no LoRA parameter, so there is nothing to save")
+        self._mergeable = _kept_apart(model)
         store = self._store(args, state)
+        problem = None
+        try:
+            first = take(model, self.adapter, keep=state.is_world_process_zero)
+            if first is not None:
+                self._begin(args, state, model, kwargs, store, first)
+        except Exception as error:
+            problem = error
+        _raise_everywhere(args, problem)
+
+    def _begin(self, args: Any, state: Any, model: Any, kwargs: Mapping[str, Any], store: Path, first: Any) -> None:
+        """Refuse what would fail later: a format that cannot hold this adapter, drift, a store that is taken."""
+        adapter_files(first, self.format)
         tokenizer = kwargs.get("processing_class")
         rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
         facts = run_facts(args, model, tokenizer, rows, self.adapter) | self.facts
-        if not state.is_world_process_zero:
-            return
         if others := trained_but_not_saved(model, self.adapter):
             shown = f"{', '.join(others[:3])}{', ...' * (len(others) > 3)}"
             log.warning("%d trained parameters are no LoRA and are not in its checkpoints: %s", len(others), shown)
@@ -177,6 +190,14 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         if about_to and self.unhealthy != "ignore":
             self._judge(sick_weights(model), control)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """As at the end of a step, for who saves by epochs; take the last state before the best is loaded over it."""
+        if self.unhealthy != "ignore":
+            self._judge(sick_weights(model), control)
+        if control.should_training_stop and args.load_best_model_at_end and not control.should_save:
+            self._due = state.global_step
+            self._take_if_due(args, state, {"model": model, **kwargs})
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Look for losses and gradients that say that the run has gone wrong."""
         if not self._training or self.unhealthy == "ignore" or "loss" not in (logs or {}):
@@ -188,14 +209,20 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Remember the metric; take loralib's updates out of the weights, where its `eval()` merged them."""
-        _unmerge_loralib(kwargs.get("model"))
-        self._metric = (state.global_step, _metric(args, metrics or {}))
-        if self._training and self.every_steps is None and state.global_step > self._began_at:
+        _unmerge(kwargs.get("model"))
+        found = _metric(args, metrics or {})
+        if found is not None or self._metric[0] != state.global_step:  # of several data sets one has the metric
+            self._metric = (state.global_step, found)
+        wanted = self.every_steps is None or args.load_best_model_at_end
+        if self._training and wanted and state.global_step > self._began_at:
             self._due = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take this step once the Trainer has saved its own, unless there is a schedule and it is not on it."""
-        if self.every_steps is None:
+        """Take this step once the Trainer has saved its own, unless there is a schedule and it is not on it.
+
+        The last one in any case: with `load_best_model_at_end` the weights are others when training ends.
+        """
+        if self.every_steps is None or control.should_training_stop:
             self._due = state.global_step
         self._take_if_due(args, state, kwargs)
 
@@ -206,9 +233,11 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         try:
             if state.global_step > self._began_at and self._taken != state.global_step:
                 self._due = state.global_step
-                self._take_if_due(args, state, kwargs, at_the_end=True)
+                self._take_if_due(args, state, kwargs)
         finally:
             self._training = False
+            for layer in self._mergeable:
+                layer.merge_weights = True
             if self._run is not None:
                 self._run.close()
         if self.reason is not None and self.unhealthy == "raise":
@@ -239,12 +268,18 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             control.should_save = False
             control.should_training_stop = True
 
-    def _take_if_due(self, args: Any, state: Any, kwargs: Mapping[str, Any], at_the_end: bool = False) -> None:
+    def _take_if_due(self, args: Any, state: Any, kwargs: Mapping[str, Any]) -> None:
         """Copy what belongs to this step off the model and have it written. Every process comes here together."""
         step, self._due = self._due, None
         if step is None or step != state.global_step or step == self._taken or not self._training or self.reason:
             return
         self._taken = step
+        files = None
+        if self.resume:  # first, because every process has to come by here, also if one then refuses the adapter
+            scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
+            handler = getattr(self._trainer, "callback_handler", None)
+            others = () if handler is None else (*handler.callbacks, self._trainer.control)
+            files = capture(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), scaler, others)
         try:
             snapshot = take(kwargs["model"], self.adapter, keep=state.is_world_process_zero)
         except StateError as error:
@@ -252,16 +287,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
                 raise
             log.error("step %d is not saved: %s", step, error)
             return
-        # With the best weights loaded back, optimizer and random state belong to others.
-        reloaded = at_the_end and args.load_best_model_at_end and state.best_model_checkpoint is not None
-        files = None
-        if self.resume and not reloaded:
-            scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
-            files = capture(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), scaler)
-        if snapshot is None or self._run is None:
-            return
-        notes = (f"the best weights, of {state.best_model_checkpoint}",) if reloaded else ()
-        self._run.save(step, snapshot, files, self._metric[1] if self._metric[0] == step else None, notes)
+        if snapshot is not None and self._run is not None:
+            self._run.save(step, snapshot, files, self._metric[1] if self._metric[0] == step else None)
 
 
 def _metric(args: Any, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -269,6 +296,11 @@ def _metric(args: Any, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     name = getattr(args, "metric_for_best_model", None) or "loss"
     name = name if name.startswith("eval_") else f"eval_{name}"
     if name not in metrics:
+        return None
+    if not math.isfinite(float(metrics[name])):
+        log.warning(
+            "%s is %s, by which nothing can be compared: the checkpoint is saved without it", name, metrics[name]
+        )
         return None
     greater = getattr(args, "greater_is_better", None)
     return {
@@ -278,8 +310,38 @@ def _metric(args: Any, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _unmerge_loralib(model: Any) -> None:
+def _kept_apart(model: Any) -> list[Any]:
+    """Keep loralib's layers from merging in `eval()`, which rounds the base each time; the layers that would have."""
+    _unmerge(model)
+    found = [layer for layer in model.modules() if _is_loralib(layer) and layer.merge_weights]
+    for layer in found:
+        layer.merge_weights = False
+    return found
+
+
+def _unmerge(model: Any) -> None:
     """loralib's `eval()` adds the update to the weight: what the Trainer saves next would have it twice."""
+    from torch import nn
+
     for layer in model.modules() if model is not None else ():
-        if getattr(layer, "merge_weights", False) and getattr(layer, "merged", False):
+        if _is_loralib(layer) and layer.merge_weights and layer.merged:
+            training = layer.training
             layer.train(True)
+            nn.Module.train(layer, training)  # the mode without loralib's merging
+
+
+def _is_loralib(layer: Any) -> bool:
+    return hasattr(layer, "merge_weights") and hasattr(layer, "merged") and hasattr(layer, "lora_alpha")
+
+
+def _raise_everywhere(args: Any, problem: Exception | None) -> None:
+    """Raise what the first process met on every process, where the others would wait for it in vain."""
+    if args.world_size > 1:
+        import torch.distributed as dist
+
+        said = [None if problem is None else f"{type(problem).__name__}: {problem}"]
+        dist.broadcast_object_list(said)
+        if problem is None and said[0] is not None:
+            raise RuntimeError(f"the first process stopped: {said[0]}")
+    if problem is not None:
+        raise problem

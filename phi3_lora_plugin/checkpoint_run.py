@@ -37,7 +37,7 @@ class CheckpointRun:
     retention: Retention
     began_at: int
     saved: Path | None = None
-    failed: tuple[int, BaseException] | None = None
+    failed: tuple[int, Exception] | None = None
     _lock: StoreLock | None = None
     _writer: Writer = field(default_factory=lambda: Writer(False))
     _alone: bool = False  # whether checkpoints of other runs are out of the way
@@ -55,16 +55,13 @@ class CheckpointRun:
         snapshot: Snapshot,
         resume: Mapping[str, Content] | None,
         metric: Mapping[str, Any] | None,
-        notes: tuple[str, ...] = (),
     ) -> None:
         """Write a checkpoint, or have it written; what fails is logged and kept in `failed`."""
-        for error in self._writer.submit(partial(self._write, step, snapshot, resume, metric, notes)):
-            self._report(error)
+        self._writer.submit(partial(self._write, step, snapshot, resume, metric))
 
     def close(self) -> None:
         """Wait for what is being written and let others write. Doing it twice does no harm."""
-        for error in self._writer.close():
-            self._report(error)
+        self._writer.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -75,22 +72,21 @@ class CheckpointRun:
         snapshot: Snapshot,
         resume: Mapping[str, Content] | None,
         metric: Mapping[str, Any] | None,
-        notes: tuple[str, ...],
     ) -> None:
         try:
             self._put_other_runs_aside()
             if resume is not None:
                 resume = {**resume, **reload_files(snapshot, self.format)}
-            notes = (*snapshot.notes, *notes)
-            facts = {**self.facts, "notes": list(notes)} if notes else self.facts
+            facts = {**self.facts, "notes": list(snapshot.notes)} if snapshot.notes else self.facts
             files = {**adapter_files(snapshot, self.format), **self.tokenizer_files}
             self.saved = write_checkpoint(
                 self.store, step, files, facts, metric=metric, resume=resume, retention=self.retention
             )
         except Exception as error:
             self.failed = (step, error)
-            raise
-        self.failed = None
+            self._report(step, error)
+        else:
+            self.failed = None
 
     def _put_other_runs_aside(self) -> None:
         if self._alone:
@@ -100,7 +96,7 @@ class CheckpointRun:
             log.warning("%d checkpoints of an earlier run are now in %s", len(others), aside)
         self._alone = True
 
-    def _report(self, error: BaseException) -> None:
+    def _report(self, step: int, error: Exception) -> None:
         newest = newest_complete(self.store)
         kept = f"the newest good checkpoint is {newest.path.name}" if newest else "there is none yet"
-        log.error("a checkpoint could not be saved (%s): %s: %s", kept, type(error).__name__, error)
+        log.error("step %d could not be saved (%s): %s: %s", step, kept, type(error).__name__, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SHOWN = 3
@@ -40,17 +40,39 @@ def zero_loss(times: int, step: int) -> str:
 
 
 def sick_weights(model: Any) -> str | None:
-    """The names of trained parameters that are not finite, in a sentence; None if all are. One pass over them."""
+    """The names of trained parameters that are not finite, in a sentence; None if all are. One pass over them.
+
+    Collective where they are sharded: a value that one process has stops all of them.
+    """
     import torch
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
-    plain = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for _, p in named]
+    plain = [_local(p) for _, p in named]
     plain = [tensor for tensor in plain if tensor.numel()]
     norms = [norm.float().to(plain[0].device) for norm in torch._foreach_norm(plain)] if plain else []
-    if not norms or bool(torch.isfinite(torch.stack(norms).sum())):
+    bad = []
+    if norms and not torch.isfinite(torch.stack(norms).sum()):  # or the norms overflowed, and the values did not
+        bad = [name for name, p in named if not torch.isfinite(_local(p)).all()]
+    anywhere = _agreed(bool(bad), [p for _, p in named])
+    if not anywhere:
         return None
-    bad = [name for name, p in named if not torch.isfinite(p).all()]
-    if not bad:  # the norms overflowed, the values did not
-        return None
+    if not bad:
+        return "trained tensors are not finite in another process"
     more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     return f"{len(bad)} of {len(named)} trained tensors are not finite: {', '.join(bad[:_SHOWN])}{more}"
+
+
+def _agreed(sick: bool, parameters: Sequence[Any]) -> bool:
+    """Whether any process is sick; of replicas each knows by itself."""
+    import torch
+
+    shard = next((p for p in parameters if hasattr(p, "device_mesh")), None)
+    if shard is None:
+        return sick
+    flag = torch.tensor(float(sick), device=shard.device_mesh.device_type)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def _local(parameter: Any) -> Any:
+    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.detach()

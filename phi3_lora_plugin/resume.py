@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,10 @@ def resumable(
     from phi3_lora_plugin.callbacks import LoraCheckpoint
 
     ours = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LoraCheckpoint)]
+    for callback in ours:
+        callback.bind(trainer)
+    if not trainer.is_world_process_zero():
+        say = log.debug  # once is enough
     place = Path(folder or next((c.folder for c in ours if c.folder is not None), None) or trainer.args.output_dir)
     entry = newest_resumable(place, say)
     if entry is None:
@@ -65,7 +70,8 @@ def resumable(
             for file in source.iterdir():
                 if file.is_file() and file.name != MANIFEST:
                     _link(file, Path(together, file.name))
-        yield together
+        with _over(trainer) if _is_over(trainer, entry.step) else nullcontext():
+            yield together
 
 
 def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
@@ -82,6 +88,27 @@ def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
             else:
                 return entry
     return None
+
+
+def _is_over(trainer: Trainer, step: int) -> bool:
+    """Whether a run that has made so many steps has made them all."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return step >= args.max_steps
+    batches = len(trainer.get_train_dataloader())
+    return step >= math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+@contextmanager
+def _over(trainer: Trainer) -> Iterator[None]:
+    """No epoch is left: where a run ends within one, the Trainer would go on with it for a step."""
+    args = trainer.args
+    length = args.max_steps, args.num_train_epochs
+    args.max_steps, args.num_train_epochs = -1, 0
+    try:
+        yield
+    finally:
+        args.max_steps, args.num_train_epochs = length
 
 
 def _link(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from io import BytesIO
@@ -16,7 +16,9 @@ from typing import Any
 from phi3_lora_plugin.store_layout import Content
 
 
-def capture(args: Any, state: Any, optimizer: Any, scheduler: Any, scaler: Any = None) -> dict[str, Content] | None:
+def capture(
+    args: Any, state: Any, optimizer: Any, scheduler: Any, scaler: Any = None, callbacks: Sequence[Any] = ()
+) -> dict[str, Content] | None:
     """File name -> content of a run between two steps. Collective where there are several processes.
 
     Everything is copied, so that training may go on while the content is written.
@@ -24,17 +26,17 @@ def capture(args: Any, state: Any, optimizer: Any, scheduler: Any, scaler: Any =
     Args:
         args, state: the Trainer's arguments and `TrainerState`.
         optimizer, scheduler, scaler: as the callbacks of a Trainer get them; no scaler outside float16.
+        callbacks: the Trainer's, of which those that have a state have it saved; `state` has what they began with.
 
     Returns:
         None where the optimizer is sharded (FSDP, DeepSpeed): such a run is resumed from the Trainer's own checkpoint.
     """
     randoms = _gathered(_random_state(args), args)
-    optimizer_state = None if optimizer is None else _copied(optimizer.state_dict())
-    if optimizer_state is None or scheduler is None or _is_sharded(optimizer):
+    if optimizer is None or scheduler is None or _is_sharded(optimizer):
         return None
     files: dict[str, Content] = {
-        "trainer_state.json": (json.dumps(asdict(state), indent=2, sort_keys=True, default=str) + "\n").encode(),
-        "optimizer.pt": partial(_save, optimizer_state),
+        "trainer_state.json": _trainer_state(state, callbacks),
+        "optimizer.pt": partial(_save, _copied(optimizer.state_dict())),
         "scheduler.pt": _bytes(scheduler.state_dict()),
     }
     for rank, content in enumerate(randoms):
@@ -42,6 +44,15 @@ def capture(args: Any, state: Any, optimizer: Any, scheduler: Any, scaler: Any =
     if scaler is not None:
         files["scaler.pt"] = _bytes(scaler.state_dict())
     return files
+
+
+def _trainer_state(state: Any, callbacks: Sequence[Any]) -> bytes:
+    from transformers.trainer_callback import ExportableState
+
+    content = asdict(state)
+    if stateful := [callback for callback in callbacks if isinstance(callback, ExportableState)]:
+        content["stateful_callbacks"] = type(state)(stateful_callbacks=stateful).stateful_callbacks
+    return (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode()
 
 
 def _random_state(args: Any) -> bytes:

@@ -1,0 +1,71 @@
+"""Short training runs of tiny models with LoRA under a real Trainer, for the tests of checkpoints and of resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+
+def rows(count: int = 16, length: int = 8, masked: bool = False, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows of random ids that are trained whole, or not at all."""
+    made = torch.randint(3, 400, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{"input_ids": ids, "labels": [-100] * length if masked else list(ids)} for ids in made]
+
+
+def peft_model(dropout: float = 0.1, seed: int = 0, **settings: Any) -> PeftModel:
+    """A tiny Phi-3 with LoRA on all its projections."""
+    base = tiny.model(hidden_size=16, intermediate_size=32)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoraConfig(lora_dropout=dropout, **options))
+
+
+def arguments(out: Path, **settings: Any) -> TrainingArguments:
+    """Six steps of four rows, nothing saved by the Trainer."""
+    defaults: dict[str, Any] = dict(
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        max_steps=6,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        seed=7,
+    )
+    return TrainingArguments(**(defaults | settings))
+
+
+def trainer(out: Path, *callbacks: Any, model: Any = None, data: Any = None, evaluated: Any = None, **settings: Any):
+    """A Trainer over `rows()` with these callbacks."""
+    return Trainer(
+        model=peft_model() if model is None else model,
+        args=arguments(out, **settings),
+        train_dataset=rows() if data is None else data,
+        eval_dataset=evaluated if evaluated is not None else (rows(8, seed=1) if "eval_strategy" in settings else None),
+        callbacks=list(callbacks),
+    )
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of what is trained."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nested structures of tensors are equal bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)

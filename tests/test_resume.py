@@ -1,0 +1,462 @@
+"""A run that is killed and resumed ends where one without a break does, or says before its first step why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import loralib
+import pytest
+import tiny
+import torch
+from lora_runs import peft_model, rows, same, trained, trainer
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
+from phi3_lora_plugin.resume import newest_resumable, resumable
+from phi3_lora_plugin.run_facts import DriftError
+
+
+class Killed(BaseException):
+    """What a kill is to a Trainer: nothing runs afterwards."""
+
+
+class Kill(TrainerCallback):
+    """Ends the run after the first micro-batch behind a step, without any of the Trainer's own endings."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_pre_optimizer_step(args, state, control)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed
+
+
+class Steps(TrainerCallback):
+    """Counts the steps that were begun."""
+
+    begun = 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begun += 1
+
+
+def go(build: Callable[..., Trainer], out: Path, said: list[str] | None = None, **options: Any) -> Trainer:
+    """Build a Trainer and train it from where `out` stands."""
+    made = build(out)
+    with resumable(made, say=(said if said is not None else []).append, **options) as checkpoint:
+        made.train(resume_from_checkpoint=checkpoint)
+    return made
+
+
+def killed(build: Callable[..., Trainer], out: Path, step: int) -> None:
+    made = build(out)
+    made.add_callback(Kill(step))
+    with pytest.raises(Killed):
+        made.train()
+
+
+def assert_same_end(one: Trainer, other: Trainer) -> None:
+    assert same(trained(one.model), trained(other.model)), "weights"
+    assert same(one.optimizer.state_dict(), other.optimizer.state_dict()), "optimizer"
+    assert same(one.lr_scheduler.state_dict(), other.lr_scheduler.state_dict()), "schedule"
+    assert one.state.global_step == other.state.global_step
+    losses = [
+        [
+            {k: v for k, v in log.items() if "runtime" not in k and "per_second" not in k}
+            for log in made.state.log_history
+        ]
+        for made in (one, other)
+    ]
+    assert losses[0][:-1] == losses[1][:-1], "logs; the last one is the mean of what this process trained"
+
+
+class Noisy:
+    """A collator that draws random numbers, as those for masked words do."""
+
+    def __call__(self, batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in batch])
+        return {"input_ids": torch.where(torch.rand(ids.shape) < 0.2, 5, ids), "labels": ids}
+
+
+class Lazy(Dataset):
+    """Rows that are made when they are asked for."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return rows()[index]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mid-epoch": {},
+    "epoch boundary": {"kill": 4},
+    "first step": {"kill": 1},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "accumulation that does not divide": {
+        "gradient_accumulation_steps": 3,
+        "per_device_train_batch_size": 2,
+        "kill": 3,
+    },
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 1},
+    "evaluation by epochs": {"eval_strategy": "epoch", "kill": 4},
+    "the Trainer saves too": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
+    "the Trainer saves by epochs": {"save_strategy": "epoch", "kill": 4},
+    "workers": {"dataloader_num_workers": 1},
+    "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2},
+    "no gradient clipping": {"max_grad_norm": 0.0},
+    "another optimizer": {"optim": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_a_killed_and_resumed_run_ends_as_if_it_had_not_been(what: str, tmp_path: Path) -> None:
+    settings = {"max_steps": 5, **SETTINGS[what]}
+    kill = settings.pop("kill", 3)
+
+    def build(out: Path) -> Trainer:
+        return trainer(out, LoraCheckpoint(every_steps=1), **settings)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    killed(build, tmp_path / "broken", kill)
+    assert latest_complete(tmp_path / "broken").name == f"step-{kill:08d}"
+    said: list[str] = []
+    resumed = go(build, tmp_path / "broken", said)
+    assert said == [f"going on from {tmp_path / 'broken' / 'lora' / f'step-{kill:08d}'}, step {kill}"]
+    assert_same_end(resumed, whole)
+    ends = [latest_complete(tmp_path / name) for name in ("whole", "broken")]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "resume/optimizer.pt", "resume/scheduler.pt"):
+        assert ends[0].joinpath(name).read_bytes() == ends[1].joinpath(name).read_bytes(), name
+    assert verify(tmp_path / "broken")
+
+
+def test_random_numbers_of_the_collator_are_the_same_ones_from_an_epoch_s_end_on(tmp_path: Path) -> None:
+    def build(out: Path) -> Trainer:
+        made = trainer(out, LoraCheckpoint(every_steps=1))
+        made.data_collator = Noisy()
+        return made
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    killed(build, tmp_path / "broken", 4)
+    assert_same_end(go(build, tmp_path / "broken"), whole)
+
+
+def _added() -> Any:
+    model = tiny.model(hidden_size=16, intermediate_size=32)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"), "mine")
+    return model
+
+
+def _named() -> Any:
+    model = peft_model()
+    torch.manual_seed(1)
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.set_adapter("second")
+    return model
+
+
+def _loralib() -> Any:
+    model = tiny.model(hidden_size=16, intermediate_size=32)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        for parent, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+            old = getattr(parent, name)
+            new = loralib.Linear(old.in_features, old.out_features, r=4, lora_alpha=8, lora_dropout=0.1, bias=False)
+            new.weight.data.copy_(old.weight)
+            setattr(parent, name, new)
+    loralib.mark_only_lora_as_trainable(model)
+    return model
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "DoRA": lambda: peft_model(use_dora=True),
+    "PiSSA": lambda: peft_model(init_lora_weights="pissa"),
+    "head saved": lambda: peft_model(target_modules=["qkv_proj"], modules_to_save=["lm_head"]),
+    "biases and tokens": lambda: peft_model(target_modules=["qkv_proj"], bias="all", trainable_token_indices=[5, 6]),
+    "add_adapter": _added,
+    "second of two": _named,
+    "loralib": _loralib,
+    "bfloat16 base": lambda: get_peft_model(
+        tiny.model(hidden_size=16, intermediate_size=32).bfloat16(),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("format", ["peft", "loralib"])
+@pytest.mark.parametrize("what", MODELS)
+def test_models_of_every_kind_go_on_exactly(what: str, format: str, tmp_path: Path) -> None:
+    if format == "loralib" and what in ("DoRA", "PiSSA", "head saved", "biases and tokens", "second of two"):
+        format = "both" if what == "second of two" else "peft"  # loralib has no such thing
+
+    def build(out: Path) -> Trainer:
+        torch.manual_seed(3)
+        checkpoint = LoraCheckpoint(every_steps=1, format=format, background=format != "peft")
+        return trainer(out, checkpoint, model=MODELS[what](), max_steps=4, eval_strategy="steps", eval_steps=2)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    killed(build, tmp_path / "broken", 2)
+    assert_same_end(go(build, tmp_path / "broken"), whole)
+
+
+def test_early_stopping_remembers_how_patient_it_has_been(tmp_path: Path) -> None:
+    def build(out: Path) -> Trainer:
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "max_steps": 30}
+        stopping = EarlyStoppingCallback(early_stopping_patience=4)
+        # Held-out rows that the trained ones are no help for, so that it does stop.
+        settings |= {"learning_rate": 0.3, "restore_callback_states_from_checkpoint": True}
+        return trainer(out, stopping, LoraCheckpoint(), **settings)
+
+    whole = go(build, tmp_path / "whole")
+    end = whole.state.global_step
+    assert 5 < end < 30
+    made = build(tmp_path / "broken")
+    made.add_callback(Kill(end - 2))
+    with pytest.raises(Killed), resumable(made, say=[].append) as nothing:
+        made.train(resume_from_checkpoint=nothing)
+    resumed = go(build, tmp_path / "broken")
+    assert resumed.state.global_step == end and same(trained(resumed.model), trained(whole.model))
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.75}])
+def test_resuming_a_run_that_was_over_changes_nothing(length: dict[str, Any], tmp_path: Path) -> None:
+    """The Trainer itself makes one step more where the end lies within an epoch."""
+
+    def build(out: Path) -> Trainer:
+        return trainer(out, LoraCheckpoint(), lr_scheduler_type="constant", **length)
+
+    first = build(tmp_path)
+    first.train()
+    before = {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    again = go(build, tmp_path)
+    assert same(trained(first.model), trained(again.model)) and again.state.global_step == first.state.global_step
+    assert before == {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    longer = build(tmp_path)
+    longer.args.max_steps = 6
+    with resumable(longer, say=[].append) as checkpoint:
+        longer.train(resume_from_checkpoint=checkpoint)
+    assert longer.state.global_step == 6 and latest_complete(tmp_path).name == "step-00000006"
+
+
+def test_without_a_checkpoint_it_begins_at_the_start_and_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    made = go(lambda out: trainer(out, LoraCheckpoint(every_steps=2), max_steps=2), tmp_path, said)
+    assert made.state.global_step == 2
+    assert said == [f"{tmp_path} holds no checkpoint to go on from: training begins at the start"]
+
+
+def test_a_store_elsewhere_is_found_through_the_callback(tmp_path: Path) -> None:
+    def build(out: Path) -> Trainer:
+        return trainer(out, LoraCheckpoint(tmp_path / "elsewhere", every_steps=1), max_steps=4)
+
+    killed(build, tmp_path / "run", 2)
+    said: list[str] = []
+    go(build, tmp_path / "run", said)
+    assert "elsewhere/step-00000002" in said[0]
+    assert latest_complete(tmp_path / "elsewhere").name == "step-00000004"
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda path: os.truncate(path / "adapter_model.safetensors", 100),
+    "emptied": lambda path: os.truncate(path / "resume" / "optimizer.pt", 0),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "no folder content": lambda path: [file.unlink() for file in path.rglob("*") if file.is_file()],
+    "a file renamed": lambda path: (path / "resume" / "scheduler.pt").rename(path / "resume" / "schedule.pt"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_g16_torn_checkpoints_are_passed_over_and_named(how: str, tmp_path: Path) -> None:
+    def build(out: Path) -> Trainer:
+        return trainer(out, LoraCheckpoint(every_steps=1, keep_last=3), max_steps=5)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    killed(build, tmp_path / "broken", 4)
+    store = tmp_path / "broken" / "lora"
+    DAMAGE[how](store / "step-00000004")
+    (store / "step-00000099").mkdir()  # unmarked
+    (store / ".step-00000098.tmp-1-elsewhere").mkdir()
+    said: list[str] = []
+    resumed = go(build, tmp_path / "broken", said)
+    assert said[-1] == f"going on from {store / 'step-00000003'}, step 3"
+    passed = " ".join(said[:-1])
+    assert f"passed over: {store / 'step-00000004'}: " in passed and "step-00000099: manifest.json: missing" in passed
+    assert_same_end(resumed, whole)
+    assert latest_complete(store).name == "step-00000005"
+
+
+def test_a_checkpoint_without_optimizer_is_passed_over_and_named(tmp_path: Path) -> None:
+    def build(out: Path, resume: bool = True) -> Trainer:
+        return trainer(out, LoraCheckpoint(every_steps=1, resume=resume), max_steps=4)
+
+    killed(build, tmp_path, 2)
+    killed(lambda out: build(out, resume=False), tmp_path / "other", 3)
+    (tmp_path / "other" / "lora" / "step-00000003").rename(tmp_path / "lora" / "step-00000003")
+    said: list[str] = []
+    assert newest_resumable(tmp_path, said.append).step == 2
+    path = tmp_path / "lora" / "step-00000003"
+    assert said == [f"passed over: {path}: holds the adapter only, not the optimizer and random state"]
+    assert verify(tmp_path) and latest_complete(tmp_path) == path
+
+
+# --- drift -------------------------------------------------------------------------------------------------------
+
+
+def _chat(**changes: Any) -> Any:
+    words = tiny.tokenizer(template=changes.get("template", tiny.MINI_4K_TEMPLATE))
+    if "token" in changes:
+        words.add_tokens([changes["token"]])
+    return words
+
+
+def build_with(out: Path, **changes: Any) -> Trainer:
+    """A run of six steps of which one thing is changed."""
+    settings = dict(r=4, lora_alpha=8, target_modules=["qkv_proj", "o_proj"]) | changes.pop("lora", {})
+    base = tiny.model(**({"hidden_size": 16, "intermediate_size": 32} | changes.pop("base", {})))
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    made = trainer(
+        out,
+        LoraCheckpoint(every_steps=1),
+        model=model,
+        data=changes.pop("data", None),
+        **changes.pop("training", {}),
+    )
+    made.processing_class = changes.pop("words", None) or _chat()
+    made.callback_handler.processing_class = made.processing_class
+    assert not changes
+    return made
+
+
+DRIFT: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
+    "lora.r": (lambda: {"lora": {"r": 8}}, ["lora.r"]),
+    "lora.alpha": (lambda: {"lora": {"lora_alpha": 64}}, ["lora.alpha"]),
+    "lora.targets": (lambda: {"lora": {"target_modules": ["qkv_proj", "down_proj"]}}, ["lora.targets"]),
+    "lora.dropout": (lambda: {"lora": {"lora_dropout": 0.5}}, ["lora.dropout"]),
+    "lora.rslora": (lambda: {"lora": {"use_rslora": True}}, ["lora.rslora"]),
+    "lora.dora": (lambda: {"lora": {"use_dora": True}}, ["lora.dora"]),
+    "base": (lambda: {"base": {"seed": 5}}, ["base"]),
+    "template": (lambda: {"words": _chat(template=tiny.MINI_4K_TEMPLATE + " ")}, ["template"]),
+    "tokenizer": (lambda: {"words": _chat(token="<new>")}, ["tokenizer"]),
+    "data": (lambda: {"data": rows(seed=4)}, ["data.fingerprint"]),
+    "data.rows": (lambda: {"data": rows() + rows()[:4]}, ["data.fingerprint", "data.rows"]),
+    "data.batch": (lambda: {"training": {"per_device_train_batch_size": 2}}, ["data.batch"]),
+    "data.seed": (lambda: {"training": {"seed": 8}}, ["data.seed"]),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("drift")
+    killed(build_with, out, 2)
+    return out
+
+
+@pytest.mark.parametrize("what", DRIFT)
+def test_g18_other_settings_are_refused_before_the_first_step(what: str, broken: Path) -> None:
+    changes, fields = DRIFT[what]
+    made, steps = build_with(broken, **changes()), Steps()
+    made.add_callback(steps)
+    before = trained(made.model)
+    with pytest.raises(DriftError) as caught, resumable(made, say=[].append) as checkpoint:
+        made.train(resume_from_checkpoint=checkpoint)
+    assert sorted(caught.value.fields) == fields
+    assert all(f"{field}: " in str(caught.value) for field in fields) and "in the checkpoint, " in str(caught.value)
+    assert f"--allow-drift {caught.value.fields[0]}" in str(caught.value)
+    assert steps.begun == 0 and same(trained(made.model), before)
+
+
+def test_g18_the_callback_itself_refuses_what_a_script_resumes_by_hand(broken: Path, tmp_path: Path) -> None:
+    made, steps = build_with(broken, lora={"lora_alpha": 64}), Steps()
+    made.add_callback(steps)
+    good = build_with(broken)
+    with resumable(good, say=[].append) as checkpoint, pytest.raises(DriftError, match=r"lora.alpha: 8 in .*, 64 now"):
+        made.train(resume_from_checkpoint=checkpoint)
+    assert steps.begun == 0
+
+
+def test_drift_that_is_allowed_is_let_through_and_no_other(broken: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(broken, copy)
+
+    def changed(out: Path) -> Trainer:
+        return build_with(out, lora={"lora_alpha": 64}, data=rows(seed=4))
+
+    with pytest.raises(DriftError) as caught:
+        go(changed, copy, allow_drift=["data"])
+    assert caught.value.fields == ["lora.alpha"]
+    resumed = go(changed, copy, allow_drift=["data", "lora.alpha"])
+    assert resumed.state.global_step == 6
+    manifest = json.loads((latest_complete(copy) / "manifest.json").read_text())
+    assert manifest["lora"]["alpha"] == 64, "what was trained with last is what the checkpoint says"
+
+
+def test_the_same_settings_in_another_process_are_no_drift(broken: Path, tmp_path: Path) -> None:
+    """Hashes, sets and orders that depend on the process would show here."""
+    script = (
+        "import sys; from pathlib import Path; from test_resume import build_with; from phi3_lora_plugin.resume import "
+        "resumable\nmade = build_with(Path(sys.argv[1]))\n"
+        "with resumable(made, say=print): pass"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script, broken], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()", "train"]
+
+
+def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(tmp_path: Path) -> None:
+    tiny.base(tmp_path / "base", hidden_size=16, intermediate_size=32)
+    words = "fox dog apples basket paris france jumps lazy".split()
+    chats = [[{"role": "user", "content": f"what {w}?"}, {"role": "assistant", "content": w}] for w in words]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    settings = [
+        "tiny-cpu", f"model.path={tmp_path / 'base'}", f"data.path={tmp_path / 'chats.jsonl'}", "data.eval_path=null",
+        "training.num_train_epochs=null", "training.max_steps=9", "training.per_device_train_batch_size=2",
+        "lora.dropout=0.1", "checkpoint.every_steps=1", "checkpoint.keep_last=3", "--samples=0", "--no-check",
+    ]  # fmt: skip
+
+    def run(out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [*COMMAND, *settings, f"output_dir={tmp_path / out}", *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr
+    # The two newest are lost, as by a disk that failed.
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    store = tmp_path / "broken" / "lora"
+    for name in ("step-00000008", "step-00000009"):
+        os.truncate(store / name / "adapter_model.safetensors", 60)
+    resumed = run("broken", "--resume")
+    said = resumed.stdout.replace("\n", "")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "passed over: " in said and "step-00000009: adapter_model.safetensors: has 60 bytes, expected" in said
+    assert "step-00000007, step 7" in said
+    ends = [latest_complete(tmp_path / name) for name in ("whole", "broken")]
+    assert ends[1].name == "step-00000009"
+    for name in ("adapter_model.safetensors", "resume/optimizer.pt"):
+        assert ends[0].joinpath(name).read_bytes() == ends[1].joinpath(name).read_bytes(), name
+    drifted = run("broken", "--resume", "lora.alpha=4")
+    assert drifted.returncode == 2, drifted.stderr
+    assert "lora.alpha: 32 in the checkpoint, 4 now" in drifted.stderr.replace("\n", " ")
+    assert "Traceback" not in drifted.stderr
