@@ -94,9 +94,10 @@ def _is_over(trainer: Trainer, step: int) -> bool:
     """Whether a run that has made so many steps has made them all."""
     args = trainer.args
     if args.max_steps > 0:
-        return step >= args.max_steps
+        return bool(step >= args.max_steps)
     batches = len(trainer.get_train_dataloader())
-    return step >= math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return bool(step >= math.ceil(args.num_train_epochs * steps))
 
 
 @contextmanager
