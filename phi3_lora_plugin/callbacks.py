@@ -176,11 +176,11 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take what is due; the loader of the next epoch has not drawn its random numbers yet."""
-        self._take_if_due(args, state, kwargs)
+        self._take_if_due(args, state, control, kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take what is due."""
-        self._take_if_due(args, state, kwargs)
+        self._take_if_due(args, state, control, kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note whether this step is to be saved; keep the Trainer from saving what is not finite."""
@@ -196,7 +196,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             self._judge(sick_weights(model), control)
         if control.should_training_stop and args.load_best_model_at_end and not control.should_save:
             self._due = state.global_step
-            self._take_if_due(args, state, {"model": model, **kwargs})
+            self._take_if_due(args, state, control, {"model": model, **kwargs})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Look for losses and gradients that say that the run has gone wrong."""
@@ -224,7 +224,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         """
         if self.every_steps is None or control.should_training_stop:
             self._due = state.global_step
-        self._take_if_due(args, state, kwargs)
+        self._take_if_due(args, state, control, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the end, wait for what is being written, and raise what must not stay unsaid."""
@@ -233,7 +233,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         try:
             if state.global_step > self._began_at and self._taken != state.global_step:
                 self._due = state.global_step
-                self._take_if_due(args, state, kwargs)
+                self._take_if_due(args, state, control, kwargs)
         finally:
             self._training = False
             for layer in self._mergeable:
@@ -268,11 +268,15 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             control.should_save = False
             control.should_training_stop = True
 
-    def _take_if_due(self, args: Any, state: Any, kwargs: Mapping[str, Any]) -> None:
+    def _take_if_due(self, args: Any, state: Any, control: Any, kwargs: Mapping[str, Any]) -> None:
         """Copy what belongs to this step off the model and have it written. Every process comes here together."""
         step, self._due = self._due, None
         if step is None or step != state.global_step or step == self._taken or not self._training or self.reason:
             return
+        if self.unhealthy != "ignore":  # once more: other callbacks have had their turn since the step's end
+            self._judge(sick_weights(kwargs["model"]), control)
+            if self.reason is not None:
+                return
         self._taken = step
         files = None
         if self.resume:  # first, because every process has to come by here, also if one then refuses the adapter
