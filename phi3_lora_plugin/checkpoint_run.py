@@ -14,7 +14,7 @@ from phi3_lora_plugin.adapter_snapshot import Snapshot
 from phi3_lora_plugin.background import Writer
 from phi3_lora_plugin.checkpoint import newest_complete, write_checkpoint
 from phi3_lora_plugin.retention import Retention
-from phi3_lora_plugin.store_layout import Content, entries, set_aside
+from phi3_lora_plugin.store_layout import Content, entries, set_aside, sweep
 from phi3_lora_plugin.store_lock import StoreLock
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,10 @@ class CheckpointRun:
     _alone: bool = False  # whether checkpoints of other runs are out of the way
 
     def open(self, background: bool) -> None:
-        """Lock the store. Raises `StoreBusy` if another run has it, OSError if it cannot be written."""
+        """Lock the store and sweep it. Raises `StoreBusy` if another run has it, OSError if it cannot be written."""
         self.store.mkdir(parents=True, exist_ok=True)
         self._lock = StoreLock(self.store, holder=self)
+        sweep(self.store)
         self._writer = Writer(background)
         self._writer.catch_sigterm()
 

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 _WAITS = """
-import importlib, json, os, sys
+import gc, importlib, json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
 module = importlib.import_module(sys.argv[2])
+import lora_runs, phi3_lora_plugin.callbacks, phi3_lora_plugin.resume, torch.optim
+lora_runs.peft_model()  # fills caches
+gc.collect()
+gc.freeze()  # or every Trainer of a child would look through all modules
 print("ready", flush=True)
 for line in iter(sys.stdin.readline, ""):
     request = json.loads(line)
