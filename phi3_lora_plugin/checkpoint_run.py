@@ -15,7 +15,7 @@ from phi3_lora_plugin.background import Writer
 from phi3_lora_plugin.checkpoint import newest_complete, write_checkpoint
 from phi3_lora_plugin.retention import Retention
 from phi3_lora_plugin.store_layout import Content, entries, set_aside, sweep
-from phi3_lora_plugin.store_lock import StoreLock
+from phi3_lora_plugin.store_lock import StoreLock, holder_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class CheckpointRun:
     def open(self, background: bool) -> None:
         """Lock the store and sweep it. Raises `StoreBusy` if another run has it, OSError if it cannot be written."""
         self.store.mkdir(parents=True, exist_ok=True)
+        end_left_over(self.store)
         self._lock = StoreLock(self.store, holder=self)
         sweep(self.store)
         self._writer = Writer(background)
@@ -101,3 +102,10 @@ class CheckpointRun:
         newest = newest_complete(self.store)
         kept = f"the newest good checkpoint is {newest.path.name}" if newest else "there is none yet"
         log.error("step %d could not be saved (%s): %s: %s", step, kept, type(error).__name__, error)
+
+
+def end_left_over(store: Path) -> None:
+    """End a run of this thread that failed and has not let go of its store: it may still be writing."""
+    left = holder_of(store)
+    if isinstance(left, CheckpointRun):
+        left.close()

@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.manifest import MANIFEST, RESUME, check_folder
+from phi3_lora_plugin.checkpoint_run import end_left_over
+from phi3_lora_plugin.manifest import MANIFEST, RESUME, check_folder, read_manifest
 from phi3_lora_plugin.run_facts import refuse_drift, run_facts
 from phi3_lora_plugin.store_layout import Entry, entries, stores_in, torn
 
@@ -43,6 +44,7 @@ def resumable(
 
     Raises:
         DriftError: the checkpoint was made with other settings; every field is named. Nothing has been trained.
+        ManifestError: of several processes, one that does not see the folder of the first.
     """
     from phi3_lora_plugin.callbacks import LoraCheckpoint
 
@@ -52,7 +54,11 @@ def resumable(
     if not trainer.is_world_process_zero():
         say = log.debug  # once is enough
     place = Path(folder or next((c.folder for c in ours if c.folder is not None), None) or trainer.args.output_dir)
-    entry = newest_resumable(place, say)
+    for store in stores_in(place):
+        end_left_over(store)
+    entry = newest_resumable(place, say) if trainer.is_world_process_zero() else None
+    if trainer.args.world_size > 1:
+        entry = _as_the_first_process(entry)
     if entry is None:
         say(f"{place} holds no checkpoint to go on from: training begins at the start")
         yield None
@@ -88,6 +94,18 @@ def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
             else:
                 return entry
     return None
+
+
+def _as_the_first_process(entry: Entry | None) -> Entry | None:
+    """What the first process has found, for all: going on from different steps would go unnoticed."""
+    import torch.distributed as dist
+
+    found = [None if entry is None else str(entry.path.resolve())]
+    dist.broadcast_object_list(found)
+    if entry is not None or found[0] is None:
+        return entry
+    manifest = read_manifest(Path(found[0]))
+    return Entry(Path(found[0]), int(manifest["step"]), manifest)
 
 
 def _is_over(trainer: Trainer, step: int) -> bool:

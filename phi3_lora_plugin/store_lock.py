@@ -59,6 +59,12 @@ class StoreLock:
             self._handle = None
 
 
+def holder_of(store: Path) -> object:
+    """Who of this thread has the lock of a store; None if nobody has it."""
+    lock = _HELD.get(store.resolve())
+    return lock.holder if lock is not None and lock.thread is threading.current_thread() else None
+
+
 def held(store: Path) -> bool:
     """Whether this process has the lock of a store."""
     return store.resolve() in _HELD

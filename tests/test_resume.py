@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,28 @@ def test_without_a_checkpoint_it_begins_at_the_start_and_says_so(tmp_path: Path)
     made = go(lambda out: trainer(out, LoraCheckpoint(every_steps=2), max_steps=2), tmp_path, said)
     assert made.state.global_step == 2
     assert said == [f"{tmp_path} holds no checkpoint to go on from: training begins at the start"]
+
+
+def test_what_a_failed_run_of_this_process_is_still_writing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phi3_lora_plugin import checkpoint_run
+
+    write = checkpoint_run.write_checkpoint
+
+    def slow(*args: Any, **options: Any) -> Path:
+        time.sleep(0.3)
+        return write(*args, **options)
+
+    def build(out: Path) -> Trainer:
+        return trainer(out, LoraCheckpoint(every_steps=1, background=True), max_steps=4)
+
+    monkeypatch.setattr(checkpoint_run, "write_checkpoint", slow)
+    killed(build, tmp_path, 2)
+    monkeypatch.setattr(checkpoint_run, "write_checkpoint", write)
+    said: list[str] = []
+    go(build, tmp_path, said)
+    assert "step-00000002" in said[0] and latest_complete(tmp_path).name == "step-00000004" and verify(tmp_path)
 
 
 def test_a_store_elsewhere_is_found_through_the_callback(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """The named tensors of `inner`, whole. Collective if anything is sharded; FSDP1 gives them on rank 0 only.
+    """The named tensors of `inner`, whole. Collective if anything is sharded.
 
     Args:
         model: with the wrappers that it has, of which `inner` is the `unwrapped`.
@@ -79,13 +79,20 @@ def is_flattened(model: nn.Module) -> bool:
 
 
 def _gather_flattened(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    """Unit by unit, so that never more than one is whole. torch's own full state dict would gather the base too."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-    frozen = {without_wrappers(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     plain = {without_wrappers(name): name for name in names}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=not frozen & plain.keys())
-    state = {without_wrappers(name): tensor for name, tensor in get_model_state_dict(model, options=options).items()}
-    return {plain[name]: state[name] for name in plain if name in state}
+    units = {path: each for path, each in model.named_modules() if isinstance(each, FullyShardedDataParallel)}
+    found: dict[str, Any] = {}
+    for path, unit in units.items():
+        inside = tuple(f"{other}." for other in units if other.startswith(f"{path}." if path else "") and other != path)
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            for name, parameter in unit.named_parameters():
+                full = f"{path}.{name}" if path else name
+                if not full.startswith(inside) and without_wrappers(full) in plain:
+                    found[plain[without_wrappers(full)]] = parameter.detach().clone()
+    return {name: found[name] for name in names if name in found}
 
 
 def sharded_like(value: Tensor, target: Any) -> Any:

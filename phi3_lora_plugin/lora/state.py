@@ -71,7 +71,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none", *, adapter: str | None
     """The LoRA tensors of a model by the names that its own `state_dict` has, without those of wrappers around it.
 
     The tensors are the live ones (detached), as in loralib. Sharded ones are gathered, which is a collective: call it
-    on every rank. FSDP1 gives the tensors on rank 0 only.
+    on every rank.
 
     Args:
         bias: as for `mark_only_lora_as_trainable`. Buffers that happen to be called `bias` are never among them.
