@@ -19,7 +19,7 @@ from phi3_lora_plugin.adapter_files import FORMATS, adapter_files
 from phi3_lora_plugin.adapter_snapshot import take, trained_but_not_saved
 from phi3_lora_plugin.checkpoint_run import CheckpointRun
 from phi3_lora_plugin.health import HealthError, is_zero_loss, sick_log, sick_weights, zero_loss
-from phi3_lora_plugin.lora.gather import unwrapped
+from phi3_lora_plugin.lora.gather import is_flattened, unwrapped
 from phi3_lora_plugin.lora.state import StateError, lora_names
 from phi3_lora_plugin.resume_state import capture
 from phi3_lora_plugin.retention import Retention
@@ -279,7 +279,9 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
                 return
         self._taken = step
         files = None
-        if self.resume:  # first, because every process has to come by here, also if one then refuses the adapter
+        # First, because every process has to come by here, also if one then refuses the adapter. That it is a part only
+        # does not show in the optimizer's state under FSDP1.
+        if self.resume and not is_flattened(kwargs["model"]):
             scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
             handler = getattr(self._trainer, "callback_handler", None)
             others = () if handler is None else (*handler.callbacks, self._trainer.control)

@@ -66,13 +66,17 @@ def _agreed(sick: bool, parameters: Sequence[Any]) -> bool:
     """Whether any process is sick; of replicas each knows by itself."""
     import torch
 
-    shard = next((p for p in parameters if hasattr(p, "device_mesh")), None)
+    shard = next((p for p in parameters if hasattr(p, "device_mesh") or hasattr(p, "ds_tensor")), None)
     if shard is None:
         return sick
-    flag = torch.tensor(float(sick), device=shard.device_mesh.device_type)
+    place = shard.device_mesh.device_type if hasattr(shard, "device_mesh") else shard.device
+    flag = torch.tensor(float(sick), device=place)
     torch.distributed.all_reduce(flag)
     return bool(flag)
 
 
 def _local(parameter: Any) -> Any:
-    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.detach()
+    """What this process has of a parameter: its shard under FSDP2 and ZeRO-3."""
+    if hasattr(parameter, "to_local"):
+        return parameter.detach().to_local()
+    return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()

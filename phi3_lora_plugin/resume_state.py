@@ -82,6 +82,8 @@ def _gathered(content: bytes, args: Any) -> list[bytes]:
 
 
 def _is_sharded(optimizer: Any) -> bool:
+    if type(optimizer).__name__.startswith("DeepSpeed"):  # accelerate's wrapper: also ZeRO-1 and 2 have parts only
+        return True
     values = (value for group in optimizer.param_groups for value in group["params"])
     return any(hasattr(value, "full_tensor") or hasattr(value, "ds_id") or value.numel() == 0 for value in values)
 

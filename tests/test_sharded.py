@@ -266,18 +266,21 @@ def work(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    folder = tmp_path_factory.mktemp("ranks")
+def launch(folder: Path, function: str, *arguments: str, **variables: str) -> Ranks:
+    """Call a function of this module in two processes that know of each other."""
+    folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "GLOO_SOCKET_IFNAME": "lo"}
-    script = "import sys; from pathlib import Path; from test_sharded import work; work(Path(sys.argv[1]))"
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"} | variables
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
+    script = "import sys; from pathlib import Path; import test_sharded as t; "
+    script += "getattr(t, sys.argv[2])(Path(sys.argv[1]), *sys.argv[3:])"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", script, folder], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-c", script, folder, function, *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -291,6 +294,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     assert [process.returncode for process in started] == [0, 0], "\n\n".join(said)
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return folder, {name: [each[name] for each in found] for name in found[0]}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return launch(tmp_path_factory.mktemp("ranks"), "work")
 
 
 def test_two_ranks_save_what_both_have(ranks: Ranks, tmp_path: Path) -> None:
@@ -400,6 +408,56 @@ def test_g14_the_flat_vectors_of_the_older_fsdp_are_taken_apart(ranks: Ranks) ->
     before = digest(dict(take(peft_model(dropout=0.0)).tensors))
     assert first[:2] == [before, before] and second[:3] == [None] * 3
     assert first[2] not in (None, before) and first[3] == second[3]
+
+
+# --- DeepSpeed, where it is installed ------------------------------------------------------------------------------
+
+
+def zero(folder: Path, stage: str) -> None:
+    """Trained by a Trainer that leaves it to DeepSpeed; then once more, with a number that is none on one rank."""
+    found: dict[str, Any] = {}
+    plan: dict[str, Any] = {"zero_optimization": {"stage": int(stage)}, "zero_force_ds_cpu_optimizer": False}
+    plan |= dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    plan |= {"zero_allow_untested_optimizer": True}
+    if stage == "3":
+        plan["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or what is small is not cut
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 2 and torch.distributed.get_rank() == 1:
+                parameter = next(p for p in model.parameters() if p.requires_grad)
+                getattr(parameter, "ds_tensor", parameter).data.view(-1)[0] = float("nan")
+
+    settings = dict(deepspeed=plan, per_device_train_batch_size=2, optim="sgd", learning_rate=0.5, max_grad_norm=0.0)
+    made = trainer(folder / "healthy", LoraCheckpoint(every_steps=1), model=peft_model(dropout=0.0), **settings)
+    made.train()
+    found["engine"] = type(made.model_wrapped).__name__
+    found["cut"] = all(p.numel() == 0 for p in made.model.parameters() if p.requires_grad)
+    made = trainer(folder / "sick", LoraCheckpoint(every_steps=1), Poison(), model=peft_model(dropout=0.0), **settings)
+    try:
+        made.train()
+    except HealthError:
+        found["stopped at"] = made.state.global_step
+    (folder / f"rank-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # DeepSpeed's threads do not survive a proper end
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_g14_zero_is_gathered_and_learns_what_one_process_learns(stage: str, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    folder, found = launch(tmp_path / "ranks", "zero", stage, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    assert found["engine"] == ["DeepSpeedEngine"] * 2 and found["cut"] == [stage == "3"] * 2
+    settings = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    trainer(tmp_path, LoraCheckpoint(), model=peft_model(dropout=0.0), **settings).train()
+    path = latest_complete(folder / "healthy")
+    assert path.name == "step-00000006" and verify(folder / "healthy")
+    assert not (path / "resume").exists(), "each rank has a part of the optimizer only"
+    one, two = load_file(latest_complete(tmp_path) / WEIGHTS), load_file(path / WEIGHTS)
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    assert found["stopped at"] == [3, 3]
+    assert latest_complete(folder / "sick").name == "step-00000002"
 
 
 # --- what must never be saved ------------------------------------------------------------------------------------
