@@ -218,11 +218,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             self._due = state.global_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take this step once the Trainer has saved its own, unless there is a schedule and it is not on it.
-
-        The last one in any case: with `load_best_model_at_end` the weights are others when training ends.
-        """
-        if self.every_steps is None or control.should_training_stop:
+        """Take this step once the Trainer has saved its own, unless there is a schedule and it is not on it."""
+        if self.every_steps is None:
             self._due = state.global_step
         self._take_if_due(args, state, control, kwargs)
 

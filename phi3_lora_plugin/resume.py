@@ -63,11 +63,11 @@ def resumable(
         say(f"{place} holds no checkpoint to go on from: training begins at the start")
         yield None
         return
-    tokenizer, rows = getattr(trainer, "processing_class", None), trainer.train_dataset
+    loader = trainer.get_train_dataloader()  # its rows: without the columns that the Trainer drops
     adapter = next((callback.adapter for callback in ours), None)
-    refuse_drift(
-        entry.path, entry.manifest, run_facts(trainer.args, trainer.model, tokenizer, rows, adapter), allow_drift
-    )
+    tokenizer = getattr(trainer, "processing_class", None)
+    now = run_facts(trainer.args, trainer.model, tokenizer, getattr(loader, "dataset", None), adapter)
+    refuse_drift(entry.path, entry.manifest, now, allow_drift)
     for callback in ours:
         callback.allow_drift = (*callback.allow_drift, *allow_drift)
     say(f"going on from {entry.path}, step {entry.step}")
@@ -76,7 +76,7 @@ def resumable(
             for file in source.iterdir():
                 if file.is_file() and file.name != MANIFEST:
                     _link(file, Path(together, file.name))
-        with _over(trainer) if _is_over(trainer, entry.step) else nullcontext():
+        with _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext():
             yield together
 
 
@@ -108,13 +108,11 @@ def _as_the_first_process(entry: Entry | None) -> Entry | None:
     return Entry(Path(found[0]), int(manifest["step"]), manifest)
 
 
-def _is_over(trainer: Trainer, step: int) -> bool:
+def _is_over(args: Any, loader: Any, step: int) -> bool:
     """Whether a run that has made so many steps has made them all."""
-    args = trainer.args
     if args.max_steps > 0:
         return bool(step >= args.max_steps)
-    batches = len(trainer.get_train_dataloader())
-    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
     return bool(step >= math.ceil(args.num_train_epochs * steps))
 
 

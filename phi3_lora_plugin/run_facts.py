@@ -66,7 +66,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
                 pair = was.get(name), is_now.get(name)
                 known = field == "lora" or None not in pair  # a setting of PEFT's that is missing is at its default
                 if pair[0] != pair[1] and known:
-                    found[f"{field}.{name}"] = pair
+                    found[f"{field}.{name}"] = _short(pair[0]), _short(pair[1])
         elif was != is_now and was is not None and is_now is not None:
             found[field.removesuffix(".fingerprint")] = _short(was), _short(is_now)
     return found

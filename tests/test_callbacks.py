@@ -336,6 +336,27 @@ def test_g17_the_best_weights_are_loaded_back_and_both_they_and_the_last_are_in_
     assert (latest_complete(store) / "resume" / "optimizer.pt").is_file()
 
 
+def test_the_last_state_is_kept_where_training_is_stopped_and_the_best_is_loaded_over_it(tmp_path: Path) -> None:
+    class Stops(TrainerCallback):
+        live: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                control.should_training_stop = True
+                self.live = {key.replace(".default.", "."): t.clone() for key, t in lora_state_dict(model).items()}
+
+    stops = Stops()
+    made = trainer(
+        tmp_path, stops, LoraCheckpoint(), save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, learning_rate=0.5, lr_scheduler_type="constant", max_steps=8,
+    )  # fmt: skip
+    made.train()
+    found = latest_complete(tmp_path)
+    assert found.name == "step-00000005" and (found / "resume" / "optimizer.pt").is_file()
+    assert same(load_file(found / WEIGHTS), stops.live)
+    assert not same(trained(made.model), stops.live), "the best is another one"
+
+
 # --- the Trainer's own files -------------------------------------------------------------------------------------
 
 
@@ -705,20 +726,29 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(small
 def test_the_background_writes_the_same_bytes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from phi3_lora_plugin import checkpoint_run
 
-    order: list[tuple[int, str]] = []
+    events: list[tuple[str, int]] = []
+    threads, waiting = set(), []
     write = checkpoint_run.write_checkpoint
 
     def slow(store: Path, step: int, *args: Any, **options: Any) -> Path:
-        order.append((step, threading.current_thread().name))
-        time.sleep(0.02)
-        return write(store, step, *args, **options)
+        events.append(("begins", step))
+        threads.add(threading.current_thread().name)
+        time.sleep(0.1 / step)
+        path = write(store, step, *args, **options)
+        events.append(("ends", step))
+        return path
 
-    for name, background in (("sync", False), ("background", True)):
-        if background:
-            monkeypatch.setattr(checkpoint_run, "write_checkpoint", slow)
-        trainer(tmp_path / name, LoraCheckpoint(every_steps=1, keep_last=9, background=background)).train()
-    assert [step for step, _ in order] == [1, 2, 3, 4, 5, 6]
-    assert all(thread.startswith("lora-checkpoint") for _, thread in order)
+    class Looks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            waiting.append(state.global_step - 1 - len(events) // 2)
+
+    trainer(tmp_path / "sync", LoraCheckpoint(every_steps=1, keep_last=9)).train()
+    monkeypatch.setattr(checkpoint_run, "write_checkpoint", slow)
+    checkpoint = LoraCheckpoint(every_steps=1, keep_last=9, background=True)
+    trainer(tmp_path / "background", checkpoint, Looks()).train()
+    assert events == [(what, step) for step in range(1, 7) for what in ("begins", "ends")], "one after the other"
+    assert len(threads) == 1 and threads.pop().startswith("lora-checkpoint")
+    assert 1 <= max(waiting) <= 2, "training goes on, and does not pile up what is not written"
     one, other = (files(tmp_path / name / "lora") for name in ("sync", "background"))
     timed = ("resume/trainer_state.json", "resume/manifest.json")  # run times are in the Trainer's logs
     assert one.keys() == other.keys()

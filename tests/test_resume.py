@@ -73,9 +73,11 @@ def assert_same_end(one: Trainer, other: Trainer) -> None:
     assert same(one.optimizer.state_dict(), other.optimizer.state_dict()), "optimizer"
     assert same(one.lr_scheduler.state_dict(), other.lr_scheduler.state_dict()), "schedule"
     assert one.state.global_step == other.state.global_step
+    # TRL counts the tokens that this process has seen.
+    other_things = ("runtime", "per_second", "num_tokens")
     losses = [
         [
-            {k: v for k, v in log.items() if "runtime" not in k and "per_second" not in k}
+            {k: v for k, v in log.items() if not any(word in k for word in other_things)}
             for log in made.state.log_history
         ]
         for made in (one, other)
@@ -154,6 +156,55 @@ def test_random_numbers_of_the_collator_are_the_same_ones_from_an_epoch_s_end_on
     whole.train()
     killed(build, tmp_path / "broken", 4)
     assert_same_end(go(build, tmp_path / "broken"), whole)
+
+
+def _sft(out: Path, **settings: Any) -> Trainer:
+    """An SFTTrainer over chats with a column that nobody needs."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    words = "fox dog apples basket paris france jumps lazy".split()
+    chats = [[{"role": "user", "content": f"what {w}?"}, {"role": "assistant", "content": w}] for w in words]
+    config = SFTConfig(
+        output_dir=str(out), max_steps=5, per_device_train_batch_size=2, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, max_length=32, logging_steps=1, bf16=False,
+        learning_rate=1e-2, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return SFTTrainer(
+        model=tiny.model(hidden_size=16, intermediate_size=32),
+        args=config,
+        train_dataset=Dataset.from_dict({"messages": chats, "source": words}),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),
+        callbacks=[LoraCheckpoint(every_steps=1)],
+    )
+
+
+def _plain(out: Path) -> Trainer:
+    """A Trainer that drops a column of its data set."""
+    from datasets import Dataset
+
+    data = Dataset.from_list([{**row, "source": str(number)} for number, row in enumerate(rows())])
+    return trainer(out, LoraCheckpoint(every_steps=1), data=data, max_steps=5, remove_unused_columns=True)
+
+
+SCRIPTS: dict[str, Callable[[Path], Trainer]] = {
+    "SFTTrainer": _sft,
+    "SFTTrainer, packing": lambda out: _sft(out, packing=True, padding_free=False, eval_strategy="no"),
+    "Trainer with a data set": _plain,
+}
+
+
+@pytest.mark.parametrize("what", SCRIPTS)
+def test_scripts_of_other_people_go_on_exactly(what: str, tmp_path: Path) -> None:
+    whole = SCRIPTS[what](tmp_path / "whole")
+    whole.train()
+    killed(SCRIPTS[what], tmp_path / "broken", 2)
+    said: list[str] = []
+    resumed = go(SCRIPTS[what], tmp_path / "broken", said)
+    assert "step-00000002, step 2" in said[0]
+    assert_same_end(resumed, whole)
 
 
 def _added() -> Any:
