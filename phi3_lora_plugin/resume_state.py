@@ -52,7 +52,12 @@ def _trainer_state(state: Any, callbacks: Sequence[Any]) -> bytes:
     content = asdict(state)
     if stateful := [callback for callback in callbacks if isinstance(callback, ExportableState)]:
         content["stateful_callbacks"] = type(state)(stateful_callbacks=stateful).stateful_callbacks
-    return (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode()
+    return (json.dumps(content, indent=2, sort_keys=True, default=_plain) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's or torch's as Python has it, of which other people's metrics are made; else its text."""
+    return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
 
 def _random_state(args: Any) -> bytes:

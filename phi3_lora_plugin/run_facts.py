@@ -181,7 +181,8 @@ def _fingerprint_in_memory(model: Any) -> str | None:
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") or parameter.is_meta:
             return None
         flat = parameter.detach().flatten()
-        places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), _SAMPLED), device=flat.device).long()
+        count = min(len(flat), _SAMPLED)
+        places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
         digest.update(f"{plain} {tuple(parameter.shape)}\n".encode())
         digest.update(json.dumps(flat[places].float().tolist()).encode())
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
 from phi3_lora_plugin.resume import newest_resumable, resumable
-from phi3_lora_plugin.run_facts import DriftError
+from phi3_lora_plugin.run_facts import DriftError, base_facts
 
 
 class Killed(BaseException):
@@ -534,3 +534,26 @@ def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(tmp_
     assert drifted.returncode == 2, drifted.stderr
     assert "lora.alpha: 32 in the checkpoint, 4 now" in drifted.stderr.replace("\n", " ")
     assert "Traceback" not in drifted.stderr
+
+
+def test_a_base_in_memory_of_any_size_has_a_fingerprint_that_sees_its_last_number() -> None:
+    def of(size: int, last: float = 0.0) -> Any:
+        model = torch.nn.Module()
+        values = torch.zeros(1).expand(size)  # as long as Phi-3's head, and no memory
+        model.weight = torch.nn.Parameter(torch.cat([values, torch.tensor([last])]) if last else values, False)
+        return base_facts(model)["fingerprint"]
+
+    assert of(32064 * 3072) is not None and of(1) != of(2)
+    assert of(1000, last=1.0) != of(1001)
+
+
+def test_numbers_of_other_libraries_in_the_logs_stay_numbers(tmp_path: Path) -> None:
+    import numpy as np
+
+    class Measures(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.log_history.append({"numpy": np.float32(0.5), "torch": torch.tensor(2.0), "step": state.global_step})
+
+    trainer(tmp_path, LoraCheckpoint(), Measures(), max_steps=1).train()
+    content = json.loads((latest_complete(tmp_path) / "resume" / "trainer_state.json").read_text())
+    assert {"numpy": 0.5, "torch": 2.0, "step": 1} in content["log_history"]
