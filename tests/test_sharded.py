@@ -145,15 +145,15 @@ def sick(folder: Path) -> Any:
     return None
 
 
-def _sharded(**settings: Any) -> Any:
+def _sharded(how: dict[str, Any] | None = None, **settings: Any) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = peft_model(dropout=0.0, **settings)
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **(how or {}))
+    return fully_shard(model, mesh=mesh, **(how or {}))
 
 
 def _learn(model: Any, step: Callable[[], None] = lambda: None) -> None:
@@ -182,11 +182,18 @@ def fsdp(folder: Path) -> Any:
     with torch.no_grad():
         model.eval()(input_ids=ids)  # leaves the last unit unsharded
     found["after a forward pass"] = _taken(model)
-    found["dora"] = _taken(_sharded(use_dora=True))
-    found["head"] = _taken(_sharded(target_modules=["qkv_proj"], modules_to_save=["lm_head"]))
     snapshot = take(model, keep=torch.distributed.get_rank() == 0)
     if snapshot is not None:
         torch.save(dict(snapshot.tensors), folder / "fsdp.pt")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    whole = {"reshard_after_forward": False, "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    model = _sharded(whole)
+    with torch.no_grad():
+        model.eval()(input_ids=ids)  # leaves every layer with whole copies, in 16 bits
+    found["whole copies"] = _taken(model)
+    found["dora"] = _taken(_sharded(use_dora=True))
+    found["head"] = _taken(_sharded(target_modules=["qkv_proj"], modules_to_save=["lm_head"]))
     return found
 
 
@@ -369,6 +376,7 @@ def test_g14_shards_are_gathered_tensor_for_tensor_and_one_rank_keeps_them(
     first, second = ranks[1]["fsdp"]
     single = peft_model(dropout=0.0)
     assert first["before"] == digest(dict(take(single).tensors))
+    assert first["whole copies"] == first["before"]
     assert first["dora"] == digest(dict(take(peft_model(dropout=0.0, use_dora=True)).tensors))
     head = peft_model(dropout=0.0, target_modules=["qkv_proj"], modules_to_save=["lm_head"])
     assert first["head"] == digest(dict(take(head).tensors))

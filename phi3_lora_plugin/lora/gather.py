@@ -32,15 +32,13 @@ def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str
     """
     if is_flattened(model):
         return _gather_flattened(model, names)
-    for module in inner.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDP2 may hold whole copies of its own
-            module.reshard()
     owners: dict[str, list[str]] = {}
     for name in names:
         owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     found: dict[str, Any] = {}
     for path, leaves in owners.items():
-        # A layer's own state_dict, so that its checks run (slices refuse to save what lies between them).
+        # A layer's own state_dict, so that its hooks run: slices refuse to save what lies between them, and FSDP2 gives
+        # the shards where it has whole copies, of 16 bits perhaps.
         own = inner.get_submodule(path).state_dict()
         found |= {f"{path}.{leaf}" if path else leaf: own[leaf] for leaf in leaves}
     parameters = dict(inner.named_parameters())
@@ -83,15 +81,15 @@ def _gather_flattened(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     plain = {without_wrappers(name): name for name in names}
-    units = {path: each for path, each in model.named_modules() if isinstance(each, FullyShardedDataParallel)}
     found: dict[str, Any] = {}
-    for path, unit in units.items():
-        inside = tuple(f"{other}." for other in units if other.startswith(f"{path}." if path else "") and other != path)
+    for path, unit in model.named_modules():
+        if not isinstance(unit, FullyShardedDataParallel):
+            continue
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            for name, parameter in unit.named_parameters():
-                full = f"{path}.{name}" if path else name
-                if not full.startswith(inside) and without_wrappers(full) in plain:
-                    found[plain[without_wrappers(full)]] = parameter.detach().clone()
+            for name, parameter in unit.named_parameters():  # those of units inside are still cut; their turn is later
+                full = without_wrappers(f"{path}.{name}" if path else name)
+                if full in plain:
+                    found[plain[full]] = parameter.detach().clone()
     return {name: found[name] for name in names if name in found}
 
 
