@@ -236,6 +236,35 @@ def test_g15_killed_before_any_change_of_the_disk_the_last_announced_one_is_ther
     assert status == 0 and call > 25, "the audit hook saw too little"
 
 
+def test_g15_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps what was synced; the calls go through to the system and are written down."""
+    calls: list[tuple[str, Path]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def record(what: str, path: object) -> None:
+        calls.append((what, Path(str(path))))
+
+    def synced(handle: int) -> None:
+        record("sync", os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", lambda source, target: (record("name", target), rename(source, target)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (record("name", target), replace(source, target)))
+    final = write(tmp_path, 1, 0.5)
+    named = calls.index(("name", final))
+    before = [path for what, path in calls[:named] if what == "sync"]
+    (staging,) = {path for path in before if path.name.startswith(".step")}
+    inside = {staging / path.relative_to(final) for path in final.rglob("*")}
+    assert inside <= set(before), "every file and folder of it"
+    assert before[-1] == staging and before[-2] == staging / "manifest.json", "the manifest last"
+    assert calls[named + 1] == ("sync", tmp_path), "its name too"
+    for pointer in ("LATEST", "BEST"):
+        at = calls.index(("name", tmp_path / pointer))
+        assert at > named and calls[at - 1][0] == "sync" and pointer in calls[at - 1][1].name
+        assert calls[at + 1] == ("sync", tmp_path)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
