@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -76,7 +77,7 @@ def resumable(
             for file in source.iterdir():
                 if file.is_file() and file.name != MANIFEST:
                     _link(file, Path(together, file.name))
-        with _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext():
+        with _counting_epochs_on(), _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext():
             yield together
 
 
@@ -126,6 +127,29 @@ def _over(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         args.max_steps, args.num_train_epochs = length
+
+
+@contextmanager
+def _counting_epochs_on() -> Iterator[None]:
+    """Keep the number of the epoch where batches are skipped: older accelerate shuffles the rest as the first one's."""
+    from accelerate.data_loader import DataLoaderShard
+    from transformers import trainer as module
+
+    if "iteration" in inspect.signature(DataLoaderShard.__init__).parameters:
+        yield
+        return
+    skip = module.skip_first_batches
+
+    def skip_and_count(loader: Any, count: int = 0) -> Any:
+        left = skip(loader, count)
+        left.iteration = getattr(loader, "iteration", 0)
+        return left
+
+    module.skip_first_batches = skip_and_count
+    try:
+        yield
+    finally:
+        module.skip_first_batches = skip
 
 
 def _link(source: Path, target: Path) -> None:

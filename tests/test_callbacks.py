@@ -76,6 +76,7 @@ def test_an_sft_script_with_one_line_more(tmp_path: Path) -> None:
     config = SFTConfig(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, save_strategy="steps", save_steps=2,
         report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, max_length=64,
+        bf16=False,  # which accelerate would remember for the tests that follow
     )  # fmt: skip
     made = SFTTrainer(
         model=tiny.model(hidden_size=16, intermediate_size=32),

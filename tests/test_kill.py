@@ -68,9 +68,11 @@ def whole(warm: Warm, folder: Path) -> Whole:
     child = warm.start(folder / "said", "run", str(folder / "whole"), False)
     _wait_for(child.said, "begun")
     began = time.monotonic()
+    _wait_for(child.said, f"announced step-{STEPS:08d}")
+    seconds = time.monotonic() - began  # without the end of the process, where a kill would prove nothing
     code, said = child.wait()
     assert code == 0, said
-    return Whole(_ends(folder / "whole"), time.monotonic() - began)
+    return Whole(_ends(folder / "whole"), seconds)
 
 
 def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool, chance: random.Random) -> str:
@@ -78,7 +80,7 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
 
     Returns what happened, in a word or two.
     """
-    out, killed = folder / "run", 0
+    out, within = folder / "run", 0
     shutil.rmtree(out, ignore_errors=True)
     for attempt in range(2 if chance.random() < 0.5 else 1):
         child = warm.start(folder / "said", "run", str(out), background)
@@ -90,9 +92,9 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
         os.close(handle)
         code, said = child.wait()
         assert code in (0, -signal.SIGKILL), said
-        killed += code != 0
         announced = [line.split()[1] for line in said.splitlines() if line.startswith("announced")]
         found = latest_complete(out)
+        within += code != 0 and (found is None or found.name < f"step-{STEPS:08d}")
         if announced:
             assert found is not None, f"attempt {attempt}: {announced[-1]} was announced and there is nothing"
             assert found.name >= announced[-1], f"{announced[-1]} was announced, {found.name} is there"
@@ -106,7 +108,7 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
     assert verify(out), verify(out).problems
     left = [path.name for path in (out / "lora").iterdir() if path.name.startswith(".")]
     assert left == [], "what dead runs left behind is swept"
-    return f"killed {killed} times"
+    return f"killed {within} times before the last step was saved"
 
 
 def _wait_for(file: Path, word: str) -> None:

@@ -106,6 +106,7 @@ class Lazy(Dataset):
 SETTINGS: dict[str, dict[str, Any]] = {
     "mid-epoch": {},
     "epoch boundary": {"kill": 4},
+    "in the second epoch": {"kill": 6, "max_steps": 7},
     "first step": {"kill": 1},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "accumulation that does not divide": {
@@ -489,7 +490,8 @@ def test_the_same_settings_in_another_process_are_no_drift(broken: Path, tmp_pat
         "resumable\nmade = build_with(Path(sys.argv[1]))\n"
         "with resumable(made, say=print): pass"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
+    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", script, broken], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
 
