@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
+from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.resume import newest_resumable, resumable
 from phi3_lora_plugin.run_facts import DriftError, base_facts
 
@@ -501,7 +502,9 @@ def test_the_same_settings_in_another_process_are_no_drift(broken: Path, tmp_pat
 COMMAND = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()", "train"]
 
 
-def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(tmp_path: Path) -> None:
+def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny.base(tmp_path / "base", hidden_size=16, intermediate_size=32)
     words = "fox dog apples basket paris france jumps lazy".split()
     chats = [[{"role": "user", "content": f"what {w}?"}, {"role": "assistant", "content": w}] for w in words]
@@ -532,10 +535,12 @@ def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(tmp_
     assert ends[1].name == "step-00000009"
     for name in ("adapter_model.safetensors", "resume/optimizer.pt"):
         assert ends[0].joinpath(name).read_bytes() == ends[1].joinpath(name).read_bytes(), name
-    drifted = run("broken", "--resume", "lora.alpha=4")
-    assert drifted.returncode == 2, drifted.stderr
-    assert "lora.alpha: 32 in the checkpoint, 4 now" in drifted.stderr.replace("\n", " ")
-    assert "Traceback" not in drifted.stderr
+    arguments = [*settings, f"output_dir={tmp_path / 'broken'}", "--resume", "lora.alpha=4"]
+    monkeypatch.setattr(sys, "argv", ["phi3-lora", "train", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert left.value.code == 2 and "lora.alpha: 32 in the checkpoint, 4 now" in said and "Traceback" not in said
 
 
 def test_a_base_in_memory_of_any_size_has_a_fingerprint_that_sees_its_last_number() -> None:
