@@ -9,17 +9,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.adapt import Reading, conversations
+from phi3_lora_plugin.chat.cache import find_entry, read_entry, write_entry
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import Adapter
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describe
-from phi3_lora_plugin.chat.sources import find_sources
+from phi3_lora_plugin.chat.sources import Found, find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
     from phi3_lora_plugin.recipe import Recipe
@@ -50,6 +53,16 @@ class Data:
     train: Dataset
     eval: Dataset | None
     report: DataReport
+    cached: Path | None = None  # the entry that it was read from, if it was encoded before
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where the rows to train on, or those to evaluate on, come from."""
+
+    key: str  # of the recipe, for errors
+    found: Found
+    most: int | None  # rows to read
 
 
 @dataclass
@@ -82,13 +95,20 @@ class _Fate:
     read: int = 0
 
 
-def load_data(recipe: Recipe, tokenizer: Any, adapters: Mapping[str, Adapter], max_length: int | None = None) -> Data:
+def load_data(
+    recipe: Recipe,
+    tokenizer: Any,
+    adapters: Mapping[str, Adapter],
+    max_length: int | None = None,
+    cache: bool = False,
+) -> Data:
     """Read, check, encode and split the rows of a recipe.
 
     Args:
         tokenizer: of the base model, from `load_tokenizer`.
         adapters: registered formats by name; the package's own are always there.
         max_length: longest row in tokens if `data.max_length` says nothing; None: no limit.
+        cache: keep the encoded rows of local files, and take them from where they were kept (see `cache`).
 
     Raises:
         DataError: nothing to read, malformed rows (unless `data.on_error: skip`), or no row with a trained token left.
@@ -98,30 +118,59 @@ def load_data(recipe: Recipe, tokenizer: Any, adapters: Mapping[str, Adapter], m
         raise DataError(["data.path: the recipe names no data; add data.path=FILE (or a folder, a glob, a hub id)"])
     limit = data.max_length or max_length
     try:
-        template = template_for(tokenizer, data.template)
+        template = template_for(tokenizer, data.template).name
     except TemplateError as error:
-        raise DataError([f"data.template: {error}"]) from error
-    fate = _Fate()
+        text = str(error)
+        raise DataError([text if text.startswith("data.template") else f"data.template: {text}"]) from error
     wanted: list[tuple[str, Any, str | None, int | None]] = [("data.path", data.path, data.split, data.max_rows)]
     if data.eval_path is not None:
         wanted.append(("data.eval_path", data.eval_path, data.eval_split, None))
     elif data.eval_split is not None:
         wanted.append(("data.eval_split", data.path, data.eval_split, None))
-    parts: list[_Rows] = []
+    parts: list[_Part] = []
     unreadable: list[str] = []
     for key, path, split, most in wanted:
         try:
-            parts.append(_encoded(_read(key, path, split, most, data, adapters, fate), tokenizer, data, limit, fate))
+            parts.append(_Part(key, find_sources(path, split, key), most))
+        except SourceError as error:
+            unreadable += error.problems
+    entry = (
+        find_entry(recipe, tokenizer, adapters, limit, [p.found for p in parts]) if cache and not unreadable else None
+    )
+    if entry is not None and (kept := read_entry(entry)) is not None:
+        tables, report = kept
+        return _data(tables, report, entry)
+    tables, report = _encode_all(recipe, parts, unreadable, tokenizer, adapters, template, limit)
+    if entry is not None:
+        write_entry(entry, tables, report)
+    return _data(tables, report)
+
+
+def _encode_all(
+    recipe: Recipe,
+    parts: Sequence[_Part],
+    unreadable: list[str],
+    tokenizer: Any,
+    adapters: Mapping[str, Adapter],
+    template: str,
+    limit: int | None,
+) -> tuple[dict[str, pyarrow.Table], DataReport]:
+    """Tables by part ("train", "eval") and the report; raises with all that is wrong, `unreadable` included."""
+    data, fate = recipe.data, _Fate()
+    encoded: list[_Rows] = []
+    for part in parts:
+        try:
+            encoded.append(_encoded(_read(part, data, adapters, fate), tokenizer, data, limit, fate))
         except SourceError as error:
             unreadable += error.problems
     if unreadable or (fate.problems and data.on_error == "stop"):
         advice = ["repair them, or leave them out with data.on_error: skip"] if fate.problems else []
         raise DataError([*unreadable, *_grouped(fate.problems), *advice])
-    for (key, *_), part in zip(wanted, parts, strict=True):
-        if not part.about:
-            raise DataError([f"{key}: no row is left to use", *_why_none(fate, limit)])
-    train = parts[0]
-    held_out = parts[1] if len(parts) > 1 else None
+    for part, rows in zip(parts, encoded, strict=True):
+        if not rows.about:
+            raise DataError([f"{part.key}: no row is left to use", *_why_none(fate, limit)])
+    train = encoded[0]
+    held_out = encoded[1] if len(encoded) > 1 else None
     if data.eval_fraction:
         train, held_out = _split(train, data.eval_fraction, recipe.seed)
     known = set(train.digests)
@@ -137,7 +186,7 @@ def load_data(recipe: Recipe, tokenizer: Any, adapters: Mapping[str, Adapter], m
     report = DataReport(
         sources=tuple(fate.sources),
         files_left_out=tuple(fate.left_out),
-        template=template.name,
+        template=template,
         max_length=limit,
         rows_read=fate.read,
         train=describe(train.about),
@@ -149,24 +198,17 @@ def load_data(recipe: Recipe, tokenizer: Any, adapters: Mapping[str, Adapter], m
         leaked=tuple(leaked),
         unread=dict(fate.unread),
     )
-    return Data(_dataset(train), None if held_out is None else _dataset(held_out), report)
+    return {"train": _table(train)} | ({} if held_out is None else {"eval": _table(held_out)}), report
 
 
 def _read(
-    key: str,
-    path: Any,
-    split: str | None,
-    most: int | None,
-    data: DataSection,
-    adapters: Mapping[str, Adapter],
-    fate: _Fate,
+    part: _Part, data: DataSection, adapters: Mapping[str, Adapter], fate: _Fate
 ) -> Iterator[tuple[Place, list[Any]]]:
     """Conversations of one part, from the top; what is wrong with rows goes into `fate`."""
-    found = find_sources(path, split, key)
-    fate.left_out += found.left_out
-    left = most
+    fate.left_out += part.found.left_out
+    left = part.most
     broken: list[str] = []
-    for source in found.sources:
+    for source in part.found.sources:
         reading = Reading(source.name)
         try:
             for item in islice(conversations(source, reading, data.format, data.columns, adapters), left):
@@ -175,7 +217,7 @@ def _read(
                 else:
                     yield item
         except SourceError as error:
-            broken += error.problems
+            broken += error.problems if part.key == "data.path" else [f"{part.key}: {text}" for text in error.problems]
         fate.sources.append(SourceReport(reading.name, reading.format, reading.because, reading.rows))
         fate.unread.update(reading.unread)
         fate.read += reading.rows
@@ -259,12 +301,17 @@ def _duplicates(rows: _Rows) -> Iterator[Left]:
             first[digest] = about[0]
 
 
-def _dataset(rows: _Rows) -> Dataset:
+def _table(rows: _Rows) -> pyarrow.Table:
     """The rows as an Arrow table, made from whole columns: one row at a time would take longer than encoding them."""
     import numpy as np
     import pyarrow as pa
-    from datasets import Dataset
 
     offsets = np.cumsum([0, *(length for _, length, _, _ in rows.about)], dtype=np.int64)
     columns = [pa.LargeListArray.from_arrays(offsets, pa.array(np.array(c, np.int32))) for c in (rows.ids, rows.labels)]
-    return Dataset(pa.table(columns, names=["input_ids", "labels"]))
+    return pa.table(columns, names=["input_ids", "labels"])
+
+
+def _data(tables: Mapping[str, pyarrow.Table], report: DataReport, cached: Path | None = None) -> Data:
+    from datasets import Dataset
+
+    return Data(Dataset(tables["train"]), Dataset(tables["eval"]) if "eval" in tables else None, report, cached)

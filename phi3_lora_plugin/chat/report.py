@@ -1,4 +1,4 @@
-"""What the data is and what became of it: numbers for people, JSON for machines, rows with their mask in colour."""
+"""What the data is and what became of it, as numbers: JSON for machines; `report_view` shows it to people."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
-
-_SHOWN = 10  # lines of a list that go to the screen; the JSON has them all
 
 
 @dataclass(frozen=True)
@@ -78,46 +75,23 @@ class DataReport:
                 value[name]["share_trained"] = round(part.share_trained, 6)
         return json.dumps(value, ensure_ascii=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> DataReport:
+        """Return the report that `to_json` wrote; raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+        value = json.loads(text)
+        value["sources"] = tuple(SourceReport(**source) for source in value["sources"])
+        value["files_left_out"] = tuple(value["files_left_out"])
+        for name in ("train", "eval"):
+            value[name] = None if value[name] is None else _part(value[name])
+        for name in ("skipped", "dropped", "truncated", "duplicates", "leaked"):
+            value[name] = tuple(Left(**row) for row in value[name])
+        return cls(**value)
+
     def render(self, console: Console) -> None:
         """Print the report for a person."""
-        from rich.table import Table
+        from phi3_lora_plugin.chat.report_view import render
 
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for source in self.sources:
-            read = f"{source.rows:,} rows as {source.format or 'nothing'}" + (
-                f", {source.because}" * bool(source.because)
-            )
-            table.add_row("data", printable(f"{source.name}: {read}"))
-        for name in self.files_left_out:
-            table.add_row("left out", printable(f"{name}: belongs to another split"))
-        limit = f"at most {self.max_length:,} tokens a row" if self.max_length else "rows of any length"
-        table.add_row("template", f"{self.template}, {limit}")
-        for name, part in (("train", self.train), ("eval", self.eval)):
-            if part is not None:
-                for title, value in _figures(name, part):
-                    table.add_row(title, printable(value))
-        if self.unread:
-            names = ", ".join(f"{name} ({count:,})" for name, count in self.unread.items())
-            table.add_row("not used", printable(names))
-        console.print(table)
-        for title, rows in self._fates():
-            if rows:
-                console.print(f"{len(rows):,} {title}", style="yellow", highlight=False)
-                for row in rows[:_SHOWN]:
-                    console.print(f"  {printable(row.place)}: {printable(row.why)}", markup=False, highlight=False)
-                if len(rows) > _SHOWN:
-                    console.print(f"  ... and {len(rows) - _SHOWN:,} more", highlight=False)
-
-    def _fates(self) -> list[tuple[str, Sequence[Left]]]:
-        return [
-            ("malformed, left out:", self.skipped),
-            ("without a trained token, left out:", self.dropped),
-            ("cut to the longest length:", self.truncated),
-            ("given more than once:", self.duplicates),
-            ("to evaluate on, but also trained on:", self.leaked),
-        ]
+        render(self, console)
 
 
 def describe(rows: Sequence[tuple[str, int, int, Sequence[str]]]) -> Part:
@@ -137,62 +111,9 @@ def describe(rows: Sequence[tuple[str, int, int, Sequence[str]]]) -> Part:
     )
 
 
-def _figures(name: str, part: Part) -> list[tuple[str, str]]:
-    fewest, median, most = part.turns
-    roles = ", ".join(f"{count:,} {role}" for role, count in part.roles.items())
-    share = f"{100 * part.share_trained:.1f}% of them trained"
-    figures = [
-        (name, f"{part.rows:,} rows, {part.tokens:,} tokens, {share}"),
-        ("", f"{fewest} to {most} turns a row, {median} in the middle: {roles}"),
-        ("", f"median {part.median_length:,} tokens, longest {'; '.join(f'{n:,} ({p})' for p, n in part.longest[:3])}"),
-    ]
-    most_rows = max((count for _, count in part.histogram), default=1)
-    for limit, count in part.histogram:
-        bar = "█" * max(1, round(30 * count / most_rows))
-        figures.append(("", f"≤ {limit:>6,}  {bar} {count:,}"))
-    return figures
-
-
-def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> None:
-    """Print the first `count` encoded rows: trained tokens stand out, in colour or between ⟦ and ⟧."""
-    from rich.text import Text
-
-    plain = not console.is_terminal or console.no_color
-    for index in range(min(count, len(rows))):
-        row = rows[index]
-        text = Text()
-        for trained, piece in pieces(row["input_ids"], row["labels"], tokenizer):
-            if trained:
-                text.append(f"⟦{piece}⟧" if plain else piece, style="bold green")
-            else:
-                text.append(piece, style="dim")
-        trained = len(row["labels"]) - row["labels"].count(-100)
-        console.print(
-            f"row {index + 1}: {len(row['labels']):,} tokens, {trained:,} trained", style="bold", highlight=False
-        )
-        console.print(_indented(text), highlight=False)
-
-
-def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[bool, str]]:
-    """Return the text of a row in runs of tokens that are trained, or not."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(ids, labels, strict=True):
-        trained = label != -100
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
-        runs[-1][1].append(token)
-    return [(trained, printable(tokenizer.decode(run, skip_special_tokens=False))) for trained, run in runs]
-
-
-def _indented(text: Text) -> Text:
-    from rich.text import Text
-
-    lines = [Text("  ").append_text(line) for line in text.split("\n", allow_blank=True)]
-    return Text("\n").join(lines)
-
-
-def printable(text: str) -> str:
-    """Return text in which control characters are spelled out: a row must not be able to command the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+def _part(value: dict[str, Any]) -> Part:
+    value.pop("share_trained", None)
+    value["longest"] = tuple((place, length) for place, length in value["longest"])
+    value["histogram"] = tuple((limit, count) for limit, count in value["histogram"])
+    value["turns"] = tuple(value["turns"])
+    return Part(**value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -25,11 +27,13 @@ def check_command(
     run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
 
     from phi3_lora_plugin.chat.dataset import load_data
-    from phi3_lora_plugin.chat.report import show_rows
+    from phi3_lora_plugin.chat.report_view import show_rows
     from phi3_lora_plugin.families import default_max_length
     from phi3_lora_plugin.model import ModelError, load_config
     from phi3_lora_plugin.tokenizer import load_tokenizer
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(encoding="utf-8" if as_json else None, errors="replace")
     console = Console(stderr=as_json, highlight=False)
     for note in run.notes:
         console.print(f"note: {note}")

@@ -1,0 +1,176 @@
+"""The data report as people read it: short names, lines that break between things, rows with their mask in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phi3_lora_plugin.chat.report import DataReport, Left, Part
+
+_SHOWN = 10  # of a list that go to the screen; the JSON has them all
+_INDENT = 10  # columns before the text of a line, for its title
+_LONGEST = 1500  # characters of a run of tokens; the middle of a longer one is left out
+
+
+def render(report: DataReport, console: Console) -> None:
+    """Print what was read, what is trained on, and what happened to rows that are not used as they stand."""
+    names = short_names([*(source.name for source in report.sources), *report.files_left_out])
+
+    def line(title: str, pieces: Sequence[str]) -> None:
+        packed = _packed([_shortened(piece, names) for piece in pieces], console.width - _INDENT)
+        for head, text in zip(chain([title], repeat("")), packed, strict=False):
+            console.print(f"{head:{_INDENT}}{printable(text)}", markup=False, highlight=False, soft_wrap=True)
+
+    for source in report.sources[:_SHOWN]:
+        read = f"{source.rows:,} rows as {source.format or 'nothing'}" + f", {source.because}" * bool(source.because)
+        line("data", [f"{source.name}:", *read.split()])
+    if more := report.sources[_SHOWN:]:
+        line("", [f"and {sum(source.rows for source in more):,} rows", f"from {len(more):,} more sources"])
+    if report.files_left_out:
+        line("left out", [*_listed(report.files_left_out), "(of another split)"])
+    limit = f"at most {report.max_length:,} tokens a row" if report.max_length else "rows of any length"
+    line("template", [f"{report.template}, {limit}"])
+    for name, part in (("train", report.train), ("eval", report.eval)):
+        if part is not None:
+            for title, pieces in _figures(name, part):
+                line(title, pieces)
+    if report.unread:
+        line("not used", _listed([f"{name} ({count:,})" for name, count in report.unread.items()]))
+    for title, rows in _fates(report):
+        if rows:
+            _print_fate(console, title, rows, report.rows_read, names)
+
+
+def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> None:
+    """Print the first `count` encoded rows: trained tokens stand out, in colour or between ⟦ and ⟧."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    plain = not console.is_terminal or console.no_color
+    count = min(count, len(rows))
+    if count:
+        marked = "between ⟦ and ⟧" if plain else "in green"
+        console.print(f"\nthe first {count} rows as the model sees them, trained tokens {marked}:", highlight=False)
+    for index in range(count):
+        row = rows[index]
+        text = Text()
+        for trained, piece in pieces(row["input_ids"], row["labels"], tokenizer):
+            if trained:
+                text.append(f"⟦{_clipped(piece)}⟧" if plain else _clipped(piece), style="bold green")
+            else:
+                text.append(_clipped(piece), style="dim")
+        trained = len(row["labels"]) - row["labels"].count(-100)
+        console.print(f"row {index + 1}: {len(row['labels']):,} tokens, {trained:,} trained", style="bold")
+        console.print(Padding(text, (0, 0, 0, 2), expand=False), highlight=False)
+
+
+def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[bool, str]]:
+    """Return the text of a row in runs of tokens that are trained, or not."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, label in zip(ids, labels, strict=True):
+        trained = label != -100
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        runs[-1][1].append(token)
+    return [(trained, printable(tokenizer.decode(run, skip_special_tokens=False))) for trained, run in runs]
+
+
+def printable(text: str) -> str:
+    """Return text in which control characters are spelled out: a row must not be able to command the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Return what to call absolute paths on the screen: as much of their end as tells them from all the others."""
+    paths = {name: Path(name).parts for name in dict.fromkeys(names)}
+    short = {}
+    for name, parts in paths.items():
+        others = [other for other in paths.values() if other != parts]
+        lengths = range(1, len(parts)) if Path(name).is_absolute() else ()
+        alone = (length for length in lengths if all(other[-length:] != parts[-length:] for other in others))
+        if (length := next(alone, None)) is not None:
+            short[name] = str(Path(*parts[-length:]))
+    return short
+
+
+def _figures(name: str, part: Part) -> Iterator[tuple[str, list[str]]]:
+    fewest, median, most = part.turns
+    yield name, [f"{part.rows:,} rows,", f"{part.tokens:,} tokens,", f"{100 * part.share_trained:.1f}% of them trained"]
+    turns = f"{fewest} turns a row" if fewest == most else f"{fewest} to {most} turns a row (median {median})"
+    yield "", [f"{turns}:", *_commas([f"{count:,} {role}" for role, count in part.roles.items()])]
+    longest = [f"{length:,} ({place})" for place, length in part.longest[:3]]
+    yield "", [f"median {part.median_length:,} tokens,", "longest", *_commas(longest)]
+    most_rows = max((count for _, count in part.histogram), default=1)
+    for limit, count in part.histogram:
+        yield "", [f"≤ {limit:>6,}  {'█' * max(1, round(30 * count / most_rows))} {count:,}"]
+
+
+def _fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
+    return [
+        ("malformed, left out", report.skipped),
+        ("without a trained token, left out", report.dropped),
+        ("cut to the longest length", report.truncated),
+        ("given more than once and used each time", report.duplicates),
+        ("to evaluate on, but also trained on", report.leaked),
+    ]
+
+
+def _print_fate(console: Console, title: str, rows: Sequence[Left], total: int, names: dict[str, str]) -> None:
+    """One line a row, or where the reason is the same for all of them, the reason once and the places behind it."""
+    same = len({row.why for row in rows}) == 1
+    head = f"{len(rows):,} of {total:,} rows {title}" + (f" ({rows[0].why}):" if same else ":")
+    shown = [_shortened(row.place if same else f"{row.place}: {row.why}", names) for row in rows[:_SHOWN]]
+    more = len(rows) - len(shown)
+    entries = [[*_commas(shown), *([f"and {more:,} more"] if more else [])]] if same else [e.split() for e in shown]
+    for text in _packed(_shortened(head, names).split(), console.width, 2):
+        console.print(printable(text), style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for entry in entries:
+        for text in _packed(entry, console.width - 2, 0 if same else 2):
+            console.print("  " + printable(text), markup=False, highlight=False, soft_wrap=True)
+    if more and not same:
+        console.print(f"  ... and {more:,} more", highlight=False)
+
+
+def _packed(pieces: Sequence[str], width: int, hanging: int = 0) -> Iterator[str]:
+    """Join pieces with blanks into lines of at most `width` columns; a longer piece has a line of its own.
+
+    Lines behind the first begin with `hanging` blanks.
+    """
+    line = ""
+    for piece in pieces:
+        if line.strip() and len(line) + 1 + len(piece) > width:
+            yield line
+            line = " " * hanging + piece
+        else:
+            line = f"{line} {piece}" if line else piece
+    yield line
+
+
+def _commas(items: Sequence[str]) -> list[str]:
+    return [f"{item}," for item in items[:-1]] + list(items[-1:])
+
+
+def _listed(items: Sequence[str]) -> list[str]:
+    """Return the first few items with commas, and how many more there are."""
+    more = len(items) - min(len(items), _SHOWN)
+    return [*_commas(items[:_SHOWN]), *([f"and {more:,} more"] if more else [])]
+
+
+def _shortened(text: str, names: dict[str, str]) -> str:
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, names[name])
+    return text
+
+
+def _clipped(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    half = _LONGEST // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
