@@ -1,4 +1,4 @@
-"""Whether the tensors of an adapter on disk can be what was learned: readable, whole, finite."""
+"""Whether the tensors of an adapter on disk can be what was learned: readable, in pairs, finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def weights_problems(folder: Path) -> list[str]:
     Looks at PEFT's and loralib's files, whoever wrote them.
     """
     from phi3_lora_plugin.adapter_files import LORALIB
-    from phi3_lora_plugin.lora.peft_files import CONFIG, WEIGHTS, PeftFilesError, read_peft
+    from phi3_lora_plugin.lora.peft_files import CONFIG, WEIGHTS, PeftFilesError, changes_base, parts, read_peft
 
     problems = []
     for name in (WEIGHTS, LORALIB):
@@ -21,7 +21,10 @@ def weights_problems(folder: Path) -> list[str]:
             problems += [f"{name}: {problem}" for problem in _tensor_problems(folder / name)]
     if (folder / CONFIG).is_file() and not problems:
         try:
-            read_peft(folder)
+            adapter = read_peft(folder)
+            flat = all(tensor.dim() < 3 for tensor in adapter.tensors.values())  # convolutions have other shapes
+            if flat and not adapter.config.get("target_parameters") and not changes_base(adapter.config):
+                parts(adapter)
         except PeftFilesError as error:
             problems.append(str(error))
     return problems

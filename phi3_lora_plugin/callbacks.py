@@ -62,6 +62,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
 
     Raises from within training:
         StateError: the model has no LoRA, or nothing that may be saved, before the first step.
+        LoralibError: it is no LoRA that `format` can hold, before the first step.
+        OSError: the folder cannot be written, before the first step.
         DriftError: resumed with other settings, before the first step.
         StoreBusy: another run writes into the folder, before the first step.
         CheckpointError: the last state could not be written. Failures before that are logged, and training goes on.
