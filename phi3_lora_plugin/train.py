@@ -112,7 +112,7 @@ def train(
     set_seed(recipe.seed)
     model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
     longest = recipe.data.max_length or default_max_length(model.config.to_dict())
-    data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest)
+    data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
     (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     data.report.render(say)

@@ -86,6 +86,8 @@ def read_entry(entry: Path) -> tuple[dict[str, pyarrow.Table], DataReport] | Non
         return None
     try:
         sums = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        if not {"train.arrow", "report.json"} <= set(sums) <= {"train.arrow", "eval.arrow", "report.json"}:
+            raise ValueError(f"lists {', '.join(sums)}")
         content = {name: (entry / name).read_bytes() for name in sums}
         if wrong := [name for name, data in content.items() if hashlib.sha256(data).hexdigest() != sums[name]]:
             raise ValueError(f"{', '.join(wrong)} is not what was written")
@@ -95,8 +97,8 @@ def read_entry(entry: Path) -> tuple[dict[str, pyarrow.Table], DataReport] | Non
             for name, data in content.items()
             if name.endswith(".arrow")
         }
-        if set(tables) != ({"train"} if report.eval is None else {"train", "eval"}):
-            raise ValueError(f"holds {', '.join(tables)}")
+        if ("eval" in tables) != (report.eval is not None):
+            raise ValueError("its report and its tables differ in what they evaluate on")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         log.warning("%s: damaged, so the data is encoded again (%s)", entry, error)
         return None
