@@ -64,7 +64,7 @@ def conversations(
             continue
         try:
             row = rename(item.values, columns)
-            yield item.place, _adapted(adapt, row, reading.format)
+            yield item.place, adapted(adapt, row, reading.format)
             reading.unread.update(unread(row, reading.format))
         except RowError as error:
             others = [name for name in detect(item.values) if name != reading.format]
@@ -72,7 +72,8 @@ def conversations(
             yield Problem(item.place, f"{error}{hint}")
 
 
-def _adapted(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Message]:
+def adapted(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Message]:
+    """Return the messages of a row; whatever a stranger's adapter raises or gives wrongly is a `RowError`."""
     if ADAPTERS.get(name) is adapt:
         return adapt(row)
     # A stranger's adapter: whatever it raises is about this row; what it gives is checked like a row's own messages.
