@@ -149,8 +149,9 @@ def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[s
             present = list(dict.fromkeys(key for row in rows for key in row.values))
             near = get_close_matches(foreign, present, 1)
             guess = f"; did you mean {near[0]!r}?" if near else ""
+            none = "no row" if len(rows) < _LOOK_AT else f"none of the first {len(rows)} rows"
             problems.append(
-                f"data.columns.{name}: no row of {source} has a column {foreign!r}, only {', '.join(present)}{guess}"
+                f"data.columns.{name}: {none} of {source} has a column {foreign!r}, only {', '.join(present)}{guess}"
             )
     if problems:
         raise SourceError(problems)
