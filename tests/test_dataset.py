@@ -115,6 +115,17 @@ def test_g9_the_same_mistake_in_many_rows_is_one_line_that_names_some_and_counts
     assert len(caught.value.problems) == 81 and str(caught.value).count("\n") == 51 and "31 more" in str(caught.value)
 
 
+def test_problems_are_told_in_the_order_of_the_rows_whatever_finds_them(tmp_path: Path) -> None:
+    bad = [chat("<|end|>"), {"messages": []}, chat("<|user|>"), "{broken"]
+    one, two = (write(tmp_path / name, [chat("q"), *bad]) for name in ("b.jsonl", "a.jsonl"))
+    told = problems([one, two])
+    assert [text.split(": ")[0] for text in told[:-1]] == [
+        f"{one}:2, {two}:2", f"{one}:3, {two}:3", f"{one}:4, {two}:4", f"{one}:5, {two}:5"
+    ]  # fmt: skip
+    skipped = load([one, two], "data.on_error=skip").report.skipped
+    assert [left.place for left in skipped] == [f"{file}:{line}" for file in (one, two) for line in range(2, 6)]
+
+
 def test_problems_of_all_files_and_of_rows_come_together(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "good.jsonl", [chat("q")]), write(tmp_path / "bad.jsonl", [chat("q"), "[]"])
     wrong = write(tmp_path / "wrong.jsonl", [{"frage": "q"}] * 2)

@@ -163,6 +163,9 @@ def _encode_all(
             encoded.append(_encoded(_read(part, data, adapters, fate), tokenizer, data, limit, fate))
         except SourceError as error:
             unreadable += error.problems
+    # What cannot be read is found before what cannot be encoded: back into the order of the files and their rows.
+    files = {source.name: number for number, source in enumerate(fate.sources)}
+    fate.problems.sort(key=lambda problem: (files[problem.place.file], problem.place.number))
     if unreadable or (fate.problems and data.on_error == "stop"):
         advice = ["repair them, or leave them out with data.on_error: skip"] if fate.problems else []
         raise DataError([*unreadable, *_grouped(fate.problems), *advice])
