@@ -12,10 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
+from trl import SFTConfig, SFTTrainer
 
 from phi3_lora_plugin import encode, load_recipe, load_tokenizer
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
 from phi3_lora_plugin.chat.formats import ADAPTERS
+from phi3_lora_plugin.chat.templates import template_for
 
 TOKENIZER = tiny.tokenizer()
 MEDIUM = (
@@ -321,6 +323,22 @@ def test_train_on_and_template_reach_the_encoder(tmp_path: Path) -> None:
     assert load(file, "data.template=phi-3.5-mini").report.template == "phi-3.5-mini"
     (told,) = problems(file, "data.template=phi-5")
     assert "data.template" in told and "phi-3.5-mini" in told
+
+
+def test_ids_and_labels_are_those_that_trl_makes_with_a_marked_template(tmp_path: Path) -> None:
+    given = [chat(f"what is {n}?", f" it is\n{n}\n" * (n % 5)) for n in range(20)]
+    given += [{"messages": [{"role": "system", "content": "be brief"}, *row["messages"] * 2]} for row in given]
+    tokenizer = tiny.tokenizer(template=template_for(TOKENIZER).text)
+    arguments = SFTConfig(str(tmp_path), max_length=64, assistant_only_loss=True, report_to="none", use_cpu=True)
+    rows_of_trl = datasets.Dataset.from_list(given)
+    theirs = SFTTrainer(tiny.model(), arguments, train_dataset=rows_of_trl, processing_class=tokenizer).train_dataset
+    ours = load(write(tmp_path / "a.jsonl", given), "data.max_length=64").train
+    assert ours["input_ids"][:] == theirs["input_ids"][:]
+    swallowing = [n for n, row in enumerate(rows(ours)) if row["labels"] != theirs[n]["labels"]]
+    # S4: role tokens that swallow white space carry TRL's mask onto the header; ours never trains one.
+    role = TOKENIZER.convert_tokens_to_ids("<|assistant|>")
+    assert all(role in theirs[n]["labels"] and role not in ours[n]["labels"] for n in swallowing)
+    assert all(bool(n % 5) == (n in swallowing) for n in range(20))
 
 
 REAL = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.adapt import Reading, conversations
 from phi3_lora_plugin.chat.cache import find_entry, read_entry, write_entry
-from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import Adapter
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describe
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
     from phi3_lora_plugin.recipe_sections import DataSection
 
-_BATCH = 1000  # conversations rendered and tokenised in one go
+_BATCH = 256  # conversations rendered and tokenised in one go; more keep the garbage collector busier
 _LISTED = 50  # problems that an error spells out; `problems` has them all
 _PLACES = 8  # rows that an error names for one and the same problem
 
@@ -73,12 +73,14 @@ class _Rows:
     labels: array[int] = field(default_factory=lambda: array("i"))
     about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
     digests: list[bytes] = field(default_factory=list)
+    roles: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # most rows share theirs
 
     def add(self, place: str, row: Mapping[str, Any], roles: tuple[str, ...]) -> None:
         ids, labels = array("i", row["input_ids"]), array("i", row["labels"])
         self.ids += ids
         self.labels += labels
-        self.about.append((place, len(ids), len(labels) - labels.count(-100), roles))
+        trained = len(labels) - row["labels"].count(IGNORE)
+        self.about.append((place, len(ids), trained, self.roles.setdefault(roles, roles)))
         self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
 
 
