@@ -84,7 +84,7 @@ CHANGES: dict[str, Callable[[Path], Data]] = {
     "the name of the file": lambda file: load(file.rename(file.with_name("other.jsonl"))),
     "a setting": lambda file: load(file, "data.train_on=all"),
     "the seed": lambda file: load(file, "seed=7"),
-    "the longest length": lambda file: load(file, "data.max_length=null", max_length=41),
+    "the longest length": lambda file: load(file, "data.max_length=41"),
     "the tokenizer": lambda file: load(file, tokenizer=tiny.tokenizer(rstrip=False)),
     "the template": lambda file: load(file, tokenizer=tiny.tokenizer(template=TEMPLATES["phi-3.5-mini"].text)),
     "another file to evaluate on": lambda file: load(file, f"data.eval_path={file}"),
@@ -95,6 +95,13 @@ CHANGES: dict[str, Callable[[Path], Data]] = {
 def test_whatever_decides_the_rows_makes_another_entry(what: str, chats: Path, home: Path) -> None:
     load(chats)
     assert CHANGES[what](chats).cached is None and len(list(home.iterdir())) == 2
+
+
+def test_the_longest_length_that_the_model_gives_makes_another_entry(chats: Path, home: Path) -> None:
+    for limit in (40, 41, None):
+        data = load(chats, "data.max_length=null", max_length=limit)
+        assert data.cached is None and data.report.max_length == limit
+    assert load(chats, "data.max_length=null", max_length=40).cached is not None
 
 
 def test_other_code_and_other_versions_make_another_entry(chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def encode_dataset(
         numbers: list[int] = []
         wrong: list[str] = []
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-            row = {column: value for column, value in zip(batch, values, strict=True) if value is not None}
+            row = dict(zip(batch, values, strict=True))
             try:
                 conversations.append(adapted(adapt, rename(row, columns or {}), name))
                 numbers.append(index + 1)
