@@ -102,6 +102,16 @@ def test_a_report_fits_80_columns_with_short_names_and_short_lists(report: DataR
     assert all(line.startswith(("  ", "data", "template", "train", "eval")) or line[0].isdigit() for line in lines)
 
 
+def test_rows_of_a_single_file_are_told_by_their_lines_alone(tmp_path: Path) -> None:
+    report = load(messy(tmp_path), "data.max_length=40", "data.on_error=skip").report
+    text = "\n".join(shown(report))
+    assert "  line 36: is not JSON" in text and "(line 21)" in text and "line 22, line 23, " in text
+    assert "chats.jsonl: 37 rows" in text and text.count("chats.jsonl") == 1
+    (tmp_path / "rows.json").write_text(json.dumps([chat("q"), chat("q")]))
+    text = " ".join(" ".join(shown(load(tmp_path / "rows.json").report)).split())
+    assert "(the same conversation as row 1): row 2" in text
+
+
 def test_names_stay_different_and_what_is_no_path_stays() -> None:
     names = ["/data/a/train.jsonl", "/data/b/train.jsonl", "/data/b/test.jsonl", "owner/name", "chats/a.jsonl"]
     assert short_names(names) == {

@@ -110,7 +110,7 @@ def test_g9_malformed_rows_are_all_named_with_file_and_line_at_once(tmp_path: Pa
 def test_g9_the_same_mistake_in_many_rows_is_one_line_that_names_some_and_counts_all(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [chat("q"), *[{"messages": []}] * 30])
     told, _ = problems(file)
-    assert told.startswith(f"{file}:2, {file}:3, ") and "and 22 more: messages is empty" in told
+    assert told.startswith(f"{file}:2, 3, 4, ") and "and 22 more: messages is empty" in told
     kinds = [chat("q", role=f"unknown {n}") for n in range(80)]
     with pytest.raises(DataError) as caught:
         load(write(tmp_path / "b.jsonl", [chat("q"), *kinds]))
@@ -167,11 +167,20 @@ def test_wrong_columns_are_named_with_the_nearest(tmp_path: Path) -> None:
     assert "needs instruction, output" in named
 
 
+def test_rows_to_evaluate_on_that_have_other_columns_are_told_apart(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
+    held = write(tmp_path / "held.jsonl", [chat("q")])
+    columns = "data.columns={prompt: question, completion: answer}"
+    first, second, advice = problems(file, columns, f"data.eval_path={held}")
+    assert first.startswith(f"data.eval_path: data.columns.prompt: no row of {held}") and "completion" in second
+    assert "data.eval_path=null" in advice
+
+
 def test_mixed_formats_in_one_file_and_two_that_fit_are_refused(tmp_path: Path) -> None:
     pair = {"prompt": "q", "completion": "a"}
     file = write(tmp_path / "mixed.jsonl", [chat("q"), pair, pair])
     told, _ = problems(file)
-    assert f"{file}:2, {file}:3: " in told and "prompt_completion" in told
+    assert f"{file}:2, 3: " in told and "prompt_completion" in told
     both = write(tmp_path / "both.jsonl", [chat("q") | pair])
     (told,) = problems(both)
     assert "messages" in told and "prompt_completion" in told and "data.format" in told

@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +164,14 @@ def _encode_all(
         try:
             encoded.append(_encoded(_read(part, data, adapters, fate), tokenizer, data, limit, fate))
         except SourceError as error:
-            unreadable += error.problems
+            if part.key == "data.path":
+                unreadable += error.problems
+                continue
+            unreadable += [f"{part.key}: {text}" for text in error.problems]
+            unreadable.append(
+                "rows to evaluate on are read with the same data.format and data.columns; data.eval_path=null goes "
+                "without them"
+            )
     # What cannot be read is found before what cannot be encoded: back into the order of the files and their rows.
     files = {source.name: number for number, source in enumerate(fate.sources)}
     fate.problems.sort(key=lambda problem: (files[problem.place.file], problem.place.number))
@@ -222,7 +229,7 @@ def _read(
                 else:
                     yield item
         except SourceError as error:
-            broken += error.problems if part.key == "data.path" else [f"{part.key}: {text}" for text in error.problems]
+            broken += error.problems
         fate.sources.append(SourceReport(reading.name, reading.format, reading.because, reading.rows))
         fate.unread.update(reading.unread)
         fate.read += reading.rows
@@ -260,9 +267,11 @@ def _grouped(problems: Sequence[Problem]) -> list[str]:
         kinds.setdefault(problem.text, []).append(problem.place)
     lines = []
     for text, places in kinds.items():
-        named = ", ".join(map(str, places[:_PLACES]))
+        named = [str(places[0])] + [
+            str(place.number if before.file == place.file else place) for before, place in pairwise(places[:_PLACES])
+        ]
         more = f" and {len(places) - _PLACES:,} more" if len(places) > _PLACES else ""
-        lines.append(f"{named}{more}: {text}")
+        lines.append(f"{', '.join(named)}{more}: {text}")
     return lines
 
 

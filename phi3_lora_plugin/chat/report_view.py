@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,10 @@ _LONGEST = 1500  # characters of a run of tokens; the middle of a longer one is 
 
 def render(report: DataReport, console: Console) -> None:
     """Print what was read, what is trained on, and what happened to rows that are not used as they stand."""
-    names = short_names([*(source.name for source in report.sources), *report.files_left_out])
+    shorten = _shortener([source.name for source in report.sources], report.files_left_out)
 
     def line(title: str, pieces: Sequence[str]) -> None:
-        packed = _packed([_shortened(piece, names) for piece in pieces], console.width - _INDENT)
+        packed = _packed([shorten(piece) for piece in pieces], console.width - _INDENT)
         for head, text in zip(chain([title], repeat("")), packed, strict=False):
             console.print(f"{head:{_INDENT}}{printable(text)}", markup=False, highlight=False, soft_wrap=True)
 
@@ -43,7 +44,7 @@ def render(report: DataReport, console: Console) -> None:
         line("not used", _listed([f"{name} ({count:,})" for name, count in report.unread.items()]))
     for title, rows in _fates(report):
         if rows:
-            _print_fate(console, title, rows, report.rows_read, names)
+            _print_fate(console, f"{len(rows):,} of {report.rows_read:,} rows {title}", rows, shorten)
 
 
 def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> None:
@@ -54,8 +55,9 @@ def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> No
     plain = not console.is_terminal or console.no_color
     count = min(count, len(rows))
     if count:
+        some = "the first row as the model sees it" if count == 1 else f"the first {count} rows as the model sees them"
         marked = "between ⟦ and ⟧" if plain else "in green"
-        console.print(f"\nthe first {count} rows as the model sees them, trained tokens {marked}:", highlight=False)
+        console.print(f"\n{some}, trained tokens {marked}:", highlight=False)
     for index in range(count):
         row = rows[index]
         text = Text()
@@ -122,14 +124,14 @@ def _fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
     ]
 
 
-def _print_fate(console: Console, title: str, rows: Sequence[Left], total: int, names: dict[str, str]) -> None:
+def _print_fate(console: Console, title: str, rows: Sequence[Left], shorten: Callable[[str], str]) -> None:
     """One line a row, or where the reason is the same for all of them, the reason once and the places behind it."""
     same = len({row.why for row in rows}) == 1
-    head = f"{len(rows):,} of {total:,} rows {title}" + (f" ({rows[0].why}):" if same else ":")
-    shown = [_shortened(row.place if same else f"{row.place}: {row.why}", names) for row in rows[:_SHOWN]]
+    head = shorten(f"{title} ({rows[0].why}):" if same else f"{title}:")
+    shown = [shorten(row.place if same else f"{row.place}: {row.why}") for row in rows[:_SHOWN]]
     more = len(rows) - len(shown)
     entries = [[*_commas(shown), *([f"and {more:,} more"] if more else [])]] if same else [e.split() for e in shown]
-    for text in _packed(_shortened(head, names).split(), console.width, 2):
+    for text in _packed(head.split(), console.width, 2):
         console.print(printable(text), style="yellow", markup=False, highlight=False, soft_wrap=True)
     for entry in entries:
         for text in _packed(entry, console.width - 2, 0 if same else 2):
@@ -163,10 +165,19 @@ def _listed(items: Sequence[str]) -> list[str]:
     return [*_commas(items[:_SHOWN]), *([f"and {more:,} more"] if more else [])]
 
 
-def _shortened(text: str, names: dict[str, str]) -> str:
-    for name in sorted(names, key=len, reverse=True):
-        text = text.replace(name, names[name])
-    return text
+def _shortener(sources: Sequence[str], others: Sequence[str]) -> Callable[[str], str]:
+    """Return what gives files in a text their short names, and places in the only file no name at all."""
+    names = short_names([*sources, *others])
+    place = re.compile(rf"(?<![\w/]){re.escape(sources[0])}(?:(:)(?=\d)| (?=row \d))") if len(sources) == 1 else None
+
+    def shorten(text: str) -> str:
+        if place is not None:
+            text = place.sub(lambda match: "line " if match.group(1) else "", text)
+        for name in sorted(names, key=len, reverse=True):
+            text = text.replace(name, names[name])
+        return text
+
+    return shorten
 
 
 def _clipped(text: str) -> str:
