@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.adapt import Reading, conversations
 from phi3_lora_plugin.chat.cache import find_entry, read_entry, write_entry
-from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, Policy, encode_batch
+from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import Adapter
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describe
+from phi3_lora_plugin.chat.rows import Rows, duplicates, split, to_table
 from phi3_lora_plugin.chat.sources import Found, find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
 
@@ -63,25 +61,6 @@ class _Part:
     key: str  # of the recipe, for errors
     found: Found
     most: int | None  # rows to read
-
-
-@dataclass
-class _Rows:
-    """Encoded rows as flat arrays, and what the report says of them."""
-
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    labels: array[int] = field(default_factory=lambda: array("i"))
-    about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
-    digests: list[bytes] = field(default_factory=list)
-    roles: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # most rows share theirs
-
-    def add(self, place: str, row: Mapping[str, Any], roles: tuple[str, ...]) -> None:
-        ids, labels = array("i", row["input_ids"]), array("i", row["labels"])
-        self.ids += ids
-        self.labels += labels
-        trained = len(labels) - row["labels"].count(IGNORE)
-        self.about.append((place, len(ids), trained, self.roles.setdefault(roles, roles)))
-        self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
 
 
 @dataclass
@@ -131,14 +110,13 @@ def load_data(
         wanted.append(("data.eval_split", data.path, data.eval_split, None))
     parts: list[_Part] = []
     unreadable: list[str] = []
-    for key, path, split, most in wanted:
+    for key, path, which, most in wanted:
         try:
-            parts.append(_Part(key, find_sources(path, split, key), most))
+            parts.append(_Part(key, find_sources(path, which, key), most))
         except SourceError as error:
             unreadable += error.problems
-    entry = (
-        find_entry(recipe, tokenizer, adapters, limit, [p.found for p in parts]) if cache and not unreadable else None
-    )
+    found = [part.found for part in parts]
+    entry = find_entry(recipe, tokenizer, adapters, limit, found) if cache and not unreadable else None
     if entry is not None and (kept := read_entry(entry)) is not None:
         tables, report = kept
         return _data(tables, report, entry)
@@ -159,7 +137,7 @@ def _encode_all(
 ) -> tuple[dict[str, pyarrow.Table], DataReport]:
     """Tables by part ("train", "eval") and the report; raises with all that is wrong, `unreadable` included."""
     data, fate = recipe.data, _Fate()
-    encoded: list[_Rows] = []
+    encoded: list[Rows] = []
     for part in parts:
         try:
             encoded.append(_encoded(_read(part, data, adapters, fate), tokenizer, data, limit, fate))
@@ -184,7 +162,10 @@ def _encode_all(
     train = encoded[0]
     held_out = encoded[1] if len(encoded) > 1 else None
     if data.eval_fraction:
-        train, held_out = _split(train, data.eval_fraction, recipe.seed)
+        halves = split(train, data.eval_fraction, recipe.seed)
+        if halves is None:
+            raise DataError(["data.eval_fraction: all rows are the same conversation, so there is nothing to hold out"])
+        train, held_out = halves
     known = set(train.digests)
     leaked = (
         [
@@ -206,11 +187,11 @@ def _encode_all(
         skipped=tuple(Left(str(problem.place), problem.text) for problem in fate.problems),
         dropped=tuple(fate.dropped),
         truncated=tuple(fate.truncated),
-        duplicates=tuple(_duplicates(train)),
+        duplicates=tuple(duplicates(train)),
         leaked=tuple(leaked),
         unread=dict(fate.unread),
     )
-    return {"train": _table(train)} | ({} if held_out is None else {"eval": _table(held_out)}), report
+    return {"train": to_table(train)} | ({} if held_out is None else {"eval": to_table(held_out)}), report
 
 
 def _read(
@@ -242,9 +223,9 @@ def _read(
 
 def _encoded(
     read: Iterator[tuple[Place, list[Any]]], tokenizer: Any, data: DataSection, limit: int | None, fate: _Fate
-) -> _Rows:
+) -> Rows:
     policy = Policy(data.train_on, data.system, data.tools, data.control_tokens)
-    rows = _Rows()
+    rows = Rows()
     while batch := list(islice(read, _BATCH)):
         encoded = encode_batch([messages for _, messages in batch], tokenizer, limit, policy, data.template)
         for (place, messages), row in zip(batch, encoded, strict=True):
@@ -284,45 +265,6 @@ def _why_none(fate: _Fate, limit: int | None) -> list[str]:
     if fate.dropped and limit is not None:
         counts.append(f"rows are cut to {limit:,} tokens; give a larger data.max_length if that is why")
     return counts or ["there are no rows"]
-
-
-def _split(rows: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
-    """Hold out a share of the distinct conversations, so that no copy of a held-out one is trained on."""
-    distinct = list(dict.fromkeys(rows.digests))
-    if len(distinct) < 2:
-        raise DataError([f"data.eval_fraction: there is nothing to hold out of {len(distinct)} distinct conversation"])
-    count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
-    chosen = set(random.Random(seed).sample(distinct, count))
-    train, held_out = _Rows(), _Rows()
-    start = 0
-    for about, digest in zip(rows.about, rows.digests, strict=True):
-        part = held_out if digest in chosen else train
-        stop = start + about[1]
-        part.ids += rows.ids[start:stop]
-        part.labels += rows.labels[start:stop]
-        part.about.append(about)
-        part.digests.append(digest)
-        start = stop
-    return train, held_out
-
-
-def _duplicates(rows: _Rows) -> Iterator[Left]:
-    first: dict[bytes, str] = {}
-    for about, digest in zip(rows.about, rows.digests, strict=True):
-        if digest in first:
-            yield Left(about[0], f"the same conversation as {first[digest]}")
-        else:
-            first[digest] = about[0]
-
-
-def _table(rows: _Rows) -> pyarrow.Table:
-    """The rows as an Arrow table, made from whole columns: one row at a time would take longer than encoding them."""
-    import numpy as np
-    import pyarrow as pa
-
-    offsets = np.cumsum([0, *(length for _, length, _, _ in rows.about)], dtype=np.int64)
-    columns = [pa.LargeListArray.from_arrays(offsets, pa.array(np.array(c, np.int32))) for c in (rows.ids, rows.labels)]
-    return pa.table(columns, names=["input_ids", "labels"])
 
 
 def _data(tables: Mapping[str, pyarrow.Table], report: DataReport, cached: Path | None = None) -> Data:

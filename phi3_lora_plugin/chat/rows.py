@@ -1,0 +1,78 @@
+"""Encoded rows while they are collected: flat arrays, split without leaks, and made into an Arrow table at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.chat.encode import IGNORE
+from phi3_lora_plugin.chat.report import Left
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@dataclass
+class Rows:
+    """Encoded rows as flat arrays, and what the report says of them."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    labels: array[int] = field(default_factory=lambda: array("i"))
+    about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
+    digests: list[bytes] = field(default_factory=list)
+    roles: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # most rows share theirs
+
+    def add(self, place: str, row: Mapping[str, Any], roles: tuple[str, ...]) -> None:
+        ids, labels = array("i", row["input_ids"]), array("i", row["labels"])
+        self.ids += ids
+        self.labels += labels
+        trained = len(labels) - row["labels"].count(IGNORE)
+        self.about.append((place, len(ids), trained, self.roles.setdefault(roles, roles)))
+        self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
+
+
+def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows] | None:
+    """Hold out a share of the distinct conversations, so that no copy of a held-out one is trained on.
+
+    None if there are not two of them.
+    """
+    distinct = list(dict.fromkeys(rows.digests))
+    if len(distinct) < 2:
+        return None
+    count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
+    chosen = set(random.Random(seed).sample(distinct, count))
+    train, held_out = Rows(), Rows()
+    start = 0
+    for about, digest in zip(rows.about, rows.digests, strict=True):
+        part = held_out if digest in chosen else train
+        stop = start + about[1]
+        part.ids += rows.ids[start:stop]
+        part.labels += rows.labels[start:stop]
+        part.about.append(about)
+        part.digests.append(digest)
+        start = stop
+    return train, held_out
+
+
+def duplicates(rows: Rows) -> Iterator[Left]:
+    """Yield each row that is the same as an earlier one."""
+    first: dict[bytes, str] = {}
+    for about, digest in zip(rows.about, rows.digests, strict=True):
+        if digest in first:
+            yield Left(about[0], f"the same conversation as {first[digest]}")
+        else:
+            first[digest] = about[0]
+
+
+def to_table(rows: Rows) -> pyarrow.Table:
+    """The rows as an Arrow table, made from whole columns: one row at a time would take longer than encoding them."""
+    import numpy as np
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *(length for _, length, _, _ in rows.about)], dtype=np.int64)
+    columns = [pa.LargeListArray.from_arrays(offsets, pa.array(np.array(c, np.int32))) for c in (rows.ids, rows.labels)]
+    return pa.table(columns, names=["input_ids", "labels"])
