@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from phi3_lora_plugin.chat.boundaries import tokenise
 from phi3_lora_plugin.chat.templates import Span, Template, render, template_for
 
 Message = Mapping[str, Any]
@@ -117,13 +118,10 @@ def encode_batch(
             prepared.append(error)
     good = [one for one in prepared if not isinstance(one, EncodeError)]
     texts, spans = render(kind.turns, good, _tokens(tokenizer), marked=True) if good else ([], [])
-    encodings = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)) if texts else iter(())
+    tokenised = iter(tokenise(texts, spans, tokenizer))
     stop = tokenizer.convert_tokens_to_ids(kind.stop or tokenizer.eos_token)
-    turns = iter(spans)
     return [
-        one
-        if isinstance(one, EncodeError)
-        else _row(one, next(encodings), next(turns), kind, policy.train_on, stop, max_length)
+        one if isinstance(one, EncodeError) else _row(one, *next(tokenised), kind, policy.train_on, stop, max_length)
         for one in prepared
     ]
 
@@ -243,14 +241,14 @@ def _without_system(turns: list[dict[str, Any]], kind: Template, policy: str) ->
 
 def _row(
     turns: Sequence[Message],
-    encoding: Any,
+    ids: list[int],
     spans: Sequence[Span],
     kind: Template,
     train_on: str,
     stop: int,
     max_length: int | None,
 ) -> dict[str, Any] | EncodeError:
-    """Ids and labels of one rendered conversation; `spans` has the characters of each turn, its stop token included."""
+    """Ids and labels of one rendered conversation; `spans` has the tokens of each turn, its stop token included."""
     speaking = sorted(turns, key=lambda turn: turn["role"] != "system") if kind.system_first else turns
     if len(spans) != len(speaking):
         raise AssertionError(f"template {kind.name} rendered {len(spans)} of {len(speaking)} turns")
@@ -258,42 +256,23 @@ def _row(
     if train_on == "last_turn":
         last = max((index for index, yes in enumerate(chosen) if yes), default=-1)
         chosen = [index == last for index in range(len(speaking))]
-    ids = encoding.ids
     labels = [IGNORE] * len(ids)
-    for turn, (start, end), wanted in zip(speaking, spans, chosen, strict=True):
+    for turn, (first, behind), wanted in zip(speaking, spans, chosen, strict=True):
         if not wanted or turn.get("train", True) is False:
             continue
-        first, behind = _tokens_of(encoding, start, end)
         labels[first:behind] = ids[first:behind]
         if turn["role"] == "assistant" and (behind <= first or ids[behind - 1] != stop):
             raise AssertionError(f"template {kind.name}: a turn does not end on its stop token {stop}")
-    if all(label == IGNORE for label in labels):
+    if labels.count(IGNORE) == len(labels):
         return EncodeError("untrained", "no turn in it is to be trained")
     truncated = max_length is not None and len(ids) > max_length
     if truncated:
-        ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORE for label in labels):
+        length, ids, labels = len(ids), ids[:max_length], labels[:max_length]
+        if labels.count(IGNORE) == len(labels):
             return EncodeError(
-                "truncated", f"nothing that is trained is left of its {len(encoding.ids)} tokens within {max_length}"
+                "truncated", f"nothing that is trained is left of its {length} tokens within {max_length}"
             )
     return {"input_ids": ids, "labels": labels, "truncated": truncated}
-
-
-def _tokens_of(encoding: Any, start: int, end: int) -> tuple[int, int]:
-    """(first token that starts at character `start` or behind it, first one that starts at `end` or behind it)."""
-    return _first_from(encoding, start), _first_from(encoding, end)
-
-
-def _first_from(encoding: Any, character: int) -> int:
-    token = encoding.char_to_token(character)
-    if token is None:  # no token covers it: the end of the text, or white space that the tokenizer leaves out
-        return next((index for index, (begin, _) in enumerate(encoding.offsets) if begin >= character), len(encoding))
-    if encoding.token_to_chars(token)[0] < character:
-        return int(token) + 1
-    # Several tokens may begin at one character: the pieces of one that falls back to bytes, or a prefix of no width.
-    while token > 0 and encoding.token_to_chars(token - 1)[0] >= character:
-        token -= 1
-    return int(token)
 
 
 def _tokens(tokenizer: Any) -> dict[str, Any]:
