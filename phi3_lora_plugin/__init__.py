@@ -9,6 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from phi3_lora_plugin.activate import activate as activate
+    from phi3_lora_plugin.activate import deactivate as deactivate
+    from phi3_lora_plugin.attach import attach as attach
     from phi3_lora_plugin.callbacks import LoraCheckpoint as LoraCheckpoint
     from phi3_lora_plugin.chat.encode import encode as encode
     from phi3_lora_plugin.checkpoint import latest_complete as latest_complete
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.resume import resumable as resumable
     from phi3_lora_plugin.speed.apply import accelerate_phi3 as accelerate_phi3
     from phi3_lora_plugin.tokenizer import load_tokenizer as load_tokenizer
-    from phi3_lora_plugin.train import attach as attach
     from phi3_lora_plugin.train import train as train
 
 _HOME = {
@@ -35,9 +37,11 @@ _HOME = {
     "Plugins": "discovery",
     "Recipe": "recipe",
     "RecipeError": "recipe",
+    "activate": "activate",
     "accelerate_phi3": "speed.apply",
     "add_lora": "lora.inject",
-    "attach": "train",
+    "attach": "attach",
+    "deactivate": "activate",
     "encode": "chat.encode",
     "hookimpl": "hookspecs",
     "latest_complete": "checkpoint",

@@ -112,8 +112,11 @@ def load_model(
     return model.eval()
 
 
-def set_stop_tokens(model: Any, tokenizer: Any) -> list[str]:
+def set_stop_tokens(model: Any, tokenizer: Any, repair: bool = True) -> list[str]:
     """Make generation stop at the end of a turn and pad outside the stop tokens; return a sentence for each change.
+
+    Args:
+        repair: the tokenizer as well; False where rows have been padded by it already.
 
     Raises:
         ModelError: the tokenizer has ids that the embedding has no row for.
@@ -124,7 +127,7 @@ def set_stop_tokens(model: Any, tokenizer: Any) -> list[str]:
         raise ModelError(
             f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings; they are of different models"
         )
-    done = repair_tokenizer(tokenizer)
+    done = repair_tokenizer(tokenizer) if repair else []
     generation = model.generation_config
     known = generation.eos_token_id
     before = [known] if isinstance(known, int) else sorted(known or ())

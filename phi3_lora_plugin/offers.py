@@ -123,14 +123,14 @@ class Plugins:
         names = {kind: [n for n, owner in self._collect(kind).owners.items() if owner == plugin] for kind in KINDS}
         return {kind: sorted(owned) for kind, owned in names.items() if owned}
 
-    def callbacks(self, recipe: Recipe) -> list[TrainerCallback]:
-        """Ask every plugin for its callbacks and return them in one list, each instance once, by plugin name.
+    def callbacks(self, recipe: Recipe, only: str | None = None) -> list[TrainerCallback]:
+        """Ask every plugin (or the one named `only`) for its callbacks; one list, each instance once, by plugin name.
 
         A training run must not go on without a callback that someone relies on, so an exception here is not
         isolated: it leaves as `PluginError`, naming the plugin.
         """
         found: list[TrainerCallback] = []
-        for plugin in self.plugins:
+        for plugin in (plugin for plugin in self.plugins if only in (None, plugin.name)):
             for callback in self._callbacks_of(plugin, recipe):
                 if not any(callback is known for known in found):
                     found.append(callback)

@@ -195,29 +195,6 @@ def train(
     )
 
 
-def attach(trainer: Trainer, recipe: Recipe | None = None, **checkpoint: Any) -> list[str]:
-    """Add what Phi-3 needs to a Trainer that exists, and return a sentence for each thing done.
-
-    LoRA-only checkpoints (`checkpoint` is what `LoraCheckpoint` takes, unless `recipe` says it), stop tokens in the
-    generation config, pad outside the stop set. Calling it twice does nothing the second time.
-    """
-    from phi3_lora_plugin.callbacks import LoraCheckpoint
-    from phi3_lora_plugin.model import set_stop_tokens
-
-    done = []
-    existing = [c for c in trainer.callback_handler.callbacks if isinstance(c, LoraCheckpoint)]
-    if not existing:
-        callback = LoraCheckpoint.from_recipe(recipe) if recipe else LoraCheckpoint(**checkpoint)
-        trainer.add_callback(callback)
-        existing = [callback]
-        done.append("LoRA-only checkpoints are written beside the Trainer's own")
-    for callback in existing:
-        callback.bind(trainer)
-    if trainer.processing_class is not None and getattr(trainer.model, "generation_config", None) is not None:
-        done += set_stop_tokens(trainer.model, trainer.processing_class)
-    return done
-
-
 @dataclass(frozen=True)
 class _Question:
     ids: list[int]

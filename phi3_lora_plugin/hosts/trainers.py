@@ -1,0 +1,110 @@
+"""Every Trainer of a script that knows nothing of us: attached to as its training begins, when it is complete."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.attach import attach
+from phi3_lora_plugin.discovery import Plugins, load_plugins
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from phi3_lora_plugin.recipe import Recipe
+
+log = logging.getLogger(__name__)
+OURS = "phi3"  # the name under which this package registers itself
+
+
+class CallbackError(ValueError):
+    """A callback that was asked for by a name that nobody has."""
+
+
+def attach_to_all(
+    recipe: Recipe | None, names: Sequence[str] | None, say: Callable[[str], Any] | None
+) -> tuple[list[str], Callable[[], None]]:
+    """Wrap `Trainer.train`, which every Trainer derived from it comes by; (sentences, how to take it back)."""
+    from transformers import Trainer
+
+    plugins = load_plugins()
+    wanted = _checked(names, plugins)
+    stock = Trainer.train
+    tell = say or log.info
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for sentence in _attach(self, recipe, wanted, plugins):
+            tell(sentence)
+        return stock(self, *args, **kwargs)
+
+    train.__wrapped__ = stock  # type: ignore[attr-defined]
+    train.__doc__, train.__name__ = stock.__doc__, stock.__name__
+    Trainer.train = train
+
+    def undo() -> None:
+        if Trainer.train is train:
+            Trainer.train = stock
+
+    return [f"every Trainer gets the callbacks of {', '.join(wanted) or 'nobody'} as its training begins"], undo
+
+
+def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) -> list[TrainerCallback]:
+    """Callbacks by name: a plugin's, for all that it offers for `recipe`, or `module:Class`, made without arguments.
+
+    Args:
+        own: whether `recipe` is what a person asked for; else our own checkpoints go by their defaults.
+    """
+    from importlib import import_module
+
+    from phi3_lora_plugin.callbacks import LoraCheckpoint
+
+    found: list[Any] = []
+    for name in names:
+        if ":" in name:
+            module, _, kind = name.partition(":")
+            found.append(getattr(import_module(module), kind)())
+        elif name == OURS and not own:
+            found.append(LoraCheckpoint())
+        else:
+            found += plugins.callbacks(recipe, only=name)
+    return found
+
+
+def _checked(names: Sequence[str] | None, plugins: Plugins) -> list[str]:
+    known = [plugin.name for plugin in plugins.plugins if "trainer_callbacks" in plugin.hooks]
+    if names is None:
+        return known
+    unknown = [name for name in names if ":" not in name and name not in known]
+    if unknown:
+        raise CallbackError(
+            f"callbacks: {', '.join(unknown)} is no plugin with callbacks; there are {', '.join(known)}, "
+            "and any class by module:Class"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _attach(trainer: Any, recipe: Recipe | None, names: Sequence[str], plugins: Plugins) -> list[str]:
+    from phi3_lora_plugin.lora.gather import unwrapped
+    from phi3_lora_plugin.lora.state import lora_names
+
+    if "_phi3_lora_callbacks" in trainer.__dict__:
+        return []
+    model = unwrapped(trainer.model) if trainer.model is not None else None
+    if model is None or not lora_names(model):
+        what = "makes its model later" if model is None else f"{type(model).__name__} has no LoRA"
+        return [f"{type(trainer).__name__} is left alone: {what}"]
+    trainer._phi3_lora_callbacks = callbacks = chosen(
+        names, plugins, recipe or _described(trainer, model), recipe is not None
+    )
+    return [f"{type(trainer).__name__}: {done}" for done in attach(trainer, recipe, callbacks=callbacks)]
+
+
+def _described(trainer: Any, model: Any) -> Recipe:
+    """What a recipe can say of a script, for the callbacks of plugins that want one."""
+    from phi3_lora_plugin.recipe import Recipe
+
+    path = getattr(getattr(model, "config", None), "_name_or_path", "") or "unknown"
+    return Recipe.model_validate(
+        {"model": {"path": path}, "output_dir": str(trainer.args.output_dir), "seed": trainer.args.seed}
+    )
