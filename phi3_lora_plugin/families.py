@@ -25,7 +25,8 @@ class Family:
     Attributes:
         name: short, as presets use it.
         model_type: of transformers; its native class is used, never remote code.
-        templates: names of the chat templates that its revisions carry, the current one first.
+        templates: names of the chat templates that its revisions carry, the current one first; a fixed text may
+            stand before it (Phi-4-reasoning).
         stop: tokens that end a turn or a text; generation stops at each of them.
         pad: tokens to pad with, the first that exists and does not stop is taken; none makes the vocabulary grow.
     """
@@ -85,7 +86,7 @@ FAMILIES = {
         Family("phi-4-reasoning", "Phi-4-reasoning", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD),
         Family(
             "phi-4-mini",
-            "Phi-4-mini-instruct",
+            "Phi-4-mini-instruct or -reasoning",
             "phi3",
             ("phi-4-mini", "phi-4-mini-reasoning"),
             ("<|end|>", "<|endoftext|>"),

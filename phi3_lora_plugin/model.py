@@ -148,19 +148,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: nothing there, no config, or no weights that can be read without executing them.
     """
-    folder = Path(locate(name))
-    if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-            raise ModelError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-            )
-        except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{name}: not a folder here, and the hub did not give it: {reason}") from error
+    folder = _local_or_hub(name, revision, ["*.json", "*.safetensors", "*.jinja"])
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is an adapter, not a base model; give the model that it was trained on")
     if not (folder / "config.json").is_file():
@@ -176,11 +164,20 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     return folder
 
 
+def config_folder(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a model's config.json, for `load_config`; of a hub repository nothing else is fetched.
+
+    Raises:
+        ModelError: there is no such folder or repository.
+    """
+    return _local_or_hub(name, revision, ["config.json"])
+
+
 def load_config(folder: str | Path) -> Any:
     """The native config object of a model folder, with rotary settings repaired and without `auto_map`.
 
     Raises:
-        ModelError: config.json is not JSON, or the native class refuses it.
+        ModelError: config.json is missing or not JSON, or the native class refuses it.
         UnsupportedModel: not a model of the family.
         RopeError: rotary settings that no revision has.
     """
@@ -233,6 +230,22 @@ def base_fingerprint(path_or_id: str | Path, revision: str | None = None) -> str
                 stream.seek(start + part * (stop - start - piece) // 16)
                 digest.update(stream.read(piece))
     return digest.hexdigest()
+
+
+def _local_or_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
+    """The folder itself, what `embedded:` names, or a snapshot of the hub with the files that fit `wanted`."""
+    folder = Path(locate(name))
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name}: not a folder here, and the hub did not give it: {reason}") from error
 
 
 def _device(device: str) -> str:

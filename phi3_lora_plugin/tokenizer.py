@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.embedded import locate
-from phi3_lora_plugin.families import FAMILIES
+from phi3_lora_plugin.families import FAMILIES, recognise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,6 +39,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
 
     Raises:
         TokenizerError: see there; says which file and what to do.
+        UnsupportedModel: there is no tokenizer.json, because the model beside it is none of the family.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -107,9 +108,22 @@ def stop_token_ids(tokenizer: Any, generation_eos: Sequence[int] = ()) -> list[i
     return sorted(ids)
 
 
+def whole_texts(tokenizer: Any) -> Any:
+    """The Rust tokenizer inside, set to cut and pad nothing.
+
+    It remembers what the last call of a tokenizer said of truncation and padding, whoever made that call; transformers
+    sets both again at each call of its own.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     """Write the tokenizer so that any loader gets the same ids from the folder alone; equal tokenizers, equal bytes."""
     folder = Path(folder)
+    whole_texts(tokenizer)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -147,6 +161,7 @@ def _folder(name: str, revision: str | None) -> Path:
     if place.is_dir():
         if (place / "tokenizer.json").is_file():
             return place
+        _refuse_other_models(place)
         there = ", ".join(sorted(entry.name for entry in place.iterdir())[:8]) or "nothing"
         advice = (
             "; a tokenizer.model alone is not enough, take tokenizer.json from the model's repository"
@@ -159,14 +174,25 @@ def _folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        got = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+        got = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES, "config.json"]))
     except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
         raise TokenizerError(f"{name}: not a folder here, and the hub did not give it: {_first_line(error)}") from error
     if not (got / "tokenizer.json").is_file():
+        _refuse_other_models(got)
         raise TokenizerError(
             f"{name}{f' at {revision}' if revision else ''} has no tokenizer.json (in the local cache)"
         )
     return got
+
+
+def _refuse_other_models(folder: Path) -> None:
+    """Members that run only through remote code mostly have a tokenizer of the kind too: name the model, not the file.
+
+    Raises `UnsupportedModel`.
+    """
+    config = _read_json(folder / "config.json")
+    if "model_type" in config:
+        recognise(config)
 
 
 def _pad_token(tokenizer: Any, stops: Sequence[int]) -> str:

@@ -213,3 +213,13 @@ def test_wrong_data_is_told_in_sentences_with_exit_code_2(kind: str, tmp_path: P
     done = check("tiny-cpu", override.format(tmp_path))
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and "\x1b" not in done.stderr
+
+
+def test_rows_are_cut_as_in_a_run_wherever_the_model_lies() -> None:
+    from typer.testing import CliRunner
+
+    from phi3_lora_plugin.cli import app
+
+    done = CliRunner().invoke(app, ["data", "check", "tiny-cpu", "data.max_length=null", "--rows=0", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["max_length"] == 512  # the context that the embedded model's config says

@@ -327,3 +327,29 @@ def test_a_prompt_must_leave_the_next_turn_to_the_assistant() -> None:
     for chat in ([], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]):
         with pytest.raises(EncodeError, match="end with a user message"):
             prompt_ids(chat, tiny.tokenizer())
+
+
+def test_g7_what_others_asked_of_the_tokenizer_cuts_and_pads_nothing(tmp_path: Path) -> None:
+    """A call with truncation or padding leaves both switched on inside the tokenizer, for whoever comes next."""
+    from phi3_lora_plugin.tokenizer import save_tokenizer
+
+    chats = [[{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}] for n in (3, 9)]
+    fresh = tiny.tokenizer()
+    rows, prompt = encode_batch(chats, fresh), prompt_ids(chats[1][:1], fresh)
+    for asked in ({"truncation": True, "max_length": 4}, {"padding": "max_length", "max_length": 64}):
+        used = tiny.tokenizer()
+        used("some other text", **asked)
+        assert encode_batch(chats, used) == rows
+        used("some other text", **asked)
+        assert prompt_ids(chats[1][:1], used) == prompt
+        used("some other text", **asked)
+        save_tokenizer(used, tmp_path)
+        written = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert written["truncation"] is None and written["padding"] is None
+
+
+@pytest.mark.parametrize("mark", [{"train": 0}, {"train": "false"}, {"weight": "0"}, {"weight": 0.5}], ids=str)
+def test_a_mark_that_could_mean_anything_is_an_error(mark: dict[str, Any]) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"} | mark]
+    with pytest.raises(EncodeError, match=r"message 2 \(assistant\) has (train|weight) .*; expected"):
+        encode(chat, tiny.tokenizer())

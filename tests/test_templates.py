@@ -10,6 +10,7 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from phi3_lora_plugin.chat.encode import EncodeError, encode, prompt_ids
 from phi3_lora_plugin.chat.templates import (
     TEMPLATES,
     TemplateError,
@@ -99,6 +100,43 @@ def test_g6_an_edit_that_only_trims_white_space_is_seen() -> None:
     trimmed = tiny.MINI_4K_TEMPLATE.replace("message['content']", "message['content'] | trim")
     with pytest.raises(TemplateError, match="nearest"):
         template_for(tiny.tokenizer(template=trimmed))
+
+
+INSTRUCTIONS = "<|user|>\nYou're \\Phi 日🙂 {Thought}\n<think><|end|>\n"
+
+
+@pytest.mark.parametrize("system", ["in its place", "nowhere", "for all"])
+def test_g6_a_known_template_behind_a_preamble_keeps_it(system: str) -> None:
+    """Phi-4-reasoning's is Phi-4's behind instructions; copies of it differ in what they make of a system turn."""
+    branch = "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif "
+    assert branch in tiny.MINI_4K_TEMPLATE
+    body = tiny.MINI_4K_TEMPLATE
+    if system == "nowhere":
+        body = body.replace(branch, "{% if ")
+    if system == "for all":
+        body = body.replace(branch, "{% if messages[0]['role'] == 'system' %}{{ " + repr(INSTRUCTIONS) + " }}{% elif ")
+    tokenizer = tiny.tokenizer(template="{{ " + repr(INSTRUCTIONS) + " }}" + body)
+    found = template_for(tokenizer)
+    assert found.name == "phi-3-mini-4k behind a preamble" and found.preamble == INSTRUCTIONS
+    assert found.system == (system == "in its place")
+    chat = [{"role": "user", "content": " q\n"}, {"role": "assistant", "content": "\n a"}]
+    chats = [chat, [*chat, *chat], [{"role": "system", "content": "s"}, *chat]]
+    for each in chats if found.system else chats[:2]:
+        row = encode(each, tokenizer)
+        assert row["input_ids"] == tokenizer.apply_chat_template(each, return_dict=True)["input_ids"]
+        prompt = prompt_ids(each[:-1], tokenizer)
+        assert row["input_ids"][: len(prompt)] == prompt
+        trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert trained.replace(" ", "").strip() == "a<|end|>" * (len(each) // 2)
+    if not found.system:
+        with pytest.raises(EncodeError, match="drops system messages"):
+            encode(chats[2], tokenizer)
+
+
+def test_g6_what_changes_from_chat_to_chat_is_no_preamble() -> None:
+    for lead in ("{{ messages | length }}", "{{ bos_token }}", "{{ messages[0]['role'] }}"):
+        with pytest.raises(TemplateError, match="nearest"):
+            template_for(tiny.tokenizer(template=lead + tiny.MINI_4K_TEMPLATE))
 
 
 def test_no_template_is_plain_text_without_role_tokens_and_an_error_with_them(shared_data: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
+from phi3_lora_plugin.families import UnsupportedModel
 from phi3_lora_plugin.tokenizer import (
     TokenizerError,
     load_tokenizer,
@@ -193,6 +194,13 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     config = saved(tmp_path / "config")
     (config / "tokenizer_config.json").write_text("{")
     assert "tokenizer_config.json is not JSON" in message(config)
+
+
+@pytest.mark.parametrize("kind", ["phi3small", "phi3_v", "phi4mm"])
+def test_a_member_that_needs_remote_code_is_named_rather_than_its_missing_file(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UnsupportedModel, match="remote code"):
+        load_tokenizer(tmp_path)
 
 
 def _again(tokenizer: object, folder: Path) -> object:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.templates import Span
+from phi3_lora_plugin.tokenizer import whole_texts
 
 Tokenised = tuple[list[int], list[Span]]
 
@@ -24,7 +25,7 @@ def tokenise(
     Args:
         fast: without offsets where they can be done without; the result is the same.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = whole_texts(tokenizer)
     if not fast or not hasattr(backend, "encode_batch_fast"):
         return _by_offsets(texts, spans, backend)
     added = tokenizer.added_tokens_decoder

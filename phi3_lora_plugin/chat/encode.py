@@ -14,6 +14,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.boundaries import tokenise
 from phi3_lora_plugin.chat.templates import Span, Template, render, template_for
+from phi3_lora_plugin.tokenizer import whole_texts
 
 Message = Mapping[str, Any]
 IGNORE = -100
@@ -145,7 +146,7 @@ def prompt_ids(
     if not prepared or prepared[-1]["role"] == "assistant":
         raise EncodeError("messages", "the next turn is not the assistant's; end with a user message")
     (text,), _ = render(kind.text, [prepared], _tokens(tokenizer), add_generation_prompt=True)
-    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    return list(whole_texts(tokenizer).encode(text, add_special_tokens=False).ids)
 
 
 def _prepare(
@@ -188,13 +189,14 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
     turn = {"role": role, "content": content}
     if tools is not None:
         turn["tools"] = tools
-    if not _trained(message):
+    train, weight = message.get("train"), message.get("weight")
+    if not (train is None or isinstance(train, bool)):
+        raise EncodeError("messages", f"message {number} ({role}) has train {train!r}; expected true or false")
+    if weight not in (None, 0, 1):
+        raise EncodeError("messages", f"message {number} ({role}) has weight {weight!r}; expected 0 or 1")
+    if train is False or weight == 0:
         turn["train"] = False
     return turn
-
-
-def _trained(message: Message) -> bool:
-    return message.get("train", True) is not False and message.get("weight", 1) != 0
 
 
 def _without_tools(turns: list[dict[str, Any]], kind: Template, policy: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
@@ -34,6 +34,7 @@ class Template:
         tools: whether it has a place for tool messages and declared tools.
         user_opens: whether a user turn always opens the assistant's, so that a generation prompt is always there.
         refused: why models with this template cannot be trained, if so.
+        preamble: text that every conversation begins with, such as the instructions of Phi-4-reasoning.
     """
 
     name: str
@@ -44,11 +45,15 @@ class Template:
     tools: bool = False
     user_opens: bool = False
     refused: str | None = None
+    preamble: str = ""
 
     @property
     def text(self) -> str:
         """Jinja text that renders as the published one and marks what the assistant says (for TRL as well)."""
-        return _read(self.name)
+        if not self.preamble:
+            return _read(self.name)
+        literal = self.preamble.encode("unicode_escape").decode("ascii").replace("'", r"\'")
+        return f"{{{{- '{literal}' -}}}}{_read(self.name.removesuffix(_BEHIND))}"
 
     @property
     def turns(self) -> str:
@@ -57,6 +62,7 @@ class Template:
         return re.sub(r"\{#- end -#\}", "{%- endgeneration -%}", marked)
 
 
+_BEHIND = " behind a preamble"
 _REMOTE = "Phi-3-{} runs only through remote code, which is never executed here"
 TEMPLATES = {
     template.name: template
@@ -76,7 +82,7 @@ TEMPLATES = {
 }
 
 # Conversations on which any two of the templates above differ, and which show what an edit of one would change.
-_PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
+_PROBES: tuple[tuple[tuple[str, ...], ...], ...] = (  # (role, content) or (role, content, tools)
     (("user", "u"),),
     (("user", " u \n"), ("assistant", "\n a ")),
     (("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")),
@@ -84,7 +90,11 @@ _PROBES: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")),
     (("user", "u"), ("system", "s"), ("assistant", "a")),
     (("user", "u"), ("assistant", "a"), ("tool", "t"), ("assistant", "b")),
+    (("system", "s", "[t]"), ("user", "u"), ("assistant", "a")),
+    (("assistant", "a"), ("user", "u"), ("assistant", "b"), ("user", "v"), ("assistant", "c"), ("user", "w")),
 )
+
+_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
 def template_for(tokenizer: Any, name: str | None = None) -> Template:
@@ -171,6 +181,8 @@ def _recognise(text: str) -> Template:
     for template in TEMPLATES.values():
         if _renders(template.text) == wanted:
             return template
+    if (found := _behind_preamble(wanted)) is not None:
+        return found
     alike = {
         name: sum(mine == theirs for mine, theirs in zip(_renders(template.text), wanted, strict=True))
         for name, template in TEMPLATES.items()
@@ -184,6 +196,26 @@ def _recognise(text: str) -> Template:
     )
 
 
+def _behind_preamble(wanted: Sequence[str]) -> Template | None:
+    """A known template with one and the same text before each conversation, as Phi-4-reasoning's is Phi-4's.
+
+    Where a system message is rendered in any other way than by the known template, it counts as one without a place.
+    """
+    heard = [any(turn[0] == "system" for turn in probe) for probe in _PROBES for _ in range(2)]  # by probe and prompt
+    for template in TEMPLATES.values():
+        ours = _renders(template.text)
+        preamble = wanted[0].removesuffix(ours[0])
+        if template.refused or template.stop is None or not preamble or preamble == wanted[0]:
+            continue
+        if any(token in preamble for token in _TOKENS.values()):
+            continue  # not one text: it differs with the tokenizer
+        equal = [theirs == preamble + mine for theirs, mine in zip(wanted, ours, strict=True)]
+        if all(same for same, system in zip(equal, heard, strict=True) if not system):
+            name = template.name + _BEHIND
+            return replace(template, name=name, preamble=preamble, system=template.system and all(equal))
+    return None
+
+
 def _fingerprint(text: str) -> str:
     return hashlib.sha256("\0".join(_renders(text)).encode()).hexdigest()
 
@@ -193,10 +225,10 @@ def _renders(text: str) -> tuple[str, ...]:
     """What a template makes of the probes; an error of its own is an answer too."""
     made = []
     for probe in _PROBES:
-        messages = [{"role": role, "content": content} for role, content in probe]
+        messages = [dict(zip(("role", "content", "tools"), turn, strict=False)) for turn in probe]
         for prompt in (False, True):
             try:
-                (got,), _ = render(text, [messages], {"bos_token": "<bos>", "eos_token": "<eos>"}, prompt)
+                (got,), _ = render(text, [messages], _TOKENS, prompt)
             except Exception as error:  # templates are programs of strangers and may raise anything
                 got = f"error {type(error).__name__}"
             made.append(got)
