@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from phi3_lora_plugin.inspect import InspectError, Problem, inspect, lines
+from phi3_lora_plugin.inspect_model import parameters
 from phi3_lora_plugin.tokenizer import save_tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
@@ -71,6 +72,11 @@ def test_presets_say_the_parameters_that_they_really_train(tmp_path: Path) -> No
         sliced = any(name in row.targets for name in ("q_proj,", "gate_proj"))
         assert row.parameters == dense or (sliced and row.parameters < dense), row
         assert row.bytes == 16 * row.parameters
+    model = tiny.model()
+    assert found.parameters == model.num_parameters()
+    held = {row.held: row.base_bytes for row in found.trainable}
+    assert held["float32"] == 2 * held["bfloat16"] == 4 * found.parameters
+    assert held["nf4"] < held["bfloat16"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +147,84 @@ def test_an_adapter_is_described_and_its_faults_are_named(tmp_path: Path) -> Non
     assert "cut off or damaged" in whats(inspect(broken).problems)
     file.unlink()
     assert "there are no adapter weights" in whats(inspect(broken).problems)
+
+
+def test_parameters_of_whole_models(shared_data: Path, tmp_path: Path) -> None:
+    counts = {
+        "phi-3-mini-4k-instruct": 3_821_079_552,
+        "phi-3-medium-128k-instruct": 13_960_238_080,
+        "phi-4-mini-reasoning": 3_836_021_760,  # tied
+    }
+    for name, count in counts.items():
+        assert parameters(json.loads((shared_data / "configs" / f"{name}.json").read_text())) == count
+    from test_phimoe import moe
+
+    model = moe()
+    assert parameters(model.config.to_dict()) == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("edit_of", "says", "fix"),
+    [
+        ({"hidden_size": None}, "holds what is no size", "take it from where"),
+        ({"num_attention_heads": 0}, "holds what is no size", "take it from where"),
+        ({"vocab_size": 300}, "ids up to 404, the model 300 rows", "same repository"),
+        ({"intermediate_size": 65}, "4 weights have another shape than config.json says", "same model"),
+        ({"num_hidden_layers": 3}, "6 of 21 weights are missing", "fetch the weights again"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_weights_is_named(
+    tmp_path: Path, edit_of: dict[str, object], says: str, fix: str
+) -> None:
+    folder = clean(tmp_path)
+    edit(folder / "config.json", **edit_of)
+    (problem,) = [each for each in inspect(folder).problems if says in each.what]
+    assert fix in problem.fix
+
+
+def test_weights_that_were_not_fetched_whole_are_named(tmp_path: Path) -> None:
+    folder = clean(tmp_path)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content, says in (
+        (whole[:-10], "is cut off or damaged"),
+        (b"", "is cut off or damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ((9).to_bytes(8, "little") + b"{broken}}" + whole, "its header cannot be read"),
+    ):
+        file.write_bytes(content)
+        (problem,) = inspect(folder).problems
+        assert says in problem.what and (problem.fix == "run git lfs pull") == ("LFS" in says)
+    file.write_bytes(whole)
+    file.rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert "1 of 2 shards are missing, such as model-00002" in whats(inspect(folder).problems)
+
+
+def test_an_adapter_is_held_against_the_base_that_it_names(tmp_path: Path) -> None:
+    folder, base = adapter(tmp_path / "run" / "adapter"), clean(tmp_path)
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    found = inspect(tmp_path / "run")  # the folder of a run
+    assert found.problems == () and found.family == "phi3 (a model of the Phi-3 architecture)"
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: each for name, each in tensors.items() if "layers.1" not in name}, file)
+    assert "2 modules that the config names have no tensors" in whats(inspect(folder).problems)
+    save_file({n: each[:, :7].contiguous() if "lora_A" in n else each for n, each in tensors.items()}, file)
+    assert "do not fit the model's weight (96, 32)" in whats(inspect(folder).problems)
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"), r="four")
+    assert "its base is not there" in whats(inspect(folder).problems)
+    assert "r and lora_alpha have to be numbers" in whats(inspect(folder).problems)
+    for broken in ("{", "[]"):
+        (folder / "adapter_config.json").write_text(broken)
+        assert "adapter_config.json" in whats(inspect(folder).problems)
+
+
+def test_a_tokenizer_alone_says_whose_template_it_has(tmp_path: Path) -> None:
+    save_tokenizer(tiny.tokenizer(), tmp_path)
+    assert inspect(tmp_path).family == "by its template, of Phi-3-mini-4k-instruct, Phi-3-mini-128k-instruct"
 
 
 def test_nothing_to_look_at_is_said(tmp_path: Path) -> None:
