@@ -158,10 +158,6 @@ def words() -> Any:
 
 def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
     """Train and report: losses, tokens (padding not counted) a second, peak memory, and the adapter as one vector."""
-    from contextlib import nullcontext
-
-    from phi3_lora_plugin.speed.apply import packed_rows
-
     load = WORKLOADS[job["workload"]]
     if load.memory_gb and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
@@ -181,9 +177,7 @@ def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
 
     trainer.get_batch_samples = counting
     ready = time.perf_counter()
-    packs = variant in ("ours-packed",) or (variant == "ours")
-    with packed_rows(model) if packs else nullcontext():
-        trainer.train()
+    trainer.train()
     timed = clock.times[WARM_UP:]
     tokens = sum(counted[WARM_UP : WARM_UP + len(timed)])
     vector = torch.cat([p.detach().float().cpu().flatten() for p in model.parameters() if p.requires_grad])

@@ -53,7 +53,7 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     """As `transformers.TrainingArguments` names things, of any version; checked against the one installed."""
     checkpoint: CheckpointSection = CheckpointSection()
-    speed: Literal["auto", "off"] | dict[Literal["loss", "lora", "host"], Switch] = "auto"
+    speed: Literal["auto", "off"] | dict[Literal["loss", "attention", "lora", "masters", "host"], Switch] = "auto"
     """Fast paths: auto, off, or one by one (the rest as in auto); losses are the same with and without."""
     output_dir: Text = "runs/recipe"
     """Where checkpoints and reports go, from the working directory."""

@@ -98,7 +98,7 @@ def train(
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.progress import ProgressReport
-    from phi3_lora_plugin.speed.apply import speed_up
+    from phi3_lora_plugin.speed.apply import accelerate_phi3
     from phi3_lora_plugin.training_args import lora_options, training_arguments
 
     started = time.monotonic()
@@ -116,7 +116,7 @@ def train(
     (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
     (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     data.report.render(say)
-    if straddles(_lengths(data.train), model.config.to_dict()):
+    if not recipe.data.packing and straddles(_lengths(data.train), model.config.to_dict()):
         say.print(
             "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
             "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
@@ -132,8 +132,6 @@ def train(
     arguments = training_arguments(recipe, has_eval=data.eval is not None)
     if _checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
-    for applied in speed_up(model, recipe.speed):
-        say.print(f"speed: {applied}")
 
     stop, progress = StopOnSignal(), ProgressReport(say)
     callbacks = plugins.callbacks(recipe)
@@ -148,6 +146,8 @@ def train(
         callbacks=[progress, stop, *callbacks],  # in this order: what a callback of ours raises comes last
         optimizers=(_optimizer(model, arguments, recipe), None),
     )
+    for applied in accelerate_phi3(trainer, recipe.speed):
+        say.print(f"speed: {applied}")
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         if hasattr(callback, "bind"):
@@ -269,10 +269,9 @@ def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[s
     from contextlib import nullcontext
 
     from phi3_lora_plugin.resume import resumable
-    from phi3_lora_plugin.speed.apply import packed_rows
 
     going_on = resumable(trainer, recipe.output_dir, allow_drift, say.print) if resume else nullcontext()
-    with packed_rows(trainer.model) if recipe.data.packing else nullcontext(), going_on as checkpoint:
+    with going_on as checkpoint:
         trainer.train(resume_from_checkpoint=checkpoint)
 
 

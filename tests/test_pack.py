@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi3_lora_plugin.chat.pack import PackedCollator, pack
-from phi3_lora_plugin.speed.attention import register_attention
+from phi3_lora_plugin.speed.documents import PackingError, fuse_documents, restore_documents
 
 LONGROPE = {
     "max_position_embeddings": 256,
@@ -69,8 +69,12 @@ def test_each_document_in_a_pack_has_the_loss_it_has_alone(changes: dict[str, ob
         rows.append({"input_ids": ids, "labels": ids})
     packed = PackedCollator()([{"rows": rows}])
     labels, bounds = packed["labels"][0], packed["cu_seq_lens_q"].tolist()
-    model.set_attn_implementation(register_attention())
-    logits = model(**{key: value for key, value in packed.items() if key != "labels"}, use_cache=False).logits[0]
+    fuse_documents(model, model)
+    inputs = {key: value for key, value in packed.items() if key != "labels"}
+    logits = model(**inputs, use_cache=True).logits[0]  # a cache would let documents see each other in stock code
+    del inputs["cu_seq_lens_q"]  # positions alone say it too
+    torch.testing.assert_close(model(**inputs).logits[0], logits)
+    restore_documents(model)
     model.set_attn_implementation("eager")
     for row, start, stop in zip(rows, bounds, bounds[1:], strict=False):
         alone = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
@@ -79,26 +83,17 @@ def test_each_document_in_a_pack_has_the_loss_it_has_alone(changes: dict[str, ob
     assert (labels[bounds[:-1]] == -100).all()
 
 
-def test_right_padded_rows_without_a_mask_are_exact_too() -> None:
-    model = tiny.model(num_key_value_heads=2, sliding_window=6)
-    ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=ids[1:, :8]).logits
-    ids[1, 8:] = 0
-    model.set_attn_implementation(register_attention())
-    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits[1:, :8], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_mask_beside_packed_documents_and_a_cache_are_refused() -> None:
-    model = tiny.model()
-    model.set_attn_implementation(register_attention())
+def test_a_mask_beside_packed_documents_is_refused() -> None:
+    model = tiny.model().train()
+    fuse_documents(model, model)
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 2
     packed = PackedCollator()([{"rows": rows}])
-    with pytest.raises(ValueError, match="one row"):
+    with pytest.raises(PackingError, match="one row"):
         model(input_ids=packed["input_ids"].repeat(2, 1), cu_seq_lens_q=packed["cu_seq_lens_q"], use_cache=False)
-    from phi3_lora_plugin.speed.attention import packed_attention
-
-    some = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="attention_mask"):
-        packed_attention(None, some, some, some, torch.ones(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="cache"):
-        packed_attention(None, some[:, :, :1], some, some, None)
+    ones = torch.ones_like(packed["input_ids"])
+    for names in (("input_ids", "cu_seq_lens_q"), ("input_ids", "position_ids")):
+        with pytest.raises(PackingError, match="leave attention_mask out"):
+            model(**{name: packed[name] for name in names}, attention_mask=ones)
+    model.eval()  # the same where a batch is evaluated
+    with pytest.raises(PackingError, match="leave attention_mask out"):
+        model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], attention_mask=ones)

@@ -193,7 +193,7 @@ def test_a_parents_mistake_is_shown_in_the_parents_file(tmp_path: Path) -> None:
         ("data.train_on=asistant", "did you mean 'assistant'"),
         ("checkpoint.format=pef", "did you mean 'peft'"),
         ("seed=-1", "at least 0"),
-        ("speed={los: true}", "loss, lora, host"),
+        ("speed={los: true}", "loss, attention, lora, masters, host"),
         ("dropout=0.1", "did you mean 'lora.dropout'"),
         ("lora.learning_rate=1", "did you mean 'training.learning_rate'"),
         ("modle.path=x", "did you mean 'model'"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,9 @@ if TYPE_CHECKING:
 #: What can be switched, and what it does.
 PARTS = {
     "loss": "cross-entropy on supervised positions only, in chunks",
+    "attention": "document by document; padding left out, no mask built",
     "lora": "one autograd function for a frozen projection and its LoRA",
+    "masters": "adapters in float32, computed in the dtype of the base",
     "host": "parameter counts remembered, no walk over frozen modules in every step",
 }
 
@@ -48,57 +49,90 @@ def speed_up(model: Any, parts: str | Mapping[Any, bool] = "auto") -> tuple[Appl
         SpeedError: an unknown part.
     """
     wanted = _wanted(parts)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     return tuple(_APPLY[part](model, base) if wanted[part] else Applied(part, False, "switched off") for part in PARTS)
 
 
 def slow_down(model: Any) -> None:
-    """Undo `speed_up`: stock forwards and classes everywhere."""
+    """Undo `speed_up` and `accelerate_phi3`: stock forwards, classes and dtypes everywhere."""
+    from phi3_lora_plugin.speed.documents import restore_documents
+    from phi3_lora_plugin.speed.host import restore_host
     from phi3_lora_plugin.speed.lora_linear import restore_lora
     from phi3_lora_plugin.speed.loss import restore_loss
+    from phi3_lora_plugin.speed.masters import restore_masters
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     if "_trl_forward" in base.__dict__:
         from phi3_lora_plugin.speed.trl_loss import restore_trl_loss
 
         restore_trl_loss(base)
     restore_loss(base)
+    restore_documents(base)
     restore_lora(model)
-    for module in {id(model): model, id(base): base}.values():
-        for name in ("num_parameters", "train", "zero_grad"):
-            module.__dict__.pop(name, None)
+    restore_masters(model)
+    restore_host(model, base)
 
 
-def accelerate_phi3(trainer: Trainer, parts: str | Mapping[str, bool] = "auto") -> tuple[Applied, ...]:
+def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") -> tuple[Applied, ...]:
     """`speed_up` for a Trainer that exists already, in one line; call it before `trainer.train()`.
 
-    TRL's trainers bypass a model's forward: there the head of `SFTTrainer` itself is replaced, where that is slow.
+    TRL's trainers bypass a model's forward: there the head of `SFTTrainer` itself is replaced, where that is slow. A
+    Trainer that hands logits on (`compute_metrics`, `return_outputs`) gets them; one that evaluates for the loss alone
+    does without.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     wanted = dict(_wanted(parts))
+    if trainer.optimizer is not None and wanted["masters"]:
+        # An optimizer that exists has states in the dtype of its parameters.
+        wanted["masters"] = False
+        late = Applied("masters", False, "the optimizer exists already")
+    else:
+        late = None
     own_loss = _computes_own_loss(trainer)
     if not own_loss or not wanted["loss"]:
-        return speed_up(model, wanted)
-    loss = _apply_trl_loss(trainer, model, own_loss)
-    applied = speed_up(model, wanted | {"loss": False})
-    return tuple(loss if one.part == "loss" else one for one in applied)
+        applied = speed_up(model, wanted)
+        if applied[0].on:
+            _follow(trainer, _base(model))
+    else:
+        loss = _apply_trl_loss(trainer, model, own_loss)
+        applied = tuple(loss if one.part == "loss" else one for one in speed_up(model, wanted | {"loss": False}))
+    return tuple(late if late and one.part == "masters" else one for one in applied)
 
 
-@contextmanager
-def packed_rows(model: Any) -> Iterator[None]:
-    """Attend document by document while the block runs; rows are packed, or padded on the right and without a mask."""
-    from phi3_lora_plugin.speed.attention import register_attention
+def _follow(trainer: Any, base: Any) -> None:
+    """Give logits to whoever asks this trainer for outputs, and to nobody else."""
+    if "_stock_compute_loss" in trainer.__dict__:
+        return
+    from functools import partial
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = base.config._attn_implementation
-    base.set_attn_implementation(register_attention())
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
+    trainer._stock_compute_loss, trainer._stock_prediction_step = trainer.compute_loss, trainer.prediction_step
+    trainer.compute_loss = partial(_compute_loss, trainer)
+    trainer.prediction_step = partial(_prediction_step, trainer)
 
 
-def _wanted(parts: str | Mapping[str, bool]) -> Mapping[str, bool]:
+def _compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    from phi3_lora_plugin.speed.loss import asked
+
+    base = _base(self.accelerator.unwrap_model(model))
+    if not return_outputs or base.__dict__.get("_asked") == "loss":
+        return self._stock_compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+    with asked(base, "logits"):
+        return self._stock_compute_loss(model, inputs, return_outputs=True, **kwargs)
+
+
+def _prediction_step(self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **kwargs: Any) -> Any:
+    from phi3_lora_plugin.speed.loss import asked
+
+    base = _base(self.accelerator.unwrap_model(model))
+    with asked(base, "loss" if prediction_loss_only else "logits"):
+        return self._stock_prediction_step(model, inputs, prediction_loss_only, *rest, **kwargs)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
     if isinstance(parts, str):
         if parts not in ("auto", "off"):
             raise SpeedError(f"speed: {parts!r} is neither 'auto' nor 'off' nor a mapping of {', '.join(PARTS)}")
@@ -136,7 +170,7 @@ def _apply_trl_loss(trainer: Trainer, model: Any, own_loss: str) -> Applied:
         return Applied("loss", False, own_loss)
     from phi3_lora_plugin.speed.trl_loss import fuse_trl_loss, trl_loss_obstacle
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     obstacle = trl_loss_obstacle(trainer, base)
     if obstacle is None:
         fuse_trl_loss(base)
@@ -154,29 +188,35 @@ def _apply_lora(model: Any, base: Any) -> Applied:
     return Applied("lora", True, f"{count} layers{left}")
 
 
+def _apply_attention(model: Any, base: Any) -> Applied:
+    from phi3_lora_plugin.speed.documents import documents_obstacle, fuse_documents
+
+    obstacle = documents_obstacle(base)
+    if obstacle is None:
+        fuse_documents(model, base)
+    return Applied("attention", obstacle is None, obstacle or PARTS["attention"])
+
+
+def _apply_masters(model: Any, base: Any) -> Applied:
+    from phi3_lora_plugin.speed.masters import float32_adapters
+
+    changed = float32_adapters(model)
+    return Applied("masters", True, f"{changed} adapter tensors were in half precision" if changed else "they are")
+
+
 def _apply_host(model: Any, base: Any) -> Applied:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    counts: dict[tuple[bool, bool], int] = {}
-    count = type(base).num_parameters
+    from phi3_lora_plugin.speed.host import fuse_host
 
-    def num_parameters(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        key = (only_trainable, exclude_embeddings)
-        if key not in counts:
-            counts[key] = count(base, only_trainable, exclude_embeddings)
-        return counts[key]
-
-    def train(mode: bool = True) -> Any:
-        # Trainer calls this before every micro-batch; the walk is needed only where the mode really changes.
-        return model if model.training == mode else type(model).train(model, mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.zero_()
-
-    base.num_parameters = num_parameters
-    model.train = train
-    model.zero_grad = zero_grad
+    if not hasattr(type(base), "num_parameters"):
+        return Applied("host", False, f"{type(base).__name__} is no model of transformers")
+    fuse_host(model, base)
     return Applied("host", True, PARTS["host"])
 
 
-_APPLY = {"loss": _apply_loss, "lora": _apply_lora, "host": _apply_host}
+_APPLY = {
+    "loss": _apply_loss,
+    "attention": _apply_attention,
+    "lora": _apply_lora,
+    "masters": _apply_masters,
+    "host": _apply_host,
+}

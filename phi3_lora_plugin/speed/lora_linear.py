@@ -3,11 +3,14 @@
 `y = x W^T + s (x A^T) B^T` is accumulated into one buffer; the input is saved once and in its own dtype (PEFT casts
 it to the adapter's float32), the scaled copy and the out-sized sums are never made, and the frozen weight is never
 differentiated. Only the class of PEFT's layer is swapped: parameters, keys, files, merge and resume stay PEFT's.
+
+A 4-bit weight is unpacked once in each direction, into one buffer that all layers share (see lora_linear4bit.py).
 """
 
 # This module defines subclasses of something heavy; it is imported only inside functions.
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch  # noqa: TID253
@@ -19,19 +22,31 @@ Block = tuple[int, int, int, int]
 
 
 class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
-    """x [n, in], weight [out, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself."""
+    """x [n, in], weight [out, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself.
+
+    `unpack` makes [out, in] of a weight that is stored otherwise; what it returns is used up before it is called again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, seen: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float, blocks: tuple[Block, ...]
+        ctx: Any,
+        x: Any,
+        seen: Any,
+        weight: Any,
+        bias: Any,
+        a: Any,
+        b: Any,
+        scaling: float,
+        blocks: tuple[Block, ...],
+        unpack: Callable[[], Any] | None,
     ) -> Any:
         down = (x if seen is None else seen) @ a.t().to(x.dtype)
-        out = torch.nn.functional.linear(x, weight, bias)
+        out = torch.nn.functional.linear(x, weight if unpack is None else unpack(), bias)
         up = b.to(x.dtype)
         for top, bottom, left, right in blocks or ((0, b.shape[0], 0, b.shape[1]),):
             out[:, top:bottom].addmm_(down[:, left:right], up[top:bottom, left:right].t(), alpha=scaling)
         ctx.save_for_backward(x if seen is None else seen, down, weight, a, b)
-        ctx.scaling, ctx.blocks, ctx.dropped = scaling, blocks, seen is not None
+        ctx.scaling, ctx.blocks, ctx.dropped, ctx.unpack = scaling, blocks, seen is not None, unpack
         return out
 
     @staticmethod
@@ -45,13 +60,14 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
             grad_b[top:bottom, left:right] = (part.t() @ down[:, left:right]).mul_(ctx.scaling)
             grad_down[:, left:right] = (part @ up[top:bottom, left:right]).mul_(ctx.scaling)
         grad_a = (grad_down.t() @ seen).to(a.dtype)
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_seen = None
+        grad_x = grad_seen = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ (weight if ctx.unpack is None else ctx.unpack())
         if ctx.dropped:
             grad_seen = grad_down @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
         elif grad_x is not None:
             grad_x.addmm_(grad_down, a.to(grad.dtype))
-        return grad_x, grad_seen, None, None, grad_a, grad_b, None, None
+        return grad_x, grad_seen, None, None, grad_a, grad_b, None, None, None
 
 
 class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
@@ -59,45 +75,51 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        adapter = self._single_adapter()
-        if adapter is None or args or kwargs:
+        adapter = single_adapter(self)
+        base = self.base_layer
+        if adapter is None or args or kwargs or type(base) is not torch.nn.Linear or base.weight.requires_grad:
             return super().forward(x, *args, **kwargs)
-        a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter]
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        weight, bias = base.weight, base.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        dropout = self.lora_dropout[adapter]
-        rows = x.reshape(-1, x.shape[-1])
-        seen = (
-            dropout(x).reshape(-1, x.shape[-1])
-            if self.training and not isinstance(dropout, torch.nn.Identity)
-            else None
-        )
-        with torch.autocast(x.device.type, enabled=False):
-            out = _LoraLinear.apply(
-                rows, seen, weight, bias, a, lora_b.weight, self.scaling[adapter], _rows_and_columns(lora_b)
-            )
-        return out.view(*x.shape[:-1], -1)
+        return fused(self, adapter, x, weight, bias)
 
-    def _single_adapter(self) -> str | None:
-        """The adapter to fuse, if there is just one active and nothing about it is special."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-            return None
-        adapter = self.active_adapters[0]
-        if (
-            adapter not in self.lora_A
-            or adapter in self.lora_variant
-            or not isinstance(self.scaling[adapter], float | int)
-        ):
-            return None
-        base = self.base_layer
-        if type(base) is not torch.nn.Linear or base.weight.requires_grad:
-            return None
-        if self.lora_A[adapter].bias is not None or self.lora_B[adapter].bias is not None:
-            return None
-        return str(adapter)
+
+def fused(
+    layer: Any,
+    adapter: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    unpack: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The fused function for one adapter of a PEFT layer: x [..., in] -> [..., out] in x's dtype."""
+    a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter]
+    dropout = layer.lora_dropout[adapter]
+    rows = x.reshape(-1, x.shape[-1])
+    dropped = layer.training and not isinstance(dropout, torch.nn.Identity)
+    seen = dropout(x).reshape(-1, x.shape[-1]) if dropped else None
+    with torch.autocast(x.device.type, enabled=False):
+        out: torch.Tensor = _LoraLinear.apply(
+            rows, seen, weight, bias, a, lora_b.weight, layer.scaling[adapter], _rows_and_columns(lora_b), unpack
+        )
+    return out.view(*x.shape[:-1], -1)
+
+
+def single_adapter(layer: Any) -> str | None:
+    """The adapter to fuse, if there is just one active and nothing about it is special."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    adapter = layer.active_adapters[0]
+    if adapter not in layer.lora_A or adapter in layer.lora_variant:
+        return None
+    if not isinstance(layer.scaling[adapter], float | int):
+        return None
+    if layer.lora_A[adapter].bias is not None or layer.lora_B[adapter].bias is not None:
+        return None
+    return str(adapter)
 
 
 def _rows_and_columns(lora_b: Any) -> tuple[Block, ...]:
@@ -110,26 +132,38 @@ def _rows_and_columns(lora_b: Any) -> tuple[Block, ...]:
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
-    """Swap the class of every PEFT layer over a plain linear layer; return how many. `restore_lora` takes it back."""
-    layers = [module for module in model.modules() if type(module) is PeftLinear and _plain(module)]
+    """Swap the class of every PEFT layer over a plain or 4-bit linear layer; return how many. See `restore_lora`."""
+    classes = _fused_classes()
+    layers = [module for module in model.modules() if type(module) in classes and not module.fan_in_fan_out]
+    layers = [layer for layer in layers if type(layer) is not PeftLinear or type(layer.base_layer) is torch.nn.Linear]
     for layer in layers:
-        layer.__class__ = FusedLoraLinear
+        layer.__class__ = classes[type(layer)]
     return len(layers)
 
 
 def fused_layers(model: torch.nn.Module) -> tuple[int, int]:
     """(LoRA layers that are fused, LoRA layers that are not)."""
+    classes = set(_fused_classes().values())
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    fused = sum(type(layer) is FusedLoraLinear for layer in layers)
-    return fused, len(layers) - fused
+    count = sum(type(layer) in classes for layer in layers)
+    return count, len(layers) - count
 
 
 def restore_lora(model: torch.nn.Module) -> None:
     """Undo `fuse_lora`."""
+    stock = {mine: theirs for theirs, mine in _fused_classes().items()}
     for module in model.modules():
-        if type(module) is FusedLoraLinear:
-            module.__class__ = PeftLinear
+        if type(module) in stock:
+            module.__class__ = stock[type(module)]
 
 
-def _plain(layer: Any) -> bool:
-    return type(layer.base_layer) is torch.nn.Linear and not layer.fan_in_fan_out
+def _fused_classes() -> dict[type, type]:
+    """PEFT's classes, and ours in their places; of 4-bit layers only where bitsandbytes is installed."""
+    classes: dict[type, type] = {PeftLinear: FusedLoraLinear}
+    try:
+        from peft.tuners.lora.bnb import Linear4bit
+
+        from phi3_lora_plugin.speed.lora_linear4bit import FusedLoraLinear4bit
+    except ImportError:
+        return classes
+    return classes | {Linear4bit: FusedLoraLinear4bit}

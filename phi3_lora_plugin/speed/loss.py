@@ -8,7 +8,9 @@ gradient of the hidden states is formed in the same pass, so that memory does no
 # This module defines an autograd function, a subclass of something heavy; it is imported only inside functions.
 from __future__ import annotations
 
-from types import MethodType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch  # noqa: TID253
@@ -27,14 +29,15 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, stats: bool) -> Any:
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        exact = torch.promote_types(torch.float32, hidden.dtype)  # float64 stays what it is
+        losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         entropy: Any = torch.empty_like(losses) if stats else None
         right: Any = torch.empty_like(targets, dtype=torch.bool) if stats else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             rows, labels = hidden[chunk], targets[chunk]
-            logits = nn.functional.linear(rows, weight, bias).float()
+            logits = nn.functional.linear(rows, weight, bias).to(exact)
             norm = logits.logsumexp(-1, keepdim=True)
             losses[chunk] = (norm - logits.gather(-1, labels[:, None])).squeeze(-1)
             if stats:
@@ -90,7 +93,7 @@ def supervised_cross_entropy(
         num_items: what the sum is divided by; the number of supervised positions if not given.
 
     Returns:
-        A float32 scalar; 0 where nothing is supervised, with a zero gradient.
+        A scalar, float32 unless `hidden` is float64; 0 where nothing is supervised, with a zero gradient.
     """
     wanted = targets.ne(-100)
     losses, _, _ = supervised_rows(hidden[wanted], weight, targets[wanted], bias)
@@ -116,19 +119,33 @@ def head_obstacle(model: Any) -> str | None:
 def fuse_loss(model: Any) -> None:
     """Let `model` (Phi3ForCausalLM) compute its training loss without logits; `restore_loss` takes it back.
 
-    In training mode with labels the output then has `logits=None`. Without labels, in evaluation mode, or when the head
-    has become trainable since, the stock forward runs. Call it before a `Trainer` is built around the model.
+    In training mode with labels the output then has `logits=None`; in evaluation mode only inside
+    `asked(model, "loss")`. Without labels, inside `asked(model, "logits")`, or when the head has become trainable
+    since, the stock forward runs.
     """
     if "_stock_forward" in model.__dict__:
         return
-    model._stock_forward = model.forward
-    model.forward = MethodType(_forward, model)
+    model._stock_forward, model._asked = model.forward, None
+    model.forward = partial(_forward, model)
 
 
 def restore_loss(model: Any) -> None:
     """Undo `fuse_loss`."""
     if model.__dict__.pop("_stock_forward", None) is not None:
-        del model.forward
+        del model.forward, model._asked
+
+
+@contextmanager
+def asked(model: Any, what: str) -> Iterator[None]:
+    """While the block runs, "logits" makes `model` give logits beside every loss, "loss" none in evaluation either."""
+    before = model.__dict__.get("_asked")
+    if "_stock_forward" in model.__dict__:
+        model._asked = what
+    try:
+        yield
+    finally:
+        if "_stock_forward" in model.__dict__:
+            model._asked = before
 
 
 def _forward(
@@ -151,8 +168,9 @@ def _forward(
         inputs_embeds=inputs_embeds,
         use_cache=use_cache,
     )
-    partial = torch.is_tensor(logits_to_keep) or logits_to_keep != 0
-    if labels is None or not self.training or partial or head_obstacle(self):
+    some = torch.is_tensor(logits_to_keep) or logits_to_keep != 0
+    wanted = self._asked == "logits" or not (self.training or self._asked == "loss")
+    if labels is None or wanted or some or head_obstacle(self):
         return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
     num_items = kwargs.pop("num_items_in_batch", None)
     shifted = kwargs.pop("shift_labels", None)

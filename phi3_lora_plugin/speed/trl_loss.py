@@ -8,7 +8,7 @@ token. On a GPU its own Triton kernel looks at supervised positions only, and st
 from __future__ import annotations
 
 from dataclasses import fields
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch  # noqa: TID253
@@ -41,7 +41,7 @@ def fuse_trl_loss(base: Any) -> None:
     """Answer `fused_lm_head=True` from supervised positions; `restore_trl_loss` takes it back."""
     if "_trl_forward" not in base.__dict__:
         base._trl_forward = base.forward
-        base.forward = MethodType(_forward, base)
+        base.forward = partial(_forward, base)
 
 
 def restore_trl_loss(base: Any) -> None:

@@ -1,0 +1,61 @@
+"""The fused LoRA function over a 4-bit base: unpacked once in each direction, into one buffer for all layers.
+
+bitsandbytes allocates an unpacked weight in each call and keeps a copy of the result; PEFT clones it once more.
+"""
+
+# Imports what needs bitsandbytes; imported only inside functions, and only where it is installed.
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb  # noqa: TID253
+import torch  # noqa: TID253
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit  # noqa: TID253
+
+from phi3_lora_plugin.speed.lora_linear import fused, single_adapter
+
+#: One buffer a device and dtype, as large as the largest weight met.
+_scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+class FusedLoraLinear4bit(PeftLinear4bit):  # type: ignore[misc]
+    """PEFT's LoRA layer over `bnb.nn.Linear4bit` with the fused function; anything unusual takes PEFT's own."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., in] -> [..., out]."""
+        adapter = single_adapter(self)
+        base = self.base_layer
+        state = getattr(base.weight, "quant_state", None)
+        if adapter is None or args or kwargs or not _known(base, state):
+            return super().forward(x, *args, **kwargs)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        compute = base.compute_dtype or dtype
+        bias = None if base.bias is None else base.bias.to(compute)
+        unpack = partial(_unpacked, base.weight, state, compute)
+        return fused(self, adapter, x.to(compute), base.weight, bias, unpack).to(dtype)
+
+
+def _known(base: Any, state: Any) -> bool:
+    """Whether the weight is packed the way that is meant here: not yet quantised, or repacked for a CPU, it is not."""
+    return (
+        type(base) is bnb.nn.Linear4bit
+        and state is not None
+        and state.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and not getattr(state, "packing_format_for_cpu", False)
+    )
+
+
+def _unpacked(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in] in `dtype`; good until the next call."""
+    out = None
+    if weight.is_cuda:  # bitsandbytes' CPU backend takes no buffer
+        size = state.shape.numel()
+        place = weight.device, state.dtype
+        if place not in _scratch or _scratch[place].numel() < size:
+            _scratch[place] = torch.empty(size, device=weight.device, dtype=state.dtype)
+        out = _scratch[place][:size].view(state.shape)
+    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(weight.detach(), state, out=out)
+    return unpacked.to(dtype)

@@ -1,0 +1,172 @@
+"""Batches without their padding, and packs by document: the losses and gradients of stock code, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from test_pack import LONGROPE
+
+from phi3_lora_plugin.chat.pack import PackedCollator
+from phi3_lora_plugin.speed.apply import slow_down, speed_up
+
+TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+LENGTHS = (21, 5, 40, 1, 13)
+
+
+def lora(dtype: torch.dtype = torch.float64, dropout: float = 0.0, **changes: Any) -> torch.nn.Module:
+    model = tiny.model(**changes).to(dtype)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=TARGETS)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return wrapped.train()
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, list[int]]]:
+    draw = torch.Generator().manual_seed(2)
+    made = []
+    for length in lengths:
+        ids = torch.randint(3, 500, (length,), generator=draw).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return made
+
+
+def padded(data: list[dict[str, list[int]]], side: str = "right", more: int = 3) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in data) + more
+
+    def fill(values: list[int], filler: int) -> list[int]:
+        missing = [filler] * (width - len(values))
+        return values + missing if side == "right" else missing + values
+
+    ids = [fill(row["input_ids"], 0) for row in data]
+    labels = [fill(row["labels"], -100) for row in data]
+    mask = [fill([1] * len(row["input_ids"]), 0) for row in data]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+
+
+def step(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def equal(model: torch.nn.Module, batch: dict[str, Any], parts: Any = "auto") -> list[int]:
+    """Hold a step to the stock one; return how many tokens each call of the first projection saw."""
+    stock_loss, stock = step(model, batch)
+    applied = speed_up(model, parts)
+    seen: list[int] = []
+    mlp = model.get_base_model().model.layers[0].mlp
+    hook = mlp.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[:2].numel()))
+    loss, ours = step(model, batch)
+    hook.remove()
+    slow_down(model)
+    assert loss == pytest.approx(stock_loss, rel=1e-6), applied  # stock code takes the loss in float32
+    for name in stock:
+        torch.testing.assert_close(ours[name], stock[name], rtol=1e-5, atol=1e-7, msg=name)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"sliding_window": 7},
+        {"partial_rotary_factor": 0.5},
+        {"tie_word_embeddings": True},
+        {"num_hidden_layers": 1, "vocab_size": 1200},
+        LONGROPE,
+    ],
+    ids=["mha", "gqa", "window", "partial rotary", "tied", "one layer", "longrope"],
+)
+def test_a_padded_batch_without_its_padding_is_the_stock_step(changes: dict[str, Any]) -> None:
+    model, data = lora(**changes), rows()
+    items = torch.tensor(33)
+    for more in ({}, {"num_items_in_batch": items}):
+        assert equal(model, padded(data) | more) == [sum(LENGTHS)]
+    assert equal(model, padded(data), {"loss": False}) == [sum(LENGTHS)]
+    assert equal(model, padded(data), {"lora": False, "host": False}) == [sum(LENGTHS)]
+    model.get_base_model().enable_input_require_grads()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert set(equal(model, padded(data))) == {sum(LENGTHS)}
+
+
+def test_whatever_is_not_padding_on_the_right_stays_stock() -> None:
+    model, data = lora(), rows()
+    positions = len(LENGTHS) * (max(LENGTHS) + 3)
+    assert equal(model, padded(data, side="left")) == [positions]
+    supervised = padded(data)
+    supervised["labels"] = supervised["input_ids"]  # padding that is trained on
+    assert equal(model, supervised) == [positions]
+    holes = padded(data)
+    holes["attention_mask"][0, 4] = 0
+    assert equal(model, holes) == [positions]
+    four = padded(data) | {"attention_mask": torch.ones(5, 1, 43, 43, dtype=torch.bool).tril()}
+    assert equal(model, four) == [positions]
+    assert equal(model, padded(data) | {"output_hidden_states": True}) == [positions]
+
+
+def test_dropout_draws_for_the_positions_that_stock_draws_for() -> None:
+    assert equal(lora(dropout=0.3), padded(rows())) == [len(LENGTHS) * (max(LENGTHS) + 3)]
+
+
+def test_padding_past_the_original_context_does_not_change_longrope() -> None:
+    model = lora(**LONGROPE)  # 32 tokens
+    assert equal(model, padded(rows((30, 9)), more=10)) == [80]
+    assert equal(model, padded(rows((31, 9)), more=0)) == [40]
+
+
+def test_rows_without_any_label_or_text_stay_finite() -> None:
+    model = lora()
+    batch = padded(rows())
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    speed_up(model)
+    loss, gradients = step(model, batch)
+    assert loss == 0.0 and not any(gradient.any() for gradient in gradients.values())
+    batch["attention_mask"][1] = 0  # a row of nothing
+    assert step(model, batch)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 2, "sliding_window": 7, "partial_rotary_factor": 0.5}, LONGROPE],
+    ids=["mha", "gqa window partial", "longrope, documents on both sides of the switch"],
+)
+def test_a_pack_has_the_gradients_of_its_rows_one_by_one(changes: dict[str, Any]) -> None:
+    model, data = lora(**changes), rows()
+    items = sum(label != -100 for row in data for label in row["labels"][1:])
+    total, summed = 0.0, {}
+    for row in data:
+        one = {key: torch.tensor([value]) for key, value in row.items()} | {"num_items_in_batch": items}
+        loss, gradients = step(model, one)
+        total += loss
+        summed = {name: summed.get(name, 0) + gradient for name, gradient in gradients.items()}
+    speed_up(model)
+    loss, ours = step(model, PackedCollator()([{"rows": data[:3]}, {"rows": data[3:]}]))
+    assert loss == pytest.approx(total, rel=1e-6)
+    for name in summed:
+        torch.testing.assert_close(ours[name], summed[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_generation_with_padding_on_the_left_is_untouched() -> None:
+    model = lora(torch.float32).eval()
+    batch = padded(rows((9, 4)), side="left")
+    asked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 6}
+    expected = model.generate(**asked, do_sample=False)
+    speed_up(model)
+    assert torch.equal(model.generate(**asked, do_sample=False), expected)
+
+
+def test_another_attention_that_was_asked_for_stays() -> None:
+    model = lora(attn_implementation="eager")
+    (attention,) = [one for one in speed_up(model) if one.part == "attention"]
+    assert not attention.on and attention.why == "attention 'eager' was asked for"
+    assert model.config._attn_implementation == "eager"
