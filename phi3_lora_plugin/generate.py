@@ -60,8 +60,6 @@ def load_adapter(path: str | Path, base: str | None = None, **options: Any) -> t
         base: base model, where the one that the adapter names is not at its old place.
         options: as `load_model` takes them (dtype, attention, quantize, device).
     """
-    from peft import PeftModel
-
     from phi3_lora_plugin.model import load_model
     from phi3_lora_plugin.tokenizer import load_tokenizer
 
@@ -69,7 +67,29 @@ def load_adapter(path: str | Path, base: str | None = None, **options: Any) -> t
     name, revision = (base, None) if base else base_of(adapter)
     model = load_model(name, revision=revision, **options)
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else name)
-    return PeftModel.from_pretrained(model, str(adapter)).eval(), tokenizer
+    return with_adapter(model, adapter), tokenizer
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter folder's weights on it, every one of them and in its place.
+
+    Raises:
+        AdapterError: the adapter does not go with the model, which PEFT alone would let pass with a warning.
+    """
+    import warnings
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {reason}") from error
+    if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
+        raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {missing[0][:300]}")
+    return adapted.eval()
 
 
 def stream(

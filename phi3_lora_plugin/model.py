@@ -102,6 +102,10 @@ def load_model(
             f"{folder} lacks {len(missing)} weights, which would be random numbers: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}; fetch the model again"
         )
+    if quantize == "nf4" and place == "cpu":
+        from phi3_lora_plugin.quantize import keep_trainable_on_cpu
+
+        keep_trainable_on_cpu(model)
     model.name_or_path = locate(path_or_id)
     model.config._name_or_path = model.name_or_path
     model.config.use_cache = False

@@ -33,3 +33,15 @@ def quantization_config(kind: str, compute: Any) -> Any:
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
     raise ModelError(f"quantize: {kind!r} is none of none, nf4, int8")
+
+
+def keep_trainable_on_cpu(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights of a model in place when it is evaluated on a CPU.
+
+    On CPUs with AVX512-BF16 it does so (0.50) at the first forward pass in evaluation mode. Packed weights have no
+    backward pass, so that training on after an evaluation would stop short at them without a word, and layers whose
+    sizes are not multiples of 32 and 64 fail. Unpacked ones are multiplied as in training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -100,6 +100,14 @@ def base_facts(model: Any) -> dict[str, Any]:
     return {"name": name, "revision": commit, "fingerprint": fingerprint}
 
 
+def local_fingerprint(name: str, revision: str | None = None) -> str | None:
+    """Fingerprint of a base whose files lie on this machine, as `base_facts` has it; None if they do not."""
+    from phi3_lora_plugin.model import base_fingerprint
+
+    folder = _local_folder(name, revision)
+    return None if folder is None else base_fingerprint(folder)
+
+
 def lora_facts(model: Any, adapter: str | None = None) -> dict[str, Any]:
     """The settings of the adapter that differ from PEFT's defaults, by this package's names; of loralib's, all."""
     from phi3_lora_plugin.adapter_files import loralib_sidecar, minimal_config

@@ -12,6 +12,7 @@ import typer
 from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.convert import convert_command, merge_command
 from phi3_lora_plugin.cli.data import check_command
+from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.cli.inspect import inspect_command
 from phi3_lora_plugin.cli.plugins import plugins_command
 from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("chat")(chat_command)
+app.command("eval")(eval_command)
 app.command("verify")(verify_command)
 app.command("inspect")(inspect_command)
 app.command("recipes")(recipes_command)

@@ -1,0 +1,98 @@
+"""`phi3-lora eval`: base against adapter, on rows that neither was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phi3_lora_plugin.evaluate import Evaluation, Figures
+
+_NAMES = {"exact": "exact match", "rouge_l": "ROUGE-L", "gsm8k": "GSM8K accuracy", "stopped": "answers that ended"}
+
+
+class EvalOptionError(ValueError):
+    """An option of `phi3-lora eval` that cannot be what it is."""
+
+
+def eval_command(
+    what: Annotated[str, typer.Argument(help="Adapter, checkpoint, run or model folder; or preset or YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As data.format=x.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to evaluate on; else those that the recipe holds out.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it is not where the adapter says.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows, from the top.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Questions to generate answers to; 0: none.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 8,
+    gsm8k: Annotated[bool, typer.Option("--gsm8k", help="Compare the numbers behind '####' too.")] = False,
+    save_answers: Annotated[Path | None, typer.Option(help="File for questions and answers, a line each.")] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="Tasks of the lm-evaluation-harness, by comma.")] = None,
+    lm_eval_args: Annotated[str, typer.Option(help="What its simple_evaluate takes, as '{limit: 100}'.")] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, nothing else on stdout.")] = False,
+) -> None:
+    """Loss, perplexity, token accuracy and scores of generated answers: the base against the adapter."""
+    from rich.console import Console
+
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.eval_target import find_target
+
+    console = Console(stderr=as_json, highlight=False)
+    plugins = load_plugins()
+    task_options = _mapping(lm_eval_args)
+    if save_answers is not None and not save_answers.absolute().parent.is_dir():
+        raise EvalOptionError(f"--save-answers: there is no folder {save_answers.absolute().parent}")
+    target = find_target(what, overrides or (), lambda name: plugins.pick("recipes", name), base)
+
+    from phi3_lora_plugin.evaluate import Wanted, evaluate, write_answers
+
+    tasks = tuple(filter(None, (lm_eval or "").split(",")))
+    wanted = Wanted(data, rows, answers, max_new_tokens, gsm8k, tasks, task_options, batch_size)
+    evaluation = evaluate(target, wanted, plugins, console)
+    if save_answers is not None:
+        write_answers(evaluation, save_answers)
+    if as_json:
+        print(evaluation.to_json())
+    else:
+        show(evaluation, console)
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """Print the figures of base and adapter side by side."""
+    from rich.table import Table
+
+    if evaluation.rows:
+        console.print(f"{evaluation.rows:,} rows, {evaluation.tokens:,} trained tokens", end="")
+        console.print(f"; {len(evaluation.asked):,} answers" if evaluation.asked else "")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "base", *(["adapter"] if evaluation.adapter_figures else [])):
+        table.add_column(column, justify="right" if column else "left")
+    sides = [_named(figures) for figures in (evaluation.base_figures, evaluation.adapter_figures) if figures]
+    for name in sides[0]:
+        table.add_row(name, *(f"{side[name]:.4f}" for side in sides))
+    console.print(table)
+
+
+def _named(figures: Figures) -> dict[str, float]:
+    """Every figure by the name that people read."""
+    found: dict[str, float | None] = {
+        "loss": figures.loss, "perplexity": figures.perplexity, "token accuracy": figures.token_accuracy,
+    }  # fmt: skip
+    found |= {_NAMES[name]: value for name, value in figures.answers.items()}
+    found |= {f"{task} {metric}": value for task, some in figures.tasks.items() for metric, value in some.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    from phi3_lora_plugin.recipe_yaml import parse_value
+
+    try:
+        value = parse_value(text)
+    except ValueError as error:
+        raise EvalOptionError(f"--lm-eval-args: {error}") from error
+    if not isinstance(value, dict):
+        raise EvalOptionError(f"--lm-eval-args: expected a mapping as '{{limit: 100}}', found {text}")
+    return value

@@ -1,0 +1,81 @@
+"""Which rows an evaluation is about: those that it is given, or those that a recipe holds out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.chat.dataset import DataError, load_data
+from phi3_lora_plugin.chat.formats import Adapter
+from phi3_lora_plugin.chat.report import DataReport
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from phi3_lora_plugin.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """Rows of `input_ids` and `labels`, and the fate of all that was read on the way to them."""
+
+    rows: Dataset
+    report: DataReport
+
+
+def evaluation_rows(
+    recipe: Recipe,
+    tokenizer: Any,
+    adapters: Mapping[str, Adapter],
+    longest: int,
+    path: str | None = None,
+    most: int | None = None,
+) -> EvalRows:
+    """Read and encode the rows to evaluate on, as the recipe's `data` section says.
+
+    Args:
+        path: rows to take instead of those that the recipe holds out; of a data set with splits, the one that an
+            override of `data.split` names.
+        most: at most so many, from the top.
+        longest: row in tokens, if `data.max_length` says nothing.
+
+    Raises:
+        DataError: there are none, or as `load_data`.
+    """
+    data = recipe.data
+    if path is not None:
+        split = data.split if recipe.provenance.get("data.split") == "override" else None
+        return _alone(recipe, tokenizer, adapters, longest, path, split, most, "--data")
+    if data.eval_path is not None or data.eval_split is not None:
+        where = data.path if data.eval_path is None else data.eval_path
+        return _alone(recipe, tokenizer, adapters, longest, where, data.eval_split, most, "data.eval_path")
+    if not data.eval_fraction:
+        raise DataError([f"{recipe.name} holds out no rows to evaluate on; give some with --data FILE"])
+    # The same seed holds out the same rows as the run did.
+    loaded = load_data(recipe, tokenizer, adapters, max_length=longest)
+    assert loaded.eval is not None
+    rows = loaded.eval if most is None else loaded.eval.select(range(min(most, len(loaded.eval))))
+    return EvalRows(rows, loaded.report)
+
+
+def _alone(
+    recipe: Recipe,
+    tokenizer: Any,
+    adapters: Mapping[str, Adapter],
+    longest: int,
+    path: Any,
+    split: str | None,
+    most: int | None,
+    key: str,
+) -> EvalRows:
+    """Only those rows, read as a run reads the ones it trains on."""
+    only = {"path": path, "split": split, "eval_path": None, "eval_split": None, "eval_fraction": 0.0, "max_rows": most}
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
+    try:
+        loaded = load_data(changed, tokenizer, adapters, max_length=longest)
+    except DataError as error:
+        named = [f"{key}{text.removeprefix('data.path')}" if text.startswith("data.path:") else text
+                 for text in error.problems]  # fmt: skip
+        raise DataError(named) from error
+    return EvalRows(loaded.train, loaded.report)

@@ -1,0 +1,65 @@
+"""The tasks of EleutherAI's lm-evaluation-harness on a model that is loaded already, if the package is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class HarnessError(ValueError):
+    """The harness is not installed, or does not take what it was asked for."""
+
+
+def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Check what can be checked before a model is loaded.
+
+    Raises:
+        HarnessError: the package is missing, an option or a task that it does not have.
+    """
+    if find_spec("lm_eval") is None:
+        raise HarnessError('--lm-eval needs the lm-evaluation-harness: pip install "phi3-lora-plugin[lm-eval]"')
+    import inspect
+
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    known = set(inspect.signature(lm_eval.simple_evaluate).parameters) - {"model", "tasks", "model_args"}
+    if wrong := sorted(set(options) - known - {"include_path"}):
+        raise HarnessError(f"lm_eval.simple_evaluate takes no {', '.join(wrong)}, only {', '.join(sorted(known))}")
+    manager = TaskManager(include_path=options.get("include_path"))
+    if absent := [task for task in tasks if not manager.match_tasks([task])]:
+        raise HarnessError(f"lm_eval knows no task {', '.join(absent)}; lm_eval ls tasks lists them")
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    options: Mapping[str, Any],
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, as `lm_eval.simple_evaluate` gives them, without its notes and names.
+
+    Args:
+        options: what `simple_evaluate` takes (`num_fewshot`, `limit`, `apply_chat_template`, ...), and `include_path`,
+            a folder with tasks of your own.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    given = {key: value for key, value in options.items() if key != "include_path"}
+    done = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=given.pop("batch_size", batch_size)),
+        tasks=list(tasks),
+        task_manager=TaskManager(include_path=options.get("include_path")),
+        **given,
+    )
+    return {
+        task: {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+        for task, found in done["results"].items()
+    }

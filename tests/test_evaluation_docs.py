@@ -1,0 +1,66 @@
+"""What docs/evaluation.md shows works as shown, in the order shown, on the embedded base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from phi3_lora_plugin.answer_scores import MEASURES
+from phi3_lora_plugin.cli.evaluate import _NAMES, eval_command
+from phi3_lora_plugin.cli.train import train_command
+from phi3_lora_plugin.lm_eval_tasks import HarnessError
+
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "data.max_length=64"]
+FIRST = "phi3-lora train phi3-mini-4k-lora data.path=chats.jsonl data.eval_fraction=0.1"
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_every_command_and_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chat = [{"role": "user", "content": "Where does otter {} live?"}, {"role": "assistant", "content": "In a river."}]
+    rows = [[chat[0] | {"content": chat[0]["content"].format(n)}, chat[1]] for n in range(10)]
+    for name in ("chats", "test"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    for name in ("gsm8k_train", "gsm8k_test"):
+        Path(f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 3)
+    app = typer.Typer()
+    app.command("eval")(eval_command)
+    app.command("train")(train_command)
+    commands = [FIRST, *(line for block in blocks("sh") for line in block.splitlines())]
+    assert len(commands) == 7
+    for command in commands:
+        words = shlex.split(command, comments=True)[1:]
+        small = SMALL if "phi3-mini-4k-lora" in words else []
+        quick = ["--samples=0", "--no-check", "training.max_steps=1"] if words[0] == "train" else ["--max-new-tokens=8"]
+        done = CliRunner().invoke(app, [*words, *small, *quick])
+        if "--lm-eval" in words:  # its tasks come from the hub
+            assert find_spec("lm_eval") is not None or isinstance(done.exception, HarnessError)
+        else:
+            assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception}"
+    assert Path("runs/phi3-mini-4k-lora-2").is_dir()
+    (snippet,) = blocks("python")
+    exec(compile(snippet, "docs/evaluation.md", "exec"), {})
+
+
+def test_every_figure_and_option_of_the_page_exists() -> None:
+    shown = re.findall(r"^\| (.*?) \| ", PAGE, re.M)[1:]
+    assert shown == [
+        "loss",
+        "perplexity",
+        "token accuracy",
+        *(_NAMES[name] for name in ("exact", "rouge_l", "stopped")),
+    ]
+    assert set(_NAMES) == {*MEASURES, "stopped"}
+    known = {f"--{word.replace('_', '-')}" for word in eval_command.__annotations__} | {"--json"}
+    assert set(re.findall(r"--[a-z][\w-]+", PAGE)) <= known
