@@ -27,8 +27,9 @@ class StoreBusy(ValueError):
 class StoreLock:
     """The right to write into a store, until `release` or the end of the process, however it ends.
 
-    A record lock of the operating system on `.lock`: forked data loaders do not hold it on, a killed process leaves
-    nothing behind that anyone had to judge stale.
+    A lock of the operating system on the open `.lock`: a killed process leaves nothing behind that anyone had to judge
+    stale, and whoever in this process copies the folder does not end it, as he would a record lock. Forked data loaders
+    close theirs, so that they do not hold it on.
 
     Args:
         holder: two locks of one holder in one process are one run; so are two of one thread, of which the first can
@@ -59,6 +60,19 @@ class StoreLock:
             self._handle = None
 
 
+def _let_go_in_child() -> None:
+    """Close what a fork has inherited; closing ends no lock that the parent has open as well."""
+    for lock in _HELD.values():
+        if lock._handle is not None:
+            os.close(lock._handle)
+            lock._handle = None
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 def holder_of(store: Path) -> object:
     """Who of this thread has the lock of a store; None if nobody has it."""
     lock = _HELD.get(store.resolve())
@@ -77,7 +91,7 @@ def _lock(path: Path) -> int | None:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             owner = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)

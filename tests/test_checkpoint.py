@@ -348,6 +348,31 @@ def test_a_second_run_in_the_same_store_is_refused_until_the_first_is_gone(tmp_p
     assert write(tmp_path, 1) == latest_complete(tmp_path)
 
 
+def test_a_copy_does_not_end_the_lock_and_a_forked_worker_does_not_hold_it_on(tmp_path: Path) -> None:
+    store, copy = tmp_path / "lora", tmp_path / "copy"
+    store.mkdir()
+    script = (
+        f"import os, shutil, sys, time; sys.path[:0] = {sys.path!r}\n"
+        "from phi3_lora_plugin.store_lock import StoreLock; from pathlib import Path\n"
+        f"lock = StoreLock(Path({str(store)!r})); shutil.copytree({str(store)!r}, {str(copy)!r})\n"
+        "if (child := os.fork()) == 0: time.sleep(60)\n"
+        "print(child, flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    child = int(other.stdout.readline())
+    try:
+        assert (copy / ".lock").is_file()
+        with pytest.raises(StoreBusy):
+            StoreLock(store)
+        other.kill()
+        other.wait()
+        os.kill(child, 0)  # is alive
+        StoreLock(store).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_thread_of_this_process_is_another_run_and_a_left_over_lock_is_not(tmp_path: Path) -> None:
     lock, refused = StoreLock(tmp_path, holder="first"), []
 

@@ -326,6 +326,49 @@ def test_g19_a_good_file_is_reproduced_exactly(tmp_path: Path) -> None:
     assert _equal(lora_state_dict(model), lora_state_dict(source))
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_g19_the_base_s_own_weight_that_peft_writes_beside_an_embedding_is_compared(
+    target: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    def adapted(seed: int) -> PeftModel:
+        torch.manual_seed(seed)
+        return get_peft_model(tiny.model(), LoraConfig(target_modules=["qkv_proj", target], task_type="CAUSAL_LM"))
+
+    source, model = adapted(1), adapted(2)
+    _randomise(source)
+    source.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    (copied,) = [name for name in state if name.endswith(f"{target}.base_layer.weight")]
+    assert load_lora_state_dict(model, {f"module.{name}": t for name, t in state.items()}) == ([], [])
+    assert _equal(lora_state_dict(model), lora_state_dict(source))
+    before = copy.deepcopy(lora_state_dict(model))
+    for strict in (True, False):
+        with pytest.raises(StateError, match=f"1 of the base, and the model has other values there: {copied}"):
+            load_lora_state_dict(model, {**state, copied: state[copied] + 1}, strict=strict)
+    assert _equal(lora_state_dict(model), before)
+
+
+def test_values_that_are_no_numbers_are_named_where_they_are_for_something() -> None:
+    model = everything()
+    state = dict(lora_state_dict(everything(seed=1)))
+    odd = {
+        "linear.lora_A": None, "linear.lora_B": state["linear.lora_B"].numpy(), "conv.lora_A": state["conv.lora_A"] > 0,
+        "embed.lora_A": state["embed.lora_A"].to(torch.complex64), "embed.lora_B": state["embed.lora_B"].to("meta"),
+    }  # fmt: skip
+    before = copy.deepcopy(lora_state_dict(model))
+    for strict in (True, False):
+        with pytest.raises(StateError) as caught:
+            load_lora_state_dict(model, {**state, **odd}, strict=strict)
+        assert "missing" not in str(caught.value) and "5 no floating-point numbers" in str(caught.value)
+        for said in ("linear.lora_A (NoneType)", "(ndarray)", "(bool)", "(complex64)", "embed.lora_B (meta device)"):
+            assert said in str(caught.value)
+    assert _equal(lora_state_dict(model), before)
+    report = load_lora_state_dict(model, {**state, "position_ids": torch.arange(4), "step": 7}, strict=False)
+    assert report == ([], ["position_ids", "step"])
+
+
 def test_not_strict_reports_and_still_refuses_other_shapes(caplog: pytest.LogCaptureFixture) -> None:
     model, source = peft_model(), peft_model(seed=1)
     state = dict(lora_state_dict(source))

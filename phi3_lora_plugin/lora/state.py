@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi3_lora_plugin.lora.gather import gather, is_flattened, is_partitioned, sharded_like, unwrapped, whole_shape
+from phi3_lora_plugin.lora.state_input import copies_of_the_base, no_numbers
 from phi3_lora_plugin.lora.state_keys import index_of, is_lora, spelling, without_wrappers
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ def load_lora_state_dict(
         adapter: of a PEFT model with several, the one that a state without adapter names is for; else the active one.
 
     Raises:
-        StateError: missing or unexpected keys if `strict`; in any case misshapen or non-finite tensors, or a key that
-            could mean two parameters. The model is then as before.
+        StateError: missing or unexpected keys if `strict`; in any case misshapen or non-finite tensors, values that are
+            none, a key that could mean two parameters, or weights of another base, which PEFT writes beside adapted
+            embeddings. The model is then as before.
     """
     import torch
 
@@ -128,20 +130,26 @@ def load_lora_state_dict(
     targets = _parameters(inner)
     index = index_of(targets, adapter or _default_adapter(inner), _tied_names(inner))
     chosen, unexpected, problems = index.match(state)
+    unexpected, others = copies_of_the_base(model, inner, state, unexpected)
     filled = set(chosen.values())
     missing = [name for name in index.expected(filled) if name not in filled]
+    if others:
+        problems.append(_listed("of the base, and the model has other values there", others))
     if strict and missing:
         problems.append(_listed("missing, so these would keep what they have", missing))
     if strict and unexpected:
         problems.append(_listed("unexpected, nothing in the model takes them", unexpected))
+    if odd := {key: what for key in chosen if (what := no_numbers(state[key]))}:
+        problems.append(_listed("no floating-point numbers", [f"{key} ({what})" for key, what in odd.items()]))
+    tensors = {key: name for key, name in chosen.items() if key not in odd}
     shapes = [
         f"{key}: {tuple(state[key].shape)}, the model has {tuple(whole_shape(targets[name]))}"
-        for key, name in chosen.items()
+        for key, name in tensors.items()
         if tuple(state[key].shape) != tuple(whole_shape(targets[name]))
     ]
     if shapes:
         problems.append(_listed("of another shape", shapes))
-    broken = [key for key in chosen if not torch.isfinite(state[key]).all()]
+    broken = [key for key in tensors if not torch.isfinite(state[key]).all()]
     if broken:
         problems.append(_listed("not finite (NaN or Inf)", broken))
     if problems:

@@ -140,4 +140,5 @@ def index_of(names: Mapping[str, Any], default: str | None, aliases: Mapping[str
 
 
 def _same(one: Any, other: Any) -> bool:
-    return bool(one.shape == other.shape and (one == other).all())
+    shapes = getattr(one, "shape", None), getattr(other, "shape", None)
+    return None not in shapes and shapes[0] == shapes[1] and bool((one == other).all())
