@@ -128,6 +128,10 @@ def convert(
 
     read = _read(source, base, alpha, r, enable_lora, compact)
     config = _base_config(base or read.base, read.revision, needed=to in ("fused", "split", "torchtune", "gguf"))
+    if to == "gguf" and _is_split(config):
+        raise ConvertError(
+            f"{base or read.base} is a split copy; llama.cpp's adapter is for the fused model: name that with --base"
+        )
     layout = _layout(config)
     loras, rows, notes = list(read.found.loras), list(read.rows), list(read.notes)
     if config and layout and (problems := layouts.unknown_modules(loras, layout, int(config["num_hidden_layers"]))):
@@ -270,7 +274,15 @@ def _base_config(base: str | Path | None, revision: str | None, needed: bool) ->
 def _layout(config: Mapping[str, Any] | None) -> Sequence[Projection]:
     from phi3_lora_plugin.families import projections
 
-    return projections(config) if config else ()
+    if not config:
+        return ()
+    # A split copy has the sizes of what it was made from, and its adapters are for that.
+    return projections({**config, "model_type": "phi3"} if _is_split(config) else config)
+
+
+def _is_split(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config is that of a split copy, as unsloth's mirrors are and `--to llama-base` makes them."""
+    return bool(config) and (config or {}).get("model_type") in ("llama", "mistral")
 
 
 def _same_update(before: Sequence[Lora], after: Sequence[Lora], layout: Sequence[Projection]) -> None:
@@ -329,8 +341,7 @@ def _named_base(
         return target_base, None
     if not changed:
         return (str(base), None) if base and not Path(base).is_file() and not read.base else (read.base, read.revision)
-    is_split = bool(config) and (config or {}).get("model_type") in ("llama", "mistral")
-    if base and not Path(base).is_file() and is_split == (to == "split"):
+    if base and not Path(base).is_file() and _is_split(config) == (to == "split"):
         return str(base), None
     notes.append("the adapter names no base model: that of the other layout is not known; say it with --target-base")
     return None, None

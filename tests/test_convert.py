@@ -123,6 +123,21 @@ def test_an_adapter_of_a_split_mirror_runs_on_the_fused_base(bases, tmp_path, op
         assert config["alpha_pattern"] == {"qkv_proj": 24, "gate_up_proj": 16}
 
 
+def test_the_split_mirror_itself_says_where_the_rows_begin(bases, tmp_path):
+    fused, llama = bases
+    adapter = train(llama, tmp_path / "split", target_modules=SPLIT)  # its config names the mirror, as unsloth's do
+    report = convert(adapter, tmp_path / "fused", "fused")
+    same(logits(fused, tmp_path / "fused"), logits(llama, adapter))
+    assert json.loads((tmp_path / "fused" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert any("--target-base" in note for note in report.notes)
+    convert(tmp_path / "fused", tmp_path / "again", "split", base=llama)
+    same(logits(llama, tmp_path / "again"), logits(llama, adapter))
+    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(llama)
+    with pytest.raises(ConvertError, match="is a split copy; llama.cpp's adapter is for the fused model"):
+        convert(adapter, tmp_path / "a.gguf", "gguf")
+
+
 def test_a_written_config_is_minimal_sorted_and_the_same_every_time(bases, tmp_path):
     fused, _ = bases
     adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
