@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PARTS = {
     "targets": "PEFT knows which modules of phi3 and phimoe get LoRA where a LoraConfig names none",
     "report_to": "report_to: phi3_lora adds LoRA-only checkpoints where a host passes nothing but names",
+    "trl": "TRL trains Phi-3 with our templates and exact masks",
     "trainers": "every Trainer gets our callbacks, repairs and fast paths as training begins",
 }
 #: Tables of names, which change nothing for anybody who does not use those names.
@@ -66,6 +67,10 @@ def activate(
             sentences, undo = _targets(recipe)
         elif part == "report_to":
             sentences, undo = _report_to(recipe)
+        elif part == "trl":
+            from phi3_lora_plugin.hosts.trl import exact_rows
+
+            sentences, undo = exact_rows()
         else:
             from phi3_lora_plugin.hosts.trainers import attach_to_all
 

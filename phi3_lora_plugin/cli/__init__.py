@@ -16,6 +16,7 @@ from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.cli.inspect import inspect_command
 from phi3_lora_plugin.cli.plugins import plugins_command
 from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
+from phi3_lora_plugin.cli.run import AS_IT_IS, directly, run_command, trl_command
 from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.cli.verify import verify_command
 
@@ -39,6 +40,8 @@ app.command("schema")(schema_command)
 app.command("plugins")(plugins_command)
 app.command("convert")(convert_command)
 app.command("merge")(merge_command)
+app.command("run", context_settings=AS_IT_IS, add_help_option=False)(run_command)
+app.command("trl", context_settings=AS_IT_IS, add_help_option=False)(trl_command)
 
 data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 data.command("check")(check_command)
@@ -55,7 +58,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        if not directly(sys.argv[1:]):
+            app()
     except (ValueError, OSError) as error:
         # Our own error classes mean wrong input and tell the whole story; anything else is a failure with its trace.
         if not type(error).__module__.startswith("phi3_lora_plugin."):

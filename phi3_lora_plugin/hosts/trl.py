@@ -1,0 +1,184 @@
+"""TRL with our templates and exact masks: `SFTTrainer(assistant_only_loss=True)` and conversational preference rows.
+
+TRL has training templates for two of the family, which it finds by comparing texts, and takes masks from characters:
+role tokens that swallow white space are then trained. Here templates are found by what they render, and rows of
+messages come from our own encoder. Also `phi3-lora trl sft ...`, in front of the scripts behind TRL's command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+SCRIPTS = ("sft", "dpo")
+
+
+class TrlError(ValueError):
+    """Rows that cannot be trained on as they are, or a command that TRL does not have."""
+
+
+def exact_rows() -> tuple[list[str], Callable[[], None]]:
+    """Wrap what TRL finds templates with and, once it is imported, how `SFTTrainer` encodes; (sentences, undo)."""
+    from trl import chat_template_utils
+
+    stock = chat_template_utils.get_training_chat_template
+
+    def get_training_chat_template(processing_class: Any = None, tokenizer: Any = None) -> Any:
+        found = _marked(processing_class if processing_class is not None else tokenizer)
+        return found if found is not None else stock(processing_class, tokenizer)
+
+    chat_template_utils.get_training_chat_template = get_training_chat_template
+    undo_rows = _when_imported("trl.trainer.sft_trainer", _wrap_sft)
+
+    def undo() -> None:
+        chat_template_utils.get_training_chat_template = stock
+        undo_rows()
+
+    return ["SFTTrainer masks rows of Phi-3 chats exactly where assistant_only_loss asks for masks"], undo
+
+
+def run_script(name: str, arguments: Sequence[str]) -> None:
+    """TRL's own script `name` with its own arguments, in this process, activated."""
+    from importlib import import_module
+
+    from phi3_lora_plugin.activate import PARTS, activate
+
+    if name not in SCRIPTS:
+        raise TrlError(f"trl {name}: expected one of {', '.join(SCRIPTS)}")
+    say = _say
+    for sentence in activate(parts=list(PARTS), say=say):
+        say(sentence)
+    script = import_module(f"trl.scripts.{name}")
+    sys.argv = [f"phi3-lora trl {name}", *arguments]
+    parser = script.make_parser()
+    parsed = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
+    script.main(*parsed)
+
+
+def _say(sentence: str) -> None:
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)
+
+
+def _marked(tokenizer: Any) -> str | None:
+    """The text of our template that renders as this tokenizer's; None if it is of another family."""
+    from phi3_lora_plugin.chat.templates import TemplateError, template_for
+
+    try:
+        return template_for(tokenizer).text if getattr(tokenizer, "chat_template", None) else None
+    except (TemplateError, AttributeError):
+        return None
+
+
+def _wrap_sft(module: Any) -> Callable[[], None]:
+    """Rows of messages of a Phi tokenizer come from our encoder, if masks are asked for; everything else is TRL's."""
+    module_stock = module.get_training_chat_template
+    trainer = module.SFTTrainer
+    stock = trainer._prepare_dataset
+    from trl import chat_template_utils
+
+    module.get_training_chat_template = chat_template_utils.get_training_chat_template
+
+    def _prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: Any, *others: Any, **named: Any) -> Any:
+        if getattr(args, "assistant_only_loss", False) and _marked(processing_class) is not None:
+            dataset = encoded(dataset, processing_class)
+        return stock(self, dataset, processing_class, args, *others, **named)
+
+    trainer._prepare_dataset = _prepare_dataset
+
+    def undo() -> None:
+        trainer._prepare_dataset = stock
+        module.get_training_chat_template = module_stock
+
+    return undo
+
+
+def encoded(dataset: Any, tokenizer: Any) -> Any:
+    """Rows with `messages`, or `prompt` and `completion` messages -> `input_ids` and masks, in TRL's own columns.
+
+    Raises:
+        TrlError: a row that cannot be encoded; says which and why.
+    """
+    first = next(iter(dataset))
+    if "input_ids" in first or not isinstance(first.get("messages", first.get("completion")), list):
+        return dataset
+    pairs = "completion" in first
+    columns = [name for name in ("messages", "prompt", "completion") if name in first]
+
+    def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return _masks([_conversation(row) for row in rows], tokenizer, indices, pairs)
+
+    return dataset.map(encode_rows, batched=True, with_indices=True, remove_columns=columns)
+
+
+def _conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+    from phi3_lora_plugin.chat.formats import messages, prompt_completion
+
+    known = {name: value for name, value in row.items() if name in ("messages", "prompt", "completion", "tools")}
+    return prompt_completion(known) if "completion" in known else messages(known)
+
+
+def _masks(
+    conversations: list[list[dict[str, Any]]], tokenizer: Any, indices: list[int], pairs: bool
+) -> dict[str, list[Any]]:
+    from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+
+    policy = Policy(system="fold", tools="text")
+    made: dict[str, list[Any]] = {"input_ids": [], "assistant_masks": []} | ({"completion_mask": []} if pairs else {})
+    for index, row in zip(indices, encode_batch(conversations, tokenizer, policy=policy), strict=True):
+        if isinstance(row, EncodeError):
+            raise TrlError(f"row {index + 1} cannot be trained on: {row}")
+        made["input_ids"].append(row["input_ids"])
+        mask = [int(label != -100) for label in row["labels"]]
+        made["assistant_masks"].append(mask)
+        if pairs:
+            made["completion_mask"].append(mask)
+    return made
+
+
+def _when_imported(name: str, then: Callable[[Any], Callable[[], None]]) -> Callable[[], None]:
+    """Call `then(module)` once the module is imported, now if it is already; return how to take all of it back."""
+    undone: list[Callable[[], None]] = []
+    if name in sys.modules:
+        undone.append(then(sys.modules[name]))
+        return undone[0]
+    finder = _Finder(name, lambda module: undone.append(then(module)))
+    sys.meta_path.insert(0, finder)
+
+    def undo() -> None:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        for take_back in undone:
+            take_back()
+
+    return undo
+
+
+class _Finder:
+    """Finds one module as the others would, and looks at it after it was executed; then it is gone."""
+
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The spec that the next finder gives, with a look at the finished module."""
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        from importlib.util import find_spec
+
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute, then = spec.loader.exec_module, self.then
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            then(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

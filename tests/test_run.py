@@ -1,0 +1,127 @@
+"""Other people's scripts under `phi3-lora run`, torchrun and accelerate: not a line edited."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from phi3_lora_plugin import latest_complete, verify
+
+BIN = Path(sys.executable).parent
+OURS = {
+    "module": [sys.executable, "-m", "phi3_lora_plugin.run"],
+    "command": [str(BIN / "phi3-lora"), "run"],
+}
+ODD = """
+import json, pickle, sys
+
+class Thing:
+    pass
+
+def fails():
+    raise LookupError("of the script")
+
+print(json.dumps([sys.argv, sys.path[0], __file__, __name__, __spec__, __package__, Thing.__module__]))
+import beside
+assert type(pickle.loads(pickle.dumps(Thing()))) is Thing and beside.HERE
+if "leave" in sys.argv:
+    sys.exit(7)
+if "stop" in sys.argv:
+    raise KeyboardInterrupt
+fails()
+"""
+# As published for other models: no targets, the pad that everybody sets, the plain collator, plain Trainer.
+SCRIPT = """
+import sys
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, HfArgumentParser,
+                          Trainer, TrainingArguments)
+
+base, training_args = sys.argv[1], HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(sys.argv[2:])[0]
+tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer.pad_token = tokenizer.eos_token
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, task_type="CAUSAL_LM"))
+rows = [{"text": tokenizer.apply_chat_template([{"role": "user", "content": f"what is {n}?"},
+        {"role": "assistant", "content": f"it is {n}."}], tokenize=False)} for n in range(16)]
+data = Dataset.from_list(rows).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+trainer = Trainer(model, training_args, train_dataset=data, processing_class=tokenizer,
+                  data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+trainer.train()
+trainer.save_model()
+print("finished", trainer.state.global_step)
+"""
+
+
+def call(*command: str, where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    alone = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=where, env=os.environ | alone | environment, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "inside").mkdir()
+    (folder / "inside" / "odd.py").write_text(ODD, encoding="utf-8")
+    (folder / "inside" / "beside.py").write_text("HERE = True\n", encoding="utf-8")
+    (folder / "broken.py").write_text("def x(:\n", encoding="utf-8")
+    (folder / "train.py").write_text(SCRIPT, encoding="utf-8")
+    tiny.base(folder / "base")
+    return folder
+
+
+@pytest.mark.parametrize(("way", "how"), [("module", "leave"), ("module", "stop"), ("command", "raise")])
+def test_a_script_sees_and_shows_what_it_would_under_plain_python(way: str, how: str, place: Path) -> None:
+    given = ["inside/odd.py", how, "--recipe", "of the script"]
+    plain = call(sys.executable, *given, where=place)
+    ours = call(*OURS[way], "--quiet", *given, where=place)
+    assert json.loads(ours.stdout) == json.loads(plain.stdout)
+    assert (ours.returncode, ours.stderr) == (plain.returncode, plain.stderr)
+
+
+def test_what_cannot_be_run_is_said_as_python_says_it(place: Path) -> None:
+    plain, ours = (call(*way, "broken.py", where=place) for way in ([sys.executable], [*OURS["module"], "--quiet"]))
+    assert (ours.returncode, ours.stderr) == (plain.returncode, plain.stderr) and "SyntaxError" in ours.stderr
+    missing = call(*OURS["module"], "nowhere.py", where=place)
+    assert missing.returncode == 2 and "can't open file 'nowhere.py': [Errno 2]" in missing.stderr
+    unknown = call(*OURS["module"], "--callbacks", "phi4", "train.py", where=place)
+    assert unknown.returncode == 2 and "phi4 is no plugin with callbacks; there are phi3" in unknown.stderr
+
+
+def test_a_trainer_script_for_other_models_trains_phi3(place: Path) -> None:
+    common = ["--use_cpu", "--max_steps", "4", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    plain = call(sys.executable, "train.py", "base", "--output_dir", "plain", *common, where=place)
+    assert plain.returncode == 1 and "Please specify `target_modules`" in plain.stderr
+    ours = call(
+        *OURS["command"], "--recipe", "tiny-cpu", "train.py", "base", "--output_dir", "out", *common, where=place
+    )
+    assert ours.returncode == 0 and "finished 4" in ours.stdout, ours.stderr
+    for said in ("LoRA without target_modules goes to qkv_proj", "LoRA-only checkpoints", "speed: loss: on"):
+        assert re.search(f"^phi3-lora: .*{said}", ours.stderr, re.MULTILINE), ours.stderr
+    adapter = latest_complete(place / "out")
+    assert adapter and verify(adapter) and adapter.name == "step-00000004"
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert json.loads((adapter / "tokenizer_config.json").read_text())["pad_token"] == "<unk>"
+    assert (place / "out" / "adapter_model.safetensors").exists()
+
+
+def test_two_processes_run_it_too_and_speak_once(place: Path) -> None:
+    ours = call(
+        str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--main_process_port", "0", "-m", "phi3_lora_plugin.run", "train.py", "base", "--output_dir", "two",
+        "--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", where=place,
+    )  # fmt: skip
+    assert ours.returncode == 0, ours.stderr[-3000:]
+    assert ours.stdout.count("finished 2") == 2 and ours.stderr.count("LoRA-only checkpoints are written") == 1
+    adapter = latest_complete(place / "two")
+    assert adapter and verify(adapter)
