@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from phi3_lora_plugin.discovery import Plugins, load_plugins
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     from phi3_lora_plugin.recipe import Recipe
 
@@ -68,6 +69,7 @@ def train(
     check: bool = True,
     plugins: Plugins | None = None,
     console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Result:
     """Run a recipe and return what came of it; what `phi3-lora train` does.
 
@@ -79,6 +81,7 @@ def train(
         check: afterwards, reload the adapter in a fresh process with plain PEFT and compare logits.
         plugins: what was discovered; discovered here if not given.
         console: where to write; nowhere in particular if not given.
+        callbacks: to add behind those of the plugins.
 
     Raises:
         RecipeError, DataError, ModelError, TargetError: wrong input, before anything is trained.
@@ -113,8 +116,9 @@ def train(
     model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
     longest = recipe.data.max_length or default_max_length(model.config.to_dict())
     data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
-    (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
-    (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    if os.environ.get("RANK", "0") == "0":
+        (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
+        (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     data.report.render(say)
     if not recipe.data.packing and straddles(_lengths(data.train), model.config.to_dict()):
         say.print(
@@ -134,7 +138,7 @@ def train(
         prepare_for_checkpointing(model)
 
     stop, progress = StopOnSignal(), ProgressReport(say)
-    callbacks = plugins.callbacks(recipe)
+    callbacks = [*plugins.callbacks(recipe), *callbacks]
     rows, collator = _feed(data.train, recipe, tokenizer, longest)
     trainer = Trainer(
         model=model,

@@ -77,6 +77,32 @@ def _precision(dtype: str, cpu: bool) -> dict[str, bool]:
     return {"fp16": dtype in ("auto", "float16") and torch.cuda.is_available()}
 
 
+class BatchError(ValueError):
+    """A batch that cannot be divided evenly among the processes of a run."""
+
+
+def same_batch(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe for each of several processes whose steps together are those of one process with the recipe given.
+
+    Rows a device are divided, else the steps that are accumulated.
+
+    Raises:
+        BatchError: neither can be divided.
+    """
+    rows = int(recipe.training.get("per_device_train_batch_size", 8))  # 8 is transformers' own
+    steps = int(recipe.training.get("gradient_accumulation_steps", 1))
+    if rows % processes == 0:
+        change = {"per_device_train_batch_size": rows // processes}
+    elif steps % processes == 0:
+        change = {"gradient_accumulation_steps": steps // processes}
+    else:
+        raise BatchError(
+            f"a batch of {rows} rows, {steps} times a step, cannot be divided among {processes} processes; change "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
+        )
+    return recipe.model_copy(update={"training": recipe.training | change})
+
+
 def lora_options(recipe: Recipe) -> dict[str, Any]:
     """Return the keyword arguments of `add_lora` for a recipe; options beyond its own are named as `LoraConfig`'s.
 

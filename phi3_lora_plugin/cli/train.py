@@ -34,6 +34,12 @@ def train_command(
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer before and after.")] = 3,
     check: Annotated[bool, typer.Option(help="Reload the adapter with plain PEFT afterwards and compare.")] = True,
+    ray: Annotated[
+        list[str] | None, typer.Option("--ray", metavar="KEY=VALUE", help="Run on Ray: num_workers=2; repeatable.")
+    ] = None,
+    same_batch: Annotated[
+        bool, typer.Option("--same-batch", help="Divide the batch among the processes: the result of one.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the end.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON at the end, nothing else on stdout.")
@@ -53,19 +59,23 @@ def train_command(
     run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
     run = _with_output_dir(run, resume)
     console.print(f"recipe {run.name} -> {run.output_dir}")
+    cluster, processes = None, int(os.environ.get("WORLD_SIZE", "1"))
+    if ray:
+        from phi3_lora_plugin.hosts.ray import read_settings, train_on_ray
+
+        cluster = read_settings(ray)
+        processes = cluster.num_workers
+    if processes > 1:
+        run = _batch_of(processes, run, same_batch, console)
 
     from phi3_lora_plugin.train import TrainingError, train
 
+    options: dict[str, Any] = dict(resume=resume, allow_drift=allow_drift or (), samples=samples, check=check)
     try:
-        result = train(
-            run,
-            resume=resume,
-            allow_drift=allow_drift or (),
-            samples=samples,
-            check=check,
-            plugins=plugins,
-            console=console,
-        )
+        if cluster is not None:
+            result = train_on_ray(run, cluster, quiet=quiet or as_json, **options)
+        else:
+            result = train(run, plugins=plugins, console=console, **options)
     except TrainingError as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -78,6 +88,19 @@ def train_command(
     report(result, again, Console(stderr=as_json, highlight=False))
     if result.status == "interrupted":
         raise typer.Exit(130)
+
+
+def _batch_of(processes: int, recipe: Recipe, same: bool, console: Console) -> Recipe:
+    """Say how many rows a step of several processes has; divide those of the recipe if they are to be the same."""
+    from phi3_lora_plugin.training_args import same_batch
+
+    if same:
+        recipe = same_batch(recipe, processes)
+    rows = int(recipe.training.get("per_device_train_batch_size", 8))
+    steps = int(recipe.training.get("gradient_accumulation_steps", 1))
+    hint = "" if same else "; --same-batch divides the recipe's batch among them, for the result of one process"
+    console.print(f"{processes} processes of {rows} rows, {steps} a step: {processes * rows * steps} rows{hint}")
+    return recipe
 
 
 def report(result: Result, again: str, console: Console) -> None:
