@@ -15,7 +15,18 @@ import pytest
 import phi3_lora_plugin
 
 ROOT = Path(phi3_lora_plugin.__file__).parent
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "safetensors", "tokenizers")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "ray",
+)
 MODULES = {
     ".".join(["phi3_lora_plugin", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
