@@ -26,8 +26,8 @@ with torch.inference_mode():
 save_file({"logits": logits.contiguous()}, sys.argv[2])
 """
 
-#: Largest difference of logits that a dtype's rounding explains, between two processes on one machine.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}
+#: Largest difference of logits that a dtype's rounding explains, as a share of the largest logit (or of 1).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
 class ReloadError(RuntimeError):
@@ -53,8 +53,10 @@ def reload_check(model: Any, adapter: Path, base: str, revision: str | None, ids
 
     was_training = model.training
     model.eval()
+    # Under mixed precision, accelerate has put another forward in front, which rounds what the fresh process does not.
+    forward = getattr(model, "_original_forward", model)
     with torch.inference_mode():
-        here = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()
+        here = forward(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()
     model.train(was_training)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
@@ -76,9 +78,10 @@ def reload_check(model: Any, adapter: Path, base: str, revision: str | None, ids
             raise ReloadError(f"plain PEFT could not load {adapter} on {base}:\n{done.stderr.strip()[-2000:]}")
         there = load_file(answer)["logits"]
     difference = (here - there).abs().max().item()
-    if not difference <= TOLERANCE.get(dtype, 0.25):
+    limit = TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(1.0, here.abs().max().item())
+    if not difference <= limit:
         raise ReloadError(
             f"{adapter} reloaded with plain PEFT gives other logits: they differ by up to {difference:.3g} in {dtype}; "
-            f"expected at most {TOLERANCE.get(dtype, 0.25):.3g}. Do not use this adapter; please report it."
+            f"expected at most {limit:.3g}. Do not use this adapter; please report it."
         )
     return ReloadCheck(difference, here.numel())

@@ -92,6 +92,21 @@ def test_the_adapter_opens_with_nothing_but_transformers_and_peft(place: Path, t
     assert int(done.stdout) == result.trainable_parameters
 
 
+@pytest.mark.parametrize("how", ["training.bf16=true", "model.dtype=bfloat16"])
+def test_sixteen_bits_are_no_reason_to_doubt_an_adapter(how: str, place: Path, tmp_path: Path) -> None:
+    """Mixed precision rounds in training only; rounding grows with the logits, here of some hundreds."""
+    model = tiny.model(eos_token_id=400, pad_token_id=400)
+    model.lm_head.weight.data *= 1000
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    targets = "lora.targets=[q_proj, v_proj, up_proj]"
+    changed = (f"model.path={tmp_path / 'base'}", "training.max_steps=3", "training.learning_rate=0.002", targets)
+    result = train(recipe(place, tmp_path / "run", *changed, how))
+    assert result.status == "done" and result.reload_difference is not None
+    if how.startswith("training"):
+        assert result.reload_difference < 1e-3
+
+
 def test_g2_only_lora_moves_whatever_the_speed(place: Path, tmp_path: Path) -> None:
     """Fast paths on and off, packed and not, end in the same losses; the base is the same bytes afterwards."""
     before = (place / "base" / "model.safetensors").read_bytes()
