@@ -70,6 +70,7 @@ def take(model: nn.Module, adapter: str | None = None, keep: bool = True) -> Sna
     copied = _copied(state)
     tensors = {file_key(key): tensor for key, tensor in copied.items()}
     _refuse(adapter_problems(tensors, {file_key(k): v for k, v in expected_shapes(inner, name, list(state)).items()}))
+    tensors |= _under_second_names(inner, name, tensors)
     plain = minimal_config(settings, inner)
     memory = None if _is_peft_model(inner) else copied
     converted = _as_plain_lora(inner, name, plain)
@@ -175,6 +176,23 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor if tensor.is_meta or hasattr(tensor, "full_tensor") else tensor.detach().cpu().contiguous().clone()
         for name, tensor in state.items()
     }
+
+
+def _under_second_names(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what was trained in full under the other name that it has in the model.
+
+    Tied embedding and head are one parameter, which a model names once; PEFT looks for both names when it loads.
+    """
+    first: dict[int, str] = {}
+    copies: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = without_wrappers(name)
+        key = file_key(plain)
+        first.setdefault(id(parameter), key)
+        known = first[id(parameter)]
+        if f".modules_to_save.{adapter}." in plain and key not in tensors and known in tensors:
+            copies[key] = tensors[known].clone()
+    return copies
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -263,6 +263,8 @@ def test_every_problem_is_told_at_once() -> None:
     assert "dropout: expected a number from 0" in message
     assert "modules_to_save: 'nrm' matches no module; did you mean 'norm'?" in message
     assert "trainable_token_indices: expected token ids of 0 to 511, got [512]" in message
+    message = problems("all-linear", 4, 8, modules_to_save=["embed_tokens"], trainable_token_indices=[5])
+    assert "all of embed_tokens is trained by modules_to_save already" in message
 
 
 @pytest.mark.parametrize(

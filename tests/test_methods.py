@@ -16,6 +16,8 @@ from phi3_lora_plugin.lora.inject import add_lora, coverage
 from phi3_lora_plugin.lora.methods import MethodError, initialize_loftq, loraplus_optimizer, plain_lora
 from phi3_lora_plugin.lora.slices import SlicedLinear
 from phi3_lora_plugin.lora.targets import TargetError
+from phi3_lora_plugin.recipe import load_recipe
+from phi3_lora_plugin.training_args import lora_options
 
 
 def batches(count: int = 3, rows: int = 4, labels: bool = True) -> list[dict[str, torch.Tensor]]:
@@ -87,6 +89,65 @@ def test_each_method_trains_saves_and_reloads_on_the_original_base(name: str, tm
     assert trainable(model)
     fresh = reloaded(model, tmp_path, **config)
     torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-4, atol=1e-5)
+
+
+TIED = {"tie_word_embeddings": True}
+IN_A_RECIPE: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "modules_to_save": (["lora.modules_to_save=[lm_head]"], {}),
+    "modules_to_save-tied": (["lora.modules_to_save=[embed_tokens]", "lora.ensure_weight_tying=true"], TIED),
+    "trainable_token_indices": (["lora.trainable_token_indices=[5, 7]"], {}),
+    "trainable_token_indices-tied": (["lora.trainable_token_indices=[5, 7]"], TIED),
+    "rank_pattern": (["lora.rank_pattern={qkv_proj: 2, layers.0.mlp.down_proj: 8}"], {}),
+    "alpha_pattern": (["lora.alpha_pattern={down_proj: 2}"], {}),
+    "layers_to_transform": (["lora.layers_to_transform=[1]"], {}),
+    "dora": (["lora.dora=true"], {}),
+    "rslora": (["lora.rslora=true", "lora.targets=[q_proj, up_proj]"], {}),
+    "pissa": (["lora.init=pissa"], {}),
+    "olora": (["lora.init=olora"], {}),
+    "eva": (["lora.init=eva"], {}),
+    "loftq": (["lora.init=loftq", "model.quantize=nf4"], {}),
+    "loraplus": (["lora.loraplus_lr_ratio=16"], {}),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_RECIPE)
+def test_each_method_of_a_recipe_trains_and_its_checkpoint_opens_with_plain_peft(name: str, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    from phi3_lora_plugin.adapter_files import adapter_files
+    from phi3_lora_plugin.adapter_snapshot import take
+
+    overrides, config = IN_A_RECIPE[name]
+    given = load_recipe("tiny-cpu", ["lora.r=4", "lora.alpha=8", *overrides])
+    quantised = given.model.quantize == "nf4"
+    if quantised:
+        pytest.importorskip("bitsandbytes")
+    options = lora_options(given) | ({"data": batches()} if given.lora.init == "eva" else {})
+    torch.manual_seed(1)
+    model = add_lora(four_bit(tmp_path / "base") if quantised else tiny.model(**config), **options)
+    before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
+    if given.lora.loraplus_lr_ratio:
+        args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to="none", use_cpu=True)
+        optimizer = loraplus_optimizer(model, args, given.lora.loraplus_lr_ratio)
+        losses = []
+        for _ in range(4):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+    else:
+        learns(model)
+    assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters() if key in before)
+    snapshot = take(model)
+    assert snapshot is not None
+    (tmp_path / "adapter").mkdir()
+    for file, content in adapter_files(snapshot).items():
+        (tmp_path / "adapter" / file).write_bytes(content)
+    base = four_bit(tmp_path / "base") if quantised else tiny.model(**config)
+    fresh = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-3, atol=1e-3 if quantised else 1e-5)
 
 
 @pytest.mark.parametrize(

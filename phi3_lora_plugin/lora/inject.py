@@ -204,7 +204,7 @@ def _misfits(
                 "input that could be dropped; use dropout 0"
             )
     problems += _save_problems(model, plan, options, set(modules))
-    problems += _token_problems(model, options.get("trainable_token_indices"))
+    problems += _token_problems(model, options)
     return problems
 
 
@@ -239,15 +239,24 @@ def _full_where_ambiguous(names: Iterable[str] | None, model: Any) -> list[str] 
     return found or None
 
 
-def _token_problems(model: Any, asked: Any) -> list[str]:
+def _token_problems(model: Any, options: Mapping[str, Any]) -> list[str]:
+    asked = options.get("trainable_token_indices")
     if asked is None:
         return []
-    ids = [token for each in (asked.values() if isinstance(asked, Mapping) else [asked]) for token in each]
+    by_module = asked if isinstance(asked, Mapping) else {"embed_tokens": asked}
+    problems = []
+    ids = [token for each in by_module.values() for token in each]
     size = model.get_input_embeddings().weight.shape[0]
     wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size]
     if wrong or not ids:
-        return [f"trainable_token_indices: expected token ids of 0 to {size - 1}, got {wrong or 'none'}"]
-    return []
+        problems.append(f"trainable_token_indices: expected token ids of 0 to {size - 1}, got {wrong or 'none'}")
+    whole = {name.rpartition(".")[2] for name in options.get("modules_to_save") or ()}
+    twice = {name.rpartition(".")[2] for name in by_module} & whole
+    problems += [
+        f"trainable_token_indices: all of {name} is trained by modules_to_save already; leave one of them out"
+        for name in sorted(twice)
+    ]
+    return problems
 
 
 def _tied(model: Any) -> bool:
