@@ -221,6 +221,7 @@ BESIDE_KEYS = {
     "text",
     "end of text",
     "double_quant",
+    "mixed precision",
 }
 
 
