@@ -12,6 +12,11 @@ os.environ.setdefault("CI", "1")
 os.environ["PHI3_LORA_CACHE"] = "off"  # tests write nothing into a real home
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How fast examples run depends on who else is on the machine; a test is about what comes out.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 SHARED = Path(os.environ.get("PHI3_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

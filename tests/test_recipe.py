@@ -394,19 +394,12 @@ def test_a_recipe_made_in_python_is_checked_too() -> None:
         Recipe(model={"path": "x"}, training={"eval_strategy": "epoch"})  # type: ignore[arg-type]
 
 
-def test_loading_a_recipe_imports_nothing_heavy_and_is_quick() -> None:
+def test_loading_a_recipe_imports_nothing_heavy() -> None:
     program = """
-import sys, time
-start = time.perf_counter()
+import sys
 from phi3_lora_plugin.recipe import load_recipe
-imported = time.perf_counter()
 load_recipe("phi3-mini-4k-qlora-cookbook", ["training.warmup_ratio=0.2", "training.optim=adamw_torch"])
-loaded = time.perf_counter()
-heavy = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "numpy"} & set(sys.modules)
-print(sorted(heavy), imported - start, loaded - imported)
+print({"torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers", "numpy"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    heavy, importing, loading = done.stdout.rsplit(maxsplit=2)
-
-    assert heavy == "[]"
-    assert float(importing) < 1.5 and float(loading) < 1.0  # 0.11 and 0.05 s on a quiet machine
+    assert done.stdout.strip() == "set()"
