@@ -69,7 +69,7 @@ def test_g12_a_model_with_su_gives_the_logits_of_longrope(tmp_path: Path) -> Non
         folder = tmp_path / kind
         reference.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        del config["rope_parameters"]
+        config.pop("rope_parameters", None)
         config |= {"rope_theta": 10000.0, "rope_scaling": {"type": kind, **factors}}
         (folder / "config.json").write_text(json.dumps(config))
         model = load_model(folder)

@@ -46,6 +46,12 @@ def config(**changes: Any) -> Phi3Config:
         pad_token_id=0,
         attn_implementation="sdpa",
     )
+    if "rope_parameters" in changes and not hasattr(Phi3Config(), "rope_parameters"):  # transformers before 5
+        rope = changes.pop("rope_parameters")
+        settings |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if rope["rope_type"] == "longrope":
+            factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+            settings["rope_scaling"] = {"type": "longrope", **factors}
     return Phi3Config(**(settings | changes))
 
 
