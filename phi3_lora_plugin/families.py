@@ -132,8 +132,10 @@ def recognise(config: Mapping[str, Any]) -> Family:
             if not long_context:
                 return FAMILIES["phi-3-mini-4k"]
             # The two 128k minis differ in nothing else that a config says.
-            factors = rope_of(config).get("long_factor") or [0.0]
-            return FAMILIES["phi-3.5-mini" if abs(factors[0] - 1.08) < 0.005 else "phi-3-mini-128k"]
+            factors = rope_of(config).get("long_factor")
+            first = factors[0] if isinstance(factors, list) and factors else None
+            newer = isinstance(first, int | float) and abs(first - 1.08) < 0.005
+            return FAMILIES["phi-3.5-mini" if newer else "phi-3-mini-128k"]
         case (5120, 40, 32064):
             return FAMILIES["phi-3-medium-128k" if long_context else "phi-3-medium-4k"]
         case (5120, 40, 100352):
@@ -180,8 +182,14 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config in today's keys, whichever of the published layouts it has.
 
     `rope_type` is "default" or "longrope": "su" and "yarn" are what the first 128k revisions called longrope.
+
+    Raises:
+        RopeError: the settings are no mapping.
     """
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, Mapping):
+        raise RopeError(f"rope: {str(settings)[:60]!r} is no mapping of settings such as rope_type and long_factor")
+    given = dict(settings)
     old_name = given.pop("type", None)
     kind = given.get("rope_type") or old_name or "default"
     if kind in ("su", "yarn"):
@@ -213,6 +221,9 @@ def repair_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rope_of(config)
     if rope["rope_type"] not in ("default", "longrope"):
         raise RopeError(f"rope type {rope['rope_type']!r}: Phi-3 has 'default' and 'longrope' (once 'su' or 'yarn')")
+    theta = rope["rope_theta"]
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
+        raise RopeError(f"rope: rope_theta is {str(theta)[:60]!r}; expected a positive number")
     if rope["rope_type"] == "longrope":
         size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
         wanted = int(size * rope["partial_rotary_factor"]) // 2

@@ -36,6 +36,9 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
     except UnsupportedModel as error:
         problems.append(Problem(str(error), "use a supported member of the family"))
         return {}
+    except RopeError as error:
+        problems.append(Problem(str(error), AGAIN))
+        return {}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"holds what is no size: {error}"
         problems.append(Problem(f"config.json {what}", AGAIN))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.embedded import locate
-from phi3_lora_plugin.families import recognise, repair_rope
+from phi3_lora_plugin.families import RopeError, UnsupportedModel, recognise, repair_rope
 from phi3_lora_plugin.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ def load_model(
         keep_trainable_on_cpu(model)
     model.name_or_path = locate(path_or_id)
     model.config._name_or_path = model.name_or_path
-    model.config.use_cache = False
     if not (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.config.use_cache = False  # for training; generation keeps what its own config says
     if (folder / "tokenizer.json").is_file():
         set_stop_tokens(model, load_tokenizer(folder))
     return model.eval()
@@ -194,15 +194,17 @@ def load_config(folder: str | Path) -> Any:
         raise ModelError(f"{path} cannot be read: {error}") from error
     if not isinstance(given, dict):
         raise ModelError(f"{path} is not a JSON object")
-    recognise(given)
-    repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}
-    native = CONFIG_MAPPING[repaired["model_type"]]
-    if not hasattr(native(), "rope_parameters"):
-        repaired = _old_layout(repaired)
     try:
+        recognise(given)
+        repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}
+        native = CONFIG_MAPPING[repaired["model_type"]]
+        if not hasattr(native(), "rope_parameters"):
+            repaired = _old_layout(repaired)
         return native.from_dict(repaired)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
+    except (UnsupportedModel, RopeError):
+        raise
+    except Exception as error:  # sizes that are none; the native class checks its fields by errors of its own
+        raise ModelError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
 
 
 def base_fingerprint(path_or_id: str | Path, revision: str | None = None) -> str:

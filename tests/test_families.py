@@ -145,6 +145,8 @@ def test_g12_every_spelling_of_longrope_becomes_the_same() -> None:
         ({"short_factor": ["1"] * 48}, "expected a list of 48 positive numbers"),
         ({"long_factor": [True] * 48}, "expected a list of 48 positive numbers"),
         ({"type": "linear"}, "rope type 'linear'"),
+        ({"long_factor": "x"}, "expected a list of 48 positive numbers"),
+        ({"rope_theta": "x"}, "rope_theta is 'x'; expected a positive number"),
     ],
 )
 def test_g12_bad_factors_name_field_found_and_expected(change: dict[str, object], says: str) -> None:
@@ -152,6 +154,12 @@ def test_g12_bad_factors_name_field_found_and_expected(change: dict[str, object]
     config["rope_scaling"] = config["rope_scaling"] | change  # type: ignore[operator]
     with pytest.raises(RopeError, match=says):
         repair_rope(config)
+
+
+def test_g12_settings_that_are_none_are_an_error() -> None:
+    with pytest.raises(RopeError, match="'su' is no mapping of settings"):
+        recognise(MINI | {"rope_scaling": "su", "max_position_embeddings": 131072})
+    assert recognise(MINI | longrope() | {"rope_scaling": {"type": "su", "long_factor": "x"}}).name == "phi-3-mini-128k"
 
 
 def test_g12_partial_rotary_halves_the_factors_too() -> None:

@@ -45,6 +45,10 @@ def test_g3_real_tokenizers_on_a_tiny_model(shared_data: Path, tmp_path: Path, n
     model = load_model(tmp_path)
     assert {32000, 32007} <= set(model.generation_config.eos_token_id)
     assert model.generation_config.pad_token_id == 0 and model.get_input_embeddings().num_embeddings == 32064
+    (tmp_path / "generation_config.json").unlink()
+    published = load_model(tmp_path).generation_config  # none is published for two of them
+    assert {32000, 32007} <= set(published.eos_token_id) and published.pad_token_id == 0
+    assert published.use_cache is not False  # off is for training, and would make every host generate slowly
 
 
 def test_g11_loading_never_executes_code_and_saves_no_auto_map(tmp_path: Path) -> None:
@@ -153,6 +157,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     assert "short_factor has 3 numbers; expected 4" in message(
         edit(base("rope"), rope_scaling=bad, rope_parameters=None), RopeError
     )
+    assert "does not describe a model" in message(edit(base("odd"), max_position_embeddings=None))
     if not torch.cuda.is_available():
         assert "no CUDA device" in message(base("cuda"), device="cuda")
 
