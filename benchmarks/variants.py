@@ -6,20 +6,25 @@ Every variant trains the same adapter on the same rows in the same order; what d
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if len(sys.argv) > 1 and sys.argv[1] == "unsloth":
+    import unsloth  # noqa: F401  (it has to come before transformers)
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.jobs import run_job
 from benchmarks.workloads import WORKLOADS, Workload
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-WARM_UP = 3  # steps that are not timed
 
 #: Who runs the step, and on which rows: padded batches, or packs of up to `max_length` tokens.
 VARIANTS = {
@@ -28,22 +33,26 @@ VARIANTS = {
     "trainer-peft": "padded",
     "trainer-peft-packed": "packed",
     "trl": "padded",
+    "trl-best": "padded",
     "trl-packed": "packed",
     "liger": "padded",
+    "unsloth": "padded",
 }
 
 
 class Clock(TrainerCallback):
-    """Seconds at the end of each step."""
+    """Seconds at the end of each step, by the clock and of all processors."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.used: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the clock once the device is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.used.append(time.process_time())
 
 
 class Padding:
@@ -105,9 +114,12 @@ def trainer_for(
     variant: str, model: Any, load: Workload, data: list[dict[str, Any]], folder: Path, clock: Clock
 ) -> Any:
     """The Trainer of a variant around the model."""
+    if variant == "unsloth":
+        from trl import SFTConfig, SFTTrainer  # unsloth has put its own in their places
 
+        args = arguments(load, folder, SFTConfig, max_length=load.max_length, dataset_kwargs=_PREPARED)
+        return _sft(SFTTrainer, model, args, data, clock)
     if variant.startswith("trl"):
-        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         packed = variant == "trl-packed"
@@ -118,11 +130,10 @@ def trainer_for(
             max_length=load.max_length,
             packing=packed,
             dataset_kwargs={"skip_prepare_dataset": not packed},
-            **({} if packed else {"gradient_checkpointing": variant == "trl"}),
+            # TRL checkpoints activations unless told otherwise; at its best it does not, where memory allows
+            gradient_checkpointing=variant == "trl",
         )
-        return SFTTrainer(
-            model, args, train_dataset=Dataset.from_list(data), processing_class=words(), callbacks=[clock]
-        )
+        return _sft(SFTTrainer, model, args, data, clock)
     from phi3_lora_plugin.chat.pack import PackedCollator, pack
     from phi3_lora_plugin.speed.apply import speed_up
 
@@ -147,6 +158,42 @@ def trainer_for(
     return Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=[clock])
 
 
+_PREPARED = {"skip_prepare_dataset": True}
+
+
+def _sft(kind: type, model: Any, args: Any, data: list[dict[str, Any]], clock: Clock) -> Any:
+    from datasets import Dataset
+
+    return kind(model, args, train_dataset=Dataset.from_list(data), processing_class=words(), callbacks=[clock])
+
+
+def build_unsloth(load: Workload, seed: int, folder: Path) -> Any:
+    """The very same weights and adapter in unsloth's hands, which loads models from folders only."""
+    from unsloth import FastLanguageModel
+
+    twin = build(load, seed)
+    base = twin.get_base_model()
+    plain = Phi3ForCausalLM(base.config)
+    plain.load_state_dict(
+        {name.replace(".base_layer", ""): p for name, p in base.state_dict().items() if "lora_" not in name}
+    )
+    plain.to(getattr(torch, load.dtype)).save_pretrained(folder / "base")
+    words().save_pretrained(folder / "base")
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder / "base"), max_seq_length=load.max_length, dtype=getattr(torch, load.dtype), load_in_4bit=False
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=load.rank, lora_alpha=2 * load.rank, lora_dropout=0, target_modules=TARGETS, bias="none"
+    )
+    adapter = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(adapter.pop(name).data)
+    if adapter:
+        raise SystemExit(f"unsloth has no {', '.join(list(adapter)[:3])}")
+    return model
+
+
 def words() -> Any:
     """The least tokenizer that TRL takes: it is never asked to tokenise, the rows are ids already."""
     from tokenizers import Tokenizer, models
@@ -158,14 +205,21 @@ def words() -> Any:
 
 def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
     """Train and report: losses, tokens (padding not counted) a second, peak memory, and the adapter as one vector."""
-    load = WORKLOADS[job["workload"]]
+    load, warm_up = WORKLOADS[job["workload"]], job["warm_up"]
+    load = replace(load, steps=job["steps"] or load.steps)
+    if load.device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if load.memory_gb and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(load.memory_gb * 2**30 / total)
     data = json.loads(Path(job["rows"]).read_text())
     clock = Clock()
     begun = time.perf_counter()
-    model = build(load, job["seed"])
+    if variant == "unsloth":
+        model = build_unsloth(load, job["seed"], Path(job["folder"]))
+    else:
+        model = build(load, job["seed"])
+    begun_at = _vector(model)
     trainer = trainer_for(variant, model, load, data, Path(job["folder"]), clock)
     counted: list[int] = []
     stock = trainer.get_batch_samples
@@ -178,10 +232,9 @@ def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
     trainer.get_batch_samples = counting
     ready = time.perf_counter()
     trainer.train()
-    timed = clock.times[WARM_UP:]
-    tokens = sum(counted[WARM_UP : WARM_UP + len(timed)])
-    vector = torch.cat([p.detach().float().cpu().flatten() for p in model.parameters() if p.requires_grad])
-    torch.save(vector, job["vector"])
+    timed = clock.times[warm_up:]
+    tokens = sum(counted[warm_up : warm_up + len(timed)])
+    torch.save((begun_at, _vector(model)), job["vector"])
     saved = time.perf_counter()
     model.save_pretrained(Path(job["folder"], "adapter"), save_embedding_layers=False)
     peak = (
@@ -192,12 +245,18 @@ def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "variant": variant,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-        "tokens_per_second": tokens / (clock.times[-1] - clock.times[WARM_UP - 1]),
-        "step_ms": 1000 * (clock.times[-1] - clock.times[WARM_UP - 1]) / len(timed),
-        "peak_bytes": peak,
+        "tokens_per_cpu_second": tokens / (clock.used[-1] - clock.used[warm_up - 1]),
+        "tokens_per_second": tokens / (clock.times[-1] - clock.times[warm_up - 1]),
+        "step_ms": 1000 * (clock.times[-1] - clock.times[warm_up - 1]) / len(timed),
+        "peak_bytes": float(peak),
         "start_seconds": ready - begun,
         "save_seconds": time.perf_counter() - saved,
     }
+
+
+def _vector(model: Any) -> torch.Tensor:
+    trained = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return torch.cat([p.detach().float().cpu().flatten() for _, p in trained])
 
 
 def _tokens(batch: dict[str, Any]) -> int:
@@ -207,5 +266,4 @@ def _tokens(batch: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    ask = json.loads(Path(sys.argv[2]).read_text())
-    Path(ask["result"]).write_text(json.dumps(measure(sys.argv[1], ask)))
+    run_job(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.adapter_files import loralib_sidecar, minimal_config
-from phi3_lora_plugin.lora.gather import unwrapped, whole_shape
+from phi3_lora_plugin.lora.gather import unwrapped, walked_once, whole_shape
 from phi3_lora_plugin.lora.peft_files import changes_base
 from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names, lora_state_dict
 from phi3_lora_plugin.lora.state_keys import file_key, is_lora, without_wrappers
@@ -49,6 +49,11 @@ def take(model: nn.Module, adapter: str | None = None, keep: bool = True) -> Sna
     Raises:
         StateError: nothing to save, or something that must not be saved: NaN, Inf, empty or partial tensors.
     """
+    with walked_once(unwrapped(model)):
+        return _take(model, adapter, keep)
+
+
+def _take(model: nn.Module, adapter: str | None, keep: bool) -> Snapshot | None:
     inner = unwrapped(model)
     config = getattr(inner, "peft_config", None)
     if not isinstance(config, Mapping):
@@ -104,6 +109,9 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
     if not tensors:
         return ["there is no LoRA tensor: the model has no adapter, or it lives on another rank"]
     found: dict[str, list[str]] = {}
+    looked_at = [t for t in tensors.values() if type(t) is torch.Tensor and t.is_floating_point() and not t.is_meta]
+    # One pass that keeps nothing; a norm may also overflow, so only the tensors themselves can say that one is sick.
+    healthy = bool(torch.isfinite(torch.stack(torch._foreach_norm(looked_at)).sum())) if _alike(looked_at) else False
     for name, tensor in tensors.items():
         if name not in expected:
             found.setdefault("are not of this adapter", []).append(name)
@@ -118,7 +126,7 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
             found.setdefault("have another shape than their layers (shards of one rank?)", []).append(shapes)
         elif not tensor.is_floating_point():
             found.setdefault("are no floating-point numbers", []).append(f"{name} ({tensor.dtype})")
-        elif not torch.isfinite(tensor).all():
+        elif not healthy and not torch.isfinite(tensor).all():
             found.setdefault("are not finite (NaN or Inf)", []).append(name)
     if missing := [name for name in expected if name not in tensors]:
         found["are missing"] = missing
@@ -126,6 +134,10 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
         f"{len(names)} of {len(expected)} tensors {what}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
         for what, names in found.items()
     ]
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
 
 
 def expected_shapes(model: nn.Module, adapter: str | None, names: Sequence[str]) -> dict[str, tuple[int, ...]]:

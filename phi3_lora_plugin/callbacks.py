@@ -105,6 +105,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._training = False
         self._began_at = 0
         self._mergeable: list[Any] = []  # loralib's layers, which must not merge while training goes on
+        self._trained: list[tuple[str, Any]] | None = None  # while training goes on
         self._due: int | None = None  # the step that is to be taken before the next one
         self._taken: int | None = None
         self._zeros = 0
@@ -149,6 +150,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         if not lora_names(unwrapped(model)):
             raise StateError(f"{type(unwrapped(model)).__name__} has no LoRA parameter, so there is nothing to save")
         self._mergeable = _kept_apart(model)
+        self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         store = self._store(args, state)
         problem = None
         try:
@@ -190,7 +192,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             self._due = state.global_step
         about_to = self._due == state.global_step or control.should_save or control.should_log
         if about_to and self.unhealthy != "ignore":
-            self._judge(sick_weights(model), control)
+            self._judge(sick_weights(model, self._trained), control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """As at the end of a step, for who saves by epochs; take the last state before the best is loaded over it."""
@@ -234,7 +236,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
                 self._due = state.global_step
                 self._take_if_due(args, state, control, kwargs)
         finally:
-            self._training = False
+            self._training, self._trained = False, None
             for layer in self._mergeable:
                 layer.merge_weights = True
             if self._run is not None:

@@ -39,14 +39,19 @@ def zero_loss(times: int, step: int) -> str:
     )
 
 
-def sick_weights(model: Any) -> str | None:
+def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None) -> str | None:
     """The names of trained parameters that are not finite, in a sentence; None if all are. One pass over them.
 
     Collective where they are sharded: a value that one process has stops all of them.
+
+    Args:
+        parameters: `named_parameters` of the model as far as they can be trained, for who asks in every step: walking
+            32 layers takes longer than looking at what was trained.
     """
     import torch
 
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    found = model.named_parameters() if parameters is None else parameters
+    named = [(name, p) for name, p in found if p.requires_grad and p.is_floating_point()]
     plain = [_local(p) for _, p in named]
     plain = [tensor for tensor in plain if tensor.numel()]
     norms = [norm.float().to(plain[0].device) for norm in torch._foreach_norm(plain)] if plain else []

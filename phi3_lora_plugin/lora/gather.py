@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.state_keys import without_wrappers
@@ -22,6 +23,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if name is None or not bare:
             return model
         model = children[name]
+
+
+@contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """Let everybody who walks over the modules of `model` in this block see one walk; none may come or go meanwhile.
+
+    Taking an adapter out asks for names, parameters, layers and shapes: a dozen walks of 3 ms each over 32 layers.
+    """
+    stock, found = model.named_modules, tuple(model.named_modules())
+
+    def named_modules(memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        if memo or prefix or not remove_duplicate:
+            yield from stock(memo, prefix, remove_duplicate)
+        else:
+            yield from found
+
+    if "named_modules" in model.__dict__:  # within a block like this one
+        yield
+        return
+    model.named_modules = named_modules
+    try:
+        yield
+    finally:
+        del model.named_modules
 
 
 def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:

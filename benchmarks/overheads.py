@@ -1,0 +1,181 @@
+"""`python -m benchmarks.overheads`: what we add beside the steps: saving, callbacks, start-up, and packing many rows.
+
+Milliseconds are medians of wall-clock time, in brackets processor time, which a busy machine does not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Print a table; with `--json FILE` also write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overheads", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("parts", nargs="*", default=["start", "pack", "save", "callbacks"], metavar="PART")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    measured: dict[str, Any] = {}
+    for part in chosen.parts:
+        measured |= _PARTS[part](chosen.rounds)
+    for name, (wall, cpu) in measured.items():
+        print(f"{name:<58}{1000 * wall:>10.2f} ms  ({1000 * cpu:.2f})")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(measured, indent=2))
+    return 0
+
+
+def start(rounds: int) -> dict[str, tuple[float, float]]:
+    """Processes: what importing, discovery and the light commands cost beyond an empty Python."""
+    command = "import sys; from phi3_lora_plugin.cli import main; sys.argv[1:] = {}; main()"
+    ways = {
+        "python, empty": "",
+        "import phi3_lora_plugin": "import phi3_lora_plugin",
+        "discovery": "from phi3_lora_plugin import load_plugins; load_plugins()",
+        "phi3-lora --help": command.format(["--help"]),
+        "phi3-lora recipes": command.format(["recipes"]),
+        "phi3-lora show": command.format(["show", "phi3-mini-4k-lora"]),
+    }
+    measured = {}
+    for name, code in ways.items():
+        run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, check=False)
+        measured[f"start: {name}"] = _timed(run, rounds, children=True)
+    return measured
+
+
+def pack(rounds: int) -> dict[str, tuple[float, float]]:
+    """Best-fit packing of lognormal lengths into 2,048 tokens: the cost is to grow as the rows do."""
+    from phi3_lora_plugin.chat.pack import pack as best_fit
+
+    draw = random.Random(0)
+    lengths = [max(1, min(2048, int(draw.lognormvariate(5.2, 0.7)))) for _ in range(100_000)]
+    return {
+        f"pack: {count:,} rows": _timed(lambda count=count: best_fit(lengths[:count], 2048), rounds)  # type: ignore[misc]
+        for count in (1_000, 10_000, 100_000)
+    }
+
+
+def save(rounds: int) -> dict[str, tuple[float, float]]:
+    """The adapter of workload C (224 tensors) and one of 25M parameters: the bare file, ours, and PEFT's."""
+    import torch
+    from safetensors.torch import save_file
+
+    from benchmarks.variants import build
+    from benchmarks.workloads import WORKLOADS
+    from phi3_lora_plugin.adapter_files import adapter_files
+    from phi3_lora_plugin.adapter_snapshot import take
+    from phi3_lora_plugin.checkpoint import write_checkpoint
+
+    measured = {}
+    wide = replace(WORKLOADS["C"], model=WORKLOADS["C"].model | dict(hidden_size=512, intermediate_size=1408), rank=64)
+    for name, load in (("32 layers, small", WORKLOADS["C"]), ("32 layers, 67 MB", wide)):
+        model = build(load, 0)
+        state = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+        for key, tensor in state.items():
+            if "lora_B" in key:
+                torch.nn.init.normal_(tensor)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            step = iter(range(1, 10_000))
+
+            def raw(place: Path = place, state: Any = state) -> None:
+                save_file({key: tensor.contiguous() for key, tensor in state.items()}, place / "raw.safetensors")
+
+            def synced(place: Path = place, raw: Callable[[], None] = raw) -> None:
+                raw()
+                descriptor = os.open(place / "raw.safetensors", os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+
+            def whole(place: Path = place, model: Any = model, step: Any = step) -> None:
+                write_checkpoint(place / "store", next(step), adapter_files(take(model)), {})
+
+            ways: dict[str, Callable[[], Any]] = {
+                "bare safetensors": raw,
+                "bare safetensors, synced to the disk": synced,
+                "PEFT's save_pretrained": lambda place=place, model=model: model.save_pretrained(  # type: ignore[misc]
+                    place / "peft", save_embedding_layers=False
+                ),
+                "ours, while training waits (background)": lambda model=model: take(model),  # type: ignore[misc]
+                "ours, files made": lambda model=model: adapter_files(take(model)),  # type: ignore[misc]
+                "ours, hashed, synced and published": whole,
+            }
+            for way, action in ways.items():
+                measured[f"save {name}: {way}"] = _timed(action, rounds)
+    return measured
+
+
+def callbacks(rounds: int) -> dict[str, tuple[float, float]]:
+    """A step of workload C with our callbacks: the time spent in them, logging every 10th step and every step."""
+    from rich.console import Console
+
+    from benchmarks.variants import Clock, build, trainer_for
+    from benchmarks.workloads import WORKLOADS, rows
+    from phi3_lora_plugin import LoraCheckpoint
+    from phi3_lora_plugin.progress import ProgressReport
+
+    measured = {}
+    for every in (10, 1):
+        load = replace(WORKLOADS["C"], steps=20, batch=1, rows=20, mean_length=16)
+        with tempfile.TemporaryDirectory() as folder:
+            spent = {"wall": 0.0, "cpu": 0.0}
+            trainer = trainer_for("ours", build(load, 0), load, rows(load, 0), Path(folder), Clock())
+            trainer.args.logging_steps = every
+            for callback in (ProgressReport(Console(quiet=True)), LoraCheckpoint()):
+                for event in ("on_step_begin", "on_step_end", "on_log", "on_substep_end", "on_pre_optimizer_step"):
+                    setattr(callback, event, _counted(getattr(callback, event), spent))
+                trainer.add_callback(callback)
+            trainer.train()
+            per_step = spent["wall"] / load.steps, spent["cpu"] / load.steps
+            measured[f"callbacks a step, logging every {every}"] = per_step
+    return measured
+
+
+def _counted(method: Callable[..., Any], spent: dict[str, float]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            spent["wall"] += time.perf_counter() - wall
+            spent["cpu"] += time.process_time() - cpu
+
+    return counted
+
+
+def _timed(action: Callable[[], Any], rounds: int, children: bool = False) -> tuple[float, float]:
+    """Median (wall, processor) seconds of an action after one that does not count."""
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+
+    def processor() -> float:
+        used = resource.getrusage(who)
+        return used.ru_utime + used.ru_stime
+
+    action()
+    walls, cpus = [], []
+    for _ in range(rounds):
+        wall, cpu = time.perf_counter(), processor()
+        action()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(processor() - cpu)
+    return statistics.median(walls), statistics.median(cpus)
+
+
+_PARTS = {"start": start, "pack": pack, "save": save, "callbacks": callbacks}
+
+if __name__ == "__main__":
+    sys.exit(main())
