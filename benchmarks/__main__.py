@@ -40,12 +40,10 @@ COSINE_LIMIT = 0.999
 PEERS = ("trainer-peft", "trl", "trl-best", "trl-packed", "liger", "unsloth")
 
 
-def main() -> int:
-    """Run what was asked for; 0 only if every measured pair has parity."""
+def arguments() -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "workloads", nargs="*", default=["A", "B", "C", "D", "D-bf16"], choices=[*WORKLOADS, []], metavar="WORKLOAD"
-    )
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; A to D if none")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds; medians are taken over them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="real chats instead of random rows (JSONL)")
@@ -56,7 +54,18 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--threads", type=int, default=2, help="of each process, on the CPU")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    return parser
+
+
+def main() -> int:
+    """Run what was asked for; 0 only if every measured pair has parity."""
+    parser = arguments()
     chosen = parser.parse_args()
+    chosen.workloads = chosen.workloads or ["A", "B", "C", "D", "D-bf16"]
+    if unknown := sorted(set(chosen.workloads) - set(WORKLOADS)):
+        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    if bool(chosen.data) != bool(chosen.tokenizer):
+        parser.error("--data and --tokenizer belong together")
     # Before anything is imported that reads them, here or in the processes that are measured.
     os.environ |= {"HF_HUB_OFFLINE": "1", "CI": "1", "TRANSFORMERS_VERBOSITY": "error"}
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)

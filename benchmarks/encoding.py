@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 
-def main() -> int:
-    """Print a line for each number of rows; 0 only if ids and labels are the same."""
+def arguments() -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoding", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds; medians are taken over them")
@@ -37,7 +37,12 @@ def main() -> int:
     parser.add_argument("--columns", type=json.loads, default={}, help="as data.columns, in JSON")
     parser.add_argument("--tokenizer", default="embedded:tiny-phi3", help="folder of a Phi-3 tokenizer")
     parser.add_argument("--max-length", type=int, default=2048)
-    chosen = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Print a line for each number of rows; 0 only if ids and labels are the same."""
+    chosen = arguments().parse_args()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

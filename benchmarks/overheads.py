@@ -22,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 
-def main() -> int:
-    """Print a table; with `--json FILE` also write it."""
+def arguments() -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overheads", description=__doc__.split("\n", 1)[0])
     parser.add_argument("parts", nargs="*", default=["start", "pack", "save", "callbacks"], metavar="PART")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Print a table; with `--json FILE` also write it."""
+    chosen = arguments().parse_args()
     measured: dict[str, Any] = {}
     for part in chosen.parts:
         measured |= _PARTS[part](chosen.rounds)

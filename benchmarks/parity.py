@@ -50,13 +50,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> int:
-    """Print a line a shape; 0 only if all of them agree."""
+def arguments() -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3)
-    chosen = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Print a line a shape; 0 only if all of them agree."""
+    chosen = arguments().parse_args()
     alone = [{part: part == one for part in PARTS} for one in PARTS]
     without = [{part: part != one for part in PARTS} for one in PARTS]
     failed = False

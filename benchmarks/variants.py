@@ -84,8 +84,30 @@ def build(load: Workload, seed: int) -> Any:
         model = Phi3ForCausalLM(config)
         torch.set_default_dtype(before)
     model.config.use_cache = False
+    if load.quantize:
+        _quantise(model)
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(r=load.rank, lora_alpha=2 * load.rank, target_modules=TARGETS))
+
+
+def _quantise(model: Any) -> None:
+    """NF4 with double quantisation in place of the layers' linear maps, as bitsandbytes loads a checkpoint."""
+    import bitsandbytes as bnb
+
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                sizes, device, dtype = (
+                    (linear.in_features, linear.out_features),
+                    linear.weight.device,
+                    linear.weight.dtype,
+                )
+                packed = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
+                packed.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                setattr(parent, name, packed.to(device))
+    model.is_loaded_in_4bit = True
 
 
 def arguments(load: Workload, folder: Path, kind: type = TrainingArguments, **more: Any) -> Any:
@@ -114,6 +136,8 @@ def trainer_for(
     variant: str, model: Any, load: Workload, data: list[dict[str, Any]], folder: Path, clock: Clock
 ) -> Any:
     """The Trainer of a variant around the model."""
+    # As many packs as hold a batch of rows, for everybody who packs.
+    packs_a_batch = max(1, round(load.batch * load.mean_length / load.max_length))
     if variant == "unsloth":
         from trl import SFTConfig, SFTTrainer  # unsloth has put its own in their places
 
@@ -123,6 +147,8 @@ def trainer_for(
         from trl import SFTConfig, SFTTrainer
 
         packed = variant == "trl-packed"
+        if packed:
+            load = replace(load, batch=packs_a_batch)
         args = arguments(
             load,
             folder,
@@ -143,8 +169,7 @@ def trainer_for(
         packs = pack([len(row["input_ids"]) for row in data], load.max_length)
         data = [{"rows": [data[index] for index in members]} for members in packs]
         collator = PackedCollator()
-        per_batch = max(1, round(load.batch * load.mean_length / load.max_length))
-        extra = {"per_device_train_batch_size": per_batch}
+        extra = {"per_device_train_batch_size": packs_a_batch}
     if variant.startswith("ours"):
         for applied in speed_up(model):
             print(applied, file=sys.stderr)
