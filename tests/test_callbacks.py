@@ -728,13 +728,13 @@ def test_the_background_writes_the_same_bytes_in_order(tmp_path: Path, monkeypat
     from phi3_lora_plugin import checkpoint_run
 
     events: list[tuple[str, int]] = []
-    threads, waiting = set(), []
+    threads, waiting, second_step = set(), [], threading.Event()
     write = checkpoint_run.write_checkpoint
 
     def slow(store: Path, step: int, *args: Any, **options: Any) -> Path:
         events.append(("begins", step))
         threads.add(threading.current_thread().name)
-        time.sleep(0.1 / step)
+        assert step > 1 or second_step.wait(120)  # the first one takes longer than a step, however slow that is
         path = write(store, step, *args, **options)
         events.append(("ends", step))
         return path
@@ -742,6 +742,8 @@ def test_the_background_writes_the_same_bytes_in_order(tmp_path: Path, monkeypat
     class Looks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             waiting.append(state.global_step - 1 - len(events) // 2)
+            if state.global_step == 2:
+                second_step.set()
 
     trainer(tmp_path / "sync", LoraCheckpoint(every_steps=1, keep_last=9)).train()
     monkeypatch.setattr(checkpoint_run, "write_checkpoint", slow)

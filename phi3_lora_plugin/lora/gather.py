@@ -31,22 +31,27 @@ def walked_once(model: nn.Module) -> Iterator[None]:
 
     Taking an adapter out asks for names, parameters, layers and shapes: a dozen walks of 3 ms each over 32 layers.
     """
-    stock, found = model.named_modules, tuple(model.named_modules())
-
-    def named_modules(memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
-        if memo or prefix or not remove_duplicate:
-            yield from stock(memo, prefix, remove_duplicate)
-        else:
-            yield from found
-
     if "named_modules" in model.__dict__:  # within a block like this one
         yield
         return
-    model.named_modules = named_modules
+    modules, parameters = tuple(model.named_modules()), tuple(model.named_parameters())
+    stock = type(model)
+
+    def named_modules(memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        if memo or prefix or not remove_duplicate:
+            return iter(stock.named_modules(model, memo, prefix, remove_duplicate))
+        return iter(modules)
+
+    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        if prefix or not recurse or not remove_duplicate:
+            return iter(stock.named_parameters(model, prefix, recurse, remove_duplicate))
+        return iter(parameters)
+
+    model.named_modules, model.named_parameters = named_modules, named_parameters
     try:
         yield
     finally:
-        del model.named_modules
+        del model.named_modules, model.named_parameters
 
 
 def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ _SAVED = re.compile(r"^(?P<path>(?:.*\.)?)modules_to_save\.(?P<adapter>[^.]+)\.(
 _TOKENS = re.compile(r"^(?P<path>.*\.trainable_tokens_delta)(?:\.(?P<adapter>[^.]+))?$")
 
 
+#: A checkpoint asks for the same few thousand names each time, and splitting them takes longer than writing the file.
+_remembered = lru_cache(maxsize=1 << 16)
+
+
 @dataclass(frozen=True)
 class Spelling:
     """A key split into what all its spellings share, and the adapter that it names, if it names one."""
@@ -26,16 +31,19 @@ class Spelling:
     adapter: str | None
 
 
+@_remembered
 def without_wrappers(name: str) -> str:
     """A name without what torch.compile, FSDP1 and activation checkpointing put into the middle of it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+@_remembered
 def is_lora(name: str) -> bool:
     """Whether a parameter belongs to LoRA, or to what PEFT trains beside it (modules_to_save, tokens)."""
     return _LORA.search(name) is not None
 
 
+@_remembered
 def spelling(name: str) -> Spelling:
     """Split a key, already without wrappers, of loralib, a PEFT model or a PEFT file."""
     name = name.removeprefix("base_model.model.")
@@ -53,6 +61,7 @@ def spelling(name: str) -> Spelling:
     return Spelling(".".join([match["path"] + part, *rest, *(["bias"] if leaf == "bias" else [])]), adapter)
 
 
+@_remembered
 def file_key(name: str) -> str:
     """How PEFT's files spell a parameter of a model: with `base_model.model.`, without the adapter's name."""
     plain = name.removeprefix("base_model.model.")
