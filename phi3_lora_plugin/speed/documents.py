@@ -15,6 +15,7 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID253
 
+from phi3_lora_plugin.families import rope_of
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
 
 
@@ -48,6 +49,7 @@ def fuse_documents(model: Any, base: Any) -> None:
     decoder.forward = partial(_forward, decoder)
     rotary = decoder.rotary_emb
     rotary._documents, rotary._stock_forward = None, rotary.forward
+    rotary._original_context = _original_context(base.config)
     rotary.forward = partial(_rotary, rotary)
     if decoder._stock_attention == "sdpa":
         base.set_attn_implementation(register_attention())
@@ -69,7 +71,15 @@ def restore_documents(base: Any) -> None:
         base.set_attn_implementation(decoder._stock_attention)
     for module in (decoder, decoder.rotary_emb):
         del module.forward
-        for name in ("_stock_forward", "_stock_attention", "_keep_padding", "_same_shape", "_looks", "_documents"):
+        for name in (
+            "_stock_forward",
+            "_stock_attention",
+            "_keep_padding",
+            "_same_shape",
+            "_looks",
+            "_documents",
+            "_original_context",
+        ):
             module.__dict__.pop(name, None)
 
 
@@ -182,15 +192,14 @@ def _right_padded(mask: Any) -> list[int] | None:
 
 def _switches_rope(decoder: Any, lengths: Sequence[int], width: int) -> bool:
     """Whether only the padding goes past the original context, from where stock longrope takes its long factors."""
-    limit = _original_context(decoder.config)
+    limit = decoder.rotary_emb._original_context
     return limit is not None and max(lengths) <= limit < width
 
 
 def _original_context(config: Any) -> int | None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    """The tokens from which longrope takes its long factors; None for other embeddings."""
+    rope = rope_of(config.to_dict())
+    return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
 
 
 def _flat(
@@ -250,7 +259,7 @@ def _rotary(self: Any, x: Any, position_ids: Any) -> Any:
 
     A document then has the embeddings it has alone, whatever it is packed with.
     """
-    limit = _original_context(self.config)
+    limit = self._original_context
     if self._documents is None or limit is None:
         return self._stock_forward(x, position_ids)
     ends = position_ids[0, [stop - 1 for stop in self._documents[1:]]]
