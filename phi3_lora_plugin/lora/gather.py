@@ -31,7 +31,10 @@ def walked_once(model: nn.Module) -> Iterator[None]:
 
     Taking an adapter out asks for names, parameters, layers and shapes: a dozen walks of 3 ms each over 32 layers.
     """
-    if "named_modules" in model.__dict__:  # within a block like this one
+    from torch import distributed
+
+    # Gathering shards swaps parameters for others while it goes on. And there may be a block like this one around.
+    if (distributed.is_available() and distributed.is_initialized()) or "named_modules" in model.__dict__:
         yield
         return
     modules, parameters = tuple(model.named_modules()), tuple(model.named_parameters())
