@@ -185,7 +185,9 @@ def _layer_shapes(layer: Any, adapter: str | None) -> dict[str, tuple[int, ...]]
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Own contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
     return {
-        name: tensor if tensor.is_meta or hasattr(tensor, "full_tensor") else tensor.detach().cpu().contiguous().clone()
+        name: tensor
+        if tensor.is_meta or hasattr(tensor, "full_tensor")
+        else tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in state.items()
     }
 

@@ -127,6 +127,7 @@ def convert(
         return _convert_model(source, target, to, dtype, max_shard, check, overwrite)
 
     read = _read(source, base, alpha, r, enable_lora, compact)
+    _refuse_broken(source, read.found)
     config = _base_config(base or read.base, read.revision, needed=to in ("fused", "split", "torchtune", "gguf"))
     if to == "gguf" and _is_split(config):
         raise ConvertError(
@@ -305,6 +306,21 @@ def _same_update(before: Sequence[Lora], after: Sequence[Lora], layout: Sequence
         left = other if one is None else one if other is None else one - other
         if left is not None and float(left.abs().max()) > 1e-5 * size * (one is not None and other is not None):
             raise ConvertError(f"{module}: the converted update differs from the original; this is a defect, report it")
+
+
+def _refuse_broken(source: Path, found: peft_files.Parts) -> None:
+    """NaN would go through every map unseen."""
+    import torch
+
+    tensors = {f"{lora.module}.lora_A": lora.a for lora in found.loras}
+    tensors |= {f"{lora.module}.lora_B": lora.b for lora in found.loras}
+    tensors |= {f"{lora.module}.lora_magnitude": each for lora in found.loras if (each := lora.magnitude) is not None}
+    tensors |= dict(found.full) | {name: rows for name, (_, rows) in found.tokens.items()}
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        shown = f"{', '.join(broken[:3])}{', ...' * (len(broken) > 3)}"
+        raise ConvertError(
+            f"{source}: {len(broken)} tensors are not finite (NaN or Inf), so the adapter is broken: {shown}"
+        )
 
 
 def _refuse_full(found: peft_files.Parts, to: str, layout: Sequence[Projection]) -> None:

@@ -76,11 +76,11 @@ class Weights:
     """The safetensors files of a model folder, one tensor at a time.
 
     Raises:
-        ModelFolderError: no safetensors, a file of the index is missing, or it lacks tensors that the index promises.
+        ModelFolderError: no safetensors, a file of the index is missing or damaged, or it lacks tensors that the index promises.
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = folder
         if (folder / _INDEX).is_file():
@@ -101,12 +101,15 @@ class Weights:
                 raise ModelFolderError(
                     f"{folder / _INDEX} names {name}, which is missing; the download is not complete"
                 )
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():
-                    if place is None or place.get(key) == name:
-                        part = file.get_slice(key)
-                        self._file_of[key] = name
-                        self._shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+            try:
+                with safe_open(folder / name, framework="pt") as file:
+                    for key in file.keys():
+                        if place is None or place.get(key) == name:
+                            part = file.get_slice(key)
+                            self._file_of[key] = name
+                            self._shapes[key], self._dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+            except SafetensorError as error:
+                raise ModelFolderError(f"{folder / name} is cut off or damaged: {error}") from error
         if missing := sorted(set(place or ()) - set(self._file_of)):
             raise ModelFolderError(f"{folder}: the index promises tensors that no file has: {', '.join(missing[:5])}")
 

@@ -55,9 +55,13 @@ class StoreLock:
         if _HELD.get(self.store) is self:
             del _HELD[self.store]
         if self._handle is not None:
-            (self.store / NAME).unlink(missing_ok=True)
-            os.close(self._handle)
-            self._handle = None
+            try:
+                (self.store / NAME).unlink(missing_ok=True)
+            except OSError as error:  # the file alone keeps nobody out
+                log.debug("the lock file could not be deleted: %s", error)
+            finally:
+                os.close(self._handle)
+                self._handle = None
 
 
 def _let_go_in_child() -> None:

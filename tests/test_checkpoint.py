@@ -373,6 +373,19 @@ def test_a_copy_does_not_end_the_lock_and_a_forked_worker_does_not_hold_it_on(tm
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_lock_file_that_cannot_be_deleted_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    lock = StoreLock(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", fails)
+        lock.release()
+    assert names(tmp_path) == [".lock"]
+    StoreLock(tmp_path).release()
+    assert names(tmp_path) == []
+
+
 def test_a_thread_of_this_process_is_another_run_and_a_left_over_lock_is_not(tmp_path: Path) -> None:
     lock, refused = StoreLock(tmp_path, holder="first"), []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import loralib
@@ -265,9 +266,38 @@ def test_conv_layers_biases_and_code_are_refused(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"a.lora_A": Touch()}))
-    with pytest.raises(LoralibError, match="cannot be read without running code from it"):
+    with pytest.raises(LoralibError, match="needs code from it to be run, which is never done"):
         convert(tmp_path / "evil.pt", tmp_path / "out", "peft", alpha=1)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
+
+
+def test_adapters_that_are_broken_are_refused_whatever_they_become(bases, tmp_path):
+    fused, _ = bases
+    adapter = train(fused, tmp_path / "adapter", target_modules=FUSED)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    save_file({**tensors, key: tensors[key].index_fill(0, torch.tensor([3]), float("nan"))}, file)
+    for to in ("peft", "split"):
+        with pytest.raises(ConvertError, match=r"1 tensors are not finite .*layers.1.mlp.down_proj.lora_B"):
+            convert(adapter, tmp_path / "out", to)
+    whole = file.read_bytes()
+    for content in (whole[:-100], whole[:4], b""):
+        file.write_bytes(content)
+        with pytest.raises(PeftFilesError, match="adapter_model.safetensors is cut off or damaged"):
+            convert(adapter, tmp_path / "out", "split")
+        for name in ("a.safetensors", "a.pt"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(LoralibError, match=f"{name} is (cut off or )?damaged"):
+                convert(tmp_path / name, tmp_path / "out", "peft", alpha=1)
+    file.rename(adapter / "adapter_model.bin")
+    with pytest.raises(PeftFilesError, match="adapter_model.bin is damaged"):
+        convert(adapter, tmp_path / "out", "split")
+    base = Path(shutil.copytree(fused, tmp_path / "base"))
+    (base / "model.safetensors").write_bytes((fused / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(ModelFolderError, match="model.safetensors is cut off or damaged"):
+        convert(base, tmp_path / "out", "llama-base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_torchtune_names_come_in_and_go_out(bases, tmp_path):

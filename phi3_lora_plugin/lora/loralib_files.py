@@ -94,16 +94,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise LoralibError(f"{file} is no file")
     if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors: dict[str, Tensor] = load_file(file)
+        try:
+            tensors: dict[str, Tensor] = load_file(file)
+        except SafetensorError as error:
+            raise LoralibError(f"{file} is cut off or damaged: {error}") from error
         return tensors
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle's own errors, whatever is in the file
-        raise LoralibError(
-            f"{file} cannot be read without running code from it, which is never done: {str(error).splitlines()[0]}"
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LoralibError(f"{file} is damaged, or needs code from it to be run, which is never done: {why}") from error
     if isinstance(loaded, dict) and set(loaded) == {"adapter"}:
         loaded = loaded["adapter"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):

@@ -311,16 +311,26 @@ def write_peft(folder: Path, config: Mapping[str, Any], found: Parts) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if (folder / WEIGHTS).is_file():
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        try:
+            tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise PeftFilesError(f"{folder / WEIGHTS} is cut off or damaged: {error}") from error
         return tensors
     old = folder / "adapter_model.bin"
     if old.is_file():
         import torch
 
-        loaded: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True)
+        try:
+            loaded: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises pickle's own errors, whatever is in the file
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PeftFilesError(
+                f"{old} is damaged, or needs code from it to be run, which is never done: {why}"
+            ) from error
         return loaded
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
     raise PeftFilesError(f"{folder}: {WEIGHTS} is missing; found {found}")
