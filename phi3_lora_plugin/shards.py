@@ -76,7 +76,8 @@ class Weights:
     """The safetensors files of a model folder, one tensor at a time.
 
     Raises:
-        ModelFolderError: no safetensors, a file of the index is missing or damaged, or it lacks tensors that the index promises.
+        ModelFolderError: no safetensors, a file that is damaged, one of the index that is missing, or tensors that the
+            index promises and no file has.
     """
 
     def __init__(self, folder: Path) -> None:
