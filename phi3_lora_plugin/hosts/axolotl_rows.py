@@ -1,0 +1,62 @@
+"""Rows of an axolotl data set -> ids and labels, encoded as everywhere else in this package.
+
+In an axolotl config: `datasets: [{path: chats.jsonl, type: phi3_lora_plugin.hosts.axolotl_rows}]`; the plugin of
+hosts/axolotl.py writes that by itself.
+"""
+
+# A strategy of axolotl's is a subclass of something heavy; this module is imported only by axolotl.
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+
+from phi3_lora_plugin.hosts.rows import encode_rows
+from phi3_lora_plugin.hosts.settings import HostData, read_settings
+
+
+class ChatRows(PromptTokenizingStrategy):  # type: ignore[misc]
+    """Encodes a batch of rows; axolotl cuts or drops those longer than `sequence_len` afterwards."""
+
+    def __init__(self, tokenizer: Any, data: HostData) -> None:
+        super().__init__(None, tokenizer)
+        self.data = data
+
+    @property
+    def supports_batched(self) -> bool:
+        return True
+
+    def tokenize_prompt(self, prompt: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
+        """Columns of up to 1,000 rows -> `input_ids`, `attention_mask` and `labels`.
+
+        Raises:
+            RowsError: rows that cannot be encoded, unless `phi3_lora.data.on_error: skip` drops them.
+        """
+        names = list(prompt)
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*prompt.values(), strict=True)]
+        encoded = encode_rows(rows, self.tokenizer, self.data)
+        return {
+            "input_ids": [row["input_ids"] for row in encoded],
+            "attention_mask": [[1] * len(row["input_ids"]) for row in encoded],
+            "labels": [row["labels"] for row in encoded],
+        }
+
+
+def load(tokenizer: Any, cfg: Any, ds_cfg: Mapping[str, Any] | None = None) -> ChatRows:
+    """What axolotl calls for `type:`; the data set's own `field_messages` and `message_property_mappings` are read."""
+    data = read_settings(cfg.get("phi3_lora")).data
+    return ChatRows(tokenizer, data.model_copy(update={"columns": _columns(ds_cfg or {}) | data.columns}))
+
+
+def _columns(ds_cfg: Mapping[str, Any]) -> dict[str, str]:
+    columns = {}
+    field = ds_cfg.get("field_messages")
+    if field and field not in ("messages", "conversations"):
+        columns["messages"] = str(field)
+    mappings = ds_cfg.get("message_property_mappings") or {}
+    for ours, theirs in mappings.items():
+        known = {"role": ("role", "from"), "content": ("content", "value")}.get(ours, ())
+        if known and theirs not in known:
+            columns[ours] = str(theirs)
+    return columns

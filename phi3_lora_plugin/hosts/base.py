@@ -1,0 +1,52 @@
+"""What every host module asks before it touches anything: is the base a Phi, and are the named targets there?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from phi3_lora_plugin.families import UnsupportedModel, projections, recognise
+from phi3_lora_plugin.lora.targets import ALL_LINEAR, TargetError, describe, resolve_targets
+
+
+def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The config of `base` (folder or hub id) as plain data if it is one of the family, else None; runs no remote code.
+
+    Raises:
+        OSError: there is no config to read; says where it was looked for.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(base, revision=revision)
+    try:
+        recognise(config)
+    except UnsupportedModel:
+        return None
+    return dict(config)
+
+
+def linear_names(config: Mapping[str, Any]) -> list[str]:
+    """Names of the linear modules of every decoder layer, as PEFT's `target_modules` takes them (never experts)."""
+    return [projection.name for projection in projections(config) if not projection.experts]
+
+
+def check_targets(config: Mapping[str, Any], named: str | Iterable[str], key: str) -> None:
+    """Refuse targets that a host would miss in part, in silence: a name that matches nothing, or a slice.
+
+    Hosts hand names to PEFT, which adapts what it finds; of `q_proj, o_proj` it finds only the second on a fused model.
+
+    Raises:
+        TargetError: names `key` and the model's real modules.
+    """
+    names = [named] if isinstance(named, str) else list(named)
+    slices = {part.name: projection.name for projection in projections(config) for part in projection.slices}
+    wrong = [
+        f"{key}: {name} is a slice of {slices[name]} on this model, which plain PEFT cannot adapt alone; write "
+        f"{slices[name]}, or train with `phi3-lora train`, which can"
+        for name in names
+        if name in slices
+    ]
+    if wrong:
+        raise TargetError(wrong, describe(config))
+    plain = ALL_LINEAR if names == ["all"] else names
+    resolve_targets(config, plain, 1, 1.0)

@@ -1,0 +1,102 @@
+"""LLaMA-Factory: `python -m phi3_lora_plugin.hosts.llamafactory config.yaml key=value ...`, also under `torchrun -m`.
+
+`llamafactory-cli train` starts itself anew under torchrun and forgets callbacks on the way; this is the same run started
+by us. For a base of the family it names our template, checks the targets and adds LoRA-only checkpoints. Any other base
+it trains as `llamafactory-cli train` would.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from phi3_lora_plugin.hosts.base import check_targets, phi_config
+from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpoint_callback, read_settings
+
+TEMPLATE = "phi3_lora"
+log = logging.getLogger(__name__)
+
+
+def prepare(args: MutableMapping[str, Any], config: Mapping[str, Any], settings: HostSettings) -> list[str]:
+    """Change LLaMA-Factory's arguments, as read from YAML, for a base with this config; a sentence for each change.
+
+    Raises:
+        TargetError: `lora_target` names what the model does not have, or slices of its fused projections.
+    """
+    done = []
+    if settings.masks and args.get("template") != TEMPLATE:
+        was = args.get("template")
+        args["template"] = TEMPLATE
+        done.append(f"template: {TEMPLATE} instead of {was}, which renders and masks as the published template does")
+    if args.get("trust_remote_code"):
+        args["trust_remote_code"] = False
+        done.append("trust_remote_code: false, transformers has this model; old remote code of it no longer runs")
+    named = args.get("lora_target")
+    if args.get("finetuning_type", "lora") == "lora" and named:
+        names = [name.strip() for name in named.split(",")] if isinstance(named, str) else list(named)
+        check_targets(config, names, "lora_target")
+    return done
+
+
+def run(words: Sequence[str]) -> None:
+    """Train as `llamafactory-cli train` would with these words, and with what Phi-3 needs.
+
+    Args:
+        words: a YAML or JSON file, then `key=value` overrides.
+
+    Raises:
+        SettingsError, TargetError, EncodeError: what is wrong with the config, or with a row.
+    """
+    args = _read(words)
+    settings = read_settings(args.pop("phi3_lora", None))
+    base = args.get("model_name_or_path")
+    if not base:
+        raise SettingsError(f"{words[0]}: names no model_name_or_path")
+    from llamafactory.train.tuner import run_exp
+
+    config = phi_config(str(base), args.get("model_revision"))
+    if config is None:
+        log.warning("%s is no Phi of this family; nothing is changed", base)
+        run_exp(args)
+        return
+    for sentence in prepare(args, config, settings):
+        log.warning("%s", sentence)
+    if settings.masks:
+        from phi3_lora_plugin.hosts.llamafactory_template import register
+
+        register(settings.data)
+    callback = checkpoint_callback(settings) if args.get("finetuning_type", "lora") == "lora" else None
+    run_exp(args, callbacks=[] if callback is None else [callback])
+
+
+def _read(words: Sequence[str]) -> dict[str, Any]:
+    """The config as LLaMA-Factory's own reader gives it, which looks at `sys.argv`."""
+    if not words or not words[0].endswith((".yaml", ".yml", ".json")):
+        raise SettingsError("expected a config file first: python -m phi3_lora_plugin.hosts.llamafactory config.yaml")
+    from llamafactory.hparams.parser import read_args
+
+    kept, sys.argv = sys.argv, ["llamafactory-cli", *words]
+    try:
+        return dict(read_args())
+    except FileNotFoundError as error:
+        raise SettingsError(f"{words[0]}: no such file") from error
+    finally:
+        sys.argv = kept
+
+
+def main() -> None:
+    """Exit with 0 fine, 1 failed, 2 wrong input."""
+    logging.basicConfig(format="phi3_lora_plugin: %(message)s")
+    try:
+        run(sys.argv[1:])
+    except ValueError as error:
+        if not type(error).__module__.startswith("phi3_lora_plugin."):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""A LLaMA-Factory template that encodes as this package does: the published template's ids, exact labels."""
+
+# A template of LLaMA-Factory's is a subclass of something heavy; this module is imported only inside functions.
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamafactory.data.template import TEMPLATES, Template, register_template
+
+from phi3_lora_plugin.hosts.pairs import conversation, encoded, pairs
+from phi3_lora_plugin.hosts.settings import HostData
+from phi3_lora_plugin.tokenizer import repair_tokenizer, stop_token_ids
+
+NAME = "phi3_lora"
+_ROLES = {"function": "assistant", "observation": "tool"}
+
+
+def register(data: HostData) -> None:
+    """Make `template: phi3_lora` known, encoding as `data` says; once more replaces it."""
+
+    class Phi3Template(Template):  # type: ignore[misc]
+        def encode_multiturn(
+            self,
+            tokenizer: Any,
+            messages: Sequence[Mapping[str, Any]],
+            system: str | None = None,
+            tools: str | None = None,
+            discarding_history_cot: bool = False,
+        ) -> list[tuple[list[int], list[int]]]:
+            row = encoded(conversation(messages, system or self.default_system, tools, _ROLES), tokenizer, data)
+            cut = pairs(row["input_ids"], row["labels"])
+            # It is `mask_history`, too: LLaMA-Factory then trains the last pair only, which must have something trained.
+            return cut[:-1] if discarding_history_cot and not cut[-1][1] else cut
+
+        def encode_oneturn(
+            self,
+            tokenizer: Any,
+            messages: Sequence[Mapping[str, Any]],
+            system: str | None = None,
+            tools: str | None = None,
+        ) -> tuple[list[int], list[int]]:
+            turns = conversation(messages, system or self.default_system, tools, _ROLES)
+            row = encoded(turns, tokenizer, data, train_on="last_turn")
+            return next(pair for pair in pairs(row["input_ids"], row["labels"]) if pair[1])
+
+        def fix_special_tokens(self, tokenizer: Any) -> None:
+            """Leave the eos token as published; pad with what ends nothing."""
+            repair_tokenizer(tokenizer)
+
+        def get_stop_token_ids(self, tokenizer: Any) -> list[int]:
+            return stop_token_ids(tokenizer)
+
+    TEMPLATES.pop(NAME, None)
+    register_template(name=NAME, template_class=Phi3Template)

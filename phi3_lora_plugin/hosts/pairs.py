@@ -1,0 +1,54 @@
+"""One conversation of a host, encoded here, in the shapes that hosts want it in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phi3_lora_plugin.chat.encode import IGNORE, encode
+from phi3_lora_plugin.hosts.settings import HostData
+
+
+def conversation(
+    messages: Sequence[Mapping[str, Any]], system: str | None, tools: str | None, roles: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Messages of a host as `encode` takes them.
+
+    Args:
+        messages: `{"role", "content"}`, and what else `encode` reads (`train`).
+        system, tools: text, or nothing.
+        roles: the host's names for roles to ours, where they differ.
+    """
+    turns: list[dict[str, Any]] = []
+    if system or tools:
+        turns.append({"role": "system", "content": system or ""} | ({"tools": tools} if tools else {}))
+    return turns + [dict(message) | {"role": roles.get(message["role"], message["role"])} for message in messages]
+
+
+def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData, train_on: str | None = None) -> Any:
+    """`{"input_ids", "labels"}` as `phi3_lora.data` says; `train_on` if given wins over it."""
+    return encode(
+        turns,
+        tokenizer,
+        train_on=train_on or data.train_on,
+        system=data.system,
+        control_tokens=data.control_tokens,
+        template=data.template,
+        tools=data.tools,
+    )
+
+
+def pairs(input_ids: Sequence[int], labels: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The row cut into (untrained, trained) stretches; put together again they are the row.
+
+    The last has nothing trained where the row ends untrained, as Phi-3-mini's does on `<|endoftext|>`.
+    """
+    cut: list[tuple[list[int], list[int]]] = []
+    source: list[int] = []
+    target: list[int] = []
+    for token, label in zip(input_ids, labels, strict=True):
+        if label == IGNORE and target:
+            cut.append((source, target))
+            source, target = [], []
+        (source if label == IGNORE else target).append(token)
+    return [*cut, (source, target)]

@@ -1,0 +1,62 @@
+"""Rows that a host has read -> ids and labels, for hosts that let others encode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phi3_lora_plugin.chat.adapt import adapted
+from phi3_lora_plugin.chat.columns import rename
+from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+from phi3_lora_plugin.chat.formats import ADAPTERS, REQUIRED, detect
+from phi3_lora_plugin.chat.turns import Message, RowError
+from phi3_lora_plugin.discovery import load_plugins
+from phi3_lora_plugin.hosts.settings import HostData
+
+_LISTED = 20
+
+
+class RowsError(ValueError):
+    """Rows that cannot be encoded; says which and why, and how to leave them out."""
+
+
+def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData) -> list[dict[str, list[int]]]:
+    """`{"input_ids", "labels"}` of each row, labels -100 where nothing is trained; skipped rows are left out.
+
+    Raises:
+        RowsError: rows that are no chats or hold what the template would mistake, unless `data.on_error` is skip.
+    """
+    # A column that another row has is there and empty in this one: hosts read rows into tables.
+    present = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    read = [_messages(row, data) for row in present]
+    good = [messages for messages in read if not isinstance(messages, RowError)]
+    policy = Policy(train_on=data.train_on, system=data.system, tools=data.tools, control_tokens=data.control_tokens)
+    encoded = iter(encode_batch(good, tokenizer, policy=policy, template=data.template))
+    results = [one if isinstance(one, RowError) else next(encoded) for one in read]
+    wrong = [(number, one) for number, one in enumerate(results, 1) if isinstance(one, (RowError, EncodeError))]
+    if wrong and data.on_error == "stop":
+        more = len(wrong) - _LISTED
+        lines = [f"row {number} of {len(rows)}: {error}" for number, error in wrong[:_LISTED]]
+        lines += [f"... and {more} more"] if more > 0 else []
+        raise RowsError("\n  ".join(["rows cannot be encoded; phi3_lora.data.on_error: skip drops them:", *lines]))
+    return [
+        {"input_ids": one["input_ids"], "labels": one["labels"]}
+        for one in results
+        if not isinstance(one, (RowError, EncodeError))
+    ]
+
+
+def _messages(row: Mapping[str, Any], data: HostData) -> list[Message] | RowError:
+    try:
+        renamed = rename(row, data.columns)
+        name = data.format
+        if name == "auto":
+            fits = detect(renamed)
+            if len(fits) != 1:
+                known = "; ".join(f"{kind} has {', '.join(columns)}" for kind, columns in REQUIRED.items())
+                raise RowError(f"its columns {', '.join(row)} fit {' and '.join(fits) or 'no format'}: {known}")
+            name = fits[0]
+        adapt = ADAPTERS.get(name) or load_plugins().pick("dataset_adapters", name)
+        return adapted(adapt, renamed, name)
+    except RowError as error:
+        return error

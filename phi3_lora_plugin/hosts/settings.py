@@ -1,0 +1,84 @@
+"""The section `phi3_lora:` that hosts' config files may have: a recipe's words for what a host has no words for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from phi3_lora_plugin.recipe_sections import CheckpointSection, Section, Text
+
+
+class SettingsError(ValueError):
+    """A `phi3_lora:` section, or a host's config beside it, that cannot be used; says every key that is wrong."""
+
+
+class HostData(Section):
+    """How rows become chats and chats become labels; the host says which rows. Keys mean what they mean in a recipe."""
+
+    format: Text = "auto"
+    columns: dict[str, Text] = {}
+    train_on: Literal["assistant", "last_turn", "all"] = "assistant"
+    system: Literal["error", "fold", "drop"] = "error"
+    control_tokens: Literal["error", "escape"] = "error"
+    tools: Literal["error", "text", "drop"] = "error"
+    template: Text | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class HostSettings(Section):
+    """What may stand under `phi3_lora:`; nothing has to."""
+
+    data: HostData = HostData()
+    checkpoint: CheckpointSection | Literal[False] = CheckpointSection()
+    """Which LoRA-only checkpoints are written beside the host's own; false: none."""
+    masks: bool = True
+    """Encode chats here, so that ids are the published template's and labels exact; false leaves it to the host."""
+
+    def digest(self) -> str:
+        """Twelve letters that differ where the encoded rows do."""
+        return hashlib.sha256(json.dumps(self.data.model_dump(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_settings(given: Mapping[str, Any] | None) -> HostSettings:
+    """The section as settings; None is the defaults.
+
+    Raises:
+        SettingsError: with every key that is unknown or has a value it cannot have.
+    """
+    try:
+        return HostSettings.model_validate(dict(given or {}))
+    except (ValidationError, TypeError, ValueError) as error:
+        raise SettingsError("\n  ".join(["phi3_lora: cannot be used as it is:", *_lines(error)])) from error
+
+
+def _lines(error: Exception) -> list[str]:
+    if not isinstance(error, ValidationError):
+        return [f"expected a mapping with {', '.join(HostSettings.model_fields)}: {error}"]
+    lines = []
+    for found in error.errors():
+        key = ".".join(str(part) for part in found["loc"] if part not in ("CheckpointSection", "literal[False]"))
+        lines.append(f"{key}: {found['msg']}")
+    return list(dict.fromkeys(lines))
+
+
+def checkpoint_callback(settings: HostSettings) -> Any:
+    """The `LoraCheckpoint` that the section asks for, with how to ask the adapter later; None if it asks for none."""
+    if settings.checkpoint is False:
+        return None
+    from phi3_lora_plugin.callbacks import LoraCheckpoint
+
+    section, data = settings.checkpoint, settings.data
+    chat = {"system": data.system, "control_tokens": data.control_tokens, "tools": data.tools}
+    return LoraCheckpoint(
+        every_steps=section.every_steps,
+        keep_last=section.keep_last,
+        keep_best=section.keep_best,
+        keep_every=section.keep_every,
+        format=section.format,
+        background=section.background,
+        facts={"chat": chat | ({"template": data.template} if data.template else {})},
+    )
