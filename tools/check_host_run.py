@@ -1,6 +1,6 @@
 """Hold what a host trained to the tests of our own runs: rows, targets, adapter and checkpoints; print a line of JSON.
 
-    python tools/check_host_run.py BASE CHATS.jsonl ROWS.jsonl OUTPUT_DIR [ADAPTER]
+python tools/check_host_run.py BASE CHATS.jsonl ROWS.jsonl OUTPUT_DIR [ADAPTER]
 """
 
 import json
@@ -15,9 +15,9 @@ def check_rows(base: str, chats: Path, seen: Path) -> dict:
     tokenizer = load_tokenizer(base)
     wanted = {}
     for line in chats.read_text(encoding="utf-8").splitlines():
-        row = encode(json.loads(line)["messages"], tokenizer)
+        row = cut(encode(json.loads(line)["messages"], tokenizer))
         wanted[tuple(row["input_ids"])] = row["labels"]
-    got = [json.loads(line) for line in seen.read_text(encoding="utf-8").splitlines()]
+    got = [cut(json.loads(line)) for line in seen.read_text(encoding="utf-8").splitlines()]
     same_ids = [row for row in got if tuple(row["input_ids"]) in wanted]
     exact = [row for row in same_ids if row["labels"] == wanted[tuple(row["input_ids"])] and not row["trained_padding"]]
     found = {"rows": len(got), "ids": len(same_ids), "labels": len(exact)}
@@ -28,6 +28,12 @@ def check_rows(base: str, chats: Path, seen: Path) -> dict:
         found["begins"] = [tokenizer.decode([token]) for token in odd["input_ids"][:3]]
         found["ends"] = [tokenizer.decode([token]) for token in odd["input_ids"][-3:]]
     return found
+
+
+def cut(row: dict) -> dict:
+    """The row without what comes behind its last trained token, which no trained token sees."""
+    end = max((number for number, label in enumerate(row["labels"], 1) if label != -100), default=0)
+    return row | {"input_ids": row["input_ids"][:end], "labels": row["labels"][:end]}
 
 
 def check_adapter(base: str, adapter: Path) -> dict:

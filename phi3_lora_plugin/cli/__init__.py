@@ -13,6 +13,7 @@ from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.convert import convert_command, merge_command
 from phi3_lora_plugin.cli.data import check_command
 from phi3_lora_plugin.cli.evaluate import eval_command
+from phi3_lora_plugin.cli.hosts import host_path_command, render_command
 from phi3_lora_plugin.cli.inspect import inspect_command
 from phi3_lora_plugin.cli.plugins import plugins_command
 from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
@@ -42,6 +43,8 @@ app.command("convert")(convert_command)
 app.command("merge")(merge_command)
 app.command("run", context_settings=AS_IT_IS, add_help_option=False)(run_command)
 app.command("trl", context_settings=AS_IT_IS, add_help_option=False)(trl_command)
+app.command("render")(render_command)
+app.command("host-path")(host_path_command)
 
 data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 data.command("check")(check_command)

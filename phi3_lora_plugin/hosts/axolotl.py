@@ -69,4 +69,3 @@ class Phi3LoraPlugin(BasePlugin):  # type: ignore[misc]
 
             for sentence in set_stop_tokens(trainer.model, trainer.processing_class):
                 log.warning("phi3_lora_plugin: %s", sentence)
-

@@ -30,7 +30,7 @@ def register(data: HostData) -> None:
         ) -> list[tuple[list[int], list[int]]]:
             row = encoded(conversation(messages, system or self.default_system, tools, _ROLES), tokenizer, data)
             cut = pairs(row["input_ids"], row["labels"])
-            # It is `mask_history`, too: LLaMA-Factory then trains the last pair only, which must have something trained.
+            # It is `mask_history` too: LLaMA-Factory then trains the last pair alone, in which something has to be.
             return cut[:-1] if discarding_history_cot and not cut[-1][1] else cut
 
         def encode_oneturn(

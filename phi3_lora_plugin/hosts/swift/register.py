@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from swift.callbacks.mapping import callbacks_map
@@ -45,7 +46,7 @@ class Phi3Template(Template):  # type: ignore[misc]
         if not self.use_chat_template or self.task_type != "causal_lm" or inputs.is_multimodal or inputs.tools:
             return dict(super()._encode(inputs))
         if type(scale).__name__ != "LossScale":
-            log.warning_once(f"phi3_lora: --loss_scale {self._loss_scale} is ms-swift's own; it encodes these rows")
+            _say_once(f"--loss_scale {self._loss_scale} is ms-swift's own, so ms-swift encodes these rows")
             return dict(super()._encode(inputs))
         data = settings().data
         system = inputs.system if inputs.system is not None else self.template_meta.default_system
@@ -109,6 +110,11 @@ def _callback(args: Any, trainer: Any) -> Any:
         return TrainerCallback()
     callback.bind(trainer)
     return callback
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    log.warning("phi3_lora: %s", sentence)
 
 
 def _message(message: Any) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""`phi3-lora render` and `phi3-lora host-path`: what other hosts need from us as files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def render_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
+    host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl, swift or torchtune.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Write it here, and what belongs beside it.")] = None,
+) -> None:
+    """Print a recipe as another host's own config, commented where we had to choose."""
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.hosts.render import render
+    from phi3_lora_plugin.recipe import load_recipe
+
+    plugins = load_plugins()
+    made = render(load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name)), host)
+    if out is None:
+        print(made.text, end="")
+        if made.beside:
+            print(f"--out FILE also writes {', '.join(made.beside)}, which it needs beside it", file=sys.stderr)
+        return
+    taken = [str(path) for path in (out, *(out.parent / name for name in made.beside)) if path.exists()]
+    if taken:
+        print(f"{', '.join(taken)}: there already; nothing is written", file=sys.stderr)
+        raise typer.Exit(2)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(made.text, encoding="utf-8")
+    for name, text in made.beside.items():
+        (out.parent / name).write_text(text, encoding="utf-8")
+    print(f"wrote {', '.join(map(str, (out, *(out.parent / name for name in made.beside))))}", file=sys.stderr)
+
+
+def host_path_command(
+    host: Annotated[str, typer.Argument(help="swift")],
+) -> None:
+    """Print the file that a host takes by its path: `swift sft --external_plugins $(phi3-lora host-path swift)`."""
+    if host != "swift":
+        print(f"{host}: only swift takes a file; axolotl takes a dotted name (docs/hosts.md)", file=sys.stderr)
+        raise typer.Exit(2)
+    from phi3_lora_plugin.hosts.swift import plugin_file
+
+    print(plugin_file())
