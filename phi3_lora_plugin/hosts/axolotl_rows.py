@@ -7,13 +7,17 @@ hosts/axolotl.py writes that by itself.
 # A strategy of axolotl's is a subclass of something heavy; this module is imported only by axolotl.
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 
+from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.rows import encode_rows
 from phi3_lora_plugin.hosts.settings import HostData, read_settings
+
+log = logging.getLogger("axolotl.phi3_lora_plugin")
 
 
 class ChatRows(PromptTokenizingStrategy):  # type: ignore[misc]
@@ -22,6 +26,8 @@ class ChatRows(PromptTokenizingStrategy):  # type: ignore[misc]
     def __init__(self, tokenizer: Any, data: HostData) -> None:
         super().__init__(None, tokenizer)
         self.data = data
+        for sentence in restore(tokenizer):
+            log.warning("phi3_lora_plugin: %s", sentence)
 
     @property
     def supports_batched(self) -> bool:

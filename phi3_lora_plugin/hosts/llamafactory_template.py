@@ -3,16 +3,19 @@
 # A template of LLaMA-Factory's is a subclass of something heavy; this module is imported only inside functions.
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamafactory.data.template import TEMPLATES, Template, register_template
 
 from phi3_lora_plugin.hosts.pairs import conversation, encoded, pairs
+from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.settings import HostData
 from phi3_lora_plugin.tokenizer import repair_tokenizer, stop_token_ids
 
 NAME = "phi3_lora"
+log = logging.getLogger(__name__)
 _ROLES = {"function": "assistant", "observation": "tool"}
 
 
@@ -45,8 +48,9 @@ def register(data: HostData) -> None:
             return next(pair for pair in pairs(row["input_ids"], row["labels"]) if pair[1])
 
         def fix_special_tokens(self, tokenizer: Any) -> None:
-            """Leave the eos token as published; pad with what ends nothing."""
-            repair_tokenizer(tokenizer)
+            """Leave the eos token as published; pad with what ends nothing; have the published ids."""
+            for sentence in restore(tokenizer) + repair_tokenizer(tokenizer):
+                log.warning("%s", sentence)
 
         def get_stop_token_ids(self, tokenizer: Any) -> list[int]:
             return stop_token_ids(tokenizer)

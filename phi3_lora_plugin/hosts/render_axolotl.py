@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 # TrainingArguments that axolotl knows by the same name.
-_SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "eval_strategy",
+_SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", 
          "lr_scheduler_kwargs", "bf16", "fp16", "dataloader_num_workers")  # fmt: skip
 _LENGTH = 4096
 
@@ -116,6 +116,8 @@ def _data(recipe: Recipe) -> list[Line]:
         lines.append(Line("test_datasets", [_source(held_out)]))
     elif recipe.data.eval_fraction:
         lines.append(Line("val_set_size", recipe.data.eval_fraction))
+    if (held_out is not None or recipe.data.eval_fraction) and "eval_strategy" in recipe.training:
+        lines.append(Line("eval_strategy", recipe.training["eval_strategy"]))
     return lines
 
 

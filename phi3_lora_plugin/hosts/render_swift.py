@@ -128,4 +128,6 @@ def _data(recipe: Recipe) -> list[Line]:
         lines.append(Line("val_dataset", [f"{held_out.path}{split}"]))
     elif recipe.data.eval_fraction:
         lines.append(Line("split_dataset_ratio", recipe.data.eval_fraction))
+    if held_out is not None or recipe.data.eval_fraction:
+        lines.append(Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")))
     return lines

@@ -68,7 +68,6 @@ def render(recipe: Recipe) -> Rendered:
         Line("weight_decay", n.weight_decay),
         Line("max_grad_norm", n.max_grad_norm),
         Line("gradient_checkpointing", n.checkpointing, "on by default in TRL"),
-        *([Line("gradient_checkpointing_kwargs", {"use_reentrant": False})] if n.checkpointing else []),
         *_precision(recipe, n.rest),
         Line("logging_steps", n.logging_steps),
         Line("save_steps", recipe.checkpoint.every_steps or 500),
@@ -105,9 +104,15 @@ def _data(recipe: Recipe) -> list[Line]:
     else:
         lines = [Line("dataset_name", found.path), Line("dataset_train_split", found.split, found.why)]
     if held_out is not None and not held_out.local and held_out.path == found.path:
-        lines += [Line("dataset_test_split", held_out.split), Line("eval_strategy", "epoch")]
+        lines += [
+            Line("dataset_test_split", held_out.split),
+            Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")),
+        ]
     elif found.local and recipe.data.eval_fraction:
-        lines += [Line("test_split_size", recipe.data.eval_fraction), Line("eval_strategy", "epoch")]
+        lines += [
+            Line("test_split_size", recipe.data.eval_fraction),
+            Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")),
+        ]
     elif held_out is not None or recipe.data.eval_fraction:
         lines.append(note("left out: rows to evaluate on; TRL's command takes a split of the same data set only"))
     if found.format == "alpaca" or found.columns:

@@ -87,7 +87,13 @@ def numbers(recipe: Recipe) -> Numbers:
     """The training section, with TrainingArguments' defaults where it says nothing."""
     given = dict(recipe.training)
     warmup = given.pop("warmup_steps", None) or given.pop("warmup_ratio", None) or 0
-    for name in ("warmup_ratio", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "report_to"):
+    for name in (
+        "eval_strategy",
+        "warmup_ratio",
+        "activation_checkpointing_kwargs",
+        "gradient_checkpointing_kwargs",
+        "report_to",
+    ):
         given.pop(name, None)
     sampling = given.pop("train_sampling_strategy", None)
     new, old = given.pop("activation_checkpointing", False), given.pop("gradient_checkpointing", False)

@@ -58,11 +58,9 @@ def read_settings(given: Mapping[str, Any] | None) -> HostSettings:
 def _lines(error: Exception) -> list[str]:
     if not isinstance(error, ValidationError):
         return [f"expected a mapping with {', '.join(HostSettings.model_fields)}: {error}"]
-    lines = []
-    for found in error.errors():
-        key = ".".join(str(part) for part in found["loc"] if part not in ("CheckpointSection", "literal[False]"))
-        lines.append(f"{key}: {found['msg']}")
-    return list(dict.fromkeys(lines))
+    # `checkpoint` may be a section or false; pydantic answers for both, with parts such as `literal[False]`.
+    errors = [found for found in error.errors() if "literal[False]" not in found["loc"]] or error.errors()
+    return [f"{'.'.join(str(part) for part in one['loc'] if '[' not in str(part))}: {one['msg']}" for one in errors]
 
 
 def checkpoint_callback(settings: HostSettings) -> Any:

@@ -21,6 +21,7 @@ from swift.template.template_meta import TemplateMeta
 from phi3_lora_plugin.chat.encode import prompt_ids
 from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.hosts.pairs import conversation, encoded
+from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.settings import HostSettings, checkpoint_callback, read_settings
 from phi3_lora_plugin.tokenizer import repair_tokenizer
 
@@ -38,7 +39,8 @@ class Phi3Template(Template):  # type: ignore[misc]
 
     def init_processor(self, processor: Any) -> None:
         if processor is not None and not self._processor_inited:
-            repair_tokenizer(processor)
+            for sentence in restore(processor) + repair_tokenizer(processor):
+                log.warning("phi3_lora: %s", sentence)
         super().init_processor(processor)
 
     def _encode(self, inputs: Any) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""Give a host's tokenizer the published ids, where the class that it was loaded as gives others.
+
+`AutoTokenizer` builds a tokenizer anew from the class that tokenizer_config.json names. In some versions of transformers
+(5.6, for one) what comes out begins words behind a role token with other pieces than tokenizer.json says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PROBES = ("<|user|>\nSamantha<|end|>\n<|assistant|>\n It is.<|end|>\n", "Samantha", " a", "\n  b\n")
+
+
+def restore(tokenizer: Any) -> list[str]:
+    """Put tokenizer.json's own rules into `tokenizer`, in place, if it encodes differently; a sentence if it did.
+
+    Raises:
+        TokenizerError: the tokenizer's own files cannot be read; says which.
+    """
+    from phi3_lora_plugin.tokenizer import load_tokenizer
+
+    published = load_tokenizer(tokenizer.name_or_path).backend_tokenizer
+    mine = tokenizer.backend_tokenizer
+    same = all(
+        mine.encode(text, add_special_tokens=False).ids == published.encode(text, add_special_tokens=False).ids
+        for text in _PROBES
+    )
+    if same:
+        return []
+    tokenizer._tokenizer = published
+    return [f"the tokenizer was loaded as {type(tokenizer).__name__}, which gives other ids; tokenizer.json's are used"]

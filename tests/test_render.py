@@ -1,0 +1,137 @@
+"""`phi3-lora render`: every preset in every host's words, and what each host's own parser says to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+from typer.testing import CliRunner
+
+from phi3_lora_plugin.cli import app
+from phi3_lora_plugin.hosts.render import HOSTS, render
+from phi3_lora_plugin.hosts.rendered import RenderError
+from phi3_lora_plugin.recipe import load_recipe
+from phi3_lora_plugin.recipe_layers import shipped_names
+
+ROOT = Path(__file__).parents[1]
+NAMES = shipped_names()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base and chats."""
+    folder = tmp_path_factory.mktemp("render")
+    tiny.base(folder / "base")
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (folder / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    return folder
+
+
+def config(name: str, host: str, *overrides: str) -> dict[str, Any]:
+    text = render(load_recipe(name, overrides), host).text
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_has_every_hosts_words_or_is_refused_with_a_reason(name: str) -> None:
+    recipe = load_recipe(name)
+    for host in HOSTS:
+        if host == "torchtune" and recipe.model.path.rpartition("/")[2] not in ("Phi-3-mini-4k-instruct", "phi-4"):
+            if not recipe.model.path.startswith("embedded:"):
+                with pytest.raises(RenderError, match="torchtune has Phi-3-mini-4k-instruct and phi-4, not"):
+                    render(recipe, host)
+                continue
+        made = config(name, host)
+        flat = json.dumps(made)
+        rate = {"torchtune": ("optimizer", "lr")}.get(host, ("learning_rate",))
+        value = made
+        for key in rate:
+            value = value[key]
+        assert value == recipe.training["learning_rate"]
+        assert recipe.output_dir in flat and f"{recipe.lora.r}" in flat
+        if host != "torchtune":
+            assert not ({"q_proj", "v_proj", "up_proj"} & set(flat.replace('"', ",").split(","))) or "MoE" in flat
+        for key, kept in recipe.training.items():  # nothing is lost in silence
+            known = ("activation", "gradient", "report_to", "train_sampling", "warmup", "lr_sched", "eval_strategy")
+            text = render(recipe, host).text
+            assert key.startswith(known) or kept == -1 or key in text or str(kept) in text, (host, key)
+
+
+def test_what_a_recipe_says_arrives() -> None:
+    overrides = ["data.system=fold", "data.train_on=last_turn", "lora.dora=true", "checkpoint.keep_last=5", "seed=7"]
+    axolotl = config("phi3-mini-4k-qlora", "axolotl", *overrides)
+    assert axolotl["adapter"] == "qlora" and axolotl["load_in_4bit"] and axolotl["peft_use_dora"]
+    assert axolotl["phi3_lora"] == {"data": {"train_on": "last_turn", "system": "fold"}, "checkpoint": {"keep_last": 5}}
+    swift = config("phi3-mini-4k-qlora", "swift", *overrides)
+    assert json.loads(swift["ENV"]["PHI3_LORA_SETTINGS"]) == axolotl["phi3_lora"] and swift["seed"] == 7
+    assert Path(swift["external_plugins"][0]).is_file()
+    factory = config("phi3-mini-4k-qlora", "llamafactory", *overrides)
+    assert factory["phi3_lora"] == axolotl["phi3_lora"] and factory["quantization_bit"] == 4
+    trl = config("phi3-mini-4k-qlora", "trl")
+    assert trl["assistant_only_loss"] and "{% generation %}" in Path(trl["chat_template_path"]).read_text()
+
+
+def test_slices_become_the_whole_with_a_comment_and_torchtune_keeps_them() -> None:
+    recipe = load_recipe("phi3-mini-4k-lora", ["lora.targets=[q_proj, v_proj]"])
+    text = render(recipe, "axolotl").text
+    assert yaml.safe_load(text)["lora_target_modules"] == ["qkv_proj"] and "the recipe names q_proj, v_proj" in text
+    tuned = yaml.safe_load(render(recipe, "torchtune").text)["model"]
+    assert tuned["lora_attn_modules"] == ["q_proj", "v_proj"] and tuned["apply_lora_to_mlp"] is False
+
+
+def test_the_shape_of_rows_is_looked_at(tmp_path: Path) -> None:
+    rows = tmp_path / "chats.json"
+    rows.write_text(json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]))
+    made = render(load_recipe("phi3-mini-4k-lora", [f"data.path={rows}"]), "llamafactory")
+    entry = json.loads(made.beside["dataset_info.json"])["train"]
+    assert entry["file_name"] == str(rows) and entry["columns"] == {"messages": "conversations"}
+    unseen = render(load_recipe("phi3-mini-4k-lora", ["data.path=someone/chats"]), "llamafactory")
+    assert "were not looked at" in unseen.text
+
+
+def test_the_command_writes_what_belongs_together_and_overwrites_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "lf" / "run.yaml"
+    words = ["render", "tiny-cpu", "--host", "llamafactory", "--out", str(out)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (out.parent / "dataset_info.json").is_file()
+    before = out.read_text()
+    again = CliRunner().invoke(app, [*words, "seed=1"])
+    assert again.exit_code == 2 and out.read_text() == before
+    with pytest.raises(RenderError, match="none of axolotl, llamafactory, trl, swift, torchtune"):
+        render(load_recipe("tiny-cpu"), "unsloth")
+    assert CliRunner().invoke(app, ["host-path", "swift"]).output.strip().endswith("phi3_lora_swift.py")
+    assert CliRunner().invoke(app, ["host-path", "axolotl"]).exit_code == 2
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path) -> None:
+    environment = os.environ.get("PHI3_HOST_ENVS")
+    python = Path(environment, host, "bin", "python") if environment else None
+    if host == "trl":
+        python = Path(sys.executable)
+    if python is None or not python.is_file():
+        pytest.skip(f"no environment for {host}; PHI3_HOST_ENVS=FOLDER names those of tools/host_matrix")
+    files = []
+    for name in ("tiny-cpu", "phi3-mini-4k-lora", "phi3-mini-4k-qlora"):
+        model = [] if host == "torchtune" else [f"model.path={place / 'base'}"]
+        made = render(load_recipe(name, [*model, f"data.path={place / 'chats.jsonl'}"]), host)
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(made.text)
+    done = subprocess.run(
+        [python, ROOT / "tools" / "parse_rendered.py", host, *files],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=600,
+        env={**os.environ, "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"},
+    )
+    said = [line for line in done.stdout.splitlines() if ": accepted" in line or ": refused" in line]
+    assert done.returncode == 0 and len(said) == 3, "\n".join([*said, done.stderr[-2000:]])
