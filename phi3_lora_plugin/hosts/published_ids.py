@@ -1,7 +1,7 @@
 """Give a host's tokenizer the published ids, where the class that it was loaded as gives others.
 
-`AutoTokenizer` builds a tokenizer anew from the class that tokenizer_config.json names. In some versions of transformers
-(5.6, for one) what comes out begins words behind a role token with other pieces than tokenizer.json says.
+`AutoTokenizer` builds a tokenizer anew from the class that tokenizer_config.json names. In some versions of
+transformers (5.6, for one) words behind a role token then begin with other pieces than tokenizer.json says.
 """
 
 from __future__ import annotations

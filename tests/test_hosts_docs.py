@@ -1,0 +1,63 @@
+"""What docs/hosts.md shows is as it says: commands run, files and names exist, sections are read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import host_hooks
+import pytest
+import tiny
+import yaml
+from typer.testing import CliRunner
+
+from phi3_lora_plugin.cli import app
+from phi3_lora_plugin.hosts.axolotl_config import prepare
+from phi3_lora_plugin.hosts.settings import HostSettings, read_settings
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
+
+
+def test_the_commands_of_ours_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    Path("chats.jsonl").write_text(json.dumps(chat) + "\n")
+    shown = [line for text in block("sh") for line in text.splitlines() if line.startswith("phi3-lora ")]
+    assert len(shown) == 5
+    for line in shown:
+        done = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+    assert Path("lf/dataset_info.json").is_file()
+
+
+def test_the_axolotl_config_is_made_fit() -> None:
+    (text,) = block("yaml axolotl")
+    cfg = yaml.safe_load(text)
+    (plugin,) = cfg["plugins"]
+    module, _, name = plugin.rpartition(".")
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    assert f"{name}.register" in host_hooks.signatures(Path(spec.origin).read_text(encoding="utf-8"))
+    said = prepare(cfg, tiny.config().to_dict(), HostSettings(), "<unk>")
+    assert cfg["lora_target_modules"] and cfg["datasets"][0]["type"] == "phi3_lora_plugin.hosts.axolotl_rows" and said
+
+
+def test_the_section_is_read() -> None:
+    (text,) = block("yaml settings")
+    settings = read_settings(yaml.safe_load(text))
+    assert settings.data.system == "fold" and settings.checkpoint and settings.checkpoint.every_steps == 50
+
+
+def test_what_is_named_exists() -> None:
+    for module in re.findall(r"-m (phi3_lora_plugin[\w.]+)", DOC):
+        assert find_spec(module) is not None
+    for file in ("tools/host_matrix", "tests/test_host_drift.py", "tests/host_hooks.py"):
+        assert file in DOC and (ROOT / file).is_file()
