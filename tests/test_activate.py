@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,3 +155,11 @@ def test_attach_leaves_other_models_tokens_alone(tmp_path: Path) -> None:
 def test_activating_imports_no_trl() -> None:
     code = "import sys; from phi3_lora_plugin import activate; activate(); print('trl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_the_snippets_of_the_page_run(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text(encoding="utf-8")
+    made = trainer(tmp_path, max_steps=1)
+    for snippet in re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+        exec(compile(snippet, "docs/trainer.md", "exec"), {"trainer": made})
+    assert made.state.global_step == 1 and latest_complete(tmp_path) and active() == ()

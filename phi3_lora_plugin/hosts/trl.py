@@ -8,7 +8,7 @@ messages come from our own encoder. Also `phi3-lora trl sft ...`, in front of th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 SCRIPTS = ("sft", "dpo")
@@ -29,13 +29,18 @@ def exact_rows() -> tuple[list[str], Callable[[], None]]:
         return found if found is not None else stock(processing_class, tokenizer)
 
     chat_template_utils.get_training_chat_template = get_training_chat_template
-    undo_rows = _when_imported("trl.trainer.sft_trainer", _wrap_sft)
+    undo_sft = _when_imported("trl.trainer.sft_trainer", _wrap_sft)
+    undo_dpo = _when_imported("trl.trainer.dpo_trainer", _wrap_dpo)
 
     def undo() -> None:
         chat_template_utils.get_training_chat_template = stock
-        undo_rows()
+        undo_sft()
+        undo_dpo()
 
-    return ["SFTTrainer masks rows of Phi-3 chats exactly where assistant_only_loss asks for masks"], undo
+    return [
+        "SFTTrainer masks rows of Phi-3 chats exactly where assistant_only_loss asks for masks",
+        "DPOTrainer reads preferences of Phi-3 chats in every common shape, and compares answers only",
+    ], undo
 
 
 def run_script(name: str, arguments: Sequence[str]) -> None:
@@ -96,6 +101,90 @@ def _wrap_sft(module: Any) -> Callable[[], None]:
     return undo
 
 
+def _wrap_dpo(module: Any) -> Callable[[], None]:
+    """Preferences between chats of a Phi tokenizer come from our encoder; preferences between texts are TRL's."""
+    trainer = module.DPOTrainer
+    stock = trainer._prepare_dataset
+
+    def _prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: Any, *others: Any, **named: Any) -> Any:
+        if not _takes_pairs(module) or _marked(processing_class) is None or not _are_chats(next(iter(dataset))):
+            return stock(self, dataset, processing_class, args, *others, **named)
+        made = pairs(dataset, processing_class)
+        if args.max_length is None or getattr(args, "truncation_mode", "keep_start") != "keep_start":
+            return made
+        return made.filter(lambda row: len(row["prompt_ids"]) < args.max_length)  # as TRL does: no answer is left
+
+    trainer._prepare_dataset = _prepare_dataset
+
+    def undo() -> None:
+        trainer._prepare_dataset = stock
+
+    return undo
+
+
+def _takes_pairs(module: Any) -> bool:
+    """Whether this TRL pads rows of the columns that `pairs` makes; before version 1 they had other names."""
+    try:
+        module.DataCollatorForPreference(pad_token_id=0)([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
+    except Exception:  # whatever an older collator says to a row that it does not know
+        return False
+    return True
+
+
+def _are_chats(row: dict[str, Any]) -> bool:
+    known = any(row.get(name) is not None for name in ("messages", "conversations", "instruction"))
+    return row.get("chosen") is not None and (known or not isinstance(row["chosen"], str))
+
+
+def pairs(dataset: Any, tokenizer: Any) -> Any:
+    """Rows that `chat.preferences` reads -> `prompt_ids`, `chosen_ids` and `rejected_ids`, TRL's own columns.
+
+    An answer is what is trained of it: the turn and its stop token, nothing behind.
+
+    Raises:
+        TrlError: a row that cannot be encoded; says which and why.
+    """
+
+    def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        from phi3_lora_plugin.chat.preferences import preference
+        from phi3_lora_plugin.chat.turns import RowError
+
+        chats: list[list[dict[str, Any]]] = []
+        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            try:
+                pair = preference(dict(zip(batch, values, strict=True)))
+            except RowError as error:
+                raise TrlError(f"row {index + 1}: {error}") from error
+            chats += [pair.chosen, pair.rejected]
+        made: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        rows = list(_encode(chats, tokenizer, [index for index in indices for _ in "ab"]))
+        for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+            (prompt, better), (_, worse) = _answer(chosen), _answer(rejected)
+            made["prompt_ids"].append(prompt)
+            made["chosen_ids"].append(better)
+            made["rejected_ids"].append(worse)
+        return made
+
+    columns = list(next(iter(dataset)))
+    return dataset.map(encode_rows, batched=True, with_indices=True, remove_columns=columns)
+
+
+def _answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """(ids before what is trained, ids of what is trained)."""
+    trained = [index for index, label in enumerate(row["labels"]) if label != -100]
+    return row["input_ids"][: trained[0]], row["input_ids"][trained[0] : trained[-1] + 1]
+
+
+def _encode(chats: list[list[dict[str, Any]]], tokenizer: Any, indices: list[int]) -> Iterator[dict[str, Any]]:
+    from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+
+    policy = Policy(system="fold", tools="text")
+    for index, row in zip(indices, encode_batch(chats, tokenizer, policy=policy), strict=True):
+        if isinstance(row, EncodeError):
+            raise TrlError(f"row {index + 1} cannot be trained on: {row}")
+        yield row
+
+
 def encoded(dataset: Any, tokenizer: Any) -> Any:
     """Rows with `messages`, or `prompt` and `completion` messages -> `input_ids` and masks, in TRL's own columns.
 
@@ -105,12 +194,12 @@ def encoded(dataset: Any, tokenizer: Any) -> Any:
     first = next(iter(dataset))
     if "input_ids" in first or not isinstance(first.get("messages", first.get("completion")), list):
         return dataset
-    pairs = "completion" in first
+    both = "completion" in first
     columns = [name for name in ("messages", "prompt", "completion") if name in first]
 
     def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return _masks([_conversation(row) for row in rows], tokenizer, indices, pairs)
+        return _masks([_conversation(row) for row in rows], tokenizer, indices, both)
 
     return dataset.map(encode_rows, batched=True, with_indices=True, remove_columns=columns)
 
@@ -123,19 +212,14 @@ def _conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _masks(
-    conversations: list[list[dict[str, Any]]], tokenizer: Any, indices: list[int], pairs: bool
+    conversations: list[list[dict[str, Any]]], tokenizer: Any, indices: list[int], both: bool
 ) -> dict[str, list[Any]]:
-    from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
-
-    policy = Policy(system="fold", tools="text")
-    made: dict[str, list[Any]] = {"input_ids": [], "assistant_masks": []} | ({"completion_mask": []} if pairs else {})
-    for index, row in zip(indices, encode_batch(conversations, tokenizer, policy=policy), strict=True):
-        if isinstance(row, EncodeError):
-            raise TrlError(f"row {index + 1} cannot be trained on: {row}")
+    made: dict[str, list[Any]] = {"input_ids": [], "assistant_masks": []} | ({"completion_mask": []} if both else {})
+    for row in _encode(conversations, tokenizer, indices):
         made["input_ids"].append(row["input_ids"])
         mask = [int(label != -100) for label in row["labels"]]
         made["assistant_masks"].append(mask)
-        if pairs:
+        if both:
             made["completion_mask"].append(mask)
     return made
 
