@@ -20,27 +20,43 @@ class TrlError(ValueError):
 
 def exact_rows() -> tuple[list[str], Callable[[], None]]:
     """Wrap what TRL finds templates with and, once it is imported, how `SFTTrainer` encodes; (sentences, undo)."""
-    from trl import chat_template_utils
-
-    stock = chat_template_utils.get_training_chat_template
-
-    def get_training_chat_template(processing_class: Any = None, tokenizer: Any = None) -> Any:
-        found = _marked(processing_class if processing_class is not None else tokenizer)
-        return found if found is not None else stock(processing_class, tokenizer)
-
-    chat_template_utils.get_training_chat_template = get_training_chat_template
-    undo_sft = _when_imported("trl.trainer.sft_trainer", _wrap_sft)
-    undo_dpo = _when_imported("trl.trainer.dpo_trainer", _wrap_dpo)
+    undone = [
+        _our_templates(),
+        _when_imported("trl.trainer.sft_trainer", _wrap_sft),
+        _when_imported("trl.trainer.dpo_trainer", _wrap_dpo),
+    ]
 
     def undo() -> None:
-        chat_template_utils.get_training_chat_template = stock
-        undo_sft()
-        undo_dpo()
+        for take_back in undone:
+            take_back()
 
     return [
         "SFTTrainer masks rows of Phi-3 chats exactly where assistant_only_loss asks for masks",
         "DPOTrainer reads preferences of Phi-3 chats in every common shape, and compares answers only",
     ], undo
+
+
+def _our_templates() -> Callable[[], None]:
+    """Have TRL's search for a training template find ours; older ones have no such search."""
+    try:
+        from trl import chat_template_utils
+    except ImportError:
+        return lambda: None
+    stock = getattr(chat_template_utils, "get_training_chat_template", None)
+    if stock is None:
+        return lambda: None
+
+    def get_training_chat_template(processing_class: Any = None, tokenizer: Any = None) -> Any:
+        found = _marked(processing_class if processing_class is not None else tokenizer)
+        return found if found is not None else stock(processing_class, tokenizer)
+
+    get_training_chat_template.__wrapped__ = stock  # type: ignore[attr-defined]
+    chat_template_utils.get_training_chat_template = get_training_chat_template
+
+    def undo() -> None:
+        chat_template_utils.get_training_chat_template = stock
+
+    return undo
 
 
 def run_script(name: str, arguments: Sequence[str]) -> None:
@@ -80,12 +96,13 @@ def _marked(tokenizer: Any) -> str | None:
 
 def _wrap_sft(module: Any) -> Callable[[], None]:
     """Rows of messages of a Phi tokenizer come from our encoder, if masks are asked for; everything else is TRL's."""
-    module_stock = module.get_training_chat_template
+    template = getattr(module, "get_training_chat_template", None)
     trainer = module.SFTTrainer
     stock = trainer._prepare_dataset
-    from trl import chat_template_utils
+    if template is not None:  # imported by name, perhaps before it was ours
+        from trl import chat_template_utils
 
-    module.get_training_chat_template = chat_template_utils.get_training_chat_template
+        module.get_training_chat_template = chat_template_utils.get_training_chat_template
 
     def _prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: Any, *others: Any, **named: Any) -> Any:
         if getattr(args, "assistant_only_loss", False) and _marked(processing_class) is not None:
@@ -96,7 +113,8 @@ def _wrap_sft(module: Any) -> Callable[[], None]:
 
     def undo() -> None:
         trainer._prepare_dataset = stock
-        module.get_training_chat_template = module_stock
+        if template is not None:
+            module.get_training_chat_template = getattr(template, "__wrapped__", template)
 
     return undo
 
