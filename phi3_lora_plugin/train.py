@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
     from phi3_lora_plugin.recipe import Recipe
+
+_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 class TrainingError(RuntimeError):
@@ -60,6 +63,19 @@ class Result:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take back what transformers before 5 tells accelerate by the environment, where the next run would find it."""
+    before = os.environ.get(_MIXED_PRECISION)
+    try:
+        yield
+    finally:
+        os.environ.pop(_MIXED_PRECISION, None)
+        if before is not None:
+            os.environ[_MIXED_PRECISION] = before
+
+
+@_environment_kept()
 def train(
     recipe: Recipe,
     *,
