@@ -117,6 +117,7 @@ def train_on_ray(
                 "recipe": recipe,
                 "where": os.getcwd(),
                 "resume": resume,
+                "fresh": latest_complete(output_dir) is None,
                 "quiet": quiet,
                 "options": {"allow_drift": tuple(allow_drift), "samples": samples, "check": check},
             },
@@ -203,7 +204,9 @@ def _work(config: dict[str, Any]) -> Result | Exception:
     kept = ray_train.get_checkpoint()
     if kept is not None and context.get_local_rank() == 0:
         _restore(kept, Path(recipe.output_dir))
-    resume = config["resume"] or kept is not None
+    # A worker may die between writing and handing over: what is here was written by this very run.
+    written = config["fresh"] and latest_complete(recipe.output_dir) is not None
+    resume = _as_the_first_worker(config["resume"] or kept is not None or written)
     console = Console(quiet=config["quiet"] or context.get_world_rank() != 0, highlight=False, width=120)
     try:
         result = train(
@@ -215,6 +218,17 @@ def _work(config: dict[str, Any]) -> Result | Exception:
         if not type(error).__module__.startswith("phi3_lora_plugin."):
             raise
         return error
+
+
+def _as_the_first_worker(resume: bool) -> bool:
+    """Go on together or not at all, also where workers see different disks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return resume
+    said = [resume]
+    dist.broadcast_object_list(said)
+    return said[0]
 
 
 def _restore(kept: Any, output_dir: Path) -> None:
