@@ -14,7 +14,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from phi3_lora_plugin.recipe_layers import Chain, Find, Layer, merge, normalise, read_chain, read_overrides, shipped
+from phi3_lora_plugin.recipe_layers import (
+    Chain,
+    Find,
+    Layer,
+    leave_embedded_evaluation,
+    merge,
+    normalise,
+    read_chain,
+    read_overrides,
+    shipped,
+)
 from phi3_lora_plugin.recipe_problems import explain
 from phi3_lora_plugin.recipe_sections import (
     AboutSection,
@@ -138,6 +148,7 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
     for layer in layers:
         normalise(layer)
     merged = merge(layers)
+    leave_embedded_evaluation(layers, merged)
     merged.data.setdefault("output_dir", f"runs/{chain.name}")
     problems = [*chain.problems, *(problem for layer in layers for problem in layer.problems)]
     try:
@@ -153,7 +164,7 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
         raise RecipeError(chain.name, sorted(problems, key=lambda problem: _order(problem, chain)))
     recipe._name = chain.name
     recipe._source = Path(str(chain.files[0]))
-    recipe._notes = tuple(note for layer in layers for note in layer.notes)
+    recipe._notes = tuple(note for layer in [*layers, merged] for note in layer.notes)
     recipe._provenance.update(_provenance(recipe.resolved(), merged))
     return recipe
 

@@ -16,6 +16,9 @@ from phi3_lora_plugin.recipe_yaml import Key, Problem, parse_value, read_file, s
 
 Find = Callable[[str], Path | Traversable | str | None]
 
+#: Share that is held out where rows replace the embedded ones.
+HELD_OUT = 0.1
+
 SECTIONS = ("model", "data", "lora", "training", "checkpoint", "about")
 _NAME = re.compile(r"[^\W_][\w.+-]*")  # as discovery has it: never a path
 _YAML = re.compile(r"\.ya?ml$", re.IGNORECASE)
@@ -206,3 +209,41 @@ def merge(layers: Sequence[Layer]) -> Layer:
     for layer in layers:
         lay(base.data, layer.data, (), layer)
     return base
+
+
+def leave_embedded_evaluation(layers: Sequence[Layer], merged: Layer) -> None:
+    """Of a demonstration whose rows to train on were replaced by others, replace those to evaluate on as well.
+
+    The embedded chats belong together; to evaluate other data on them means nothing, and mostly cannot be done. Only
+    they: an evaluation file of one's own, in a parent, may well be there for many children.
+    """
+    data = merged.data.get("data")
+    if not isinstance(data, dict) or _embedded(data.get("path")) or not _embedded(data.get("eval_path")):
+        return
+    given, evaluated = ([key in _section(layer, "data") for layer in layers] for key in ("path", "eval_path"))
+    if data.get("path") is None or _last(given) <= _last(evaluated):
+        return
+    said = any({"eval_fraction", "eval_split"} & _section(layer, "data").keys() for layer in layers)
+    where = merged.where(("data", "path"))
+    del data["eval_path"]
+    merged.origin.pop(("data", "eval_path"), None)
+    text = f"{where}: data.eval_path: the embedded chats are not evaluated on, because data.path is other data"
+    if not said:
+        data["eval_fraction"] = HELD_OUT
+        merged.origin[("data", "eval_fraction")] = where
+        text += f"; data.eval_fraction={HELD_OUT} of it is held out instead"
+    merged.notes.append(text)
+
+
+def _embedded(path: Any) -> bool:
+    paths = path if isinstance(path, list) else [path]
+    return any(isinstance(one, str) and one.startswith("embedded:") for one in paths)
+
+
+def _section(layer: Layer, name: str) -> Mapping[str, Any]:
+    section = layer.data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _last(given: Sequence[bool]) -> int:
+    return max((index for index, one in enumerate(given) if one), default=-1)

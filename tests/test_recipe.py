@@ -83,6 +83,27 @@ def test_null_takes_the_default_back_and_an_empty_section_changes_nothing(tmp_pa
     assert recipe.provenance["lora.alpha"] == recipe.provenance["seed"] == "default"
 
 
+def test_rows_that_replace_the_embedded_ones_are_not_evaluated_on_those(tmp_path: Path) -> None:
+    mine = load_recipe("tiny-cpu", ["data.path=mine.jsonl"])
+    assert (mine.data.eval_path, mine.data.eval_fraction) == (None, 0.1)
+    assert mine.provenance["data.eval_fraction"] == "override" and "data.eval_fraction=0.1" in mine.notes[-1]
+
+    as_they_are = load_recipe("tiny-cpu")
+    assert as_they_are.data.eval_path == "embedded:chats/held_out.jsonl" and not as_they_are.notes
+    none = load_recipe("tiny-cpu", ["data.path=mine.jsonl", "data.eval_path="])
+    assert (none.data.eval_path, none.data.eval_fraction, none.notes) == (None, 0.0, ())
+    for said, fraction in (("eval_fraction=0.5", 0.5), ("eval_fraction=0", 0.0), ("eval_split=test", 0.0)):
+        other = load_recipe("tiny-cpu", ["data.path=mine.jsonl", f"data.{said}"])
+        assert (other.data.eval_path, other.data.eval_fraction) == (None, fraction)
+    own = load_recipe("tiny-cpu", ["data.path=mine.jsonl", "data.eval_path=embedded:chats/held_out.jsonl"])
+    assert own.data.eval_path == "embedded:chats/held_out.jsonl"
+    assert load_recipe("tiny-cpu", ["data.path=embedded:chats/held_out.jsonl"]).data.eval_path is not None
+    # An evaluation file of a parent's own may be there for many children.
+    write(tmp_path, "parent.yaml", "model: {path: base}\ndata: {path: a.jsonl, eval_path: b.jsonl}\n")
+    child = write(tmp_path, "child.yaml", "extends: parent.yaml\ndata: {path: c.jsonl}\n")
+    assert load_recipe(child).data.eval_path == "b.jsonl"
+
+
 def test_overrides_are_yaml(minimal: Path) -> None:
     recipe = load_recipe(
         minimal,
