@@ -206,7 +206,9 @@ def _registrar(kind: str, plugin: Plugin, mine: dict[str, Any], found: _Found) -
         if owner == plugin and mine[name] == value:
             return  # saying the same thing twice is harmless
         if owner is not None:
-            advice = f"uninstall one, rename, or block one with {BLOCK}={plugin.name}"
+            advice = f"uninstall one, rename, or block one with {BLOCK}={plugin.name} (or ={owner.name})"
+            if owner == plugin:
+                advice = "it has to rename one of the two"
             clash = PluginError(f"{KINDS[kind]} {name!r} is claimed twice: by {owner} and by {plugin}; {advice}")
             found.clashes[name] = clash
             raise clash

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.discovery import Plugins, load_plugins
+
+Tell = Callable[[str], None]
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,22 +124,23 @@ def train(
 
     started = time.monotonic()
     say = console or Console(quiet=True)
+
+    def tell(text: str) -> None:
+        say.print(text, markup=False, highlight=False, soft_wrap=True)  # a path may hold [brackets]
+
     plugins = plugins or load_plugins()
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     for note in recipe.notes:
-        say.print(f"note: {note}")
+        tell(f"note: {note}")
 
     set_seed(recipe.seed)
     model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
     longest = recipe.data.max_length or default_max_length(model.config.to_dict())
     data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
-    if os.environ.get("RANK", "0") == "0":
-        (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
-        (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     data.report.render(say)
     if not recipe.data.packing and straddles(_lengths(data.train), model.config.to_dict()):
-        say.print(
+        tell(
             "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
             "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
             "training.train_sampling_strategy: group_by_length"
@@ -167,18 +170,25 @@ def train(
         optimizers=(_optimizer(model, arguments, recipe), None),
     )
     for applied in accelerate_phi3(trainer, recipe.speed):
-        say.print(f"speed: {applied}")
+        tell(f"speed: {applied}")
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         if hasattr(callback, "bind"):
             callback.bind(trainer)
 
+    # Not earlier: what is refused until here leaves a folder that the repaired recipe may use.
+    if os.environ.get("RANK", "0") == "0":
+        (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
+        (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
     before = _eval_loss(trainer)
+    if before is not None:
+        tell(f"held-out loss before training: {before:.4f}")
     questions = _questions(data.eval, tokenizer, samples)
     answers_before = [_answer(model, tokenizer, question.ids) for question in questions]
     try:
         with stop:
-            _run(trainer, recipe, resume, allow_drift, say)
+            _run(trainer, recipe, resume, allow_drift, tell)
     except (HealthError, CheckpointError) as error:
         raise TrainingError(str(error)) from error
     interrupted = stop.received is not None
@@ -188,7 +198,7 @@ def train(
     adapter = latest_complete(output_dir)
     difference = None
     if check and adapter is not None and not interrupted and trainer.is_world_process_zero():
-        difference = _check(model, adapter, recipe, data.train[0]["input_ids"], say)
+        difference = _check(model, adapter, recipe, data.train[0]["input_ids"], tell)
     trainable, total = model.get_nb_trainable_parameters()
     base = model.get_base_model()
     return Result(
@@ -285,12 +295,12 @@ class _Packs:
         return {"rows": [self.rows[row] for row in self.packs[index]]}
 
 
-def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], say: Console) -> None:
+def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], tell: Tell) -> None:
     from contextlib import nullcontext
 
     from phi3_lora_plugin.resume import resumable
 
-    going_on = resumable(trainer, recipe.output_dir, allow_drift, say.print) if resume else nullcontext()
+    going_on = resumable(trainer, recipe.output_dir, allow_drift, tell) if resume else nullcontext()
     with going_on as checkpoint:
         trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -320,17 +330,17 @@ def _batches(rows: Any, tokenizer: Any, device: Any, size: int = 8, count: int =
     return [{key: value.to(device) for key, value in batch.items()} for batch in made]
 
 
-def _check(model: Any, adapter: Path, recipe: Recipe, ids: Sequence[int], say: Console) -> float | None:
+def _check(model: Any, adapter: Path, recipe: Recipe, ids: Sequence[int], tell: Tell) -> float | None:
     """Reload the adapter elsewhere; None, with the reason said, where a second copy of the base would not be fair."""
     from phi3_lora_plugin.embedded import locate
     from phi3_lora_plugin.reload_check import reload_check
 
     if recipe.model.quantize != "none":
-        say.print("the reload was not checked: the base is quantised; phi3-lora verify checks the files")
+        tell("the reload was not checked: the base is quantised; phi3-lora verify checks the files")
         return None
     parameters = model.num_parameters()
     if parameters > 1_000_000_000:
-        say.print(f"the reload was not checked: a second copy of {parameters / 1e9:.1f}B parameters may not fit")
+        tell(f"the reload was not checked: a second copy of {parameters / 1e9:.1f}B parameters may not fit")
         return None
     check = reload_check(model, adapter, locate(recipe.model.path), recipe.model.revision, ids[:256])
     return check.largest_difference

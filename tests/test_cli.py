@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +110,7 @@ def test_a_recipe_with_nine_mistakes_gets_nine_lines(
 def test_folders_that_are_taken_or_cannot_be_written(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "taken" / "lora").mkdir(parents=True)
+    (tmp_path / "taken" / "lora" / "step-00000003").mkdir(parents=True)
     assert run(monkeypatch, "train", *settings(place, tmp_path / "taken")) == 2
     assert "--resume" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
@@ -119,6 +118,21 @@ def test_folders_that_are_taken_or_cannot_be_written(
     assert "cannot be written" in capsys.readouterr().err
     assert run(monkeypatch, "train", *settings(place, tmp_path / "none"), "--resume") == 2
     assert "no run to resume" in capsys.readouterr().err
+
+
+def test_what_is_refused_leaves_a_folder_that_the_repaired_recipe_may_use(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(monkeypatch, "train", *settings(place, out, "lora.targets=[qkv_porj]")) == 2
+    assert "qkv_porj" in capsys.readouterr().err and not list(out.iterdir())
+    # A disk that is full fails the run; there is nothing wrong with the input.
+    (out / "data_report.json").symlink_to("/dev/full")
+    assert run(monkeypatch, "train", *settings(place, out)) == 1
+    shown = capsys.readouterr().err
+    assert "No space left on device" in shown and "Traceback" not in shown
+    (out / "data_report.json").unlink()
+    assert run(monkeypatch, "train", *settings(place, out, "training.max_steps=1"), "--no-check") == 0
 
 
 @pytest.mark.parametrize("arguments", [["train", "no-such-recipe"], ["chat", "no-such-folder"], ["verify", "nowhere"]])
@@ -178,7 +192,23 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number: int, pla
     assert f"step {step}" in done.stdout and (tmp_path / "a run" / "lora" / f"step-{step + 2:08d}").is_dir()
 
 
-def test_the_light_commands_start_fast_enough_to_import_nothing_heavy() -> None:
+def test_a_signal_before_training_leaves_at_once(place: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "train", *settings(place, tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("recipe ")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, "before anything was saved" in said) == (130, True), said
+    assert "Traceback" not in said
+
+
+def test_the_light_commands_import_nothing_heavy() -> None:
     for arguments in (["--help"], ["recipes"], ["show", "tiny-cpu"], ["train", "--help"]):
         program = (
             f"import sys; sys.argv = ['phi3-lora', *{arguments!r}]\nfrom phi3_lora_plugin.cli import main\n"
@@ -186,7 +216,5 @@ def test_the_light_commands_start_fast_enough_to_import_nothing_heavy() -> None:
             "heavy = ('torch', 'transformers', 'peft', 'trl', 'datasets')\n"
             "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
         )
-        started = time.monotonic()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.stderr.strip() == "[]", (arguments, done.stderr)
-        assert time.monotonic() - started < 20

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from phi3_lora_plugin import attach, latest_complete, load_recipe, train, verify
 from phi3_lora_plugin.cli.train import report
-from phi3_lora_plugin.train import TrainingError
+from phi3_lora_plugin.train import Result, Sample, TrainingError
 
 WORDS = "fox dog apples basket paris france jumps lazy three brown".split()
 
@@ -71,12 +71,23 @@ def test_a_run_leaves_a_checked_adapter_and_says_what_it_did(place: Path, tmp_pa
     assert json.loads(result.to_json())["steps"] == 12
     assert len(result.samples) == 2 and result.samples[0].expected in WORDS
     text = said.getvalue()
-    for part in ("qkv_proj", "gate_up_proj", "speed: loss: on", "step 12/12"):
+    for part in ("qkv_proj", "gate_up_proj", "speed: loss: on", "held-out loss before training", "step 12/12"):
         assert part in text
     end = StringIO()
     report(result, "again", Console(file=end, width=200))
     for part in ("held-out loss", "phi3-lora chat", "phi3-lora verify", str(adapter)):
         assert part in end.getvalue()
+
+
+def test_the_report_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = Sample("[b]x[/i] [/INST]", "\x1b[31m", "[/]", "[red]")
+    result = Result(
+        "done", "out", "runs/[1]/lora", "base", 1, 1.0, 9, 1.0, 0.5, 2.0, 1.0, 1, 10, 100, 1000, 0.0, (odd,)
+    )
+    report(result, "again", Console(width=200))
+    shown = capsys.readouterr().out
+    for part in ("[b]x[/i] [/INST]", "\\x1b[31m", "[/]", "[red]", "runs/[1]/lora"):
+        assert part in shown
 
 
 def test_the_adapter_opens_with_nothing_but_transformers_and_peft(place: Path, tmp_path: Path) -> None:

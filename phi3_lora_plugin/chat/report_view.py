@@ -35,7 +35,9 @@ def render(report: DataReport, console: Console) -> None:
     if report.files_left_out:
         line("left out", [*_listed(report.files_left_out), "(of another split)"])
     limit = f"at most {report.max_length:,} tokens a row" if report.max_length else "rows of any length"
-    line("template", [f"{report.template}, {limit}"])
+    # The one that is chosen for want of any other, and which no runtime knows of.
+    why = "plain (roles as text: the base has no role tokens)" if report.template == "plain" else report.template
+    line("template", [f"{why},", limit])
     for name, part in (("train", report.train), ("eval", report.eval)):
         if part is not None:
             for title, pieces in _figures(name, part):

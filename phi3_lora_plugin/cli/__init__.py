@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -20,6 +21,9 @@ from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_c
 from phi3_lora_plugin.cli.run import AS_IT_IS, directly, run_command, trl_command
 from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.cli.verify import verify_command
+
+#: What the machine refuses, whatever the input was.
+_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 app = typer.Typer(
     name="phi3-lora",
@@ -58,14 +62,20 @@ def main() -> None:
     # name of transformers that PEFT still uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+    # pydantic would read the entry points of every distribution, for plugins of its own that recipes have no use for:
+    # it takes time, and one damaged file among them would end the command.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    theirs = True  # until it is known that the command is one of ours
     try:
-        if not directly(sys.argv[1:]):
+        if not (theirs := directly(sys.argv[1:])):
             app()
-    except (ValueError, OSError) as error:
-        # Our own error classes mean wrong input and tell the whole story; anything else is a failure with its trace.
-        if not type(error).__module__.startswith("phi3_lora_plugin."):
+    except Exception as error:
+        # Our own error classes tell the whole story, and so does a disk that is full. Anything else leaves its trace,
+        # and so does whatever a script of somebody else raises.
+        ours = type(error).__module__.startswith("phi3_lora_plugin.")
+        if not ours and (theirs or not isinstance(error, OSError) or error.errno not in _SURROUNDINGS):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if ours and isinstance(error, ValueError | OSError) else 1)

@@ -36,7 +36,7 @@ def check_command(
         sys.stdout.reconfigure(encoding="utf-8" if as_json else None, errors="replace")
     console = Console(stderr=as_json, highlight=False)
     for note in run.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(run.model.path, run.model.revision)
     try:
         longest = run.data.max_length or default_max_length(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +22,9 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.train import Result
 
 #: What a run leaves in its folder; a folder with one of these is somebody's run.
-_TRACES = ("lora", "recipe.yaml", "data_report.json")
+_TRACES = ("lora", "_lora", "recipe.yaml", "data_report.json")
+#: What a run can be resumed from, and what may not be lost.
+_SAVED = ("lora/step-*", "_lora/step-*", "checkpoint-*")
 
 
 class OutputDirError(ValueError):
@@ -52,13 +58,15 @@ def train_command(
     from phi3_lora_plugin.recipe import load_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
-    console = Console(stderr=as_json, quiet=quiet or not main_process, highlight=False)
+    console = Console(stderr=as_json, quiet=quiet or not main_process, highlight=False, markup=False)
     if "=" in recipe:  # `phi3-lora train lora.r=4`: overrides of the demonstration
         recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
     plugins = load_plugins()
     run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
     run = _with_output_dir(run, resume)
-    console.print(f"recipe {run.name} -> {run.output_dir}")
+    console.print(f"recipe {run.name} -> {run.output_dir}", soft_wrap=True)
+    others = [override for override in overrides or () if not override.startswith("output_dir=")]
+    again = shlex.join([_command(), "train", recipe, *others, f"output_dir={run.output_dir}", "--resume"])
     cluster, processes = None, int(os.environ.get("WORLD_SIZE", "1"))
     if ray:
         from phi3_lora_plugin.hosts.ray import read_settings, train_on_ray
@@ -68,14 +76,19 @@ def train_command(
     if processes > 1:
         run = _batch_of(processes, run, same_batch, console)
 
-    from phi3_lora_plugin.train import TrainingError, train
-
     options: dict[str, Any] = dict(resume=resume, allow_drift=allow_drift or (), samples=samples, check=check)
     try:
-        if cluster is not None:
-            result = train_on_ray(run, cluster, quiet=quiet or as_json, **options)
-        else:
-            result = train(run, plugins=plugins, console=console, **options)
+        with _sigterm_as_ctrl_c():
+            from phi3_lora_plugin.train import TrainingError, train
+
+            if cluster is not None:
+                result = train_on_ray(run, cluster, quiet=quiet or as_json, **options)
+            else:
+                result = train(run, plugins=plugins, console=console, **options)
+    except KeyboardInterrupt:  # outside of training, or the second signal; maybe before the next name is there
+        if main_process:
+            print(_interrupted(run.output_dir, again), file=sys.stderr)
+        raise typer.Exit(130) from None
     except TrainingError as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -83,9 +96,7 @@ def train_command(
         return
     if as_json:
         print(result.to_json())
-    others = [override for override in overrides or () if not override.startswith("output_dir=")]
-    again = shlex.join([_command(), "train", recipe, *others, f"output_dir={result.output_dir}", "--resume"])
-    report(result, again, Console(stderr=as_json, highlight=False))
+    report(result, again, Console(stderr=as_json, highlight=False, markup=False))
     if result.status == "interrupted":
         raise typer.Exit(130)
 
@@ -103,12 +114,37 @@ def _batch_of(processes: int, recipe: Recipe, same: bool, console: Console) -> R
     return recipe
 
 
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends loading and evaluating as Ctrl-C does; training itself has its own way (see `interrupt`)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(output_dir: str, again: str) -> str:
+    from phi3_lora_plugin.checkpoint import latest_complete
+
+    saved = latest_complete(output_dir)
+    if saved is None:
+        return "\ninterrupted before anything was saved"
+    return f"\ninterrupted; the newest checkpoint is {saved}; go on with:\n  {again}"
+
+
 def report(result: Result, again: str, console: Console) -> None:
     """The end of a run for a person: losses, answers, sizes, where it lies, and what to do next."""
     from rich.table import Table
+    from rich.text import Text
+
+    from phi3_lora_plugin.chat.report_view import printable
 
     if result.status == "interrupted":
-        console.print(f"\nstopped after step {result.steps}; the adapter so far: {result.adapter}")
+        console.print(f"\nstopped after step {result.steps}; the adapter so far: {result.adapter}", soft_wrap=True)
         console.print(f"go on with:\n  {again}", soft_wrap=True)
         return
     if result.samples:
@@ -116,11 +152,12 @@ def report(result: Result, again: str, console: Console) -> None:
         for column in ("prompt", "before", "after", "expected"):
             table.add_column(column, overflow="fold")
         for sample in result.samples:
-            table.add_row(sample.prompt, sample.before, sample.after, sample.expected)
+            texts = (sample.prompt, sample.before, sample.after, sample.expected)
+            table.add_row(*(Text(printable(text)) for text in texts))
         console.print(table)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _figures(result):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
     if result.adapter:
         console.print("\ntry next:")
@@ -151,7 +188,7 @@ def _command() -> str:
     """How this shell reaches the command: by its name, or by the path that it was called by (`make demo` does)."""
     called = Path(sys.argv[0])
     known = shutil.which("phi3-lora")
-    if called.name != "phi3-lora" or (known is not None and Path(known).samefile(called)):
+    if called.name != "phi3-lora" or not called.exists() or (known is not None and Path(known).samefile(called)):
         return "phi3-lora"
     return os.path.relpath(called)
 
@@ -179,11 +216,12 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     folder = Path(recipe.output_dir)
     taken = [folder, *_numbered(folder)] if not named else [folder]
     runs = [path for path in taken if any((path / trace).exists() for trace in _TRACES)]
+    saved = [path for path in taken if any(any(path.glob(pattern)) for pattern in _SAVED)]
     if resume:
-        if not runs:
+        if not saved:
             raise OutputDirError(f"{folder} holds no run to resume; run without --resume, or give output_dir=FOLDER")
-        folder = max(runs, key=lambda path: path.stat().st_mtime)
-    elif runs and named:
+        folder = max(saved, key=lambda path: path.stat().st_mtime)
+    elif saved and named:
         raise OutputDirError(
             f"{folder} holds a run already; go on with it by --resume, or give another output_dir=FOLDER"
         )

@@ -68,6 +68,7 @@ def coverage(model: PeftModel, adapter: str = "default") -> list[CoverageRow]:
 def render_coverage(rows: Sequence[CoverageRow]) -> Table:
     """The rows of `coverage` as a table, with a total."""
     from rich.table import Table
+    from rich.text import Text
 
     total = sum(row.parameters for row in rows)
     table = Table(title="Trained", title_justify="left", show_footer=True)
@@ -78,7 +79,7 @@ def render_coverage(rows: Sequence[CoverageRow]) -> Table:
     table.add_column("parameters", justify="right", footer=f"{total:,}")
     for row in rows:
         table.add_row(
-            row.module.replace("[", r"\["),
+            Text(row.module),  # the names of some hold [brackets]
             span(row.layers).partition(" ")[2] if row.layers else "-",
             " x ".join(str(size) for size in row.shape),
             "full" if row.rank is None else str(row.rank),
