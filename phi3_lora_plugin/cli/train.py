@@ -64,21 +64,21 @@ def train_command(
     plugins = load_plugins()
     run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
     run = _with_output_dir(run, resume)
-    console.print(f"recipe {run.name} -> {run.output_dir}", soft_wrap=True)
     others = [override for override in overrides or () if not override.startswith("output_dir=")]
     again = shlex.join([_command(), "train", recipe, *others, f"output_dir={run.output_dir}", "--resume"])
-    cluster, processes = None, int(os.environ.get("WORLD_SIZE", "1"))
-    if ray:
-        from phi3_lora_plugin.hosts.ray import read_settings, train_on_ray
-
-        cluster = read_settings(ray)
-        processes = cluster.num_workers
-    if processes > 1:
-        run = _batch_of(processes, run, same_batch, console)
-
     options: dict[str, Any] = dict(resume=resume, allow_drift=allow_drift or (), samples=samples, check=check)
     try:
         with _sigterm_as_ctrl_c():
+            console.print(f"recipe {run.name} -> {run.output_dir}", soft_wrap=True)
+            cluster, processes = None, int(os.environ.get("WORLD_SIZE", "1"))
+            if ray:
+                from phi3_lora_plugin.hosts.ray import read_settings, train_on_ray
+
+                cluster = read_settings(ray)
+                processes = cluster.num_workers
+            if processes > 1:
+                run = _batch_of(processes, run, same_batch, console)
+
             from phi3_lora_plugin.train import TrainingError, train
 
             if cluster is not None:
