@@ -210,7 +210,7 @@ WRONG = {
 def test_wrong_data_is_told_in_sentences_with_exit_code_2(kind: str, tmp_path: Path) -> None:
     messy(tmp_path)
     override, said = WRONG[kind]
-    done = check("tiny-cpu", override.format(tmp_path))
+    done = check("tiny-cpu", override.format(tmp_path), "data.eval_path=null")
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and "\x1b" not in done.stderr
 

@@ -225,7 +225,7 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
         raise OutputDirError(
             f"{folder} holds a run already; go on with it by --resume, or give another output_dir=FOLDER"
         )
-    elif runs:
+    elif runs and not named:
         folder = next(path for path in _names(folder) if path not in runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
