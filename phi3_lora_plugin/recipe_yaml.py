@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def parse(text: str, name: str) -> Document:
     if text.lstrip()[:1] == "<" and not text.lstrip().startswith("<<"):
         return _broken(name, "looks like HTML or XML, not YAML: a web page saved in place of the raw file?")
     try:
-        nodes = list(_compose(text))
+        nodes = _composed(text)
     except yaml.MarkedYAMLError as error:
         mark = _place(error)
         return _broken(f"{name}:{mark.line + 1}" if mark else name, _syntax(error, text))
@@ -155,6 +156,12 @@ def describe(value: Any) -> str:
     """The value with its kind where Python's way of writing it might be mistaken for another."""
     kind = "text " if isinstance(value, str) else "list " if isinstance(value, list) else ""
     return kind + shorten(value)
+
+
+@lru_cache(maxsize=64)
+def _composed(text: str) -> tuple[yaml.Node, ...]:
+    """The documents of a text as nodes, which nobody changes: parents of many recipes are read over and over."""
+    return tuple(_compose(text))
 
 
 def _compose(text: str) -> Iterator[yaml.Node]:
