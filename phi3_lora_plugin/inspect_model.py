@@ -240,21 +240,21 @@ def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
             plan = resolve_targets(config, lora.targets, lora.r, lora.alpha, target_parameters=lora.target_parameters)
         except TargetError:
             continue  # a preset for another architecture
-        # float32 adapter, its gradient, and two moments of AdamW
         rows[key] = Trainable(
-            (name,), f"{targets}, r {lora.r}", held, plan.parameters, 16 * plan.parameters, _held_bytes(config, held)
+            (name,), f"{targets}, r {lora.r}", held, plan.parameters, plan.training_bytes, _held_bytes(config, held)
         )
     return tuple(rows.values())
 
 
 def _held_bytes(config: Mapping[str, Any], held: str) -> int:
     """Bytes of the base's weights; quantisation packs the projections of the layers and leaves the rest in 16 bits."""
-    packed = {"nf4": 0.516, "int8": 1.0}  # nf4 with double quantisation: 4.127 bits (arXiv 2305.14314)
+    from phi3_lora_plugin.quantize import PACKED_BYTES
+
     each = 4 if held == "float32" else 2
     total = 0.0
     for name, shape in weight_shapes(config).items():
         linear = "_proj.weight" in name
-        total += _count(shape) * (packed.get(held, each) if linear else each)
+        total += _count(shape) * (PACKED_BYTES.get(held, each) if linear else each)
     return round(total)
 
 

@@ -76,7 +76,7 @@ def load_model(
     folder = model_folder(str(path_or_id), revision)
     config = load_config(folder)
     place = _device(device)
-    kind = _dtype(dtype, place)
+    kind = weights_dtype(dtype, place)
     options: dict[str, Any] = {"dtype": kind, "attn_implementation": _attention(attention, place, kind)}
     if quantize != "none":
         from phi3_lora_plugin.quantize import quantization_config
@@ -185,9 +185,13 @@ def load_config(folder: str | Path) -> Any:
         UnsupportedModel: not a model of the family.
         RopeError: rotary settings that no revision has.
     """
+    return read_config(Path(folder) / "config.json")
+
+
+def read_config(path: Path) -> Any:
+    """The native config object of a config.json, wherever it lies; raises as `load_config`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    path = Path(folder) / "config.json"
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -205,6 +209,31 @@ def load_config(folder: str | Path) -> Any:
         raise
     except Exception as error:  # sizes that are none; the native class checks its fields by errors of its own
         raise ModelError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
+
+
+def find_config(name: str, revision: str | None = None) -> Path:
+    """The config.json of a model whose weights need not be here: in a folder, itself, or in the hub's cache.
+
+    Raises:
+        ModelError: it is in none of these.
+    """
+    folder = Path(locate(name))
+    if folder.is_file() and folder.suffix == ".json":
+        return folder
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; it holds {_listed(folder)}")
+        return folder / "config.json"
+    if folder.is_absolute() or name.count("/") != 1:
+        raise ModelError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(found, str):
+        raise ModelError(
+            f"{name}: its config.json is not in the hub's cache; get it by `hf download {name} config.json`"
+        )
+    return Path(found)
 
 
 def base_fingerprint(path_or_id: str | Path, revision: str | None = None) -> str:
@@ -265,7 +294,8 @@ def _device(device: str) -> str:
     return device
 
 
-def _dtype(dtype: str, place: str) -> Any:
+def weights_dtype(dtype: str, place: str) -> Any:
+    """The torch dtype that a recipe's `model.dtype` means on "cpu" or "cuda"."""
     import torch
 
     if dtype != "auto":

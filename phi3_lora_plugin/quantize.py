@@ -6,6 +6,9 @@ from typing import Any
 
 from phi3_lora_plugin.model import ModelError
 
+#: Bytes a weight: 4 bits and, double quantised, 0.127 bits of scales (QLoRA, arXiv 2305.14314, section 3); 8 bits.
+PACKED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+
 
 def quantization_config(kind: str, compute: Any) -> Any:
     """The `BitsAndBytesConfig` of "nf4" or "int8"; embeddings and head stay as they are.

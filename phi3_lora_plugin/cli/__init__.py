@@ -16,6 +16,7 @@ from phi3_lora_plugin.cli.data import check_command
 from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.cli.hosts import host_path_command, render_command
 from phi3_lora_plugin.cli.inspect import inspect_command
+from phi3_lora_plugin.cli.plan import plan_command
 from phi3_lora_plugin.cli.plugins import plugins_command
 from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
 from phi3_lora_plugin.cli.run import AS_IT_IS, directly, run_command, trl_command
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train_command)
+app.command("plan")(plan_command)
 app.command("chat")(chat_command)
 app.command("eval")(eval_command)
 app.command("verify")(verify_command)

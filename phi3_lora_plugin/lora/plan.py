@@ -60,6 +60,11 @@ class TargetPlan:
         return sum(target.parameters for target in self.targets)
 
     @property
+    def training_bytes(self) -> int:
+        """Bytes of the float32 adapter, its gradient, and the two moments of AdamW."""
+        return 16 * self.parameters
+
+    @property
     def blocks(self) -> dict[str, tuple[Block, ...]]:
         """The sliced modules: module path -> its blocks. What `slices.apply_slices` takes."""
         return {target.module: target.blocks for target in self.targets if target.blocks}

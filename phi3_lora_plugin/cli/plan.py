@@ -1,0 +1,76 @@
+"""`phi3-lora plan`: what a run would take, and whether it fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan_command(
+    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "tiny-cpu",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What there is, as 24GB; what this machine has if left out.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda (it need not be here), or auto: where train would run.")
+    ] = "auto",
+    config: Annotated[Path | None, typer.Option(help="The model's config.json, if model.path is not here.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Propose the fastest settings that fit, as overrides.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+) -> None:
+    """Say what a run takes: parameters, memory part by part, steps. Exit code 1: it does not fit."""
+    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.recipe import Recipe, load_recipe
+
+    if "=" in recipe:  # overrides of the demonstration
+        recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
+    plugins = load_plugins()
+
+    def read(more: Sequence[str] = ()) -> Recipe:
+        return load_recipe(recipe, [*(overrides or ()), *more], find=lambda name: plugins.pick("recipes", name))
+
+    run = read()
+
+    from phi3_lora_plugin.model import find_config, read_config
+    from phi3_lora_plugin.plan import Plan, encoded_lengths, plan, size
+    from phi3_lora_plugin.plan_view import lines
+
+    room = size(memory) if memory is not None else None
+    native = read_config(config or find_config(run.model.path, run.model.revision))
+    lengths = None
+    if run.data.path is not None:
+        lengths = encoded_lengths(run, plugins.named("dataset_adapters"), native)
+    made = plan(run, room, device, native, lengths)
+
+    def replan(more: Sequence[str]) -> Plan:
+        return plan(read(more), made.memory, made.device, native, lengths, made.program)
+
+    if not fit:
+        print(made.to_json() if as_json else "\n".join(lines(made)))
+        raise typer.Exit(1 if made.fits is False else 0)
+
+    from phi3_lora_plugin.plan_fit import fit as find_fit
+
+    if made.memory is None:
+        print("--fit needs to know into what: add --memory 24GB", file=sys.stderr)
+        raise typer.Exit(2)
+    found = find_fit(made, replan, made.memory)
+    if as_json:
+        shown = None if found is None else {"overrides": list(found.overrides), "plan": asdict(found.plan)}
+        print(json.dumps({"plan": asdict(made), "fit": shown}))
+    elif found is None:
+        print("\n".join(lines(made)))
+        print("nothing fits    not even single rows in 4 bits: shorten data.max_length, or take a smaller model")
+    else:
+        print("\n".join(lines(found.plan)))
+        print("the fastest settings that fit:" if found.overrides else "it is as fast as it can be within this memory:")
+        print(f"  {shlex.join(['phi3-lora', 'train', recipe, *(overrides or ()), *found.overrides])}")
+    raise typer.Exit(1 if found is None else 0)
