@@ -1,11 +1,11 @@
-"""`python -m benchmarks.memory [CASE ...]`: what `phi3-lora plan` says against the peak of `phi3-lora train`, on the CPU.
+"""`python -m benchmarks.memory [CASE ...]`: what `phi3-lora plan` says against the peak of `phi3-lora train`, on CPU.
 
     python -m benchmarks.memory                     # the whole grid
     python -m benchmarks.memory base bf16 nf4       # some of it
     python -m benchmarks.memory --out memory.json
 
 Each case is a random model of its own, planned in one process and trained for a few steps in another, whose peak
-resident memory the kernel reports (ru_maxrss). Ends with exit code 1 if one is out by more than `--limit`.
+resident memory the kernel reports (VmHWM). Ends with exit code 1 if one is out by more than `--limit`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -105,15 +106,26 @@ def measure(folder: Path, changes: dict[str, Any], dtype: str, overrides: list[s
     return {"plan": plan, "measured": peak, "error": plan["peak"] / peak - 1}
 
 
+#: The kernel's own high-water mark of the process (ru_maxrss would count the one that started it too).
+CHILD = """
+from phi3_lora_plugin.cli import main
+
+try:
+    main()
+finally:
+    with open("/proc/self/status") as status, open(PEAK, "w") as peak:
+        peak.write(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+
 def run(arguments: list[str], out: Path) -> tuple[int, int]:
     """(exit code, peak resident bytes) of `phi3-lora` with these arguments, in a process of its own."""
     environment = os.environ | {"PHI3_LORA_CACHE": "off", "HF_HUB_OFFLINE": "1"}
+    peak = out.with_suffix(".peak")
+    code = CHILD.replace("PEAK", repr(str(peak)))
     with out.open("wb") as stdout, out.with_suffix(".err").open("wb") as stderr:
-        actions = [(os.POSIX_SPAWN_DUP2, stdout.fileno(), 1), (os.POSIX_SPAWN_DUP2, stderr.fileno(), 2)]
-        call = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()", *arguments]
-        child = os.posix_spawn(sys.executable, call, environment, file_actions=actions)
-        _, status, usage = os.wait4(child, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, stdout=stdout, stderr=stderr)
+    return done.returncode, int(peak.read_text()) * 1024
 
 
 def model(folder: Path, settings: dict[str, Any], dtype: str) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 #: What CUDA, cuBLAS and the kernels take on a card before the first tensor. Read from published figures, not measured.
 CUDA_CONTEXT = 500_000_000
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class PlanError(ValueError):
@@ -29,7 +30,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would take. Sizes are in bytes; `memory` is what there is, None where nobody said and nothing shows."""
+    """What a run would take. Sizes are in bytes; `memory` is what there is, None where that is not known."""
 
     recipe: str
     model: str
@@ -75,7 +76,7 @@ def size(text: str) -> int:
         PlanError: not a size.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text.lower())
-    unit = "" if not found else found[2] if found[2] in _UNITS else f"{found[2]}b"
+    unit = "" if not found else found[2] if found[2].endswith("b") else f"{found[2]}b"
     if not found or unit not in _UNITS or float(found[1]) == 0:
         raise PlanError(f"memory: {text!r} is no size; write 24GB, 16GiB or 500MB")
     return int(float(found[1]) * _UNITS[unit])
@@ -203,14 +204,12 @@ def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
 
 
 def program_bytes() -> int:
-    """Resident bytes of this process after it has trained something tiny: libraries, threads, and nothing of a model."""
+    """Resident bytes of this process once it has trained something tiny: libraries, threads, nothing of a model."""
     import tempfile
 
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainingArguments, set_seed
 
-    import phi3_lora_plugin.callbacks  # noqa: F401
-    import phi3_lora_plugin.train  # noqa: F401
     from phi3_lora_plugin.lora.inject import add_lora
 
     state = torch.get_rng_state()
@@ -307,7 +306,7 @@ def _steps(batches: int | None, arguments: Any, accumulation: int) -> int | None
         return int(arguments.max_steps)
     if batches is None:
         return None
-    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / accumulation)))
+    return int(math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / accumulation))))
 
 
 def _tokens(lengths: Lengths | None, steps: int, per_step: int, arguments: Any) -> int:
@@ -357,7 +356,7 @@ def _device(recipe: Recipe, device: str) -> str:
     if device != "auto":
         return device
     if recipe.model.device != "auto":
-        return recipe.model.device
+        return str(recipe.model.device)
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -366,7 +365,10 @@ def _memory(recipe: Recipe, device: str) -> int | None:
     if device == "cpu":
         import psutil
 
-        return int(psutil.virtual_memory().total)
+        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+        allowed = limit.read_text().strip() if limit.is_file() else ""
+        total = int(psutil.virtual_memory().total)
+        return min(total, int(allowed)) if allowed.isdigit() else total
     import torch
 
     if torch.cuda.is_available():

@@ -45,9 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_run_in_their_order(place: Path) -> None:
     shown = commands("README.md")
-    assert [words[0] for words in shown] == ["recipes", "train", "chat", "verify", "data"]
+    assert [words[0] for words in shown] == ["recipes", "plan", "train", "chat", "verify", "data"]
     for words in shown:
-        extra = SMALL if words[0] in ("train", "data") else []
+        extra = SMALL if words[0] in ("plan", "train", "data") else []
         done = subprocess.run([*COMMAND, *words, *extra], input="Hello\n", capture_output=True, text=True, cwd=place)
         assert done.returncode == 0, (words, done.stderr)
         assert done.stdout.strip()

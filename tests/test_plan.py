@@ -1,0 +1,255 @@
+"""`phi3-lora plan`: bytes of the dry run are those of a real step, the sum is the process's, and `--fit` fits."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.memory import CASES, measure
+from phi3_lora_plugin.cli import app
+from phi3_lora_plugin.dry_run import Batch, Footprint, _inputs, _Live, footprint
+from phi3_lora_plugin.heap import Heap, replay
+from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
+from phi3_lora_plugin.lora.targets import resolve_targets
+from phi3_lora_plugin.plan import Lengths, Plan, PlanError, plan, size
+from phi3_lora_plugin.plan_fit import fit
+from phi3_lora_plugin.recipe import load_recipe
+from phi3_lora_plugin.speed.apply import speed_up
+from phi3_lora_plugin.training_args import training_arguments
+
+LORA = {"targets": "all-linear", "r": 4, "alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base(
+        tmp_path_factory.mktemp("base"), max_position_embeddings=2048, original_max_position_embeddings=2048
+    )
+
+
+def recipe(base: Path, *overrides: str) -> Any:
+    return load_recipe("tiny-cpu", [f"model.path={base}", "data.path=null", "data.eval_path=null", *overrides])
+
+
+def plan_of(base: Path, *overrides: str, **options: Any) -> Plan:
+    return plan(recipe(base, *overrides), program=0, **options)
+
+
+def dry(config: Any, speed: str, batch: Batch, **training: Any) -> Footprint:
+    given = recipe(Path("nowhere"), *(f"training.{key}={value}" for key, value in training.items()))
+    return footprint(config, LORA, training_arguments(given), batch, dtype=torch.float32, speed=speed)
+
+
+def real(config: dict[str, Any], speed: str, batch: Batch, checkpointing: bool) -> int:
+    """Bytes alive at the worst moment of two real steps, counted on real tensors."""
+    model = add_lora(tiny.model(**config), **LORA)
+    if checkpointing:
+        prepare_for_checkpointing(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    speed_up(model, speed)
+    model.train()
+    inputs = _inputs(batch)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    live = _Live(model.config.vocab_size, real=True)
+    found: list[Any] = []
+    with live, live.phase("training step", found):
+        for tensor in [*model.parameters(), *model.buffers()]:
+            live._see(tensor)
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        for _ in range(2):
+            model(**inputs, num_items_in_batch=10).loss.backward()
+            optimizer.step()
+            model.zero_grad()
+    return int(found[0].total)
+
+
+PADDED, PACKED = Batch((40, 33, 17), 0.6), Batch((30, 20, 25), 0.6, packed=True)
+
+
+@pytest.mark.parametrize("speed", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("batch", "checkpointing", "changes"),
+    [
+        (PADDED, False, {}),
+        (PADDED, True, {"num_hidden_layers": 4}),
+        (PACKED, False, {"num_key_value_heads": 2}),
+        (PADDED, False, {"vocab_size": 5000, "tie_word_embeddings": True, "hidden_size": 64}),
+    ],
+    ids=["padded", "recomputed", "packed", "words"],
+)
+def test_the_dry_run_counts_what_a_real_step_has(
+    speed: str, batch: Batch, checkpointing: bool, changes: dict[str, Any]
+) -> None:
+    found = dry(tiny.config(**changes), speed, batch, activation_checkpointing=str(checkpointing).lower())
+    step = next(moment for moment in found.moments if moment.phase == "training step")
+    assert step.total == pytest.approx(real(changes, speed, batch, checkpointing), rel=0.02)
+    assert all(count >= 0 for count in step.bytes.values())
+
+
+def test_adapter_gradients_and_optimizer_are_what_the_targets_say() -> None:
+    found = dry(tiny.config(), "auto", PADDED)
+    last = next(moment for moment in found.moments if moment.phase == "optimizer step").bytes
+    planned = resolve_targets(tiny.config(), **LORA)
+    count = len([p for p in add_lora(tiny.model(), **LORA).parameters() if p.requires_grad])
+    assert found.trainable == planned.parameters and found.adapter_bytes == 4 * planned.parameters
+    # and one step count a tensor
+    assert last["adapter"] + last["gradients"] + last["optimizer"] == planned.training_bytes + 4 * count
+    assert found.parameters == tiny.model().num_parameters()
+
+
+def test_what_saves_memory_saves_it_here(base: Path) -> None:
+    whole = plan_of(base, "data.max_length=256")
+    assert plan_of(base, "data.max_length=256", "training.activation_checkpointing=true").peak < whole.peak
+    assert plan_of(base, "data.max_length=256", "training.per_device_train_batch_size=2").peak < whole.peak
+    assert plan_of(base, "data.max_length=256", "speed=off").logits > 2 * whole.logits
+    stock = plan_of(base, "data.max_length=256", "data.eval_path=x.jsonl", "speed=off")
+    assert stock.phases["evaluation"] > stock.base + 8 * 256 * 512 * 4  # it has full logits
+    packed = plan_of(base, "data.max_length=256", "model.quantize=nf4")
+    assert packed.base < whole.base
+
+
+def test_sums_and_tokens_add_up(base: Path) -> None:
+    lengths = Lengths(train=(100, 50, 30, 20), supervised=(50, 25, 10, 5))
+    made = plan_of(base, "data.max_length=128", "training.per_device_train_batch_size=2", lengths=lengths)
+    parts = (made.base, made.adapter, made.gradients, made.optimizer, made.activations, made.logits, made.held)
+    assert made.peak == sum(parts) == max(made.phases.values())
+    assert made.width == 104 and made.steps == 6 and made.tokens == 600  # 3 epochs of 2 batches
+    packs = plan_of(base, "data.max_length=128", "data.packing=true", "training.per_device_train_batch_size=1",
+                    lengths=lengths)  # fmt: skip
+    assert packs.steps == 6 and packs.width == 120
+    assert plan_of(base, "training.max_steps=5").steps == 5
+    assert plan_of(base).steps is None and plan_of(base).tokens is None
+
+
+@pytest.mark.parametrize(("text", "count"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("500m", 5 * 10**8)])
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0GB", "3XB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="24GB"):
+        size(text)
+
+
+def test_fit_proposes_the_fastest_that_fits(base: Path) -> None:
+    given = ["data.max_length=256", "training.per_device_train_batch_size=8"]
+    now = plan_of(base, *given)
+
+    def replan(more: Any) -> Plan:
+        return plan_of(base, *given, *more)
+
+    assert fit(now, replan, now.peak).overrides == ()  # type: ignore[union-attr]
+    tight = fit(now, replan, int(0.6 * now.peak))
+    assert tight is not None and tight.plan.peak <= 0.6 * now.peak and tight.plan.quantize == "none"
+    assert tight.plan.batch * tight.plan.accumulation == 8
+    load_recipe("tiny-cpu", tight.overrides)
+    smallest = replan(["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8",
+                       "training.activation_checkpointing=true"])  # fmt: skip
+    last = fit(now, replan, smallest.peak - 1)
+    assert last is None or last.plan.quantize == "nf4"  # only where nothing else does
+    assert fit(now, replan, 1) is None
+
+
+def test_fit_packs_where_padding_is_waste(base: Path) -> None:
+    lengths = Lengths(train=(200, 20, 20, 20, 20, 20, 20, 20), supervised=(10,) * 8)
+    now = plan_of(base, "data.max_length=256", lengths=lengths)
+    found = fit(now, lambda more: plan_of(base, "data.max_length=256", *more, lengths=lengths), 10**10)
+    assert found is not None and "data.packing=true" in found.overrides
+
+
+def test_malloc_gives_large_blocks_back_and_keeps_pieces() -> None:
+    large = replay([(1, 64 << 20), (1, -1)])
+    assert large.resident == 0 and 64 << 20 < large.peak < 65 << 20
+    heap = Heap()
+    for key in range(2000):
+        heap.allocate(key, 100_000)
+    for key in range(0, 2000, 2):
+        heap.free(key)
+    assert heap.resident > 190_000_000  # half of it is free, between what is not
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_command_says_whether_it_fits(base: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello, how are you?"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
+    given = ["tiny-cpu", f"model.path={base}", f"data.path={chats}", "data.eval_path=null"]
+
+    fits = run(*given, "--memory", "100GB", "--json")
+    assert fits.exit_code == 0, fits.output
+    made = json.loads(fits.stdout)
+    assert made["fits"] and made["program"] > 10**8 and made["rows"] == 1 and made["steps"] == 3
+    tight = run(*given, "--memory", "1MB")
+    assert tight.exit_code == 1 and "NO: " in tight.stdout
+    assert run(*given, "--memory", "1MB", "--fit").exit_code == 1
+    assert run(*given, "--memory", "much").exit_code == 2 or run(*given, "--memory", "much").exception
+    fitted = run(*given, "--memory", "100GB", "--fit")
+    assert fitted.exit_code == 0
+    command = shlex.split(fitted.stdout.splitlines()[-1])
+    assert command[:3] == ["phi3-lora", "train", "tiny-cpu"]
+    load_recipe(command[2], command[3:])
+
+
+def test_a_model_that_is_not_here_is_planned_by_its_config(tmp_path: Path) -> None:
+    from transformers import Phi3Config
+
+    Phi3Config(sliding_window=2047).save_pretrained(tmp_path)  # the class's defaults are Phi-3-mini-4k's
+    given = ["phi3-mini-4k-lora", "--device", "cuda", "--config", str(tmp_path / "config.json"), "--json"]
+    made = json.loads(run(*given).stdout)
+    assert made["parameters"] == 3_821_079_552 and made["trainable_parameters"] == 25_165_824
+    assert made["base"] == pytest.approx(7.64e9, rel=0.01) and made["checkpoint"] == pytest.approx(101e6, rel=0.01)
+    assert made["memory"] == 24 * 10**9 and made["fits"]
+    missing = run("phi3-mini-4k-lora")
+    assert "hub's cache" in str(missing.exception)
+
+
+@pytest.mark.parametrize(
+    ("preset", "config"),
+    [
+        ("phi3-mini-4k-lora-80gb", "phi-3-mini-4k-instruct"),
+        ("phi3-mini-4k-qlora", "phi-3-mini-4k-instruct"),
+        ("phi3-medium-4k-qlora", "phi-3-medium-4k-instruct"),
+    ],
+)
+def test_presets_fit_the_card_that_they_are_for(shared_data: Path, preset: str, config: str) -> None:
+    made = json.loads(
+        run(preset, "--device", "cuda", "--config", str(shared_data / "configs" / f"{config}.json"), "--json").stdout
+    )
+    assert made["memory"] is not None and made["fits"]
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Phi3Config
+
+    Phi3Config(num_hidden_layers=4).save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello, how are you?"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+             for line in block.splitlines()]  # fmt: skip
+    commands = [shlex.split(line, comments=True) for line in shown]
+    assert len(commands) >= 4
+    for words in commands:
+        if words[:2] == ["phi3-lora", "plan"]:
+            done = run(*words[2:])
+            assert done.exit_code == 0 and "fits" in done.stdout, (words, done.output)
+        else:
+            assert words[:3] == ["python", "-m", "benchmarks.memory"] and set(words[3:]) <= set(CASES)
+
+
+def test_the_estimate_is_what_a_process_takes(tmp_path: Path) -> None:
+    found = measure(tmp_path, *CASES["tiny"], steps=2)
+    assert abs(found["error"]) < 0.2, found
