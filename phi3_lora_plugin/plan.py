@@ -321,7 +321,7 @@ def _loading(recipe: Recipe, found: Footprint, device: str, config: Any) -> int:
 
     if device == "cuda":
         return found.base_bytes
-    saved = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    saved = getattr(config, "dtype", None)
     saved = getattr(torch, saved, None) if isinstance(saved, str) else saved
     if saved is None or (found.dtype == saved and recipe.model.quantize == "none"):
         return found.base_bytes
