@@ -149,14 +149,21 @@ class ReportToRay(TrainerCallback):  # type: ignore[misc]
     """Hand each LoRA-only checkpoint to Ray once it is written; every worker waits for the others as it does."""
 
     def __init__(self) -> None:
+        self._trainer: Any = None
         self._ours: LoraCheckpoint | None = None
         self._reported: int | None = None
         self._metrics: dict[str, float] = {}
 
     def bind(self, trainer: Any) -> None:
         """Find the callback that writes."""
+        self._trainer = trainer
         found = (one for one in trainer.callback_handler.callbacks if isinstance(one, LoraCheckpoint))
         self._ours = next(found, None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse to train workers apart, each on its own rows."""
+        if args.world_size > 1 and self._trainer.model_wrapped is self._trainer.model:
+            raise TrainingError("the workers would not share their gradients: accelerate has not wrapped the model")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Remember the newest figures."""
@@ -201,6 +208,8 @@ def _work(config: dict[str, Any]) -> Result | Exception:
     if where.is_dir():
         os.chdir(where)  # relative paths of the recipe are meant from there
     context = ray_train.get_context()
+    if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # as its launcher says it; else it wraps no model on a CPU
     kept = ray_train.get_checkpoint()
     if kept is not None and context.get_local_rank() == 0:
         _restore(kept, Path(recipe.output_dir))
