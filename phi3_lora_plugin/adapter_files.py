@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.lora.gather import unwrapped
 from phi3_lora_plugin.lora.peft_files import CONFIG, WEIGHTS, PeftAdapter, parts
 from phi3_lora_plugin.lora.state_keys import without_wrappers
+from phi3_lora_plugin.store_layout import Content
+from phi3_lora_plugin.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +27,7 @@ _ALWAYS = (
 _NEVER = ("peft_version",)
 
 
-def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any] = ()) -> dict[str, bytes]:
+def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any] = ()) -> dict[str, Content]:
     """The files of an adapter: equal snapshots give equal bytes.
 
     Args:
@@ -38,9 +40,9 @@ def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    files: dict[str, bytes] = {}
+    files: dict[str, Content] = {}
     if snapshot.config is None:
-        return {LORALIB: _safetensors(snapshot.tensors), SIDECAR: _json(snapshot.sidecar or {})}
+        return {LORALIB: TensorFile(snapshot.tensors), SIDECAR: _json(snapshot.sidecar or {})}
     if format in ("peft", "both"):
         files |= peft_files(snapshot.tensors, snapshot.config)
     if format in ("loralib", "both"):
@@ -50,19 +52,19 @@ def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any
         loras = parts(PeftAdapter(snapshot.config, plain)).loras
         dropout, base = snapshot.config.get("lora_dropout") or 0.0, snapshot.config.get("base_model_name_or_path")
         tensors, sidecar, _ = to_loralib(loras, layout, dropout, base)
-        files |= {LORALIB: _safetensors(tensors), SIDECAR: _json(sidecar)}
+        files |= {LORALIB: TensorFile(tensors), SIDECAR: _json(sidecar)}
     return files
 
 
-def peft_files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, bytes]:
+def peft_files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Content]:
     """The two files of a PEFT adapter."""
-    return {WEIGHTS: _safetensors(tensors), CONFIG: _json(config)}
+    return {WEIGHTS: TensorFile(tensors), CONFIG: _json(config)}
 
 
-def reload_files(snapshot: Snapshot, format: str) -> dict[str, bytes]:
+def reload_files(snapshot: Snapshot, format: str) -> dict[str, Content]:
     """What Trainer needs beside `adapter_files` to load this state into the model that it came from."""
     if snapshot.memory is not None:
-        return {"model.safetensors": _safetensors(snapshot.memory)}
+        return {"model.safetensors": TensorFile(snapshot.memory)}
     if snapshot.raw is not None:
         return peft_files(*snapshot.raw)
     if format == "loralib" and snapshot.config is not None:
@@ -123,13 +125,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return getattr(value, "value", value)
-
-
-def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    raw: bytes = save(dict(tensors), metadata={"format": "pt"})
-    return raw
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -40,27 +40,28 @@ class Snapshot:
     notes: tuple[str, ...] = ()
 
 
-def take(model: nn.Module, adapter: str | None = None, keep: bool = True) -> Snapshot | None:
+def take(model: nn.Module, adapter: str | None = None, keep: bool = True, copy: bool = True) -> Snapshot | None:
     """Copy the LoRA tensors off a model, sharded or not. Collective: call it on every rank; only `keep` ones copy.
 
     Args:
         adapter: of a PEFT model, which one; the one that is trained if not given.
+        copy: False where training waits until the snapshot is written: tensors on the CPU are then the live ones.
 
     Raises:
         StateError: nothing to save, or something that must not be saved: NaN, Inf, empty or partial tensors.
     """
     with walked_once(unwrapped(model)):
-        return _take(model, adapter, keep)
+        return _take(model, adapter, keep, copy)
 
 
-def _take(model: nn.Module, adapter: str | None, keep: bool) -> Snapshot | None:
+def _take(model: nn.Module, adapter: str | None, keep: bool, copy: bool) -> Snapshot | None:
     inner = unwrapped(model)
     config = getattr(inner, "peft_config", None)
     if not isinstance(config, Mapping):
         state = lora_state_dict(model, bias=_trained_biases(inner))
         if not keep:
             return None
-        tensors = _copied(state)
+        tensors = _copied(state, copy)
         _refuse(adapter_problems(tensors, expected_shapes(inner, None, list(state))))
         return Snapshot(tensors, sidecar=loralib_sidecar(inner), memory=tensors, notes=_notes(tensors))
     name = adapter or active_adapter(inner)
@@ -72,7 +73,7 @@ def _take(model: nn.Module, adapter: str | None, keep: bool) -> Snapshot | None:
     state = lora_state_dict(model, bias=getattr(settings, "bias", "none"), adapter=name)
     if not keep:
         return None
-    copied = _copied(state)
+    copied = _copied(state, copy)
     tensors = {file_key(key): tensor for key, tensor in copied.items()}
     _refuse(adapter_problems(tensors, {file_key(k): v for k, v in expected_shapes(inner, name, list(state)).items()}))
     tensors |= _under_second_names(inner, name, tensors)
@@ -161,7 +162,8 @@ def expected_shapes(model: nn.Module, adapter: str | None, names: Sequence[str])
 def _layer_shapes(layer: Any, adapter: str | None) -> dict[str, tuple[int, ...]]:
     """Parameter of a LoRA layer -> shape, of the kinds whose sizes say it: PEFT's Linear and Embedding, loralib's."""
     if adapter is not None:
-        rank = (getattr(layer, "r", None) or {}).get(adapter) if isinstance(getattr(layer, "r", None), dict) else None
+        ranks = vars(layer).get("r")  # `getattr` is slow on the thousand modules that have none
+        rank = ranks.get(adapter) if isinstance(ranks, dict) else None
         if not rank or not hasattr(layer, "lora_embedding_A") or hasattr(layer, "parameter_name"):
             return {}
         rows, columns = layer.out_features, layer.in_features
@@ -170,7 +172,8 @@ def _layer_shapes(layer: Any, adapter: str | None) -> dict[str, tuple[int, ...]]
         if type(layer.get_base_layer()).__name__.startswith("Conv"):
             return {}
         return {f"lora_A.{adapter}.weight": (rank, columns), f"lora_B.{adapter}.weight": (rows, rank)}
-    if not hasattr(layer, "lora_alpha") or not hasattr(layer, "merge_weights") or not getattr(layer, "r", 0):
+    own = vars(layer)
+    if "lora_alpha" not in own or "merge_weights" not in own or not own.get("r"):
         return {}
     if hasattr(layer, "num_embeddings"):
         return {"lora_A": (layer.r, layer.num_embeddings), "lora_B": (layer.embedding_dim, layer.r)}
@@ -182,12 +185,12 @@ def _layer_shapes(layer: Any, adapter: str | None) -> dict[str, tuple[int, ...]]
     return {}
 
 
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Own contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
+def _copied(state: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
     return {
         name: tensor
         if tensor.is_meta or hasattr(tensor, "full_tensor")
-        else tensor.detach().to("cpu", copy=True).contiguous()
+        else tensor.detach().to("cpu", copy=copy).contiguous()
         for name, tensor in state.items()
     }
 
@@ -199,6 +202,8 @@ def _under_second_names(model: nn.Module, adapter: str, tensors: Mapping[str, Te
     """
     first: dict[int, str] = {}
     copies: dict[str, Tensor] = {}
+    if not any("modules_to_save" in vars(module).get("_modules", ()) for _, module in model.named_modules()):
+        return copies
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = without_wrappers(name)
         key = file_key(plain)

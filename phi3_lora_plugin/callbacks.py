@@ -154,7 +154,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         store = self._store(args, state)
         problem = None
         try:
-            first = take(model, self.adapter, keep=state.is_world_process_zero)
+            first = take(model, self.adapter, state.is_world_process_zero, copy=False)
             if first is not None:
                 self._begin(args, state, model, kwargs, store, first)
         except Exception as error:
@@ -288,7 +288,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             others = () if handler is None else (*handler.callbacks, self._trainer.control)
             files = capture(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), scaler, others)
         try:
-            snapshot = take(kwargs["model"], self.adapter, keep=state.is_world_process_zero)
+            snapshot = take(kwargs["model"], self.adapter, state.is_world_process_zero, copy=self.background)
         except StateError as error:
             if self.unhealthy != "ignore":
                 raise

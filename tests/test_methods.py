@@ -17,6 +17,7 @@ from phi3_lora_plugin.lora.methods import MethodError, initialize_loftq, loraplu
 from phi3_lora_plugin.lora.slices import SlicedLinear
 from phi3_lora_plugin.lora.targets import TargetError
 from phi3_lora_plugin.recipe import load_recipe
+from phi3_lora_plugin.store_layout import write_file
 from phi3_lora_plugin.training_args import lora_options
 
 
@@ -144,7 +145,7 @@ def test_each_method_of_a_recipe_trains_and_its_checkpoint_opens_with_plain_peft
     assert snapshot is not None
     (tmp_path / "adapter").mkdir()
     for file, content in adapter_files(snapshot).items():
-        (tmp_path / "adapter" / file).write_bytes(content)
+        write_file(tmp_path / "adapter" / file, content)
     base = four_bit(tmp_path / "base") if quantised else tiny.model(**config)
     fresh = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-3, atol=1e-3 if quantised else 1e-5)

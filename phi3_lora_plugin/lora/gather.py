@@ -37,7 +37,8 @@ def walked_once(model: nn.Module) -> Iterator[None]:
     if (distributed.is_available() and distributed.is_initialized()) or "named_modules" in model.__dict__:
         yield
         return
-    modules, parameters = tuple(model.named_modules()), tuple(model.named_parameters())
+    modules = tuple(model.named_modules())
+    parameters = tuple(_parameters_of(modules))
     stock = type(model)
 
     def named_modules(memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
@@ -57,6 +58,16 @@ def walked_once(model: nn.Module) -> Iterator[None]:
         del model.named_modules, model.named_parameters
 
 
+def _parameters_of(modules: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """What `named_parameters` gives, from a walk that has been made."""
+    seen = set()
+    for path, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{name}" if path else name, parameter
+
+
 def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     """The named tensors of `inner`, whole. Collective if anything is sharded.
 
@@ -68,11 +79,12 @@ def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str
     owners: dict[str, list[str]] = {}
     for name in names:
         owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+    modules = dict(inner.named_modules())
     found: dict[str, Any] = {}
     for path, leaves in owners.items():
         # A layer's own state_dict, so that its hooks run: slices refuse to save what lies between them, and FSDP2 gives
         # the shards where it has whole copies, of 16 bits perhaps.
-        own = inner.get_submodule(path).state_dict()
+        own = modules[path].state_dict()
         found |= {f"{path}.{leaf}" if path else leaf: own[leaf] for leaf in leaves}
     parameters = dict(inner.named_parameters())
     partitioned = [parameters[name] for name in names if is_partitioned(parameters.get(name))]
