@@ -183,8 +183,8 @@ class _FusedPackedLinear(PeftLinear):  # type: ignore[misc]
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
 
-        def unpack() -> Any:
-            return x.new_empty((base.out_features, base.in_features), dtype=base.compute)
+        def unpack() -> Any:  # must not know x: what it knows stays alive until the backward pass
+            return torch.empty((base.out_features, base.in_features), dtype=base.compute)
 
         return fused(self, adapter, x.to(base.compute), base.weight, base.bias, unpack).to(x.dtype)
 

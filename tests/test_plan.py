@@ -221,6 +221,7 @@ def test_a_model_that_is_not_here_is_planned_by_its_config(tmp_path: Path) -> No
     ("preset", "config"),
     [
         ("phi3-mini-4k-lora-80gb", "phi-3-mini-4k-instruct"),
+        ("phi3-mini-4k-qlora", "phi-3-mini-4k-instruct"),
         ("phi3-medium-4k-qlora", "phi-3-medium-4k-instruct"),
     ],
 )
