@@ -69,6 +69,22 @@ def attach(
     return done + _speed(trainer, model, parts)
 
 
+def wrap_again(trainer: Trainer) -> bool:
+    """After an evaluation and before training: let accelerate wrap the model for several processes; whether it had to.
+
+    Evaluating marks the model as prepared, and accelerate 1.15 then wraps it no more: each process would train on its
+    own rows, in silence.
+    """
+    marked = getattr(trainer.model, "_is_accelerate_prepared", False)
+    if trainer.args.world_size == 1 or not marked or trainer.model_wrapped is not trainer.model:
+        return False
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return False  # these are wrapped for evaluation as well
+    trainer.accelerator._models.clear()
+    trainer.model._is_accelerate_prepared = False
+    return True
+
+
 def _is_phi(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) in ("phi3", "phimoe")
 

@@ -110,6 +110,7 @@ def train(
     from rich.console import Console
     from transformers import PrinterCallback, Trainer, set_seed
 
+    from phi3_lora_plugin.attach import wrap_again
     from phi3_lora_plugin.callbacks import CheckpointError
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.checkpoint import latest_complete
@@ -182,6 +183,7 @@ def train(
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     before = _eval_loss(trainer)
+    wrap_again(trainer)
     if before is not None:
         tell(f"held-out loss before training: {before:.4f}")
     questions = _questions(data.eval, tokenizer, samples)

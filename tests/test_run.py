@@ -15,6 +15,7 @@ import tiny
 from phi3_lora_plugin import latest_complete, verify
 
 BIN = Path(sys.executable).parent
+CONFIG = Path(__file__).parents[1] / "docs" / "accelerate" / "ddp-cpu.yaml"
 OURS = {
     "module": [sys.executable, "-m", "phi3_lora_plugin.run"],
     "command": [str(BIN / "phi3-lora"), "run"],
@@ -52,11 +53,13 @@ model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=
 rows = [{"text": tokenizer.apply_chat_template([{"role": "user", "content": f"what is {n}?"},
         {"role": "assistant", "content": f"it is {n}."}], tokenize=False)} for n in range(16)]
 data = Dataset.from_list(rows).map(lambda row: tokenizer(row["text"]), remove_columns="text")
-trainer = Trainer(model, training_args, train_dataset=data, processing_class=tokenizer,
+trainer = Trainer(model, training_args, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
                   data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+trainer.evaluate()
 trainer.train()
 trainer.save_model()
-print("finished", trainer.state.global_step)
+print("finished", trainer.state.global_step, sum(float(p.abs().sum()) for p in model.parameters() if p.requires_grad))
+trainer.accelerator.end_training()
 """
 
 
@@ -115,11 +118,14 @@ def test_a_trainer_script_for_other_models_trains_phi3(place: Path) -> None:
 
 def test_two_processes_run_it_too_and_speak_once(place: Path) -> None:
     ours = call(
-        str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--main_process_port", "0", "-m", "phi3_lora_plugin.run", "train.py", "base", "--output_dir", "two",
-        "--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none", where=place,
+        str(BIN / "accelerate"), "launch", "--config_file", str(CONFIG), "--main_process_port", "0",
+        "-m", "phi3_lora_plugin.run", "train.py", "base", "--output_dir", "two", "--use_cpu", "--max_steps", "2",
+        "--per_device_train_batch_size", "2", "--report_to", "none", where=place,
     )  # fmt: skip
     assert ours.returncode == 0, ours.stderr[-3000:]
-    assert ours.stdout.count("finished 2") == 2 and ours.stderr.count("LoRA-only checkpoints are written") == 1
+    ends = re.findall(r"^finished 2 .*", ours.stdout, re.MULTILINE)
+    assert len(ends) == 2 and ends[0] == ends[1], ends  # two processes, and they have learned the same
+    assert "share gradients, which evaluating before training had undone" in ours.stderr
+    assert ours.stderr.count("LoRA-only checkpoints are written") == 1
     adapter = latest_complete(place / "two")
     assert adapter and verify(adapter)

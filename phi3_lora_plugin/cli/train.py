@@ -66,6 +66,7 @@ def train_command(
     run = _with_output_dir(run, resume)
     others = [override for override in overrides or () if not override.startswith("output_dir=")]
     again = shlex.join([_command(), "train", recipe, *others, f"output_dir={run.output_dir}", "--resume"])
+    again += "".join(f" --ray {shlex.quote(one)}" for one in ray or ()) + " --same-batch" * same_batch
     options: dict[str, Any] = dict(resume=resume, allow_drift=allow_drift or (), samples=samples, check=check)
     try:
         with _sigterm_as_ctrl_c():
@@ -92,6 +93,8 @@ def train_command(
     except TrainingError as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
+    finally:
+        _leave_group()
     if not main_process:
         return
     if as_json:
@@ -112,6 +115,14 @@ def _batch_of(processes: int, recipe: Recipe, same: bool, console: Console) -> R
     hint = "" if same else "; --same-batch divides the recipe's batch among them, for the result of one process"
     console.print(f"{processes} processes of {rows} rows, {steps} a step: {processes * rows * steps} rows{hint}")
     return recipe
+
+
+def _leave_group() -> None:
+    """Processes that end with their group open may abort as Python takes them down."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

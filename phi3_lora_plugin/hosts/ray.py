@@ -109,7 +109,8 @@ def train_on_ray(
     if started:
         here = cluster.address is None and "RAY_ADDRESS" not in os.environ
         cores = {"num_cpus": cluster.num_workers * cluster.cpus_per_worker + 1} if here and not use_gpu else {}
-        ray.init(address=cluster.address, include_dashboard=False if here else None, logging_level="warning", **cores)
+        options = {"include_dashboard": False if here else None, "logging_level": "warning", "log_to_driver": not quiet}
+        ray.init(address=cluster.address, **options, **cores)
     try:
         outcome = TorchTrainer(
             _work,

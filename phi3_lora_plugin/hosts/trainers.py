@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.attach import attach
+from phi3_lora_plugin.attach import attach, wrap_again
 from phi3_lora_plugin.discovery import Plugins, load_plugins
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def attach_to_all(
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         for sentence in _attach(self, recipe, wanted, plugins):
             tell(sentence)
+        if self.model is not None and wrap_again(self):
+            tell(f"{type(self).__name__}: its processes share gradients, which evaluating before training had undone")
         return stock(self, *args, **kwargs)
 
     train.__wrapped__ = stock  # type: ignore[attr-defined]
