@@ -44,6 +44,10 @@ def evaluation_rows(
         DataError: there are none, or as `load_data`.
     """
     data = recipe.data
+    if recipe.preference.on:  # what it was trained to prefer is no text to be predicted
+        if path is None:
+            raise DataError([f"{recipe.name} was trained on pairs; give chats to evaluate on with --data FILE"])
+        recipe = recipe.model_copy(update={"preference": recipe.preference.model_copy(update={"loss": "none"})})
     if path is not None:
         split = data.split if recipe.provenance.get("data.split") == "override" else None
         return _alone(recipe, tokenizer, adapters, longest, path, split, most, "--data")

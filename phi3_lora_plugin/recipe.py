@@ -33,6 +33,7 @@ from phi3_lora_plugin.recipe_sections import (
     DataSection,
     LoraSection,
     ModelSection,
+    PreferenceSection,
     Section,
     Switch,
     Text,
@@ -62,6 +63,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     training: dict[str, Any] = {}
     """As `transformers.TrainingArguments` names things, of any version; checked against the one installed."""
+    preference: PreferenceSection = PreferenceSection()
     checkpoint: CheckpointSection = CheckpointSection()
     speed: Literal["auto", "off"] | dict[Literal["loss", "attention", "lora", "masters", "host"], Switch] = "auto"
     """Fast paths: auto, off, or one by one (the rest as in auto); losses are the same with and without."""
@@ -89,12 +91,25 @@ class Recipe(Section):
         evaluates = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
         if training.get("eval_strategy", "no") != "no" and not evaluates:
             yield "training.eval_strategy", "there is nothing to evaluate on; give data.eval_path or data.eval_fraction"
+        if self.preference.on:
+            yield from self._preference_conflicts()
         if self.model.device == "cuda" and training.get("use_cpu"):
             yield "training.use_cpu", "contradicts model.device: cuda"
         if training.get("bf16") and training.get("fp16"):
             yield "training.fp16", "given beside training.bf16; keep one"
         if self.model.dtype == "float16" and training.get("fp16"):
             yield "training.fp16", "mixed precision needs float32 or bfloat16 weights; write model.dtype: float32"
+
+    def _preference_conflicts(self) -> Iterator[tuple[str, str]]:
+        data, lora = self.data, self.lora
+        if data.packing:
+            yield "data.packing", "pairs are not packed; write data.packing: false"
+        if data.format != "auto":
+            yield "data.format", "pairs are known by their columns chosen and rejected; write data.format: auto"
+        if data.train_on != "assistant":
+            yield "data.train_on", "of pairs the two answers are compared; write data.train_on: assistant"
+        if lora.init not in ("default", "gaussian"):
+            yield "lora.init", f"{lora.init} begins elsewhere than the base, which is the reference; write default"
 
     @property
     def name(self) -> str:

@@ -174,6 +174,27 @@ class LoraSection(Section):
                     yield name, f"{pattern!r} is not a regular expression ({error})"
 
 
+class PreferenceSection(Section):
+    """Train on which of two answers is better, and not on answers alone."""
+
+    loss: Literal["none", "sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down"] = "none"
+    """none: rows are chats; else rows have `chosen` and `rejected`, compared by this loss of TRL's DPOTrainer."""
+    beta: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
+    """How close to stay to the base, which is the reference; more is closer."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5, allow_inf_nan=False)] = 0.0
+    """Share of pairs whose order is taken to be wrong, for the losses sigmoid and robust."""
+
+    @property
+    def on(self) -> bool:
+        """Whether rows are pairs."""
+        return self.loss != "none"
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """What the loss would not look at."""
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            yield "label_smoothing", f"has no effect with preference.loss: {self.loss}"
+
+
 class CheckpointSection(Section):
     """Which LoRA-only checkpoints are written and which are kept."""
 

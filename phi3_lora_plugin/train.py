@@ -108,7 +108,7 @@ def train(
         ReloadError: the saved adapter is not the trained one.
     """
     from rich.console import Console
-    from transformers import PrinterCallback, Trainer, set_seed
+    from transformers import PrinterCallback, set_seed
 
     from phi3_lora_plugin.attach import wrap_again
     from phi3_lora_plugin.callbacks import CheckpointError
@@ -121,7 +121,7 @@ def train(
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.progress import ProgressReport
     from phi3_lora_plugin.speed.apply import accelerate_phi3
-    from phi3_lora_plugin.training_args import lora_options, training_arguments
+    from phi3_lora_plugin.training_args import lora_options
 
     started = time.monotonic()
     say = console or Console(quiet=True)
@@ -153,14 +153,14 @@ def train(
     set_seed(recipe.seed)  # A depends on the seed alone, not on how the model was loaded
     model = add_lora(model, **options)
     say.print(render_coverage(coverage(model)))
-    arguments = training_arguments(recipe, has_eval=data.eval is not None)
+    arguments = _arguments(recipe, data.eval is not None)
     if _checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
 
     stop, progress = StopOnSignal(), ProgressReport(say)
     callbacks = [*plugins.callbacks(recipe), *callbacks]
     rows, collator = _feed(data.train, recipe, tokenizer, longest)
-    trainer = Trainer(
+    trainer = _trainer_class(recipe)(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -264,12 +264,36 @@ def _eval_loss(trainer: Trainer) -> float | None:
     return None if trainer.eval_dataset is None else float(trainer.evaluate()["eval_loss"])
 
 
+def _arguments(recipe: Recipe, has_eval: bool) -> Any:
+    from phi3_lora_plugin.training_args import training_arguments
+
+    if not recipe.preference.on:
+        return training_arguments(recipe, has_eval)
+    from phi3_lora_plugin.preference import preference_arguments
+
+    return preference_arguments(recipe, has_eval)
+
+
+def _trainer_class(recipe: Recipe) -> Any:
+    from transformers import Trainer
+
+    if not recipe.preference.on:
+        return Trainer
+    from phi3_lora_plugin.preference import PreferenceTrainer
+
+    return PreferenceTrainer
+
+
 def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, Any]:
-    """(rows, collator): rows padded on the right batch by batch, or packs of rows that attend to themselves only."""
+    """(rows, collator): rows padded on the right batch by batch, pairs too, or packs that attend row by row."""
     from transformers import DataCollatorForSeq2Seq
 
     from phi3_lora_plugin.chat.pack import PackedCollator, pack
 
+    if recipe.preference.on:
+        from phi3_lora_plugin.preference import PairCollator
+
+        return rows, PairCollator(tokenizer.pad_token_id)
     if not recipe.data.packing:
         return rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
     packs = pack(_lengths(rows), longest)

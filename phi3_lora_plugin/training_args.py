@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 
-def training_arguments(recipe: Recipe, has_eval: bool = False, **ours: Any) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, has_eval: bool = False, kind: type[TrainingArguments] | None = None, **ours: Any
+) -> TrainingArguments:
     """Return the installed transformers' `TrainingArguments` for a recipe.
 
     What the recipe says wins over our defaults, and `ours` over both.
 
     Args:
         has_eval: whether there are rows to evaluate on; without them nothing is evaluated.
+        kind: class to make, one derived from `TrainingArguments`; itself if not given.
         ours: more arguments, as the installed class names them.
     """
     from transformers import TrainingArguments
@@ -35,7 +38,10 @@ def training_arguments(recipe: Recipe, has_eval: bool = False, **ours: Any) -> T
     if settings.get(name):
         # Reentrant checkpointing gives no gradient behind frozen embeddings.
         settings[f"{name}_kwargs"] = {"use_reentrant": False} | (settings.get(f"{name}_kwargs") or {})
-    return TrainingArguments(**(settings | ours))
+    if kind is not None:
+        settings.setdefault(name, False)  # on by default in TRL's
+        settings.setdefault("learning_rate", 5e-5)  # each of TRL's has one of its own; a recipe means one thing
+    return (kind or TrainingArguments)(**(settings | ours))
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
                 guess = f"; did you mean {near[0]!r}?" if near else ""
                 raise RowError(f"has no column {foreign!r} (data.columns.{name}), only {named(row)}{guess}") from None
     renamed = {name: value for name, value in row.items() if name not in outer.values()} | found
-    for name in ("messages", "conversations", "prompt", "completion") if inner else ():
+    for name in ("messages", "conversations", "prompt", "completion", "chosen", "rejected") if inner else ():
         if isinstance(renamed.get(name), list):
             renamed[name] = [
                 {inner.get(key, key): value for key, value in item.items()} if isinstance(item, Mapping) else item

@@ -13,6 +13,8 @@ from phi3_lora_plugin.chat.adapt import Reading, conversations
 from phi3_lora_plugin.chat.cache import find_entry, read_entry, write_entry
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import Adapter
+from phi3_lora_plugin.chat.pairs import encode_pairs, read_pairs
+from phi3_lora_plugin.chat.preferences import Pair
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describe
 from phi3_lora_plugin.chat.rows import Rows, duplicates, split, to_table
@@ -140,7 +142,8 @@ def _encode_all(
     encoded: list[Rows] = []
     for part in parts:
         try:
-            encoded.append(_encoded(_read(part, data, adapters, fate), tokenizer, data, limit, fate))
+            read = _read(part, data, adapters, fate, recipe.preference.on)
+            encoded.append(_encoded(read, tokenizer, data, limit, fate))
         except SourceError as error:
             if part.key == "data.path":
                 unreadable += error.problems
@@ -195,16 +198,21 @@ def _encode_all(
 
 
 def _read(
-    part: _Part, data: DataSection, adapters: Mapping[str, Adapter], fate: _Fate
-) -> Iterator[tuple[Place, list[Any]]]:
-    """Conversations of one part, from the top; what is wrong with rows goes into `fate`."""
+    part: _Part, data: DataSection, adapters: Mapping[str, Adapter], fate: _Fate, pairs: bool
+) -> Iterator[tuple[Place, Any]]:
+    """Conversations of one part, or pairs of them, from the top; what is wrong with rows goes into `fate`."""
     fate.left_out += part.found.left_out
     left = part.most
     broken: list[str] = []
     for source in part.found.sources:
         reading = Reading(source.name)
         try:
-            for item in islice(conversations(source, reading, data.format, data.columns, adapters), left):
+            items: Iterator[Any] = (
+                read_pairs(source, reading, data.columns)
+                if pairs
+                else conversations(source, reading, data.format, data.columns, adapters)
+            )
+            for item in islice(items, left):
                 if isinstance(item, Problem):
                     fate.problems.append(item)
                 else:
@@ -222,13 +230,15 @@ def _read(
 
 
 def _encoded(
-    read: Iterator[tuple[Place, list[Any]]], tokenizer: Any, data: DataSection, limit: int | None, fate: _Fate
+    read: Iterator[tuple[Place, Any]], tokenizer: Any, data: DataSection, limit: int | None, fate: _Fate
 ) -> Rows:
     policy = Policy(data.train_on, data.system, data.tools, data.control_tokens)
     rows = Rows()
     while batch := list(islice(read, _BATCH)):
-        encoded = encode_batch([messages for _, messages in batch], tokenizer, limit, policy, data.template)
-        for (place, messages), row in zip(batch, encoded, strict=True):
+        both = isinstance(batch[0][1], Pair)
+        encode_all = encode_pairs if both else encode_batch
+        encoded = encode_all([chat for _, chat in batch], tokenizer, limit, policy, data.template)
+        for (place, chat), row in zip(batch, encoded, strict=True):
             if isinstance(row, EncodeError):
                 if row.reason in ("untrained", "truncated"):
                     fate.dropped.append(Left(str(place), str(row)))
@@ -237,7 +247,7 @@ def _encoded(
                 continue
             if row["truncated"]:
                 fate.truncated.append(Left(str(place), f"longer than {limit} tokens; its end was cut off"))
-            rows.add(str(place), row, tuple(message["role"] for message in messages))
+            rows.add(str(place), row, tuple(message["role"] for message in (chat.chosen if both else chat)))
     return rows
 
 

@@ -14,6 +14,9 @@ from typing import Any
 from phi3_lora_plugin.chat.formats import alpaca
 from phi3_lora_plugin.chat.turns import Message, RowError, complete, named, read_text, read_turns, shown
 
+#: Every column that is read.
+COLUMNS = ("chosen", "rejected", "prompt", "messages", "conversations", "instruction", "input", "history", "system",
+           "tools")  # fmt: skip
 _PROMPTS = ("prompt", "messages", "conversations", "instruction")
 
 

@@ -22,6 +22,8 @@ class Rows:
 
     ids: array[int] = field(default_factory=lambda: array("i"))
     labels: array[int] = field(default_factory=lambda: array("i"))
+    cuts: list[int] = field(default_factory=list)  # of pairs: where the rejected chat begins, behind the chosen one
+    groups: list[bytes] = field(default_factory=list)  # of pairs: rows with the same prompt are of one group
     about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
     digests: list[bytes] = field(default_factory=list)
     roles: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # most rows share theirs
@@ -32,28 +34,35 @@ class Rows:
         self.labels += labels
         trained = len(labels) - row["labels"].count(IGNORE)
         self.about.append((place, len(ids), trained, self.roles.setdefault(roles, roles)))
+        if "cut" in row:
+            self.cuts.append(row["cut"])
+            prompt = ids[: next(index for index, label in enumerate(labels) if label != IGNORE)]
+            self.groups.append(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest())
         self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
 
 
 def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows] | None:
-    """Hold out a share of the distinct conversations, so that no copy of a held-out one is trained on.
+    """Hold out a share of the distinct conversations (of pairs: of the prompts), so that no copy is trained on.
 
     None if there are not two of them.
     """
-    distinct = list(dict.fromkeys(rows.digests))
+    keys = rows.groups or rows.digests
+    distinct = list(dict.fromkeys(keys))
     if len(distinct) < 2:
         return None
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     chosen = set(random.Random(seed).sample(distinct, count))
     train, held_out = Rows(), Rows()
     start = 0
-    for about, digest in zip(rows.about, rows.digests, strict=True):
-        part = held_out if digest in chosen else train
+    for number, (about, digest) in enumerate(zip(rows.about, rows.digests, strict=True)):
+        part = held_out if keys[number] in chosen else train
         stop = start + about[1]
         part.ids += rows.ids[start:stop]
         part.labels += rows.labels[start:stop]
         part.about.append(about)
         part.digests.append(digest)
+        part.cuts += rows.cuts[number : number + 1]
+        part.groups += rows.groups[number : number + 1]
         start = stop
     return train, held_out
 
@@ -75,4 +84,5 @@ def to_table(rows: Rows) -> pyarrow.Table:
 
     offsets = np.cumsum([0, *(length for _, length, _, _ in rows.about)], dtype=np.int64)
     columns = [pa.LargeListArray.from_arrays(offsets, pa.array(np.array(c, np.int32))) for c in (rows.ids, rows.labels)]
-    return pa.table(columns, names=["input_ids", "labels"])
+    table = pa.table(columns, names=["input_ids", "labels"])
+    return table.append_column("cut", pa.array(rows.cuts, pa.int32())) if rows.cuts else table

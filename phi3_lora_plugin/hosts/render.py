@@ -21,5 +21,7 @@ def render(recipe: Recipe, host: str) -> Rendered:
     """
     if host not in HOSTS:
         raise RenderError(f"--host: {host!r} is none of {', '.join(HOSTS)}")
+    if recipe.preference.on:
+        raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
     made: Rendered = import_module(f"phi3_lora_plugin.hosts.render_{host}").render(recipe)
     return made

@@ -1,0 +1,60 @@
+"""The rows of one source -> pairs of chats -> one row each: the chosen chat, the rejected one behind it, the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from phi3_lora_plugin.chat.adapt import Reading
+from phi3_lora_plugin.chat.columns import rename
+from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+from phi3_lora_plugin.chat.preferences import COLUMNS, Pair, preference
+from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
+from phi3_lora_plugin.chat.sources import Source
+from phi3_lora_plugin.chat.turns import RowError
+
+
+def read_pairs(source: Source, reading: Reading, columns: Mapping[str, str]) -> Iterator[tuple[Place, Pair] | Problem]:
+    """Yield the pair of each row, or what is wrong with it, in order; `reading` is filled on the way.
+
+    Raises `SourceError` for a source without rows.
+    """
+    reading.format, reading.because = "preference", "as the recipe's preference.loss says"
+    for item in source.rows():
+        reading.rows += 1
+        if isinstance(item, Problem):
+            yield item
+            continue
+        try:
+            row = rename(item.values, columns)
+            yield item.place, preference(row)
+            reading.unread.update(column for column in row if column not in COLUMNS)
+        except RowError as error:
+            yield Problem(item.place, str(error))
+    if not reading.rows:
+        raise SourceError([f"{source.name}: has no rows"])
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], tokenizer: Any, max_length: int | None, policy: Policy, template: str | None
+) -> list[dict[str, Any] | EncodeError]:
+    """As `encode_batch` for pairs: `input_ids` and `labels` of both chats end to end, `cut` where the second begins.
+
+    `max_length` is for each chat; a pair of which one cannot be encoded is that one's `EncodeError`.
+    """
+    chats = [chat for pair in pairs for chat in (pair.chosen, pair.rejected)]
+    encoded = encode_batch(chats, tokenizer, max_length, policy, template)
+    return [_joined(*both) for both in zip(encoded[::2], encoded[1::2], strict=True)]
+
+
+def _joined(chosen: dict[str, Any] | EncodeError, rejected: dict[str, Any] | EncodeError) -> Any:
+    for name, one in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(one, EncodeError):
+            return EncodeError(one.reason, f"{name}: {one}")
+    assert isinstance(chosen, dict) and isinstance(rejected, dict)
+    return {
+        "input_ids": chosen["input_ids"] + rejected["input_ids"],
+        "labels": chosen["labels"] + rejected["labels"],
+        "truncated": chosen["truncated"] or rejected["truncated"],
+        "cut": len(chosen["input_ids"]),
+    }
