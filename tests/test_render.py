@@ -44,6 +44,10 @@ def config(name: str, host: str, *overrides: str) -> dict[str, Any]:
 def test_every_preset_has_every_hosts_words_or_is_refused_with_a_reason(name: str) -> None:
     recipe = load_recipe(name)
     for host in HOSTS:
+        if recipe.preference.on:
+            with pytest.raises(RenderError, match="trains on preferences, which is not rendered"):
+                render(recipe, host)
+            continue
         if host == "torchtune" and recipe.model.path.rpartition("/")[2] not in ("Phi-3-mini-4k-instruct", "phi-4"):
             if not recipe.model.path.startswith("embedded:"):
                 with pytest.raises(RenderError, match="torchtune has Phi-3-mini-4k-instruct and phi-4, not"):
