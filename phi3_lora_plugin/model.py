@@ -92,6 +92,8 @@ def load_model(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    except (KeyError, TypeError, ArithmeticError, AssertionError) as error:  # sizes or names that make no model
+        raise ModelError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # the Rust side's class, which has moved between versions
             raise

@@ -53,10 +53,12 @@ def reload_check(model: Any, adapter: Path, base: str, revision: str | None, ids
 
     was_training = model.training
     model.eval()
-    # Under mixed precision, accelerate has put another forward in front, which rounds what the fresh process does not.
-    forward = getattr(model, "_original_forward", model)
+    # Under mixed precision, accelerate has put another forward in front (older ones one for training and one for
+    # evaluation), which rounds what the fresh process does not: the class still has its own.
     with torch.inference_mode():
-        here = forward(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()
+        here = (
+            type(model).forward(model, input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()
+        )
     model.train(was_training)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:

@@ -27,3 +27,10 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real inputs are not here: {SHARED} does not exist (set PHI3_SHARED_DATA)")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def no_mixed_precision_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older transformers leave `bf16=True` of one Trainer in the environment, where the next one finds it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")

@@ -157,7 +157,8 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     assert "short_factor has 3 numbers; expected 4" in message(
         edit(base("rope"), rope_scaling=bad, rope_parameters=None), RopeError
     )
-    assert "does not describe a model" in message(edit(base("odd"), max_position_embeddings=None))
+    assert "does not describe a model" in message(edit(base("odd"), hidden_size=[32]))
+    assert "cannot be loaded: KeyError: 'nope'" in message(edit(base("act"), hidden_act="nope"))
     if not torch.cuda.is_available():
         assert "no CUDA device" in message(base("cuda"), device="cuda")
 
