@@ -53,14 +53,6 @@ def questions(
     return found
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a turn: the family's, and those of the model's own generation config."""
-    from phi3_lora_plugin.tokenizer import stop_token_ids
-
-    published = model.generation_config.eos_token_id
-    return stop_token_ids(tokenizer, [published] if isinstance(published, int) else list(published or ()))
-
-
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -80,7 +72,7 @@ def answer(
     """
     import torch
 
-    from phi3_lora_plugin.generate import generate_ids
+    from phi3_lora_plugin.generate import generate_ids, stop_ids
 
     stops = set(stop_ids(model, tokenizer))
     device = model.get_input_embeddings().weight.device

@@ -114,7 +114,13 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LoraCheckpoint:
         """As the recipe's `checkpoint` section says."""
-        section, data = recipe.checkpoint, recipe.data
+        about = {"recipe": {"name": recipe.name, "digest": recipe.digest()}, "quantize": recipe.model.quantize}
+        return cls.from_sections(recipe.checkpoint, recipe.data, about)
+
+    @classmethod
+    def from_sections(cls, section: Any, data: Any, facts: Mapping[str, Any] | None = None) -> LoraCheckpoint:
+        """As a `checkpoint` section says; the manifests say how to ask the adapter: as `data` had it trained."""
+        chat = {"system": data.system, "control_tokens": data.control_tokens, "tools": data.tools}
         return cls(
             every_steps=section.every_steps,
             keep_last=section.keep_last,
@@ -122,13 +128,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             keep_every=section.keep_every,
             format=section.format,
             background=section.background,
-            facts={
-                "recipe": {"name": recipe.name, "digest": recipe.digest()},
-                "quantize": recipe.model.quantize,
-                # How to ask this adapter: as it was trained.
-                "chat": {"system": data.system, "control_tokens": data.control_tokens, "tools": data.tools}
-                | ({"template": data.template} if data.template else {}),
-            },
+            facts={**(facts or {}), "chat": chat | ({"template": data.template} if data.template else {})},
         )
 
     def bind(self, trainer: Any) -> None:

@@ -220,6 +220,7 @@ def footprint(
 
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.speed.apply import speed_up
+    from phi3_lora_plugin.training_args import checkpoints_activations
 
     config._attn_implementation = attention
     config.use_cache = False
@@ -230,8 +231,7 @@ def footprint(
             _pack_weights(model, PACKED_BYTES[quantize], dtype)
         # Where A and B begin changes nothing about their sizes, and needs values that are not here.
         model = add_lora(model, **{key: value for key, value in lora.items() if key not in _STARTS})
-    checkpoints = _checkpoints(arguments)
-    if checkpoints:
+    if checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
         options = {"use_reentrant": False, "preserve_rng_state": False}
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -380,12 +380,6 @@ def _optimizer(arguments: Any, model: Any, trained: list[Any]) -> Any:
     except (ImportError, ValueError, RuntimeError):
         pass
     return torch.optim.AdamW(trained)  # no smaller than any that is offered
-
-
-def _checkpoints(arguments: Any) -> bool:
-    return bool(
-        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
-    )
 
 
 def _bytes(tensor: Any) -> int:

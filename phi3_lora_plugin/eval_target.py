@@ -14,6 +14,7 @@ from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.generate import AdapterError, adapter_folder, base_of
 from phi3_lora_plugin.recipe import Recipe, load_recipe
 from phi3_lora_plugin.recipe_yaml import dump
+from phi3_lora_plugin.store_layout import numbered
 
 Find = Callable[[str], Any]
 
@@ -62,7 +63,7 @@ def _of_recipe(recipe: Recipe) -> Target:
     folder = Path(recipe.output_dir)
     runs = [folder]
     if recipe.provenance.get("output_dir", "default") == "default":
-        runs += [path for path in folder.parent.glob(f"{folder.name}-*") if path.name[len(folder.name) + 1 :].isdigit()]
+        runs += numbered(folder)
     found = {run: adapter for run in runs if run.is_dir() and (adapter := latest_complete(run)) is not None}
     if not found:
         return Target(

@@ -98,10 +98,10 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
     from rich.console import Console
 
     from phi3_lora_plugin.answer_scores import score_answers
-    from phi3_lora_plugin.answers import questions, stop_ids
+    from phi3_lora_plugin.answers import questions
     from phi3_lora_plugin.eval_rows import evaluation_rows
     from phi3_lora_plugin.families import default_max_length
-    from phi3_lora_plugin.generate import with_adapter
+    from phi3_lora_plugin.generate import stop_ids, with_adapter
     from phi3_lora_plugin.lm_eval_tasks import require_lm_eval
     from phi3_lora_plugin.tokenizer import load_tokenizer
 

@@ -133,6 +133,14 @@ def stream(
         raise failure[0]
 
 
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a turn: the family's, and those of the model's own generation config."""
+    from phi3_lora_plugin.tokenizer import stop_token_ids
+
+    published = model.generation_config.eos_token_id
+    return stop_token_ids(tokenizer, [published] if isinstance(published, int) else list(published or ()))
+
+
 def generate_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -145,17 +153,13 @@ def generate_ids(
     """Token ids [batch, prompt + new] of one call to `generate` that stops at the family's stop tokens."""
     import torch
 
-    from phi3_lora_plugin.tokenizer import stop_token_ids
-
-    published = model.generation_config.eos_token_id
-    known = [published] if isinstance(published, int) else list(published or ())
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode():
         return model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            eos_token_id=stop_token_ids(tokenizer, known),
+            eos_token_id=stop_ids(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
             **sampling,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 
 #: Share of slivers that a small object moves into and stays.
 TAKEN = 0.2
@@ -118,14 +117,3 @@ class Heap:
     def _forget(self, start: int, size: int) -> None:
         del self._starts[start], self._ends[start + size]
         del self._sizes[bisect_left(self._sizes, (size, start))]
-
-
-def replay(events: Iterable[tuple[int, int]]) -> Heap:
-    """The heap after `events`: (key, bytes) for a new block, (key, -1) for one that is given back."""
-    heap = Heap()
-    for key, size in events:
-        if size < 0:
-            heap.free(key)
-        else:
-            heap.allocate(key, size)
-    return heap

@@ -1,8 +1,8 @@
 """What a run would take before it is started: parameters, bytes at the worst moment, steps, and whether it fits.
 
 Tensors come from a dry run of the real code (`dry_run`), the size of the program from this process once it has trained
-something tiny, what malloc holds from its rules (`heap`). No number here is fitted to measurements;
-`python -m benchmarks.memory` holds the sum against them.
+something tiny, what malloc holds from its rules (`heap`, which has the one number that was chosen by measuring).
+`python -m benchmarks.memory` holds the sum against real runs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def plan(
     from phi3_lora_plugin.dry_run import footprint
     from phi3_lora_plugin.families import default_max_length
     from phi3_lora_plugin.model import find_config, read_config
-    from phi3_lora_plugin.training_args import lora_options, training_arguments
+    from phi3_lora_plugin.training_args import checkpoints_activations, lora_options, training_arguments
 
     device = _device(recipe, device)
     if config is None:
@@ -166,7 +166,7 @@ def plan(
         batch=rows,
         accumulation=accumulation,
         packing=recipe.data.packing,
-        checkpointing=_flag(arguments),
+        checkpointing=checkpoints_activations(arguments),
         width=feed.largest.width,
         rows=None if lengths is None else len(lengths.train),
         tokens_per_step=per_step,
@@ -189,6 +189,7 @@ class Lengths:
 def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
     """Read and encode the data of a recipe, as the run would, and say how long the rows are; raises as `load_data`."""
     from phi3_lora_plugin.chat.dataset import load_data
+    from phi3_lora_plugin.chat.rows import lengths as row_lengths
     from phi3_lora_plugin.families import default_max_length
     from phi3_lora_plugin.tokenizer import load_tokenizer
 
@@ -197,9 +198,9 @@ def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
     data = load_data(recipe, tokenizer, adapters, max_length=longest, cache=True)
     rows = data.train
     return Lengths(
-        tuple(len(ids) for ids in rows["input_ids"]),
+        tuple(row_lengths(rows)),
         tuple(sum(label != -100 for label in labels) for labels in rows["labels"]),
-        () if data.eval is None else tuple(len(ids) for ids in data.eval["input_ids"]),
+        () if data.eval is None else tuple(row_lengths(data.eval)),
     )
 
 
@@ -375,9 +376,3 @@ def _memory(recipe: Recipe, device: str) -> int | None:
         return int(torch.cuda.get_device_properties(0).total_memory)
     found = re.match(r"\d+ GB(?! of RAM)", recipe.about.memory or "")
     return size(found[0]) if found else None
-
-
-def _flag(arguments: Any) -> bool:
-    return bool(
-        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
-    )

@@ -74,6 +74,11 @@ def stores_in(folder: Path) -> list[Path]:
     return [path for path in (folder, folder / FOLDER, folder / FOLDER_WHEN_PUSHED) if path.is_dir()]
 
 
+def numbered(folder: Path) -> list[Path]:
+    """Folders of runs that found `folder` taken and got its name with a number behind."""
+    return [path for path in folder.parent.glob(f"{folder.name}-*") if path.name[len(folder.name) + 1 :].isdigit()]
+
+
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 

@@ -113,6 +113,7 @@ def train(
     from phi3_lora_plugin.attach import wrap_again
     from phi3_lora_plugin.callbacks import CheckpointError
     from phi3_lora_plugin.chat.dataset import load_data
+    from phi3_lora_plugin.chat.rows import lengths
     from phi3_lora_plugin.checkpoint import latest_complete
     from phi3_lora_plugin.families import default_max_length, straddles
     from phi3_lora_plugin.health import HealthError
@@ -121,7 +122,7 @@ def train(
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.progress import ProgressReport
     from phi3_lora_plugin.speed.apply import accelerate_phi3
-    from phi3_lora_plugin.training_args import lora_options
+    from phi3_lora_plugin.training_args import checkpoints_activations, lora_options
 
     started = time.monotonic()
     say = console or Console(quiet=True)
@@ -140,7 +141,7 @@ def train(
     longest = recipe.data.max_length or default_max_length(model.config.to_dict())
     data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
     data.report.render(say)
-    if not recipe.data.packing and straddles(_lengths(data.train), model.config.to_dict()):
+    if not recipe.data.packing and straddles(lengths(data.train), model.config.to_dict()):
         tell(
             "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
             "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
@@ -154,7 +155,7 @@ def train(
     model = add_lora(model, **options)
     say.print(render_coverage(coverage(model)))
     arguments = _arguments(recipe, data.eval is not None)
-    if _checkpoints_activations(arguments):
+    if checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
 
     stop, progress = StopOnSignal(), ProgressReport(say)
@@ -187,7 +188,7 @@ def train(
     if before is not None:
         tell(f"held-out loss before training: {before:.4f}")
     questions = _questions(data.eval, tokenizer, samples)
-    answers_before = [_answer(model, tokenizer, question.ids) for question in questions]
+    answers_before = _answers(model, tokenizer, questions)
     try:
         with stop:
             _run(trainer, recipe, resume, allow_drift, tell)
@@ -195,7 +196,7 @@ def train(
         raise TrainingError(str(error)) from error
     interrupted = stop.received is not None
     after = None if interrupted else _eval_loss(trainer)
-    answers_after = ["" if interrupted else _answer(model, tokenizer, question.ids) for question in questions]
+    answers_after = [""] * len(questions) if interrupted else _answers(model, tokenizer, questions)
 
     adapter = latest_complete(output_dir)
     difference = None
@@ -248,16 +249,10 @@ def _questions(rows: Any, tokenizer: Any, count: int) -> list[_Question]:
     return found
 
 
-def _answer(model: Any, tokenizer: Any, ids: list[int]) -> str:
-    import torch
+def _answers(model: Any, tokenizer: Any, questions: Sequence[_Question]) -> list[str]:
+    from phi3_lora_plugin.answers import answer
 
-    from phi3_lora_plugin.generate import generate_ids
-
-    was_training = model.training
-    model.eval()
-    made = generate_ids(model, tokenizer, torch.tensor([ids], device=model.device), max_new_tokens=48)
-    model.train(was_training)
-    return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip())
+    return [said.text for said in answer(model, tokenizer, [question.ids for question in questions], 48)]
 
 
 def _eval_loss(trainer: Trainer) -> float | None:
@@ -289,6 +284,7 @@ def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any,
     from transformers import DataCollatorForSeq2Seq
 
     from phi3_lora_plugin.chat.pack import PackedCollator, pack
+    from phi3_lora_plugin.chat.rows import lengths
 
     if recipe.preference.on:
         from phi3_lora_plugin.preference import PairCollator
@@ -296,15 +292,8 @@ def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any,
         return rows, PairCollator(tokenizer.pad_token_id)
     if not recipe.data.packing:
         return rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
-    packs = pack(_lengths(rows), longest)
+    packs = pack(lengths(rows), longest)
     return _Packs(rows, packs), PackedCollator()
-
-
-def _lengths(rows: Any) -> list[int]:
-    """Tokens of each row, without making Python lists of them."""
-    from pyarrow.compute import list_value_length
-
-    return list(list_value_length(rows.data.column("input_ids")).to_pylist())
 
 
 @dataclass(frozen=True)
@@ -338,12 +327,6 @@ def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:
     from phi3_lora_plugin.lora.methods import loraplus_optimizer
 
     return loraplus_optimizer(model, arguments, recipe.lora.loraplus_lr_ratio)
-
-
-def _checkpoints_activations(arguments: Any) -> bool:
-    return bool(
-        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
-    )
 
 
 def _batches(rows: Any, tokenizer: Any, device: Any, size: int = 8, count: int = 32) -> list[dict[str, Any]]:

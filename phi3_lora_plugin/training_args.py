@@ -44,6 +44,13 @@ def training_arguments(
     return (kind or TrainingArguments)(**(settings | ours))
 
 
+def checkpoints_activations(arguments: TrainingArguments) -> bool:
+    """Whether activations are computed twice, by the name that the installed version has for it."""
+    return bool(
+        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
+    )
+
+
 def _defaults(recipe: Recipe) -> dict[str, Any]:
     import torch
 

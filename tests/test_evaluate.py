@@ -17,13 +17,13 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import load_model, load_plugins, load_recipe, load_tokenizer, train
-from phi3_lora_plugin.answers import answer, questions, stop_ids
+from phi3_lora_plugin.answers import answer, questions
 from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import encode, prompt_ids
 from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.eval_target import find_target
 from phi3_lora_plugin.evaluate import Evaluation, Wanted, evaluate
-from phi3_lora_plugin.generate import AdapterError
+from phi3_lora_plugin.generate import AdapterError, stop_ids
 from phi3_lora_plugin.lm_eval_tasks import HarnessError
 from phi3_lora_plugin.token_scores import NothingTrained, TokenScores, token_scores
 

@@ -220,12 +220,14 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     Raises:
         OutputDirError: the named folder holds another run or cannot be written, or there is no run to resume.
     """
+    from phi3_lora_plugin.store_layout import numbered
+
     if os.environ.get("RANK", "0") != "0":
         return recipe  # rank zero decides, and fails for all
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     named = not alone or recipe.provenance.get("output_dir", "default") != "default"
     folder = Path(recipe.output_dir)
-    taken = [folder, *_numbered(folder)] if not named else [folder]
+    taken = [folder, *numbered(folder)] if not named else [folder]
     runs = [path for path in taken if any((path / trace).exists() for trace in _TRACES)]
     saved = [path for path in taken if any(any(path.glob(pattern)) for pattern in _SAVED)]
     if resume:
@@ -256,7 +258,3 @@ def _names(folder: Path) -> Any:
     while True:
         yield folder.with_name(f"{folder.name}-{number}")
         number += 1
-
-
-def _numbered(folder: Path) -> list[Path]:
-    return [path for path in folder.parent.glob(f"{folder.name}-*") if path.name[len(folder.name) + 1 :].isdigit()]

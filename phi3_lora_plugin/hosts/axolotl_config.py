@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from phi3_lora_plugin.chat.templates import TEMPLATES, TemplateError
-from phi3_lora_plugin.hosts.base import check_targets, linear_names
+from phi3_lora_plugin.hosts.base import check_targets, linear_names, no_remote_code
 from phi3_lora_plugin.hosts.settings import HostSettings
 
 ROWS = "phi3_lora_plugin.hosts.axolotl_rows"
@@ -36,9 +36,7 @@ def prepare(
     if cfg.get("adapter") in ("lora", "qlora"):
         done += _kernels(cfg)
         done += _targets(cfg, config)
-    if cfg.get("trust_remote_code"):
-        cfg["trust_remote_code"] = False
-        done.append("trust_remote_code: false, transformers has this model; old remote code of it no longer runs")
+    done += no_remote_code(cfg)
     done += _template(cfg, settings)
     tokens = dict(cfg.get("special_tokens") or {})
     if "pad_token" not in tokens:

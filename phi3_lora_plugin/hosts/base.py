@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from phi3_lora_plugin.families import UnsupportedModel, projections, recognise
@@ -23,6 +23,14 @@ def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:
     except UnsupportedModel:
         return None
     return dict(config)
+
+
+def no_remote_code(args: MutableMapping[str, Any]) -> list[str]:
+    """Switch off the hub's own code for a model in a host's arguments; a sentence if it was on."""
+    if not args.get("trust_remote_code"):
+        return []
+    args["trust_remote_code"] = False
+    return ["trust_remote_code: false, transformers has this model; old remote code of it no longer runs"]
 
 
 def linear_names(config: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
-from phi3_lora_plugin.hosts.base import check_targets, phi_config
+from phi3_lora_plugin.hosts.base import check_targets, no_remote_code, phi_config
 from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpoint_callback, read_settings
 
 TEMPLATE = "phi3_lora"
@@ -30,9 +30,7 @@ def prepare(args: MutableMapping[str, Any], config: Mapping[str, Any], settings:
         was = args.get("template")
         args["template"] = TEMPLATE
         done.append(f"template: {TEMPLATE} instead of {was}, which renders and masks as the published template does")
-    if args.get("trust_remote_code"):
-        args["trust_remote_code"] = False
-        done.append("trust_remote_code: false, transformers has this model; old remote code of it no longer runs")
+    done += no_remote_code(args)
     named = args.get("lora_target")
     if args.get("finetuning_type", "lora") == "lora" and named:
         names = [name.strip() for name in named.split(",")] if isinstance(named, str) else list(named)

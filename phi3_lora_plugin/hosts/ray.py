@@ -20,6 +20,7 @@ from transformers import TrainerCallback  # noqa: TID253
 from phi3_lora_plugin.callbacks import LoraCheckpoint
 from phi3_lora_plugin.checkpoint import latest_complete
 from phi3_lora_plugin.manifest import read_manifest
+from phi3_lora_plugin.store_layout import FOLDER, step_name
 from phi3_lora_plugin.train import Result, TrainingError, train
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _restore(kept: Any, output_dir: Path) -> None:
         step = int(read_manifest(Path(folder))["step"])
         if newest is not None and int(read_manifest(newest)["step"]) >= step:
             return
-        target = output_dir / "lora" / f"step-{step:08d}"
+        target = output_dir / FOLDER / step_name(step)
         if target.exists():
             shutil.rmtree(target)  # torn, or it would be the newest
         staged = target.with_name(f".{target.name}.from-ray")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 # TrainingArguments that axolotl knows by the same name.
-_SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", 
+_SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha",
          "lr_scheduler_kwargs", "bf16", "fp16", "dataloader_num_workers")  # fmt: skip
 _LENGTH = 4096
 

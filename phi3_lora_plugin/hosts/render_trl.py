@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.rendered import (
+    SAME,
     Line,
     Rendered,
     RenderError,
@@ -21,9 +22,6 @@ from phi3_lora_plugin.hosts.rendered import (
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
-
-_SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "lr_scheduler_kwargs",
-         "dataloader_num_workers", "log_level", "data_seed", "per_device_eval_batch_size")  # fmt: skip
 
 
 def render(recipe: Recipe) -> Rendered:
@@ -75,9 +73,9 @@ def render(recipe: Recipe) -> Rendered:
         Line("report_to", "none", "`phi3_lora` under `phi3-lora trl` adds LoRA-only checkpoints"),
         Line("seed", recipe.seed),
         Line("output_dir", recipe.output_dir),
-        *(Line(key, value) for key, value in n.rest.items() if key in _SAME),
+        *(Line(key, value) for key, value in n.rest.items() if key in SAME),
         *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
-        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*_SAME, "bf16", "fp16")}, "TRL's command"),
+        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*SAME, "bf16", "fp16")}, "TRL's command"),
     ]  # fmt: skip
     return Rendered(write(head, lines))
 

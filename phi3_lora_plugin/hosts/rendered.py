@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.activate import TARGETS
 from phi3_lora_plugin.recipe_yaml import dump_line
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
+
+
+#: Arguments that hosts which extend TrainingArguments have had by these names for years.
+SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "lr_scheduler_kwargs",
+        "dataloader_num_workers", "log_level", "data_seed", "per_device_eval_batch_size")  # fmt: skip
 
 
 class RenderError(ValueError):
@@ -143,9 +149,8 @@ def targets(recipe: Recipe) -> tuple[list[str] | str, str]:
     """(names or one regular expression as plain PEFT takes them, why they are not the recipe's)."""
     asked = recipe.lora.targets
     moe = is_moe(recipe)
-    every = ["q_proj", "k_proj", "v_proj", "o_proj"] if moe else ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     if asked == "all-linear":
-        return every, "every projection of a layer, never the head"
+        return list(TARGETS["phimoe" if moe else "phi3"]), "every projection of a layer, never the head"
     names = [asked] if isinstance(asked, str) else list(asked)
     if isinstance(asked, str) and not asked.replace("_", "").replace(".", "").isalnum():
         return asked, ""

@@ -69,14 +69,4 @@ def checkpoint_callback(settings: HostSettings) -> Any:
         return None
     from phi3_lora_plugin.callbacks import LoraCheckpoint
 
-    section, data = settings.checkpoint, settings.data
-    chat = {"system": data.system, "control_tokens": data.control_tokens, "tools": data.tools}
-    return LoraCheckpoint(
-        every_steps=section.every_steps,
-        keep_last=section.keep_last,
-        keep_best=section.keep_best,
-        keep_every=section.keep_every,
-        format=section.format,
-        background=section.background,
-        facts={"chat": chat | ({"template": data.template} if data.template else {})},
-    )
+    return LoraCheckpoint.from_sections(settings.checkpoint, settings.data)
