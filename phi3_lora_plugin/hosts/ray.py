@@ -95,6 +95,7 @@ def train_on_ray(
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import; nobody asked to be counted
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine takes its time
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # of `print`, by which dill reads code to hash it
         import ray
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
