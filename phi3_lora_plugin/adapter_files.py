@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.gather import unwrapped
@@ -76,7 +77,8 @@ def minimal_config(config: Any, model: Any) -> dict[str, Any]:
     """adapter_config.json with what differs from PEFT's defaults, so that older versions read it; base filled in."""
     settings = {key: _plain(value) for key, value in config.to_dict().items() if key not in _NEVER}
     if settings.get("peft_type") == "LORA":
-        defaults = {key: _plain(value) for key, value in type(config)().to_dict().items()}
+        kind: Any = type(config)
+        defaults = _defaults(kind)
         settings = {k: v for k, v in settings.items() if k in _ALWAYS or k not in defaults or v != defaults[k]}
     settings["inference_mode"] = True
     base, revision = base_of(model)
@@ -86,6 +88,12 @@ def minimal_config(config: Any, model: Any) -> dict[str, Any]:
         kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)
         settings["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return settings
+
+
+@cache
+def _defaults(kind: Any) -> Mapping[str, Any]:
+    """The settings that a PEFT config has by itself."""
+    return {key: _plain(value) for key, value in kind().to_dict().items()}
 
 
 def base_of(model: Any) -> tuple[str | None, str | None]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.adapter_files import loralib_sidecar, minimal_config
-from phi3_lora_plugin.lora.gather import unwrapped, walked_once, whole_shape
+from phi3_lora_plugin.adapter_inventory import Inventory, inventory_of, trained_biases
+from phi3_lora_plugin.lora.gather import gather, unwrapped
 from phi3_lora_plugin.lora.peft_files import changes_base
-from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names, lora_state_dict
-from phi3_lora_plugin.lora.state_keys import file_key, is_lora, without_wrappers
+from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names
+from phi3_lora_plugin.lora.state_keys import file_key, without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,46 +41,41 @@ class Snapshot:
     notes: tuple[str, ...] = ()
 
 
-def take(model: nn.Module, adapter: str | None = None, keep: bool = True, copy: bool = True) -> Snapshot | None:
+def take(
+    model: nn.Module,
+    adapter: str | None = None,
+    keep: bool = True,
+    copy: bool = True,
+    inventory: Inventory | None = None,
+) -> Snapshot | None:
     """Copy the LoRA tensors off a model, sharded or not. Collective: call it on every rank; only `keep` ones copy.
 
     Args:
         adapter: of a PEFT model, which one; the one that is trained if not given.
         copy: False where training waits until the snapshot is written: tensors on the CPU are then the live ones.
+        inventory: what `inventory_of` says of the model, if it is known.
 
     Raises:
         StateError: nothing to save, or something that must not be saved: NaN, Inf, empty or partial tensors.
     """
-    with walked_once(unwrapped(model)):
-        return _take(model, adapter, keep, copy)
-
-
-def _take(model: nn.Module, adapter: str | None, keep: bool, copy: bool) -> Snapshot | None:
     inner = unwrapped(model)
-    config = getattr(inner, "peft_config", None)
-    if not isinstance(config, Mapping):
-        state = lora_state_dict(model, bias=_trained_biases(inner))
-        if not keep:
-            return None
-        tensors = _copied(state, copy)
-        _refuse(adapter_problems(tensors, expected_shapes(inner, None, list(state))))
-        return Snapshot(tensors, sidecar=loralib_sidecar(inner), memory=tensors, notes=_notes(tensors))
-    name = adapter or active_adapter(inner)
-    if name is None:
-        raise StateError(f"several adapters are trained at once ({', '.join(sorted(config))}): say which one to save")
-    settings = config.get(name)
-    if settings is None:
-        raise StateError(f"no adapter {name!r}; the model has {', '.join(sorted(config))}")
-    state = lora_state_dict(model, bias=getattr(settings, "bias", "none"), adapter=name)
+    found = inventory_of(model, adapter) if inventory is None else inventory
+    state = found.parameters
+    if state is None:
+        gathered = gather(model, inner, found.names)
+        state = {without_wrappers(name): tensor for name, tensor in gathered.items()}
     if not keep:
         return None
     copied = _copied(state, copy)
-    tensors = {file_key(key): tensor for key, tensor in copied.items()}
-    _refuse(adapter_problems(tensors, {file_key(k): v for k, v in expected_shapes(inner, name, list(state)).items()}))
-    tensors |= _under_second_names(inner, name, tensors)
-    plain = minimal_config(settings, inner)
+    if found.adapter is None:
+        _refuse(adapter_problems(copied, found.shapes))
+        return Snapshot(copied, sidecar=loralib_sidecar(inner), memory=copied, notes=_notes(copied))
+    tensors = {file_key(name): tensor for name, tensor in copied.items()}
+    _refuse(adapter_problems(tensors, found.shapes))
+    tensors |= {second: tensors[first].clone() for second, first in found.second_names.items()}
+    plain = minimal_config(inner.peft_config[found.adapter], inner)
     memory = None if _is_peft_model(inner) else copied
-    converted = _as_plain_lora(inner, name, plain)
+    converted = _as_plain_lora(inner, found.adapter, plain)
     if converted is not None:
         return Snapshot(converted[0], converted[1], raw=(tensors, plain), memory=memory, notes=_notes(tensors))
     return Snapshot(tensors, plain, memory=memory, notes=_notes(tensors))
@@ -93,7 +89,7 @@ def trained_but_not_saved(model: nn.Module, adapter: str | None = None) -> list[
         name = adapter or active_adapter(inner)
         bias = getattr(config.get(name), "bias", "none") if name else "none"
     else:
-        name, bias = None, _trained_biases(inner)
+        name, bias = None, trained_biases(inner)
     saved = set(lora_names(inner, bias, adapter=name))
     trained = (without_wrappers(name) for name, parameter in inner.named_parameters() if parameter.requires_grad)
     return [name for name in trained if name not in saved]
@@ -110,10 +106,12 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
     if not tensors:
         return ["there is no LoRA tensor: the model has no adapter, or it lives on another rank"]
     found: dict[str, list[str]] = {}
-    looked_at = [t for t in tensors.values() if type(t) is torch.Tensor and t.is_floating_point() and not t.is_meta]
     # One pass that keeps nothing; a norm may also overflow, so only the tensors themselves can say that one is sick.
-    healthy = bool(torch.isfinite(torch.stack(torch._foreach_norm(looked_at)).sum())) if _alike(looked_at) else False
+    values = list(tensors.values())
+    healthy = _alike(values) and bool(torch.stack(torch._foreach_norm(values)).sum().isfinite())
     for name, tensor in tensors.items():
+        if healthy and tensor.shape == expected.get(name) and tensor.numel():
+            continue
         if name not in expected:
             found.setdefault("are not of this adapter", []).append(name)
         elif hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
@@ -138,80 +136,25 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
-    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
+    """Whether all are plain tensors of numbers, of one type and in one place."""
+    import torch
 
-
-def expected_shapes(model: nn.Module, adapter: str | None, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The shape that each LoRA tensor has to have, from its layer's sizes where these are plain, else from itself.
-
-    Args:
-        names: those that were found; the model's own are added to them.
-    """
-    inner = unwrapped(model)
-    parameters = {without_wrappers(name): parameter for name, parameter in inner.named_parameters()}
-    shapes = {name: tuple(whole_shape(parameters[name])) for name in names if name in parameters}
-    for path, layer in inner.named_modules():
-        path = without_wrappers(path)
-        for name, shape in _layer_shapes(layer, adapter).items():
-            full = f"{path}.{name}" if path else name
-            if full in parameters:
-                shapes[full] = shape
-    return shapes
-
-
-def _layer_shapes(layer: Any, adapter: str | None) -> dict[str, tuple[int, ...]]:
-    """Parameter of a LoRA layer -> shape, of the kinds whose sizes say it: PEFT's Linear and Embedding, loralib's."""
-    if adapter is not None:
-        ranks = vars(layer).get("r")  # `getattr` is slow on the thousand modules that have none
-        rank = ranks.get(adapter) if isinstance(ranks, dict) else None
-        if not rank or not hasattr(layer, "lora_embedding_A") or hasattr(layer, "parameter_name"):
-            return {}
-        rows, columns = layer.out_features, layer.in_features
-        if adapter in layer.lora_embedding_A:
-            return {f"lora_embedding_A.{adapter}": (rank, columns), f"lora_embedding_B.{adapter}": (rows, rank)}
-        if type(layer.get_base_layer()).__name__.startswith("Conv"):
-            return {}
-        return {f"lora_A.{adapter}.weight": (rank, columns), f"lora_B.{adapter}.weight": (rows, rank)}
-    own = vars(layer)
-    if "lora_alpha" not in own or "merge_weights" not in own or not own.get("r"):
-        return {}
-    if hasattr(layer, "num_embeddings"):
-        return {"lora_A": (layer.r, layer.num_embeddings), "lora_B": (layer.embedding_dim, layer.r)}
-    if hasattr(layer, "enable_lora"):
-        groups, height = sum(layer.enable_lora), layer.out_features // len(layer.enable_lora)
-        return {"lora_A": (layer.r * groups, layer.in_features), "lora_B": (height * groups, layer.r)} if groups else {}
-    if hasattr(layer, "in_features"):
-        return {"lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}
-    return {}
+    kinds = {(type(tensor), tensor.dtype, tensor.device) for tensor in tensors}
+    return len(kinds) == 1 and all(
+        kind is torch.Tensor and dtype.is_floating_point and device.type != "meta" for kind, dtype, device in kinds
+    )
 
 
 def _copied(state: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
     """Contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
+    if not copy and all(tensor.is_cpu and tensor.is_contiguous() for tensor in state.values()):
+        return {name: tensor.detach() for name, tensor in state.items()}
     return {
         name: tensor
         if tensor.is_meta or hasattr(tensor, "full_tensor")
         else tensor.detach().to("cpu", copy=copy).contiguous()
         for name, tensor in state.items()
     }
-
-
-def _under_second_names(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what was trained in full under the other name that it has in the model.
-
-    Tied embedding and head are one parameter, which a model names once; PEFT looks for both names when it loads.
-    """
-    first: dict[int, str] = {}
-    copies: dict[str, Tensor] = {}
-    if not any("modules_to_save" in vars(module).get("_modules", ()) for _, module in model.named_modules()):
-        return copies
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain = without_wrappers(name)
-        key = file_key(plain)
-        first.setdefault(id(parameter), key)
-        known = first[id(parameter)]
-        if f".modules_to_save.{adapter}." in plain and key not in tensors and known in tensors:
-            copies[key] = tensors[known].clone()
-    return copies
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -243,18 +186,6 @@ def _as_plain_lora(
 
     tensors, settings = plain_lora(model, adapter)
     return _copied(tensors), minimal_config(settings, model)
-
-
-def _trained_biases(model: nn.Module) -> str:
-    """Which of loralib's three words says what biases are trained."""
-    trained = {
-        without_wrappers(name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name.rpartition(".")[2] == "bias" and not is_lora(name)
-    }
-    if not trained:
-        return "none"
-    return "lora_only" if trained <= set(lora_names(model, "lora_only")) else "all"
 
 
 def _is_peft_model(model: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback  # noqa: TID253
 
 from phi3_lora_plugin.adapter_files import FORMATS, adapter_files
+from phi3_lora_plugin.adapter_inventory import Inventory, inventory_of
 from phi3_lora_plugin.adapter_snapshot import take, trained_but_not_saved
 from phi3_lora_plugin.checkpoint_run import CheckpointRun
 from phi3_lora_plugin.health import HealthError, is_zero_loss, sick_log, sick_weights, zero_loss
@@ -106,6 +107,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._began_at = 0
         self._mergeable: list[Any] = []  # loralib's layers, which must not merge while training goes on
         self._trained: list[tuple[str, Any]] | None = None  # while training goes on
+        self._inventory: Inventory | None = None  # likewise
         self._due: int | None = None  # the step that is to be taken before the next one
         self._taken: int | None = None
         self._zeros = 0
@@ -154,7 +156,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         store = self._store(args, state)
         problem = None
         try:
-            first = take(model, self.adapter, state.is_world_process_zero, copy=False)
+            self._inventory = inventory_of(model, self.adapter)
+            first = take(model, self.adapter, state.is_world_process_zero, copy=False, inventory=self._inventory)
             if first is not None:
                 self._begin(args, state, model, kwargs, store, first)
         except Exception as error:
@@ -236,7 +239,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
                 self._due = state.global_step
                 self._take_if_due(args, state, control, kwargs)
         finally:
-            self._training, self._trained = False, None
+            self._training, self._trained, self._inventory = False, None, None
             for layer in self._mergeable:
                 layer.merge_weights = True
             if self._run is not None:
@@ -288,7 +291,9 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             others = () if handler is None else (*handler.callbacks, self._trainer.control)
             files = capture(args, state, kwargs.get("optimizer"), kwargs.get("lr_scheduler"), scaler, others)
         try:
-            snapshot = take(kwargs["model"], self.adapter, state.is_world_process_zero, copy=self.background)
+            model, keep = kwargs["model"], state.is_world_process_zero
+            self._inventory = inventory_of(model, self.adapter, self._inventory)
+            snapshot = take(model, self.adapter, keep, copy=self.background, inventory=self._inventory)
         except StateError as error:
             if self.unhealthy != "ignore":
                 raise

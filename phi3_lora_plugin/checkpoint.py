@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.manifest import MANIFEST, RESUME, Report, check_folder, describe_file, render_manifest
-from phi3_lora_plugin.retention import Retention, by_metric, prune
+from phi3_lora_plugin.retention import Retention, by_metric, doomed
 from phi3_lora_plugin.store_layout import (
     BEST,
     LATEST,
@@ -88,6 +89,7 @@ def write_checkpoint(
     resume: Mapping[str, Content] | Path | None = None,
     resume_facts: Mapping[str, Any] | None = None,
     retention: Retention = Retention(),  # noqa: B008 - frozen
+    then: Callable[[Callable[[], None]], Any] = lambda job: job(),
 ) -> Path:
     """Write `<store>/step-N/` so that at no moment it is half there, point `LATEST` and `BEST` at it, delete old ones.
 
@@ -100,6 +102,7 @@ def write_checkpoint(
         metric: {"name", "value", "greater_is_better"}, by which `BEST` is chosen.
         resume: what training needs to go on, as `files`, or a folder inside the store that becomes part of this.
         resume_facts: what the manifest of that says besides.
+        then: who runs, in order, what is left once the checkpoint is there: pointers and deletion. A thread may.
 
     Raises:
         OSError: no space, no permission, a failing disk; the store is as before and holds nothing unfinished.
@@ -126,12 +129,11 @@ def write_checkpoint(
         sync_folder(staging)
         final = store / step_name(step)
         _publish(store, staging, final)
-        replace_file(store / LATEST, f"{final.name}\n".encode())
-        _point_at_best(store)
-        if prune(store, retention):
-            _point_at_best(store)
-    finally:
+        then(partial(_point_and_prune, store, final, retention))
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
         if lock is not None:
             lock.release()
     return final
@@ -173,6 +175,18 @@ def _publish(store: Path, staging: Path, final: Path) -> None:
         discard(aside, store)
 
 
+def _point_and_prune(store: Path, newest: Path, retention: Retention) -> None:
+    replace_file(store / LATEST, f"{newest.name}\n".encode())
+    found = entries(store)
+    goes = doomed(found, retention)
+    _point_at_best(store, [entry for entry in found if entry.path not in goes])
+    for path in goes:
+        try:
+            discard(path, store)
+        except OSError as error:
+            log.warning("%s could not be deleted: %s", path, error)
+
+
 def _bytes_of(folder: Path) -> bytes:
     return (folder / MANIFEST).read_bytes()
 
@@ -182,12 +196,12 @@ def _sync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _point_at_best(store: Path) -> None:
-    path, pointer = best(store), store / BEST
-    if path is None:
+def _point_at_best(store: Path, found: Sequence[Entry]) -> None:
+    ordered, pointer = by_metric(found), store / BEST
+    if not ordered:
         pointer.unlink(missing_ok=True)
         return
-    content = f"{path.name}\n".encode()
+    content = f"{ordered[0].path.name}\n".encode()
     if not pointer.is_file() or pointer.read_bytes() != content:
         replace_file(pointer, content)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ class CheckpointRun:
     failed: tuple[int, Exception] | None = None
     _lock: StoreLock | None = None
     _writer: Writer = field(default_factory=lambda: Writer(False))
+    _tidier: Writer = field(default_factory=lambda: Writer(False))  # of pointers and old checkpoints
     _alone: bool = False  # whether checkpoints of other runs are out of the way
 
     def open(self, background: bool) -> None:
@@ -48,7 +49,7 @@ class CheckpointRun:
         end_left_over(self.store)
         self._lock = StoreLock(self.store, holder=self)
         sweep(self.store)
-        self._writer = Writer(background)
+        self._writer, self._tidier = Writer(background), Writer(not background)
         self._writer.catch_sigterm()
 
     def save(
@@ -64,6 +65,7 @@ class CheckpointRun:
     def close(self) -> None:
         """Wait for what is being written and let others write. Doing it twice does no harm."""
         self._writer.close()
+        self._tidier.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -82,13 +84,21 @@ class CheckpointRun:
             facts = {**self.facts, "notes": list(snapshot.notes)} if snapshot.notes else self.facts
             files = {**adapter_files(snapshot, self.format), **self.tokenizer_files}
             self.saved = write_checkpoint(
-                self.store, step, files, facts, metric=metric, resume=resume, retention=self.retention
-            )
+                self.store, step, files, facts, metric=metric, resume=resume, retention=self.retention,
+                then=lambda job: self._tidier.submit(partial(self._tidy, job)),
+            )  # fmt: skip
         except Exception as error:
             self.failed = (step, error)
             self._report(step, error)
         else:
             self.failed = None
+
+    def _tidy(self, job: Callable[[], None]) -> None:
+        """Move the pointers and delete old checkpoints; the new one is there, whatever becomes of that."""
+        try:
+            job()
+        except OSError as error:
+            log.warning("in %s LATEST or BEST may name an older checkpoint: %s", self.store, error)
 
     def _put_other_runs_aside(self) -> None:
         if self._alone:

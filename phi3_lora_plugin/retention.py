@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from phi3_lora_plugin.manifest import RESUME
-from phi3_lora_plugin.store_layout import Entry, discard, entries, step_name
-
-log = logging.getLogger(__name__)
+from phi3_lora_plugin.store_layout import Entry, step_name
 
 
 @dataclass(frozen=True)
@@ -57,25 +54,17 @@ def by_metric(found: Sequence[Entry]) -> list[Entry]:
     return sorted(alike, key=lambda entry: sign * float((entry.metric or {})["value"]))
 
 
-def prune(store: Path, rule: Retention) -> list[Path]:
-    """Delete what no rule keeps; what was deleted. Whatever cannot be deleted stays and is logged.
+def doomed(found: Sequence[Entry], rule: Retention) -> list[Path]:
+    """What no rule keeps, of the `entries` of a store.
 
     Nothing goes unless the newest checkpoint has all its bytes: there is always a good one.
     """
-    found = [entry for entry in entries(store) if entry.path.name == step_name(entry.step)]  # not what people named
-    if not found or not _has_its_bytes(found[0]):
+    ours = [entry for entry in found if entry.path.name == step_name(entry.step)]  # not what people named
+    if not ours or not _has_its_bytes(ours[0]):
         return []
-    stays = kept(found, rule)
-    doomed = [entry.path for entry in found if entry not in stays]
-    doomed += [entry.path / RESUME for entry in [e for e in stays if e.has_resume][rule.resume :]]
-    gone = []
-    for path in doomed:
-        try:
-            discard(path, store)
-            gone.append(path)
-        except OSError as error:
-            log.warning("%s could not be deleted and stays: %s", path, error)
-    return gone
+    stays = kept(ours, rule)
+    resumable = [entry.path / RESUME for entry in stays if entry.has_resume]
+    return [entry.path for entry in ours if entry not in stays] + resumable[rule.resume :]
 
 
 def _has_its_bytes(entry: Entry) -> bool:

@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO
 
 from phi3_lora_plugin.manifest import RESUME, ManifestError, read_manifest
@@ -24,8 +25,10 @@ FOLDER, FOLDER_WHEN_PUSHED = "lora", "_lora"
 _OURS = re.compile(r"^\..+\.(?:tmp|old)-(?P<pid>\d+)-(?P<host>.+)$")
 _EARLIER = re.compile(r"^earlier-(\d+)$")
 
-#: What a file is written from: its bytes, or a function that writes them into a stream.
-Content = bytes | Callable[[BinaryIO], Any]
+#: What a file is written from: its bytes, pieces of them that stay as they are, or a function that fills a stream.
+Content = bytes | Iterable[Any] | Callable[[BinaryIO], Any]
+#: Bytes from which on a hash is worth a thread of its own, which takes as long as the disk does.
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,48 @@ def beside(store: Path, name: str, kind: str = "tmp") -> Path:
 
 def write_file(path: Path, content: Content) -> dict[str, Any]:
     """Write a file down to the disk; what a manifest says about it."""
-    stream = _HashingStream(path)
     try:
-        if callable(content):
+        with path.open("xb", buffering=_LARGE) as file:
+            if not callable(content):
+                return _write_pieces(file, [content] if isinstance(content, bytes) else list(content))
+            stream = _HashingStream(file)
             content(stream)  # type: ignore[arg-type]
-        else:
-            stream.write(content)
-        stream.sync()
+            _sync(file)
+            return {"bytes": stream.size, "sha256": stream.digest.hexdigest()}
     except OSError as error:  # the write itself does not know the name
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _write_pieces(file: BinaryIO, pieces: Sequence[Any]) -> dict[str, Any]:
+    """Write and hash at the same time: neither holds Python's lock."""
+    digest = hashlib.sha256()
+    size = sum(memoryview(piece).nbytes for piece in pieces)
+
+    def hash_all() -> None:
+        for piece in pieces:
+            digest.update(piece)
+
+    beside = Thread(target=hash_all) if size >= _LARGE else None
+    try:
+        if beside is not None:
+            beside.start()
+    except RuntimeError:  # no thread can be had, or the interpreter is about to end
+        beside = None
+    try:
+        for piece in pieces:
+            file.write(piece)
+        _sync(file)
     finally:
-        stream.file.close()
-    return {"bytes": stream.size, "sha256": stream.digest.hexdigest()}
+        if beside is not None:
+            beside.join()
+    if beside is None:
+        hash_all()
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -190,8 +223,8 @@ def _alive(pid: int, host: str) -> bool:
 class _HashingStream:
     """A file that is written front to back, with its size and sha256 so far."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("xb")
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -204,7 +237,3 @@ class _HashingStream:
 
     def flush(self) -> None:
         self.file.flush()
-
-    def sync(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 #: The types of adapters, in the order in which the format has them in a file.
 _TYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 _METADATA = {"format": "pt"}
+#: Bytes below which it takes longer to ask a tensor where its memory is than to copy it.
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """The bytes that `safetensors.torch.save` makes of CPU tensors; calling it writes them into a stream.
+    """The bytes that `safetensors.torch.save` makes of CPU tensors; iterating gives them piece by piece, uncopied.
 
     The format is a length of 8 bytes, a header in JSON padded to 8 bytes, and the tensors as they lie in memory
     (huggingface/safetensors, README, "Format").
@@ -25,44 +28,39 @@ class TensorFile:
 
     tensors: Mapping[str, Tensor]
 
-    def __call__(self, stream: Any) -> None:
-        for part in self._parts():
-            stream.write(part)
-
-    def to_bytes(self) -> bytes:
-        """All of it at once."""
-        return b"".join(self._parts())
-
-    def _parts(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:
         import sys
 
         from safetensors.torch import save
 
-        plain = all(str(tensor.dtype) in _TYPES for tensor in self.tensors.values())
-        if not plain or sys.byteorder != "little":
+        types = {dtype: str(dtype) for dtype in {tensor.dtype for tensor in self.tensors.values()}}
+        if not _TYPES.keys() >= set(types.values()) or sys.byteorder != "little":
             yield save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=_METADATA)
             return
-        order = list(_TYPES)
-        names = sorted(self.tensors, key=lambda name: (order.index(str(self.tensors[name].dtype)), name))
         header: dict[str, Any] = {"__metadata__": _METADATA}
+        ordered: list[Tensor] = []
         end = 0
-        for name in names:
-            tensor = self.tensors[name]
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            header[name] = {
-                "dtype": _TYPES[str(tensor.dtype)],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
+        for dtype in sorted(types, key=lambda dtype: list(_TYPES).index(types[dtype])):
+            for name in sorted(name for name, tensor in self.tensors.items() if tensor.dtype == dtype):
+                tensor = self.tensors[name]
+                begin, end = end, end + tensor.nbytes
+                header[name] = {
+                    "dtype": _TYPES[types[dtype]],
+                    "shape": list(tensor.shape),
+                    "data_offsets": [begin, end],
+                }
+                ordered.append(tensor)
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text
-        for name in names:
-            yield _memory(self.tensors[name])
+        yield from _memory(ordered)
 
 
-def _memory(tensor: Tensor) -> Any:
-    """The bytes of a tensor where they lie; of one with gaps, of a copy."""
+def _memory(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """The bytes of tensors where they lie; small ones, and those with gaps, are copied together first."""
     import torch
 
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for alike, group in groupby(tensors, key=lambda tensor: (tensor.dtype, tensor.nbytes < _SMALL)):
+        flat = [tensor.reshape(-1) for tensor in group]
+        for part in [torch.cat(flat)] if alike[1] else flat:
+            yield memoryview(part.detach().view(torch.uint8).numpy())

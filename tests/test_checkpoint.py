@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,15 +12,15 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from phi3_lora_plugin.checkpoint import best, latest_complete, verify, write_checkpoint
 from phi3_lora_plugin.manifest import ManifestError, read_manifest, render_manifest
-from phi3_lora_plugin.retention import Retention
-from phi3_lora_plugin.store_layout import sweep
+from phi3_lora_plugin.retention import Retention, doomed
+from phi3_lora_plugin.store_layout import entries, step_name, sweep, write_file
 from phi3_lora_plugin.store_lock import StoreBusy, StoreLock
 
 FILES = {
@@ -160,16 +161,15 @@ def test_greater_can_be_better(tmp_path: Path) -> None:
 
 
 def test_nothing_is_deleted_while_the_newest_is_damaged(tmp_path: Path) -> None:
-    from phi3_lora_plugin.retention import prune
-
     for step in (1, 2, 3):
         write(tmp_path, step)
     os.truncate(tmp_path / "step-00000003" / "tokenizer.json", 3)
-    assert prune(tmp_path, Retention(last=1)) == [] and latest_complete(tmp_path) == tmp_path / "step-00000002"
+    assert doomed(entries(tmp_path), Retention(last=1)) == []
+    assert latest_complete(tmp_path) == tmp_path / "step-00000002"
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "mine")
     write(tmp_path, 3)
-    assert len(prune(tmp_path, Retention(last=1))) == 2
-    assert "mine" in names(tmp_path), "a copy under a person's own name is not ours to delete"
+    gone = [path.name for path in doomed(entries(tmp_path), Retention(last=1))]
+    assert gone == ["step-00000002", "step-00000001"], "a copy under a person's own name is not ours to delete"
 
 
 @pytest.mark.parametrize("wrong", [{"last": 0}, {"best": -1}, {"every": 0}, {"last": True}, {"resume": 1.5}])
@@ -188,6 +188,30 @@ def test_the_same_step_again_replaces_only_what_is_equal_or_torn(tmp_path: Path)
     assert snapshot(tmp_path / "earlier-1" / "step-00000005") == first
     shutil.rmtree(tmp_path / "step-00000005")
     assert latest_complete(tmp_path) == tmp_path / "earlier-1" / "step-00000005"
+
+
+@pytest.mark.parametrize("size", [10, 1 << 22])
+@pytest.mark.parametrize("how", ["bytes", "pieces", "stream"])
+def test_what_is_listed_of_a_file_is_what_lies_on_the_disk(tmp_path: Path, size: int, how: str) -> None:
+    content = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    pieces = [content[:7], memoryview(content)[7:]]
+    given = {"bytes": content, "pieces": pieces, "stream": lambda stream: [stream.write(piece) for piece in pieces]}[
+        how
+    ]
+    listed = write_file(tmp_path / "file", given)
+    assert (tmp_path / "file").read_bytes() == content
+    assert listed == {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_pointers_may_be_moved_by_somebody_else_in_order(tmp_path: Path) -> None:
+    waiting: list[Callable[[], None]] = []
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step, FILES, retention=Retention(last=1), then=waiting.append)
+    assert names(tmp_path) == [step_name(step) for step in (1, 2, 3)], "none is deleted before LATEST names another"
+    assert latest_complete(tmp_path) == tmp_path / step_name(3)
+    for job in waiting:
+        job()
+    assert names(tmp_path) == ["LATEST", step_name(3)] and (tmp_path / "LATEST").read_text() == "step-00000003\n"
 
 
 # --- crashes, full and failing disks -----------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
-from phi3_lora_plugin.adapter_snapshot import adapter_problems, expected_shapes, take
+from phi3_lora_plugin.adapter_inventory import expected_shapes
+from phi3_lora_plugin.adapter_snapshot import adapter_problems, take
 from phi3_lora_plugin.health import HealthError
 from phi3_lora_plugin.lora.state import StateError, lora_state_dict
 from phi3_lora_plugin.resume import resumable

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.state_keys import without_wrappers
+from phi3_lora_plugin.lora.walk import several_processes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,49 +25,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = children[name]
 
 
-@contextmanager
-def walked_once(model: nn.Module) -> Iterator[None]:
-    """Let everybody who walks over the modules of `model` in this block see one walk; none may come or go meanwhile.
-
-    Taking an adapter out asks for names, parameters, layers and shapes: a dozen walks of 3 ms each over 32 layers.
-    """
-    from torch import distributed
-
-    # Gathering shards swaps parameters for others while it goes on. And there may be a block like this one around.
-    if (distributed.is_available() and distributed.is_initialized()) or "named_modules" in model.__dict__:
-        yield
-        return
-    modules = tuple(model.named_modules())
-    parameters = tuple(_parameters_of(modules))
-    stock = type(model)
-
-    def named_modules(memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
-        if memo or prefix or not remove_duplicate:
-            return iter(stock.named_modules(model, memo, prefix, remove_duplicate))
-        return iter(modules)
-
-    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        if prefix or not recurse or not remove_duplicate:
-            return iter(stock.named_parameters(model, prefix, recurse, remove_duplicate))
-        return iter(parameters)
-
-    model.named_modules, model.named_parameters = named_modules, named_parameters
-    try:
-        yield
-    finally:
-        del model.named_modules, model.named_parameters
-
-
-def _parameters_of(modules: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """What `named_parameters` gives, from a walk that has been made."""
-    seen = set()
-    for path, module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{name}" if path else name, parameter
-
-
 def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     """The named tensors of `inner`, whole. Collective if anything is sharded.
 
@@ -76,24 +33,48 @@ def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str
     """
     if is_flattened(model):
         return _gather_flattened(model, names)
-    owners: dict[str, list[str]] = {}
+    owners = _owners(inner, names)
+    leaves: dict[nn.Module, dict[str, str]] = {}
     for name in names:
-        owners.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-    modules = dict(inner.named_modules())
+        leaves.setdefault(owners[name], {})[name.rpartition(".")[2]] = name
     found: dict[str, Any] = {}
-    for path, leaves in owners.items():
+    for module, inside in leaves.items():
         # A layer's own state_dict, so that its hooks run: slices refuse to save what lies between them, and FSDP2 gives
         # the shards where it has whole copies, of 16 bits perhaps.
-        own = modules[path].state_dict()
-        found |= {f"{path}.{leaf}" if path else leaf: own[leaf] for leaf in leaves}
-    parameters = dict(inner.named_parameters())
-    partitioned = [parameters[name] for name in names if is_partitioned(parameters.get(name))]
+        own = module.state_dict()
+        found |= {name: own[leaf] for leaf, name in inside.items()}
+    parameters = {name: owners[name]._parameters.get(name.rpartition(".")[2]) for name in names}
+    partitioned = [parameter for parameter in parameters.values() if is_partitioned(parameter)]
     if partitioned:
         import deepspeed  # type: ignore[import-not-found]
 
         with deepspeed.zero.GatheredParameters(partitioned):
-            found |= {name: parameters[name].detach().clone() for name in names if name in parameters}
+            found |= {name: each.detach().clone() for name, each in parameters.items() if each is not None}
     return {name: _whole(found[name]) for name in names}
+
+
+def plain_parameters(inner: nn.Module, names: Sequence[str]) -> dict[str, Any] | None:
+    """The named parameters, if they are all that `gather` would give: in one process, of layers without hooks."""
+    from torch import nn
+
+    if several_processes():
+        return None
+    found: dict[str, Any] = {}
+    for name, module in _owners(inner, names).items():
+        kind = type(module)
+        hooked = module._state_dict_hooks or module._state_dict_pre_hooks or "state_dict" in vars(module)
+        stock = kind.state_dict is nn.Module.state_dict and kind._save_to_state_dict is nn.Module._save_to_state_dict
+        parameter = module._parameters.get(name.rpartition(".")[2])
+        if hooked or not stock or parameter is None:
+            return None
+        found[name] = parameter
+    return found
+
+
+def _owners(inner: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Name of a tensor -> the module that it lies in."""
+    modules = dict(inner.named_modules())
+    return {name: modules[name.rpartition(".")[0]] for name in names}
 
 
 def _whole(tensor: Any) -> Any:
@@ -118,6 +99,8 @@ def is_partitioned(tensor: Any) -> bool:
 
 def is_flattened(model: nn.Module) -> bool:
     """Whether FSDP1 has cut the parameters into one flat vector a unit."""
+    if not several_processes():
+        return False
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
