@@ -103,9 +103,10 @@ class Plugins:
             raise found.clashes[name]
         if name in found.values:
             return found.values[name]
-        near = get_close_matches(name, found.values, 1)
+        lowered = {known.lower(): known for known in found.values}
+        near = get_close_matches(name.lower(), lowered, 1)
         lines = [
-            f"no {KINDS[kind]} is named {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            f"no {KINDS[kind]} is named {name!r}" + (f"; did you mean {lowered[near[0]]!r}?" if near else ""),
             f"there is: {', '.join(sorted(found.values)) or 'none'}",
             *(f"failed: {failure}" for failure in self.failures),
         ]

@@ -476,6 +476,8 @@ def test_what_is_not_there_is_said_with_what_is_and_what_failed(install: Install
         plugins.pick("models", "god-loader")
     said = str(caught.value)
     assert "no model loader is named 'god-loader'; did you mean 'good-loader'?" in said
+    with pytest.raises(PluginError, match="'GOOD-LOADER'; did you mean 'good-loader'"):
+        plugins.pick("models", "GOOD-LOADER")
     assert "there is: good-loader, phi3" in said
     assert "plugin 'broken' (broken-dist 1.0" in said and "ValueError: the reason" in said
 

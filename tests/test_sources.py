@@ -101,6 +101,14 @@ def test_every_row_knows_its_file_and_its_line_or_number(tmp_path: Path) -> None
     assert [str(item.place) for item in read(array)] == [f"{array} row 1", f"{array} row 2"]
 
 
+@pytest.mark.parametrize("name", ["one.jsonl", "one.json"])
+def test_the_only_row_of_a_file_has_a_line_unless_it_holds_the_rows(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, '\n{"data": "a column of that name"}')
+    assert [str(row.place) for row in read(path)] == [f"{path}:2"]
+    write(path, '\n{"data": [{"text": "a"}, {"text": "b"}]}')
+    assert [str(row.place) for row in read(path)] == [f"{path} row 1", f"{path} row 2"]
+
+
 def test_several_files_a_glob_and_a_folder(tmp_path: Path) -> None:
     for n, row in enumerate(ROWS):
         write(tmp_path / "shards" / f"{n}.jsonl", jsonl([row]))

@@ -123,16 +123,19 @@ def read_json(path: Path, name: str) -> Rows:
         first, second = next(lines, b""), next(lines, b"")
     whole = first.startswith(b"[")
     if first.startswith(b"{"):
-        whole = not second if _parses(first) else bool(second) and not second.startswith(b"{")
+        value = _parsed(first)
+        alone = value is not None and not second and isinstance(value.get("data"), list)
+        whole = alone or (value is None and bool(second) and not second.startswith(b"{"))
     return _json_whole(path, name) if whole else _json_lines(path, name)
 
 
-def _parses(line: bytes) -> bool:
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object that a line is; None if it is none by itself."""
     try:
-        json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    return True
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _json_lines(path: Path, name: str) -> Rows:
