@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -77,8 +78,9 @@ def pack(rounds: int) -> dict[str, tuple[float, float]]:
 def save(rounds: int) -> dict[str, tuple[float, float]]:
     """The adapters of workloads C (224 tensors) and D (48), and one of 17M parameters: the bare file, ours, and PEFT's.
 
-    Before each save the model makes a pass forward and back, as it does in training: a save never finds the processor's
-    caches as the last save has left them.
+    As in training, the model makes a pass forward and back before each save, so that none finds the processor's caches as
+    the last save has left them, and each save goes into a folder of its own. Deleting old ones is part of ours; those of
+    the others are deleted here, outside of the time that is measured.
     """
     import torch
     from safetensors.torch import save_file
@@ -105,14 +107,21 @@ def save(rounds: int) -> dict[str, tuple[float, float]]:
             run = CheckpointRun(place / "store", {}, {}, "peft", Retention(), began_at=0)
             run.open(background=False)
 
-            def raw(place: Path = place, state: Any = state) -> None:
-                save_file({key: tensor.contiguous() for key, tensor in state.items()}, place / "raw.safetensors")
+            def fresh(place: Path = place, step: Any = step) -> Path:
+                folder = place / f"other-{next(step)}"
+                folder.mkdir()
+                return folder
 
-            def synced(place: Path = place, raw: Callable[[], None] = raw) -> None:
-                raw()
-                descriptor = os.open(place / "raw.safetensors", os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            def raw(sync: bool, state: Any = state, fresh: Callable[[], Path] = fresh) -> None:
+                path = fresh() / "adapter_model.safetensors"
+                save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+                if sync:
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
+
+            def peft(model: Any = model, fresh: Callable[[], Path] = fresh) -> None:
+                model.save_pretrained(fresh(), save_embedding_layers=False)
 
             def taken(copy: bool, model: Any = model, known: Any = known) -> Any:
                 return take(model, copy=copy, inventory=inventory_of(model, None, known))
@@ -122,15 +131,15 @@ def save(rounds: int) -> dict[str, tuple[float, float]]:
 
             ids = torch.arange(64).reshape(1, 64)
 
-            def step_of_training(model: Any = model, ids: Any = ids) -> None:
+            def step_of_training(place: Path = place, model: Any = model, ids: Any = ids) -> None:
+                for old in place.glob("other-*"):
+                    shutil.rmtree(old)
                 model(input_ids=ids, labels=ids).loss.backward()
 
             ways: dict[str, Callable[[], Any]] = {
-                "bare safetensors": raw,
-                "bare safetensors, synced to the disk": synced,
-                "PEFT's save_pretrained": lambda place=place, model=model: model.save_pretrained(  # type: ignore[misc]
-                    place / "peft", save_embedding_layers=False
-                ),
+                "bare safetensors": partial(raw, False),
+                "bare safetensors, synced to the disk": partial(raw, True),
+                "PEFT's save_pretrained": peft,
                 "ours, while training waits (background)": partial(taken, True),
                 "ours, named and checked, nothing copied": partial(taken, False),
                 "ours, hashed, synced and published": whole,

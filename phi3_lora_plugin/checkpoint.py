@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from phi3_lora_plugin.store_layout import (
     Content,
     Entry,
     beside,
-    discard,
     earlier,
     entries,
+    put_away,
     replace_file,
     set_aside,
     step_name,
@@ -89,7 +88,7 @@ def write_checkpoint(
     resume: Mapping[str, Content] | Path | None = None,
     resume_facts: Mapping[str, Any] | None = None,
     retention: Retention = Retention(),  # noqa: B008 - frozen
-    then: Callable[[Callable[[], None]], Any] = lambda job: job(),
+    delete: Callable[[Path], Any] = shutil.rmtree,
 ) -> Path:
     """Write `<store>/step-N/` so that at no moment it is half there, point `LATEST` and `BEST` at it, delete old ones.
 
@@ -102,7 +101,7 @@ def write_checkpoint(
         metric: {"name", "value", "greater_is_better"}, by which `BEST` is chosen.
         resume: what training needs to go on, as `files`, or a folder inside the store that becomes part of this.
         resume_facts: what the manifest of that says besides.
-        then: who runs, in order, what is left once the checkpoint is there: pointers and deletion. A thread may.
+        delete: how a folder goes that nobody sees any more; what a crash leaves of it is swept by the next run.
 
     Raises:
         OSError: no space, no permission, a failing disk; the store is as before and holds nothing unfinished.
@@ -129,7 +128,12 @@ def write_checkpoint(
         sync_folder(staging)
         final = store / step_name(step)
         _publish(store, staging, final)
-        then(partial(_point_and_prune, store, final, retention))
+        replace_file(store / LATEST, f"{final.name}\n".encode())
+        found = entries(store)
+        goes = doomed(found, retention)
+        _point_at_best(store, [entry for entry in found if entry.path not in goes])
+        for path in goes:
+            _discard(path, store, delete)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -172,19 +176,14 @@ def _publish(store: Path, staging: Path, final: Path) -> None:
     os.rename(staging, final)
     sync_folder(store)
     if aside is not None and not worth:
-        discard(aside, store)
+        shutil.rmtree(put_away(aside, store))
 
 
-def _point_and_prune(store: Path, newest: Path, retention: Retention) -> None:
-    replace_file(store / LATEST, f"{newest.name}\n".encode())
-    found = entries(store)
-    goes = doomed(found, retention)
-    _point_at_best(store, [entry for entry in found if entry.path not in goes])
-    for path in goes:
-        try:
-            discard(path, store)
-        except OSError as error:
-            log.warning("%s could not be deleted: %s", path, error)
+def _discard(path: Path, store: Path, delete: Callable[[Path], Any]) -> None:
+    try:
+        delete(put_away(path, store))
+    except OSError as error:
+        log.warning("%s could not be deleted: %s", path, error)
 
 
 def _bytes_of(folder: Path) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ class CheckpointRun:
     failed: tuple[int, Exception] | None = None
     _lock: StoreLock | None = None
     _writer: Writer = field(default_factory=lambda: Writer(False))
-    _tidier: Writer = field(default_factory=lambda: Writer(False))  # of pointers and old checkpoints
+    _cleaner: Writer = field(default_factory=lambda: Writer(False))  # deletes what is out of sight already
     _alone: bool = False  # whether checkpoints of other runs are out of the way
 
     def open(self, background: bool) -> None:
@@ -49,7 +50,7 @@ class CheckpointRun:
         end_left_over(self.store)
         self._lock = StoreLock(self.store, holder=self)
         sweep(self.store)
-        self._writer, self._tidier = Writer(background), Writer(not background)
+        self._writer, self._cleaner = Writer(background), Writer(not background)
         self._writer.catch_sigterm()
 
     def save(
@@ -65,7 +66,7 @@ class CheckpointRun:
     def close(self) -> None:
         """Wait for what is being written and let others write. Doing it twice does no harm."""
         self._writer.close()
-        self._tidier.close()
+        self._cleaner.close()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -85,20 +86,13 @@ class CheckpointRun:
             files = {**adapter_files(snapshot, self.format), **self.tokenizer_files}
             self.saved = write_checkpoint(
                 self.store, step, files, facts, metric=metric, resume=resume, retention=self.retention,
-                then=lambda job: self._tidier.submit(partial(self._tidy, job)),
+                delete=lambda folder: self._cleaner.submit(partial(_delete, folder)),
             )  # fmt: skip
         except Exception as error:
             self.failed = (step, error)
             self._report(step, error)
         else:
             self.failed = None
-
-    def _tidy(self, job: Callable[[], None]) -> None:
-        """Move the pointers and delete old checkpoints; the new one is there, whatever becomes of that."""
-        try:
-            job()
-        except OSError as error:
-            log.warning("in %s LATEST or BEST may name an older checkpoint: %s", self.store, error)
 
     def _put_other_runs_aside(self) -> None:
         if self._alone:
@@ -112,6 +106,13 @@ class CheckpointRun:
         newest = newest_complete(self.store)
         kept = f"the newest good checkpoint is {newest.path.name}" if newest else "there is none yet"
         log.error("step %d could not be saved (%s): %s: %s", step, kept, type(error).__name__, error)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s could not be deleted: %s", folder, error)
 
 
 def end_left_over(store: Path) -> None:

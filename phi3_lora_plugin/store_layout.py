@@ -94,7 +94,7 @@ def beside(store: Path, name: str, kind: str = "tmp") -> Path:
 def write_file(path: Path, content: Content) -> dict[str, Any]:
     """Write a file down to the disk; what a manifest says about it."""
     try:
-        with path.open("xb", buffering=_LARGE) as file:
+        with path.open("xb") as file:
             if not callable(content):
                 return _write_pieces(file, [content] if isinstance(content, bytes) else list(content))
             stream = _HashingStream(file)
@@ -161,13 +161,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def discard(path: Path, store: Path) -> None:
-    """Delete a folder of a store: away under a name that nobody reads first, so that it is never half there."""
+def put_away(path: Path, store: Path) -> Path:
+    """Take a folder to a name that nobody reads before it is deleted, so that it is never half there."""
     name = path.name if path.parent == store else f"{path.parent.name}-{path.name}"
     away = beside(store, name, "old")
     shutil.rmtree(away, ignore_errors=True)
     os.rename(path, away)
-    shutil.rmtree(away)
+    return away
 
 
 def set_aside(store: Path, checkpoints: Iterable[Path]) -> Path | None:

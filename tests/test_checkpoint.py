@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import pytest
 from phi3_lora_plugin.checkpoint import best, latest_complete, verify, write_checkpoint
 from phi3_lora_plugin.manifest import ManifestError, read_manifest, render_manifest
 from phi3_lora_plugin.retention import Retention, doomed
-from phi3_lora_plugin.store_layout import entries, step_name, sweep, write_file
+from phi3_lora_plugin.store_layout import entries, sweep, write_file
 from phi3_lora_plugin.store_lock import StoreBusy, StoreLock
 
 FILES = {
@@ -203,15 +203,14 @@ def test_what_is_listed_of_a_file_is_what_lies_on_the_disk(tmp_path: Path, size:
     assert listed == {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_pointers_may_be_moved_by_somebody_else_in_order(tmp_path: Path) -> None:
-    waiting: list[Callable[[], None]] = []
+def test_what_is_deleted_later_is_out_of_sight_at_once(tmp_path: Path) -> None:
+    waiting: list[Path] = []
     for step in (1, 2, 3):
-        write_checkpoint(tmp_path, step, FILES, retention=Retention(last=1), then=waiting.append)
-    assert names(tmp_path) == [step_name(step) for step in (1, 2, 3)], "none is deleted before LATEST names another"
-    assert latest_complete(tmp_path) == tmp_path / step_name(3)
-    for job in waiting:
-        job()
-    assert names(tmp_path) == ["LATEST", step_name(3)] and (tmp_path / "LATEST").read_text() == "step-00000003\n"
+        write_checkpoint(tmp_path, step, FILES, retention=Retention(last=1), delete=waiting.append)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000003"] and len(waiting) == 2
+    assert waiting[-1].is_dir() and waiting[-1].name.startswith(".")
+    write(tmp_path, 4)
+    assert not waiting[-1].exists(), "the next run sweeps what a crash has left"
 
 
 # --- crashes, full and failing disks -----------------------------------------------------------------------------
