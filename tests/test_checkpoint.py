@@ -378,8 +378,8 @@ def test_a_copy_does_not_end_the_lock_and_a_forked_worker_does_not_hold_it_on(tm
         f"import os, shutil, sys, time; sys.path[:0] = {sys.path!r}\n"
         "from phi3_lora_plugin.store_lock import StoreLock; from pathlib import Path\n"
         f"lock = StoreLock(Path({str(store)!r})); shutil.copytree({str(store)!r}, {str(copy)!r})\n"
-        "if (child := os.fork()) == 0: time.sleep(60)\n"
-        "print(child, flush=True); sys.stdin.read()"
+        "if os.fork() == 0: print(os.getpid(), flush=True); time.sleep(60)\n"  # says so once it is past what forks do
+        "sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
