@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.gather import plain_parameters, unwrapped, whole_shape
-from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names, state_names
+from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names, wrapped_lora_names
 from phi3_lora_plugin.lora.state_keys import file_key, is_lora, without_wrappers
 from phi3_lora_plugin.lora.walk import Structure, several_processes, structure, walked_once
 
@@ -69,8 +69,7 @@ def _look(inner: nn.Module, asked: str | None) -> Inventory:
         bias = getattr(config[name], "bias", "none")
     else:
         name, bias = None, trained_biases(inner)
-    wanted = set(lora_names(inner, bias, adapter=name))
-    names = [each for each in state_names(inner) if without_wrappers(each) in wanted]
+    names = wrapped_lora_names(inner, bias, name)
     shapes = expected_shapes(inner, name, [without_wrappers(each) for each in names])
     if name is not None:
         shapes = {file_key(each): shape for each, shape in shapes.items()}

@@ -53,7 +53,7 @@ def take(
     Args:
         adapter: of a PEFT model, which one; the one that is trained if not given.
         copy: False where training waits until the snapshot is written: tensors on the CPU are then the live ones.
-        inventory: what `inventory_of` says of the model, if it is known.
+        inventory: what `inventory_of` says of the model for this adapter, if it is known.
 
     Raises:
         StateError: nothing to save, or something that must not be saved: NaN, Inf, empty or partial tensors.
@@ -147,8 +147,6 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 
 def _copied(state: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
     """Contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
-    if not copy and all(tensor.is_cpu and tensor.is_contiguous() for tensor in state.values()):
-        return {name: tensor.detach() for name, tensor in state.items()}
     return {
         name: tensor
         if tensor.is_meta or hasattr(tensor, "full_tensor")

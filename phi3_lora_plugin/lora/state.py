@@ -83,23 +83,26 @@ def lora_state_dict(model: nn.Module, bias: str = "none", *, adapter: str | None
         StateError: the model has no adapter of this name.
     """
     inner = unwrapped(model)
-    wanted = set(lora_names(inner, bias, adapter=adapter))
-    names = [name for name in state_names(inner) if without_wrappers(name) in wanted]
+    names = wrapped_lora_names(inner, bias, adapter)
     return {without_wrappers(name): tensor for name, tensor in gather(model, inner, names).items()}
 
 
 def lora_names(model: nn.Module, bias: str = "none", *, adapter: str | None = None) -> list[str]:
     """The keys that `lora_state_dict` gives, without touching a tensor."""
+    return [without_wrappers(name) for name in wrapped_lora_names(unwrapped(model), bias, adapter)]
+
+
+def wrapped_lora_names(inner: nn.Module, bias: str, adapter: str | None) -> list[str]:
+    """As `lora_names`, spelled as the model spells them: with the wrappers around its layers."""
     _check_bias(bias)
-    inner = unwrapped(model)
     if adapter is not None and adapter not in (known := adapters_of(inner)):
         raise StateError(f"no adapter {adapter!r}; the model has {', '.join(sorted(known)) or 'none'}")
     biases = _bias_names(inner, bias)
-    plain = (without_wrappers(name) for name in state_names(inner))
+    named = ((name, without_wrappers(name)) for name in _state_names(inner))
     return [
         name
-        for name in plain
-        if (is_lora(name) or name in biases) and (adapter is None or spelling(name).adapter in (adapter, None))
+        for name, plain in named
+        if (is_lora(plain) or plain in biases) and (adapter is None or spelling(plain).adapter in (adapter, None))
     ]
 
 
@@ -163,7 +166,7 @@ def load_lora_state_dict(
 
 def adapters_of(model: nn.Module) -> set[str]:
     """The names of the PEFT adapters in a model; empty for loralib's layers."""
-    names = (spelling(without_wrappers(name)).adapter for name in state_names(model))
+    names = (spelling(without_wrappers(name)).adapter for name in _state_names(model))
     return {name for name in names if name is not None}
 
 
@@ -184,7 +187,7 @@ def _check_bias(bias: str) -> None:
         raise UnknownBias(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
 
 
-def state_names(model: nn.Module) -> list[str]:
+def _state_names(model: nn.Module) -> list[str]:
     """Parameters once each, and persistent buffers that belong to LoRA; in the order of the model."""
     names = [name for name, _ in model.named_parameters()]
     for prefix, module in model.named_modules():
@@ -207,7 +210,7 @@ def _bias_names(model: nn.Module, bias: str) -> set[str]:
     }
     if bias == "all":
         return found
-    layers = {re.split(r"(?:^|\.)lora_", without_wrappers(name))[0] for name in state_names(model) if is_lora(name)}
+    layers = {re.split(r"(?:^|\.)lora_", without_wrappers(name))[0] for name in _state_names(model) if is_lora(name)}
     # The layer itself (loralib), what PEFT wraps, and what loralib's Conv layers wrap.
     return found & {
         ".".join(part for part in (layer, inside, "bias") if part)
