@@ -2,6 +2,7 @@
 
     python -m benchmarks A B --pairs 5 --out bench-out
     python -m benchmarks D D-bf16 --data chats.jsonl --tokenizer phi-3-mini-4k-instruct/
+    python -m benchmarks B --model num_key_value_heads=1 num_hidden_layers=8 vocab_size=200064
     python -m benchmarks A --peers trainer-peft unsloth --unsloth-python unsloth-venv/bin/python
     python -m benchmarks W1 W2 W3 W4 W5 --peers trainer-peft trl trl-best liger          # one GPU
 
@@ -21,13 +22,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chart import draw
 from benchmarks.jobs import run_job
-from benchmarks.workloads import WORKLOADS, chats, rows
+from benchmarks.workloads import WORKLOADS, chats, rows, setting
 
 #: Ours, with the runs on the very same batches, to whose losses and adapters it is held. TRL packs by itself, into
 #: other batches: its packed run is compared in speed alone.
@@ -46,8 +48,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; A to D if none")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds; medians are taken over them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, help="real chats instead of random rows (JSONL)")
-    parser.add_argument("--tokenizer", type=Path, help="folder of a Phi-3 tokenizer, with --data")
+    parser.add_argument(
+        "--model",
+        nargs="*",
+        type=setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="of Phi3Config, instead of the workload's",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="real chats instead of random rows, of any format that data.path takes"
+    )
+    parser.add_argument("--columns", type=json.loads, default={}, help="as data.columns, in JSON, with --data")
+    parser.add_argument("--tokenizer", help="folder of a Phi-3 tokenizer, with --data")
     parser.add_argument("--peers", nargs="*", default=["trainer-peft", "trl", "trl-best", "trl-packed"], choices=PEERS)
     parser.add_argument("--unsloth-python", type=Path, help="the Python of an environment that has unsloth")
     parser.add_argument("--steps", type=int, help="of each run, instead of the workload's own number")
@@ -71,11 +84,16 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
     chosen.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": _machine(), "seed": chosen.seed, "pairs": chosen.pairs, "workloads": {}}
+    report |= {"model": dict(chosen.model), "data": str(chosen.data) if chosen.data else "random rows"}
     report |= {"threads": chosen.threads, "load_before": os.getloadavg()[0]}
     failed = False
     for name in chosen.workloads:
-        load = WORKLOADS[name]
-        data = chats(chosen.data, chosen.tokenizer, load) if chosen.data else rows(load, chosen.seed)
+        load = replace(WORKLOADS[name], model=WORKLOADS[name].model | dict(chosen.model))
+        real = chosen.data is not None
+        data = chats(chosen.data, chosen.columns, chosen.tokenizer, load) if real else rows(load, chosen.seed)
+        most, words = max(max(row["input_ids"]) for row in data), load.model["vocab_size"]
+        if most >= words:
+            parser.error(f"{name} has {words} words and the data an id of {most}: add --model vocab_size={most + 1}")
         variants = ["ours", "ours-packed", "trainer-peft-packed", *chosen.peers]
         runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
         for round_ in range(chosen.pairs):
@@ -111,7 +129,8 @@ def _run(variant: str, workload: str, data: list[dict[str, Any]], chosen: argpar
     with tempfile.TemporaryDirectory() as folder:
         paths = {key: str(Path(folder, key)) for key in ("rows", "result", "vector", "folder", "log")}
         Path(paths["rows"]).write_text(json.dumps(data))
-        job = paths | {"workload": workload, "seed": chosen.seed, "steps": chosen.steps, "warm_up": chosen.warm_up}
+        job = paths | {"workload": workload, "seed": chosen.seed, "warm_up": chosen.warm_up}
+        job |= {"model": dict(chosen.model), "steps": chosen.steps}
         if WORKLOADS[workload].device == "cpu" and variant != "unsloth":
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["benchmarks.variants", "trl", "datasets"])

@@ -20,10 +20,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from benchmarks.workloads import conversations
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -49,7 +51,7 @@ def main() -> int:
     from phi3_lora_plugin import load_tokenizer
 
     tokenizer = load_tokenizer(chosen.tokenizer)
-    chats = list(_real(chosen.data, chosen.columns)) if chosen.data else list(_made_up(1000))
+    chats = list(conversations(chosen.data, chosen.columns)) if chosen.data else list(_made_up(1000))
     parity = True
     with tempfile.TemporaryDirectory() as folder:
         _pair(_write(Path(folder, "warm.jsonl"), chats, 50), tokenizer, chosen.max_length)
@@ -117,17 +119,6 @@ def _write(file: Path, chats: list[Any], count: int) -> Path:
                 messages[0]["content"] = f"({number}) {messages[0]['content']}"
             out.write(json.dumps({"messages": messages}) + "\n")
     return file
-
-
-def _real(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
-    from phi3_lora_plugin.chat.adapt import Reading, conversations
-    from phi3_lora_plugin.chat.readers import Problem
-    from phi3_lora_plugin.chat.sources import find_sources
-
-    for source in find_sources(str(path)).sources:
-        for item in conversations(source, Reading(source.name), "auto", columns, {}):
-            if not isinstance(item, Problem):
-                yield item[1]
 
 
 def _made_up(count: int) -> Iterator[Any]:

@@ -231,7 +231,7 @@ def words() -> Any:
 def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
     """Train and report: losses, tokens (padding not counted) a second, peak memory, and the adapter as one vector."""
     load, warm_up = WORKLOADS[job["workload"]], job["warm_up"]
-    load = replace(load, steps=job["steps"] or load.steps)
+    load = replace(load, model=load.model | job["model"], steps=job["steps"] or load.steps)
     if load.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if load.memory_gb and torch.cuda.is_available():

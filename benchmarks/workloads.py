@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ MINI = dict(
     max_position_embeddings=4096,
     sliding_window=2047,
 )
+
+_GSM8K = {"prompt": "question", "completion": "answer"}  # its columns, if no others are said
 
 
 @dataclass(frozen=True)
@@ -88,17 +92,42 @@ def rows(load: Workload, seed: int) -> list[dict[str, list[int]]]:
     return made
 
 
-def chats(path: Path, tokenizer: Path, load: Workload) -> list[dict[str, list[int]]]:
-    """Real rows: JSONL with question and answer, or messages, encoded with a real Phi-3 tokenizer."""
+def chats(path: Path, columns: Mapping[str, str], tokenizer: str, load: Workload) -> list[dict[str, list[int]]]:
+    """Real rows of any format that `data.path` takes, encoded with a real Phi-3 tokenizer."""
     from phi3_lora_plugin.chat.encode import encode_batch
     from phi3_lora_plugin.tokenizer import load_tokenizer
 
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    conversations = [
-        line["messages"]
-        if "messages" in line
-        else [{"role": "user", "content": line["question"]}, {"role": "assistant", "content": line["answer"]}]
-        for line in lines[: load.rows]
-    ]
-    encoded = encode_batch(conversations, load_tokenizer(tokenizer), max_length=load.max_length)
+    read = list(islice(conversations(path, columns), load.rows))
+    encoded = encode_batch(read, load_tokenizer(tokenizer), max_length=load.max_length)
     return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in encoded if isinstance(row, dict)]
+
+
+def conversations(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
+    """The conversations of files, without those rows that are none."""
+    from phi3_lora_plugin.chat.readers import SourceError
+
+    try:
+        yield from _read(path, columns)
+    except SourceError:
+        if columns:
+            raise
+        yield from _read(path, _GSM8K)
+
+
+def _read(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
+    from phi3_lora_plugin.chat import adapt
+    from phi3_lora_plugin.chat.readers import Problem
+    from phi3_lora_plugin.chat.sources import find_sources
+
+    for source in find_sources(str(path)).sources:
+        for item in adapt.conversations(source, adapt.Reading(source.name), "auto", columns, {}):
+            if not isinstance(item, Problem):
+                yield item[1]
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of `Phi3Config`, the value in JSON."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(text)
+    return name, json.loads(value)

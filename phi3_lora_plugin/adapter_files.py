@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.disk_writes import Content
 from phi3_lora_plugin.lora.gather import unwrapped
 from phi3_lora_plugin.lora.peft_files import CONFIG, WEIGHTS, PeftAdapter, parts
 from phi3_lora_plugin.lora.state_keys import without_wrappers
-from phi3_lora_plugin.store_layout import Content
 from phi3_lora_plugin.tensor_file import TensorFile
 
 if TYPE_CHECKING:

@@ -109,9 +109,10 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
     # One pass that keeps nothing; a norm may also overflow, so only the tensors themselves can say that one is sick.
     values = list(tensors.values())
     healthy = _alike(values) and bool(torch.stack(torch._foreach_norm(values)).sum().isfinite())
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if healthy and shapes == expected and all(map(all, shapes.values())):
+        return []
     for name, tensor in tensors.items():
-        if healthy and tensor.shape == expected.get(name) and tensor.numel():
-            continue
         if name not in expected:
             found.setdefault("are not of this adapter", []).append(name)
         elif hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
@@ -121,8 +122,9 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
         elif tensor.numel() == 0:
             found.setdefault("are empty: shards that were not gathered", []).append(name)
         elif tuple(tensor.shape) != tuple(expected[name]):
-            shapes = f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name])}"
-            found.setdefault("have another shape than their layers (shards of one rank?)", []).append(shapes)
+            found.setdefault("have another shape than their layers (shards of one rank?)", []).append(
+                f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name])}"
+            )
         elif not tensor.is_floating_point():
             found.setdefault("are no floating-point numbers", []).append(f"{name} ({tensor.dtype})")
         elif not healthy and not torch.isfinite(tensor).all():
@@ -148,11 +150,13 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
 def _copied(state: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
     """Contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
     return {
-        name: tensor
-        if tensor.is_meta or hasattr(tensor, "full_tensor")
-        else tensor.detach().to("cpu", copy=copy).contiguous()
+        name: tensor if tensor.is_meta or hasattr(tensor, "full_tensor") else _on_cpu(tensor.detach(), copy)
         for name, tensor in state.items()
     }
+
+
+def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
+    return (tensor.to("cpu", copy=copy) if copy or not tensor.is_cpu else tensor).contiguous()
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -9,15 +9,17 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.manifest import MANIFEST, RESUME, Report, check_folder, describe_file, render_manifest
+from phi3_lora_plugin.disk_writes import Content, DiskWrites, sync_folder
+from phi3_lora_plugin.manifest import MANIFEST, RESUME, Report, check_folder, render_manifest
 from phi3_lora_plugin.retention import Retention, by_metric, doomed
 from phi3_lora_plugin.store_layout import (
     BEST,
     LATEST,
-    Content,
     Entry,
     beside,
     earlier,
@@ -28,9 +30,7 @@ from phi3_lora_plugin.store_layout import (
     step_name,
     stores_in,
     sweep,
-    sync_folder,
     torn,
-    write_file,
 )
 from phi3_lora_plugin.store_lock import StoreLock, held
 
@@ -85,22 +85,20 @@ def write_checkpoint(
     facts: Mapping[str, Any] | None = None,
     *,
     metric: Mapping[str, Any] | None = None,
-    resume: Mapping[str, Content] | Path | None = None,
-    resume_facts: Mapping[str, Any] | None = None,
+    resume: Mapping[str, Content] | None = None,
     retention: Retention = Retention(),  # noqa: B008 - frozen
     delete: Callable[[Path], Any] = shutil.rmtree,
 ) -> Path:
     """Write `<store>/step-N/` so that at no moment it is half there, point `LATEST` and `BEST` at it, delete old ones.
 
-    Everything is staged beside its final name and synced to the disk, then renamed; the manifest comes last.
+    Everything is staged beside its final name and synced to the disk, then renamed.
 
     Args:
         step: its number; a checkpoint of the same step with other content is put aside, never overwritten.
-        files: name -> bytes, or a function that writes them into a stream.
+        files: name -> bytes, pieces of them, or a function that writes them into a stream.
         facts: what else the manifest says. Equal facts and files give equal bytes.
         metric: {"name", "value", "greater_is_better"}, by which `BEST` is chosen.
-        resume: what training needs to go on, as `files`, or a folder inside the store that becomes part of this.
-        resume_facts: what the manifest of that says besides.
+        resume: what training needs to go on, as `files`, with a manifest of its own.
         delete: how a folder goes that nobody sees any more; what a crash leaves of it is swept by the next run.
 
     Raises:
@@ -114,21 +112,16 @@ def write_checkpoint(
     store = Path(store)
     store.mkdir(parents=True, exist_ok=True)
     lock = None if held(store) else StoreLock(store)
-    staging = beside(store, step_name(step))
+    staging, latest = beside(store, step_name(step)), beside(store, LATEST)
     try:
         if lock is not None:
             sweep(store)
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        listed = {name: write_file(staging / name, content) for name, content in files.items()}
-        if resume is not None:
-            _write_resume(staging / RESUME, resume, {"step": step, **(resume_facts or {})})
-        content = {**(facts or {}), "step": step, "files": listed}
-        write_file(staging / MANIFEST, render_manifest(content | ({"metric": dict(metric)} if metric else {})))
-        sync_folder(staging)
+        latest.unlink(missing_ok=True)
         final = store / step_name(step)
-        _publish(store, staging, final)
-        replace_file(store / LATEST, f"{final.name}\n".encode())
+        facts = {**(facts or {}), "step": step} | ({"metric": dict(metric)} if metric else {})
+        _stage(staging, files, facts, resume or {}, latest)
+        _publish(store, staging, final, latest)
         found = entries(store)
         goes = doomed(found, retention)
         _point_at_best(store, [entry for entry in found if entry.path not in goes])
@@ -136,6 +129,8 @@ def write_checkpoint(
             _discard(path, store, delete)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            latest.unlink()
         raise
     finally:
         if lock is not None:
@@ -149,24 +144,31 @@ def best(store: str | Path) -> Path | None:
     return ordered[0].path if ordered else None
 
 
-def _write_resume(folder: Path, resume: Mapping[str, Content] | Path, facts: Mapping[str, Any]) -> None:
-    if isinstance(resume, Path):
-        os.rename(resume, folder)
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        listed = {path.relative_to(folder).as_posix(): describe_file(path) for path in paths}
-        for path in paths:
-            _sync_file(path)
-        for path in folder.rglob("*"):
-            if path.is_dir():
-                sync_folder(path)
-    else:
-        folder.mkdir()
-        listed = {name: write_file(folder / name, content) for name, content in resume.items()}
-    write_file(folder / MANIFEST, render_manifest({**facts, "files": listed}))
+def _stage(
+    folder: Path, files: Mapping[str, Content], facts: Mapping[str, Any], resume: Mapping[str, Content], latest: Path
+) -> None:
+    """Fill a folder, and the file that becomes `LATEST`, down to the disk."""
+    inside = folder / RESUME
+    folder.mkdir()
+    if resume:
+        inside.mkdir()
+    with DiskWrites() as disk:
+        theirs = {name: disk.write(inside / name, content) for name, content in resume.items()}
+        ours = {name: disk.write(folder / name, content) for name, content in files.items()}
+        disk.write(latest, f"{step_name(facts['step'])}\n".encode())
+        disk.write(folder / MANIFEST, _manifest(facts, ours))
+        if resume:
+            disk.write(inside / MANIFEST, _manifest({"step": facts["step"]}, theirs))
+    if resume:
+        sync_folder(inside)
     sync_folder(folder)
 
 
-def _publish(store: Path, staging: Path, final: Path) -> None:
+def _manifest(facts: Mapping[str, Any], files: Mapping[str, Future[dict[str, Any]]]) -> bytes:
+    return render_manifest({**facts, "files": {name: file.result() for name, file in files.items()}})
+
+
+def _publish(store: Path, staging: Path, final: Path, latest: Path) -> None:
     """Give a finished folder its name. What has that name goes aside first, and stays there if it is worth keeping."""
     aside, worth = None, False
     if final.exists():
@@ -174,6 +176,7 @@ def _publish(store: Path, staging: Path, final: Path) -> None:
         worth = not same and bool(check_folder(final, resume=False))
         aside = set_aside(store, [final])
     os.rename(staging, final)
+    os.replace(latest, store / LATEST)
     sync_folder(store)
     if aside is not None and not worth:
         shutil.rmtree(put_away(aside, store))
@@ -188,11 +191,6 @@ def _discard(path: Path, store: Path, delete: Callable[[Path], Any]) -> None:
 
 def _bytes_of(folder: Path) -> bytes:
     return (folder / MANIFEST).read_bytes()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _point_at_best(store: Path, found: Sequence[Entry]) -> None:

@@ -14,8 +14,9 @@ from phi3_lora_plugin.adapter_files import adapter_files, reload_files
 from phi3_lora_plugin.adapter_snapshot import Snapshot
 from phi3_lora_plugin.background import Writer
 from phi3_lora_plugin.checkpoint import newest_complete, write_checkpoint
+from phi3_lora_plugin.disk_writes import Content
 from phi3_lora_plugin.retention import Retention
-from phi3_lora_plugin.store_layout import Content, entries, set_aside, sweep
+from phi3_lora_plugin.store_layout import entries, set_aside, sweep
 from phi3_lora_plugin.store_lock import StoreLock, holder_of
 
 log = logging.getLogger(__name__)

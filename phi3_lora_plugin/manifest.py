@@ -65,6 +65,13 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
         raise ManifestError(f"{name}: missing, so the folder was never finished, or is none of ours") from error
     except OSError as error:
         raise ManifestError(f"{name}: cannot be read: {error.strerror or error}") from error
+    _check(name, raw)
+    return dict(json.loads(raw))
+
+
+@lru_cache(maxsize=256)
+def _check(name: str, raw: bytes) -> None:
+    """Raise what is wrong with the bytes of a manifest; a run asks at each save, of all that it keeps."""
     try:
         content = json.loads(raw)
     except ValueError as error:
@@ -76,15 +83,12 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     outside = [file for file in content["files"] if Path(file).is_absolute() or ".." in Path(file).parts]
     if outside:
         raise ManifestError(f"{name}: lists files outside its folder: {', '.join(outside[:3])}")
-    if not _as_written(raw):
+    try:
+        unchanged = render_manifest(content) == raw
+    except ValueError:  # NaN, which Python reads and no manifest has
+        unchanged = False
+    if not unchanged:
         raise ManifestError(f"{name}: was changed after it was written")
-    return content
-
-
-@lru_cache(maxsize=256)
-def _as_written(raw: bytes) -> bool:
-    """Whether a manifest is the one that its own hash was made for; a run asks at each save, of all that it keeps."""
-    return render_manifest(json.loads(raw)) == raw
 
 
 def check_folder(folder: Path, resume: bool = True) -> Report:

@@ -13,7 +13,7 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
-from phi3_lora_plugin.store_layout import Content
+from phi3_lora_plugin.disk_writes import Content
 
 
 def capture(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from typing import Any, BinaryIO
+from typing import Any
 
+from phi3_lora_plugin.disk_writes import sync_folder, write_file
 from phi3_lora_plugin.manifest import RESUME, ManifestError, read_manifest
 
 log = logging.getLogger(__name__)
@@ -24,11 +22,6 @@ LATEST, BEST = "LATEST", "BEST"
 FOLDER, FOLDER_WHEN_PUSHED = "lora", "_lora"
 _OURS = re.compile(r"^\..+\.(?:tmp|old)-(?P<pid>\d+)-(?P<host>.+)$")
 _EARLIER = re.compile(r"^earlier-(\d+)$")
-
-#: What a file is written from: its bytes, pieces of them that stay as they are, or a function that fills a stream.
-Content = bytes | Iterable[Any] | Callable[[BinaryIO], Any]
-#: Bytes from which on a hash is worth a thread of its own, which takes as long as the disk does.
-_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,52 +84,6 @@ def beside(store: Path, name: str, kind: str = "tmp") -> Path:
     return store / f".{name}.{kind}-{os.getpid()}-{socket.gethostname()}"
 
 
-def write_file(path: Path, content: Content) -> dict[str, Any]:
-    """Write a file down to the disk; what a manifest says about it."""
-    try:
-        with path.open("xb") as file:
-            if not callable(content):
-                return _write_pieces(file, [content] if isinstance(content, bytes) else list(content))
-            stream = _HashingStream(file)
-            content(stream)  # type: ignore[arg-type]
-            _sync(file)
-            return {"bytes": stream.size, "sha256": stream.digest.hexdigest()}
-    except OSError as error:  # the write itself does not know the name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _write_pieces(file: BinaryIO, pieces: Sequence[Any]) -> dict[str, Any]:
-    """Write and hash at the same time: neither holds Python's lock."""
-    digest = hashlib.sha256()
-    size = sum(memoryview(piece).nbytes for piece in pieces)
-
-    def hash_all() -> None:
-        for piece in pieces:
-            digest.update(piece)
-
-    beside = Thread(target=hash_all) if size >= _LARGE else None
-    try:
-        if beside is not None:
-            beside.start()
-    except RuntimeError:  # no thread can be had, or the interpreter is about to end
-        beside = None
-    try:
-        for piece in pieces:
-            file.write(piece)
-        _sync(file)
-    finally:
-        if beside is not None:
-            beside.join()
-    if beside is None:
-        hash_all()
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def replace_file(path: Path, content: bytes) -> None:
     """Put a small file in place of another; a reader sees the one or the other."""
     temporary = beside(path.parent, path.name)
@@ -147,18 +94,6 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names inside a folder last through a power cut, where the system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
-            raise
-    finally:
-        os.close(handle)
 
 
 def put_away(path: Path, store: Path) -> Path:
@@ -218,22 +153,3 @@ def _alive(pid: int, host: str) -> bool:
     except PermissionError:
         return True
     return True
-
-
-class _HashingStream:
-    """A file that is written front to back, with its size and sha256 so far."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self.file.write(view)
-        self.digest.update(view)
-        self.size += view.nbytes
-        return view.nbytes
-
-    def flush(self) -> None:
-        self.file.flush()

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def measured(variant: str, load: workloads.Workload, folder: Path) -> dict[str, 
     job: dict[str, Any] = {key: str(folder / key) for key in ("rows", "vector", "folder")}
     Path(job["rows"]).write_text(json.dumps(workloads.rows(load, 1)))
     before = torch.get_num_threads()
-    result = variants.measure(variant, job | {"workload": "tiny", "seed": 1, "steps": None, "warm_up": 1})
+    result = variants.measure(variant, job | {"workload": "tiny", "seed": 1, "steps": None, "warm_up": 1, "model": {}})
     torch.set_num_threads(before)
     result["begun"], result["vector"] = torch.load(job["vector"], weights_only=True)
     return result
@@ -57,6 +58,26 @@ def test_ours_is_held_to_the_peers_and_a_difference_is_a_failure(
     bench._write({"workloads": {"tiny": result}}, tmp_path)
     assert "ours-packed" in (tmp_path / "benchmark.svg").read_text()
     assert json.loads((tmp_path / "benchmark.json").read_text())["workloads"]["tiny"] == result
+
+
+def test_sizes_and_rows_of_ones_own_are_measured(tmp_path: Path) -> None:
+    """The whole command: another shape, and chats in another format."""
+    data = tmp_path / "chats.jsonl"
+    rows = [{"instruction": f"Add {n} and {n}.", "output": f"It is {n + n}."} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(words: int) -> subprocess.CompletedProcess[str]:
+        command = f"A --pairs 1 --steps 2 --warm-up 1 --threads 1 --peers trainer-peft --data {data} --out {tmp_path}"
+        command += " --tokenizer embedded:tiny-phi3 --model num_attention_heads=4 num_key_value_heads=1"
+        words_of_it = [sys.executable, "-m", "benchmarks", *command.split(), f"vocab_size={words}"]
+        return subprocess.run(words_of_it, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    assert "A has 100 words and the data an id of 2047: add --model vocab_size=2048" in run(100).stderr
+    done = run(2048)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["model"]["num_key_value_heads"] == 1 and written["data"] == str(data)
+    assert written["workloads"]["A"]["ours"]["ours"]["parity"]["trainer-peft"]["ok"]
 
 
 def test_parity_runs_and_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

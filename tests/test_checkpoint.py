@@ -14,13 +14,15 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phi3_lora_plugin.checkpoint import best, latest_complete, verify, write_checkpoint
+from phi3_lora_plugin.disk_writes import write_file
 from phi3_lora_plugin.manifest import ManifestError, read_manifest, render_manifest
 from phi3_lora_plugin.retention import Retention, doomed
-from phi3_lora_plugin.store_layout import entries, sweep, write_file
+from phi3_lora_plugin.store_layout import entries, sweep
 from phi3_lora_plugin.store_lock import StoreBusy, StoreLock
 
 FILES = {
@@ -128,6 +130,10 @@ def test_a_manifest_that_names_files_outside_is_refused(tmp_path: Path) -> None:
     (tmp_path / "step-00000002" / "manifest.json").write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n")
     with pytest.raises(ManifestError, match="was changed after it was written"):
         read_manifest(tmp_path / "step-00000002")
+    manifest = write(tmp_path, 4, 0.5) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("0.5", "NaN"))
+    with pytest.raises(ManifestError, match="was changed after it was written"):
+        read_manifest(manifest.parent)
 
 
 @pytest.mark.parametrize("name", ["a/b", "../x", "manifest.json", "resume"])
@@ -201,6 +207,21 @@ def test_what_is_listed_of_a_file_is_what_lies_on_the_disk(tmp_path: Path, size:
     listed = write_file(tmp_path / "file", given)
     assert (tmp_path / "file").read_bytes() == content
     assert listed == {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_a_content_fails_with_is_raised_and_nothing_is_left(tmp_path: Path, large: bool) -> None:
+    before = snapshot(write(tmp_path, 1))
+
+    def content(stream: Any) -> None:
+        stream.write(bytes(1 << 21) if large else b"x")
+        raise RuntimeError("no such tensor")
+
+    with pytest.raises(RuntimeError, match="no such tensor"):
+        write_checkpoint(tmp_path, 2, {**FILES, "odd": content})
+    with pytest.raises(RuntimeError, match="no such tensor"):
+        write_checkpoint(tmp_path, 2, FILES, resume={"odd": content})
+    assert names(tmp_path) == ["LATEST", "step-00000001"] and snapshot(tmp_path / "step-00000001") == before
 
 
 def test_what_is_deleted_later_is_out_of_sight_at_once(tmp_path: Path) -> None:
@@ -280,12 +301,12 @@ def test_g15_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, m
     (staging,) = {path for path in before if path.name.startswith(".step")}
     inside = {staging / path.relative_to(final) for path in final.rglob("*")}
     assert inside <= set(before), "every file and folder of it"
-    assert before[-1] == staging and before[-2] == staging / "manifest.json", "the manifest last"
-    assert calls[named + 1] == ("sync", tmp_path), "its name too"
-    for pointer in ("LATEST", "BEST"):
-        at = calls.index(("name", tmp_path / pointer))
-        assert at > named and calls[at - 1][0] == "sync" and pointer in calls[at - 1][1].name
-        assert calls[at + 1] == ("sync", tmp_path)
+    assert before[-1] == staging, "the names in it last"
+    assert any("LATEST" in path.name for path in before)
+    assert calls[named + 1 : named + 3] == [("name", tmp_path / "LATEST"), ("sync", tmp_path)], "their names too"
+    at = calls.index(("name", tmp_path / "BEST"))
+    assert at > named and calls[at - 1][0] == "sync" and "BEST" in calls[at - 1][1].name
+    assert calls[at + 1] == ("sync", tmp_path)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from phi3_lora_plugin.adapter_snapshot import take
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.lora.slices import SliceError
 from phi3_lora_plugin.lora.state import StateError
+from phi3_lora_plugin.lora.walk import structure
 
 
 def test_steps_and_modes_change_nothing_that_is_remembered() -> None:
@@ -108,3 +109,13 @@ def test_slices_still_refuse_what_lies_between_them() -> None:
         between.fill_(1.0)
     with pytest.raises(SliceError, match="entry by entry"):
         take(model, inventory=known)
+
+
+def test_a_module_that_moves_next_door_under_the_same_name_is_seen() -> None:
+    model = nn.Sequential(nn.ModuleDict({"layer": nn.Linear(2, 2)}), nn.ModuleDict())
+    before = structure(model)
+    assert before.holds(model)
+    first, second = model
+    second["layer"] = first["layer"]
+    del first["layer"]
+    assert not before.holds(model)

@@ -12,12 +12,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from test_inject import IDS, four_bit, step, trainable
 
+from phi3_lora_plugin.disk_writes import write_file
 from phi3_lora_plugin.lora.inject import add_lora, coverage
 from phi3_lora_plugin.lora.methods import MethodError, initialize_loftq, loraplus_optimizer, plain_lora
 from phi3_lora_plugin.lora.slices import SlicedLinear
 from phi3_lora_plugin.lora.targets import TargetError
 from phi3_lora_plugin.recipe import load_recipe
-from phi3_lora_plugin.store_layout import write_file
 from phi3_lora_plugin.training_args import lora_options
 
 

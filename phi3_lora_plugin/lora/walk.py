@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,49 +15,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What a model is made of, level by level. It holds on to all of it, so that identity means what it says.
+    """What a model is made of. It holds on to all of it, so that identity means what it says.
 
     Attributes:
-        names: of modules and parameters, each in the one that has it.
-        modules: the model itself first.
-        parameters: like modules, None where a place is empty.
-        trained: whether each parameter is.
+        modules: the model itself first, then what is in it, then what is in that.
+        children: of each module, what is in it by name.
+        parameters: those of each module in turn; None where a place is empty.
+        facts: how many parameters each module has, their names in it, and whether they are trained.
     """
 
-    names: Sequence[str]
     modules: Sequence[Any]
+    children: Sequence[Mapping[str, Any]]
     parameters: Sequence[Any]
-    trained: Sequence[bool]
+    facts: Sequence[Any]
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether `model` is made of the very same parts under the same names, and the same ones are trained."""
-        now = structure(model)
-        return (
-            self.trained == now.trained
-            and self.names == now.names
-            and _same(self.modules, now.modules)
-            and _same(self.parameters, now.parameters)
-        )
+        """Whether `model` is made of the very same parts under the same names, and the same ones are trained.
+
+        Asks every module that was there what is in it now: any difference shows in the first module that has it.
+        """
+        if model is not self.modules[0] or self.children != list(map(_CHILDREN, self.modules)):
+            return False
+        parameters, facts = _parameters_in(self.modules)
+        return self.facts == facts and all(map(is_, self.parameters, parameters))
+
+
+_CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 
 
 def structure(model: nn.Module) -> Structure:
-    """The structure of a model; a fifth of the time of `named_modules`, as no path is put together."""
-    names: list[str] = []
+    """The structure of a model."""
     modules: list[Any] = [model]
-    parameters: list[Any] = []
     for module in modules:  # which grows as it goes; it ends, as a module that contains itself cannot be trained
-        own = {} if module is None else vars(module)
-        if children := own.get("_modules"):
-            names += children
-            modules += children.values()
-        if inside := own.get("_parameters"):
-            names += inside
-            parameters += inside.values()
-    return Structure(names, modules, parameters, [p is not None and p.requires_grad for p in parameters])
+        modules += [child for child in module._modules.values() if child is not None]
+    return Structure(modules, [dict(module._modules) for module in modules], *_parameters_in(modules))
 
 
-def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(one) == len(other) and all(map(is_, one, other))
+def _parameters_in(modules: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    inside = list(map(_PARAMETERS, modules))
+    parameters = list(chain.from_iterable(map(dict.values, inside)))
+    trained = [parameter is not None and parameter.requires_grad for parameter in parameters]
+    return parameters, [list(map(len, inside)), list(chain.from_iterable(inside)), trained]
 
 
 @contextmanager
