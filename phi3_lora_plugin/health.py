@@ -52,13 +52,13 @@ def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None
 
     found = model.named_parameters() if parameters is None else parameters
     named = [(name, p) for name, p in found if p.requires_grad and p.is_floating_point()]
-    plain = [_local(p) for _, p in named]
-    plain = [tensor for tensor in plain if tensor.numel()]
-    norms = [norm.float().to(plain[0].device) for norm in torch._foreach_norm(plain)] if plain else []
+    trained = [p for _, p in named]
+    shards = [p for p in trained if hasattr(p, "device_mesh") or hasattr(p, "ds_tensor")]
     bad = []
-    if norms and not torch.isfinite(torch.stack(norms).sum()):  # or the norms overflowed, and the values did not
-        bad = [name for name, p in named if not torch.isfinite(_local(p)).all()]
-    anywhere = _agreed(bool(bad), [p for _, p in named])
+    with torch.no_grad():
+        if not _all_finite([_local(p) for p in trained] if shards else trained):
+            bad = [name for name, p in named if not torch.isfinite(_local(p)).all()]
+    anywhere = _agreed(bool(bad), shards[0]) if shards else bool(bad)
     if not anywhere:
         return None
     if not bad:
@@ -67,13 +67,21 @@ def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None
     return f"{len(bad)} of {len(named)} trained tensors are not finite: {', '.join(bad[:_SHOWN])}{more}"
 
 
-def _agreed(sick: bool, parameters: Sequence[Any]) -> bool:
-    """Whether any process is sick; of replicas each knows by itself."""
+def _all_finite(tensors: Sequence[Any]) -> bool:
+    """False also where norms overflowed and the values did not."""
     import torch
 
-    shard = next((p for p in parameters if hasattr(p, "device_mesh") or hasattr(p, "ds_tensor")), None)
-    if shard is None:
-        return sick
+    full = [tensor for tensor in tensors if tensor.numel()]
+    norms: Sequence[Any] = torch._foreach_norm(full) if full else ()
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+        norms = [norm.float().to(norms[0].device) for norm in norms]
+    return not norms or bool(torch.stack(norms).sum().isfinite())
+
+
+def _agreed(sick: bool, shard: Any) -> bool:
+    """Whether any process is sick, of those that have a part of `shard`; of replicas each knows by itself."""
+    import torch
+
     place = shard.device_mesh.device_type if hasattr(shard, "device_mesh") else shard.device
     flag = torch.tensor(float(sick), device=place)
     torch.distributed.all_reduce(flag)

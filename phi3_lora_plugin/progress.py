@@ -52,7 +52,7 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
             return
         self.loss = float(logs["loss"])
         if self._progress is None and state.is_world_process_zero:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self._text(state)}", highlight=False)
+            self.console.out(f"step {state.global_step}/{state.max_steps}  {self._text(state)}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the live line away."""
