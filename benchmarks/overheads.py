@@ -76,7 +76,7 @@ def pack(rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def save(rounds: int) -> dict[str, tuple[float, float]]:
-    """The adapters of workloads C (224 tensors) and D (48), and one of 17M parameters: the bare file, ours, and PEFT's.
+    """The adapters of workloads C (256 tensors) and D (48), and one of 17M parameters: the bare file, ours, and PEFT's.
 
     As in training, the model makes a pass forward and back before each save, so that none finds the processor's caches
     as the last save has left them, and each save goes into a folder of its own. Deleting old ones is part of ours; the
