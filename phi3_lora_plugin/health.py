@@ -56,7 +56,7 @@ def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None
     shards = [p for p in trained if hasattr(p, "device_mesh") or hasattr(p, "ds_tensor")]
     bad = []
     with torch.no_grad():
-        if not _all_finite([_local(p) for p in trained] if shards else trained):
+        if not all_finite([_local(p) for p in trained] if shards else trained):
             bad = [name for name, p in named if not torch.isfinite(_local(p)).all()]
     anywhere = _agreed(bool(bad), shards[0]) if shards else bool(bad)
     if not anywhere:
@@ -67,15 +67,15 @@ def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None
     return f"{len(bad)} of {len(named)} trained tensors are not finite: {', '.join(bad[:_SHOWN])}{more}"
 
 
-def _all_finite(tensors: Sequence[Any]) -> bool:
-    """False also where norms overflowed and the values did not."""
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether all values are finite, in one pass that keeps nothing. False also where only their norms overflow."""
     import torch
 
     full = [tensor for tensor in tensors if tensor.numel()]
     norms: Sequence[Any] = torch._foreach_norm(full) if full else ()
     if len({(norm.dtype, norm.device) for norm in norms}) > 1:
         norms = [norm.float().to(norms[0].device) for norm in norms]
-    return not norms or bool(torch.stack(norms).sum().isfinite())
+    return not norms or bool(torch.stack(norms).float().sum().isfinite())
 
 
 def _agreed(sick: bool, shard: Any) -> bool:

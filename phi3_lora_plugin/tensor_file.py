@@ -30,10 +30,10 @@ class TensorFile:
     tensors: Mapping[str, Tensor]
 
     def __iter__(self) -> Iterator[Any]:
-        from safetensors.torch import save
-
         types = {str(dtype) for dtype in {tensor.dtype for tensor in self.tensors.values()}}
         if not _TYPES.keys() >= types or sys.byteorder != "little":
+            from safetensors.torch import save
+
             yield save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=_METADATA)
             return
         header, names = _header(tuple((name, t.dtype, t.shape) for name, t in self.tensors.items()))

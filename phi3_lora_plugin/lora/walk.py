@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+_CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+
 
 @dataclass(frozen=True, eq=False)
 class Structure:
@@ -38,9 +40,6 @@ class Structure:
             return False
         parameters, facts = _parameters_in(self.modules)
         return self.facts == facts and all(map(is_, self.parameters, parameters))
-
-
-_CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 
 
 def structure(model: nn.Module) -> Structure:
