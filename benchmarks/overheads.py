@@ -87,10 +87,10 @@ def save(rounds: int) -> dict[str, tuple[float, float]]:
 
     from benchmarks.variants import build
     from benchmarks.workloads import WORKLOADS
-    from phi3_lora_plugin.adapter_inventory import inventory_of
-    from phi3_lora_plugin.adapter_snapshot import take
-    from phi3_lora_plugin.checkpoint_run import CheckpointRun
-    from phi3_lora_plugin.retention import Retention
+    from phi3_lora_plugin.lora.inventory import inventory_of
+    from phi3_lora_plugin.lora.snapshot import take
+    from phi3_lora_plugin.store.retention import Retention
+    from phi3_lora_plugin.store.run import CheckpointRun
 
     measured = {}
     wide = replace(WORKLOADS["C"], model=WORKLOADS["C"].model | dict(hidden_size=512, intermediate_size=1408), rank=64)
@@ -157,7 +157,7 @@ def callbacks(rounds: int) -> dict[str, tuple[float, float]]:
     from benchmarks.variants import Clock, build, trainer_for
     from benchmarks.workloads import WORKLOADS, rows
     from phi3_lora_plugin import LoraCheckpoint
-    from phi3_lora_plugin.progress import ProgressReport
+    from phi3_lora_plugin.training.progress import ProgressReport
 
     measured = {}
     for every in (10, 1):

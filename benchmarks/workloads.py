@@ -95,7 +95,7 @@ def rows(load: Workload, seed: int) -> list[dict[str, list[int]]]:
 def chats(path: Path, columns: Mapping[str, str], tokenizer: str, load: Workload) -> list[dict[str, list[int]]]:
     """Real rows of any format that `data.path` takes, encoded with a real Phi-3 tokenizer."""
     from phi3_lora_plugin.chat.encode import encode_batch
-    from phi3_lora_plugin.tokenizer import load_tokenizer
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     read = list(islice(conversations(path, columns), load.rows))
     encoded = encode_batch(read, load_tokenizer(tokenizer), max_length=load.max_length)

@@ -1,43 +1,10 @@
-"""What this package itself registers, through the same entry point that a stranger's plugin would use."""
+"""The entry-point target of installs made before `plugins.builtin` existed; it registers the same hooks."""
 
-from __future__ import annotations
+from phi3_lora_plugin.plugins.builtin import (
+    register_dataset_adapters,
+    register_models,
+    register_recipes,
+    trainer_callbacks,
+)
 
-from collections.abc import Callable
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
-
-from phi3_lora_plugin.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-    from phi3_lora_plugin.recipe import Recipe
-
-
-@hookimpl
-def register_models(register: Callable[[str, Any], None]) -> None:
-    from phi3_lora_plugin.model import load
-
-    register("phi3", load)
-
-
-@hookimpl
-def register_dataset_adapters(register: Callable[[str, Any], None]) -> None:
-    from phi3_lora_plugin.chat.formats import ADAPTERS
-
-    for name, adapt in ADAPTERS.items():
-        register(name, adapt)
-
-
-@hookimpl
-def register_recipes(register: Callable[[str, Any], None]) -> None:
-    for file in files("phi3_lora_plugin.recipes").iterdir():
-        if file.name.endswith(".yaml"):
-            register(file.name.removesuffix(".yaml"), file)
-
-
-@hookimpl
-def trainer_callbacks(recipe: Recipe) -> list[TrainerCallback]:
-    from phi3_lora_plugin.callbacks import LoraCheckpoint  # a subclass of TrainerCallback, so importing it is heavy
-
-    return [LoraCheckpoint.from_recipe(recipe)]
+__all__ = ["register_dataset_adapters", "register_models", "register_recipes", "trainer_callbacks"]

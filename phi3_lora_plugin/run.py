@@ -71,8 +71,8 @@ def _read(parser: argparse.ArgumentParser, script: str) -> CodeType:
 
 
 def _activate(given: Any, say: Any) -> list[str]:
-    from phi3_lora_plugin.activate import PARTS, activate
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.hosts.activate import PARTS, activate
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import load_recipe
 
     recipe = None

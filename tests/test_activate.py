@@ -18,7 +18,7 @@ from transformers import PhimoeConfig, PhimoeForCausalLM, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from phi3_lora_plugin import activate, attach, deactivate, latest_complete, load_recipe
-from phi3_lora_plugin.activate import PARTS, ActivationError, active
+from phi3_lora_plugin.hosts.activate import PARTS, ActivationError, active
 from phi3_lora_plugin.hosts.trainers import CallbackError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_lora_plugin.answer_scores import AnswerError, final_answer, rouge_l, score_answers
+from phi3_lora_plugin.evaluate.answer_scores import AnswerError, final_answer, rouge_l, score_answers
 
 
 def common(here: list[str], there: list[str]) -> int:

@@ -29,12 +29,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from warm_process import Warm
 
 from phi3_lora_plugin import LoraCheckpoint, attach, latest_complete, load_lora_state_dict, verify
-from phi3_lora_plugin.adapter_files import LORALIB, SIDECAR
-from phi3_lora_plugin.callbacks import CheckpointError
-from phi3_lora_plugin.checkpoint import best
 from phi3_lora_plugin.lora.state import StateError, lora_state_dict
-from phi3_lora_plugin.manifest import read_manifest
-from phi3_lora_plugin.store_lock import StoreBusy
+from phi3_lora_plugin.store.adapter_files import LORALIB, SIDECAR
+from phi3_lora_plugin.store.checkpoint import best
+from phi3_lora_plugin.store.lock import StoreBusy
+from phi3_lora_plugin.store.manifest import read_manifest
+from phi3_lora_plugin.training.callbacks import CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -510,7 +510,7 @@ def test_two_runs_one_after_the_other_in_one_folder(tmp_path: Path) -> None:
 def test_a_second_run_in_the_folder_of_a_running_one_is_refused_before_its_first_step(tmp_path: Path) -> None:
     trainer(tmp_path, LoraCheckpoint(), max_steps=1).train()
     script = (
-        "import sys; from pathlib import Path; from phi3_lora_plugin.store_lock import StoreLock\n"
+        "import sys; from pathlib import Path; from phi3_lora_plugin.store.lock import StoreLock\n"
         "lock = StoreLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -725,7 +725,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(small
 
 
 def test_the_background_writes_the_same_bytes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from phi3_lora_plugin import checkpoint_run
+    from phi3_lora_plugin.store import run as checkpoint_run
 
     events: list[tuple[str, int]] = []
     threads, waiting, second_step = set(), [], threading.Event()
@@ -768,7 +768,7 @@ def warm() -> Iterator[Warm]:
 
 def slow_run(out: str, how: str, fails: bool) -> None:
     """A run that writes slowly in the background and leaves in its third step."""
-    from phi3_lora_plugin import checkpoint_run
+    from phi3_lora_plugin.store import run as checkpoint_run
 
     write = checkpoint_run.write_checkpoint
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from phi3_lora_plugin.checkpoint import best, latest_complete, verify, write_checkpoint
-from phi3_lora_plugin.disk_writes import write_file
-from phi3_lora_plugin.manifest import ManifestError, read_manifest, render_manifest
-from phi3_lora_plugin.retention import Retention, doomed
-from phi3_lora_plugin.store_layout import entries, sweep
-from phi3_lora_plugin.store_lock import StoreBusy, StoreLock
+from phi3_lora_plugin.store.checkpoint import best, latest_complete, verify, write_checkpoint
+from phi3_lora_plugin.store.disk_writes import write_file
+from phi3_lora_plugin.store.layout import entries, sweep
+from phi3_lora_plugin.store.lock import StoreBusy, StoreLock
+from phi3_lora_plugin.store.manifest import ManifestError, read_manifest, render_manifest
+from phi3_lora_plugin.store.retention import Retention, doomed
 
 FILES = {
     "adapter_model.safetensors": bytes(range(256)) * 8,
@@ -379,7 +379,7 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_and_of_others_a
 def test_a_second_run_in_the_same_store_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from phi3_lora_plugin.store_lock import StoreLock; from pathlib import Path\n"
+        "from phi3_lora_plugin.store.lock import StoreLock; from pathlib import Path\n"
         f"lock = StoreLock(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -397,7 +397,7 @@ def test_a_copy_does_not_end_the_lock_and_a_forked_worker_does_not_hold_it_on(tm
     store.mkdir()
     script = (
         f"import os, shutil, sys, time; sys.path[:0] = {sys.path!r}\n"
-        "from phi3_lora_plugin.store_lock import StoreLock; from pathlib import Path\n"
+        "from phi3_lora_plugin.store.lock import StoreLock; from pathlib import Path\n"
         f"lock = StoreLock(Path({str(store)!r})); shutil.copytree({str(store)!r}, {str(copy)!r})\n"
         "if os.fork() == 0: print(os.getpid(), flush=True); time.sleep(60)\n"  # says so once it is past what forks do
         "sys.stdin.read()"

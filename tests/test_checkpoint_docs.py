@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from phi3_lora_plugin import LoraCheckpoint
 from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.cli.verify import verify_command
-from phi3_lora_plugin.recipe_sections import CheckpointSection
-from phi3_lora_plugin.store_layout import BEST, LATEST, entries
+from phi3_lora_plugin.recipe.sections import CheckpointSection
+from phi3_lora_plugin.store.layout import BEST, LATEST, entries
 
 DOC = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from phi3_lora_plugin.base_layouts import BaseLayoutError, fuse_base, split_base
 from phi3_lora_plugin.cli.convert import convert_command
-from phi3_lora_plugin.convert import ConvertError, convert
-from phi3_lora_plugin.lora.layouts import LayoutError
-from phi3_lora_plugin.lora.loralib_files import LoralibError, parse_enable_lora
-from phi3_lora_plugin.lora.peft_files import PeftFilesError, read_peft
-from phi3_lora_plugin.lora.servable import servable
-from phi3_lora_plugin.lora.torchtune_files import TorchtuneError
-from phi3_lora_plugin.shards import ModelFolderError, Weights
+from phi3_lora_plugin.export.base_layouts import BaseLayoutError, fuse_base, split_base
+from phi3_lora_plugin.export.convert import ConvertError, convert
+from phi3_lora_plugin.lora_files.layouts import LayoutError
+from phi3_lora_plugin.lora_files.loralib_files import LoralibError, parse_enable_lora
+from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_peft
+from phi3_lora_plugin.lora_files.servable import servable
+from phi3_lora_plugin.lora_files.torchtune_files import TorchtuneError
+from phi3_lora_plugin.model.shards import ModelFolderError, Weights
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -538,7 +538,7 @@ def test_a_base_that_the_other_layout_cannot_say_is_refused(tmp_path):
 
 
 def test_a_wrong_conversion_is_caught_by_the_logits_and_leaves_nothing(tmp_path, monkeypatch):
-    from phi3_lora_plugin import base_layouts
+    from phi3_lora_plugin.export import base_layouts
 
     base = tiny.base(tmp_path / "base")
     right = base_layouts._split_config

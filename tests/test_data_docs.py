@@ -17,7 +17,7 @@ from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import Policy
 from phi3_lora_plugin.chat.formats import ADAPTERS, detect
 from phi3_lora_plugin.cli.data import check_command
-from phi3_lora_plugin.recipe_sections import DataSection
+from phi3_lora_plugin.recipe.sections import DataSection
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
 

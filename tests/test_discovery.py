@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from phi3_lora_plugin import load_plugins
-from phi3_lora_plugin.discovery import PluginError, PluginWarning
+from phi3_lora_plugin.plugins.discovery import PluginError, PluginWarning
 
 Install = Callable[..., None]
 
@@ -106,7 +106,7 @@ def load_with_one_warning() -> tuple[Any, str]:
 
 def test_our_own_plugin_comes_through_its_entry_point() -> None:
     ours = next(plugin for plugin in load_plugins().plugins if plugin.name == "phi3")
-    assert (ours.distribution, ours.target) == ("phi3-lora-plugin", "phi3_lora_plugin.plugin")
+    assert (ours.distribution, ours.target) == ("phi3-lora-plugin", "phi3_lora_plugin.plugins.builtin")
     assert ours.hooks == tuple(
         sorted(["register_models", "register_dataset_adapters", "register_recipes", "trainer_callbacks"])
     )

@@ -19,7 +19,7 @@ import torch
 
 from phi3_lora_plugin import add_lora, encode, load_model, load_recipe, load_tokenizer
 from phi3_lora_plugin.embedded import locate
-from phi3_lora_plugin.tokenizer import stop_token_ids
+from phi3_lora_plugin.model.tokenizer import stop_token_ids
 
 ROOT = Path(__file__).parents[1]
 BASE = "embedded:tiny-phi3"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode, encode_batch, prompt_ids
 from phi3_lora_plugin.chat.templates import TEMPLATES
-from phi3_lora_plugin.tokenizer import load_tokenizer
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
 REAL = ["phi-3-mini-4k-instruct", "phi-3-mini-128k-instruct-apr2024", "phi-3-medium-4k-instruct"]
 TEMPLATE_NAMES = [name for name, each in TEMPLATES.items() if each.stop == "<|end|>" and not each.refused]
@@ -331,7 +331,7 @@ def test_a_prompt_must_leave_the_next_turn_to_the_assistant() -> None:
 
 def test_g7_what_others_asked_of_the_tokenizer_cuts_and_pads_nothing(tmp_path: Path) -> None:
     """A call with truncation or padding leaves both switched on inside the tokenizer, for whoever comes next."""
-    from phi3_lora_plugin.tokenizer import save_tokenizer
+    from phi3_lora_plugin.model.tokenizer import save_tokenizer
 
     chats = [[{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}] for n in (3, 9)]
     fresh = tiny.tokenizer()

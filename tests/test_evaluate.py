@@ -17,15 +17,16 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import load_model, load_plugins, load_recipe, load_tokenizer, train
-from phi3_lora_plugin.answers import answer, questions
 from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import encode, prompt_ids
 from phi3_lora_plugin.cli.evaluate import eval_command
-from phi3_lora_plugin.eval_target import find_target
-from phi3_lora_plugin.evaluate import Evaluation, Wanted, evaluate
-from phi3_lora_plugin.generate import AdapterError, stop_ids
-from phi3_lora_plugin.lm_eval_tasks import HarnessError
-from phi3_lora_plugin.token_scores import NothingTrained, TokenScores, token_scores
+from phi3_lora_plugin.evaluate.answers import answer, questions
+from phi3_lora_plugin.evaluate.evaluate import Evaluation, Wanted, evaluate
+from phi3_lora_plugin.evaluate.generate import stop_ids
+from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError
+from phi3_lora_plugin.evaluate.target import find_target
+from phi3_lora_plugin.evaluate.token_scores import NothingTrained, TokenScores, token_scores
+from phi3_lora_plugin.store.adapter_folder import AdapterError
 
 PLUGINS = load_plugins()
 FEW = Wanted(answers=2, max_new_tokens=4)

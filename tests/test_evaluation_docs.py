@@ -12,10 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from phi3_lora_plugin.answer_scores import MEASURES
 from phi3_lora_plugin.cli.evaluate import _NAMES, eval_command
 from phi3_lora_plugin.cli.train import train_command
-from phi3_lora_plugin.lm_eval_tasks import HarnessError
+from phi3_lora_plugin.evaluate.answer_scores import MEASURES
+from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "data.max_length=64"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_lora_plugin.families import (
+from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
     default_max_length,
@@ -170,7 +170,7 @@ def test_g12_partial_rotary_halves_the_factors_too() -> None:
 
 
 def test_g12_published_configs_load_to_the_same_numbers(shared_data: Path, tmp_path: Path) -> None:
-    from phi3_lora_plugin.model import load_config
+    from phi3_lora_plugin.model.config import load_config
 
     for file in sorted((shared_data / "configs").glob("*.json")):
         published = json.loads(file.read_text())

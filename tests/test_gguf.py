@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM, PreTrainedTokenizerFast
 
-from phi3_lora_plugin.convert import convert
-from phi3_lora_plugin.gguf_export import GGUFError, write_gguf_model
-from phi3_lora_plugin.gguf_vocab import VocabularyError, read_vocabulary
-from phi3_lora_plugin.shards import Weights
+from phi3_lora_plugin.export.convert import convert
+from phi3_lora_plugin.export.gguf import GGUFError, write_gguf_model
+from phi3_lora_plugin.export.gguf_vocab import VocabularyError, read_vocabulary
+from phi3_lora_plugin.model.shards import Weights
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
@@ -105,7 +105,7 @@ def test_an_adapter_reads_back_as_the_same_update_under_llama_cpp_s_rule(base, t
 
 
 def test_a_split_adapter_is_fused_on_its_way_and_a_16_bit_one_is_rounded(base, tmp_path):
-    from phi3_lora_plugin.base_layouts import split_base
+    from phi3_lora_plugin.export.base_layouts import split_base
 
     split_base(base, tmp_path / "llama")
     adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
@@ -338,7 +338,7 @@ def test_vocabularies_without_an_equal_in_llama_cpp_are_refused_or_noted(tmp_pat
 
 
 def test_models_that_llama_cpp_does_not_know_are_refused(base, tmp_path):
-    from phi3_lora_plugin.base_layouts import split_base
+    from phi3_lora_plugin.export.base_layouts import split_base
 
     split_base(base, tmp_path / "llama")
     with pytest.raises(GGUFError, match="model_type is 'llama'; expected phi3 or phimoe"):
@@ -357,7 +357,7 @@ def test_without_the_gguf_package_the_error_names_the_extra(base, tmp_path):
     script = f"""
 import sys
 sys.modules["gguf"] = None
-from phi3_lora_plugin.convert import convert
+from phi3_lora_plugin.export.convert import convert
 try:
     convert({str(adapter)!r}, {str(tmp_path / "x.gguf")!r}, "gguf", base={str(base)!r})
 except ValueError as error:

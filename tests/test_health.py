@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
-from phi3_lora_plugin.health import HealthError, is_zero_loss, sick_log, sick_weights
+from phi3_lora_plugin.lora.finite import sick_weights
 from phi3_lora_plugin.lora.state import StateError
+from phi3_lora_plugin.training.health import HealthError, is_zero_loss, sick_log
 
 
 class Poison(TrainerCallback):

@@ -11,17 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from phi3_lora_plugin.inspect import InspectError, Problem, inspect, lines
-from phi3_lora_plugin.inspect_model import parameters
-from phi3_lora_plugin.tokenizer import save_tokenizer
+from phi3_lora_plugin.inspect.inspect import InspectError, Problem, inspect, lines
+from phi3_lora_plugin.inspect.model import parameters
+from phi3_lora_plugin.model.tokenizer import save_tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
 
 
 def clean(folder: Path) -> Path:
     """A model folder without a problem: what our own loader would save."""
-    from phi3_lora_plugin.model import load_model
-    from phi3_lora_plugin.tokenizer import load_tokenizer
+    from phi3_lora_plugin.model.load import load_model
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     tiny.base(folder / "published")
     load_model(folder / "published").save_pretrained(folder / "clean")

@@ -12,10 +12,10 @@ from lora_runs import peft_model, same
 from peft import LoraConfig
 from torch import nn
 
-from phi3_lora_plugin.adapter_inventory import inventory_of
-from phi3_lora_plugin.adapter_snapshot import take
 from phi3_lora_plugin.lora.inject import add_lora
+from phi3_lora_plugin.lora.inventory import inventory_of
 from phi3_lora_plugin.lora.slices import SliceError
+from phi3_lora_plugin.lora.snapshot import take
 from phi3_lora_plugin.lora.state import StateError
 from phi3_lora_plugin.lora.walk import structure
 

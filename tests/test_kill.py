@@ -26,9 +26,9 @@ from peft import PeftModel
 from warm_process import Warm
 
 from phi3_lora_plugin import LoraCheckpoint, checkpoint_run, latest_complete, verify
-from phi3_lora_plugin.manifest import read_manifest
-from phi3_lora_plugin.resume import newest_resumable, resumable
-from phi3_lora_plugin.store_lock import StoreBusy
+from phi3_lora_plugin.store.lock import StoreBusy
+from phi3_lora_plugin.store.manifest import read_manifest
+from phi3_lora_plugin.training.resume import newest_resumable, resumable
 
 STEPS = 12
 ENDS = ("adapter_model.safetensors", "resume/optimizer.pt", "resume/scheduler.pt", "resume/rng_state.pth")

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_lora_plugin.families import Projection, projections
-from phi3_lora_plugin.lora.layouts import (
+from phi3_lora_plugin.lora_files.layouts import (
     LayoutError,
     Lora,
     fused_to_grouped,
@@ -23,6 +22,7 @@ from phi3_lora_plugin.lora.layouts import (
     uniform,
     unknown_modules,
 )
+from phi3_lora_plugin.model.families import Projection, projections
 
 LAYER = "model.layers.3"
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PhimoeConfig, PhimoeForCausalLM
 from typer.testing import CliRunner
 
-from phi3_lora_plugin import merge_plan
 from phi3_lora_plugin.cli.convert import merge_command
-from phi3_lora_plugin.export import MergeError, VerificationError, merge, portable_config
-from phi3_lora_plugin.lora import merge_math
+from phi3_lora_plugin.export import merge_module as merge_math
+from phi3_lora_plugin.export import merge_plan
+from phi3_lora_plugin.export.merge import MergeError, VerificationError, merge, portable_config
 from phi3_lora_plugin.lora.inject import add_lora
-from phi3_lora_plugin.shards import ModelFolderError, Weights, parse_size
+from phi3_lora_plugin.model.shards import ModelFolderError, Weights, parse_size
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -302,7 +302,7 @@ def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base
 
 
 def test_a_split_adapter_on_a_fused_base_is_sent_to_convert(base, tmp_path):
-    from phi3_lora_plugin.base_layouts import split_base
+    from phi3_lora_plugin.export.base_layouts import split_base
 
     split_base(base, tmp_path / "llama")
     adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
@@ -376,7 +376,7 @@ def test_memory_stays_near_one_shard(tmp_path):
     script = """
 import re, sys
 import peft.tuners.lora.bnb
-from phi3_lora_plugin.export import merge
+from phi3_lora_plugin.export.merge import merge
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 report = merge(sys.argv[1] + "/adapter", sys.argv[1] + "/base", sys.argv[1] + "/out", max_shard="20MB", check="modules")

@@ -12,13 +12,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from test_inject import IDS, four_bit, step, trainable
 
-from phi3_lora_plugin.disk_writes import write_file
 from phi3_lora_plugin.lora.inject import add_lora, coverage
 from phi3_lora_plugin.lora.methods import MethodError, initialize_loftq, loraplus_optimizer, plain_lora
 from phi3_lora_plugin.lora.slices import SlicedLinear
 from phi3_lora_plugin.lora.targets import TargetError
 from phi3_lora_plugin.recipe import load_recipe
-from phi3_lora_plugin.training_args import lora_options
+from phi3_lora_plugin.store.disk_writes import write_file
+from phi3_lora_plugin.training.arguments import lora_options
 
 
 def batches(count: int = 3, rows: int = 4, labels: bool = True) -> list[dict[str, torch.Tensor]]:
@@ -115,8 +115,8 @@ IN_A_RECIPE: dict[str, tuple[list[str], dict[str, Any]]] = {
 def test_each_method_of_a_recipe_trains_and_its_checkpoint_opens_with_plain_peft(name: str, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
-    from phi3_lora_plugin.adapter_files import adapter_files
-    from phi3_lora_plugin.adapter_snapshot import take
+    from phi3_lora_plugin.lora.snapshot import take
+    from phi3_lora_plugin.store.adapter_files import adapter_files
 
     overrides, config = IN_A_RECIPE[name]
     given = load_recipe("tiny-cpu", ["lora.r=4", "lora.alpha=8", *overrides])

@@ -11,9 +11,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi3_lora_plugin.families import RopeError, UnsupportedModel
-from phi3_lora_plugin.model import ModelError, base_fingerprint, load_config, load_model, set_stop_tokens
-from phi3_lora_plugin.tokenizer import load_tokenizer
+from phi3_lora_plugin.model.config import load_config
+from phi3_lora_plugin.model.families import RopeError, UnsupportedModel
+from phi3_lora_plugin.model.fingerprint import base_fingerprint
+from phi3_lora_plugin.model.folder import ModelError
+from phi3_lora_plugin.model.load import load_model, set_stop_tokens
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
 
 def edit(folder: Path, **changes: object) -> Path:

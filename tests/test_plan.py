@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 
 from benchmarks.memory import CASES, measure
 from phi3_lora_plugin.cli import app
-from phi3_lora_plugin.dry_run import Batch, Footprint, _inputs, _Live, footprint
-from phi3_lora_plugin.heap import Heap
 from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
 from phi3_lora_plugin.lora.targets import resolve_targets
-from phi3_lora_plugin.plan import Lengths, Plan, PlanError, plan, size
-from phi3_lora_plugin.plan_fit import fit
+from phi3_lora_plugin.plan.dry_run import Batch, Footprint, _inputs, _Live, footprint
+from phi3_lora_plugin.plan.fit import fit
+from phi3_lora_plugin.plan.heap import Heap
+from phi3_lora_plugin.plan.plan import Lengths, Plan, PlanError, plan, size
 from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.speed.apply import speed_up
-from phi3_lora_plugin.training_args import training_arguments
+from phi3_lora_plugin.training.arguments import training_arguments
 
 LORA = {"targets": "all-linear", "r": 4, "alpha": 8}
 

@@ -17,11 +17,11 @@ from transformers import BitsAndBytesConfig, PhimoeConfig, PhimoeForCausalLM, Tr
 
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.recipe import Recipe, load_recipe
-from phi3_lora_plugin.recipe_layers import shipped, shipped_names
-from phi3_lora_plugin.recipe_schema import recipe_schema
-from phi3_lora_plugin.recipe_training import installed_fields, translate
-from phi3_lora_plugin.recipe_yaml import read_file
-from phi3_lora_plugin.training_args import lora_options, training_arguments
+from phi3_lora_plugin.recipe.layers import shipped, shipped_names
+from phi3_lora_plugin.recipe.schema import recipe_schema
+from phi3_lora_plugin.recipe.training import installed_fields, translate
+from phi3_lora_plugin.recipe.yaml_file import read_file
+from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 
 NAMES = shipped_names()
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from phi3_lora_plugin import add_lora, load_model, load_recipe, train
-from phi3_lora_plugin.export import merge
+from phi3_lora_plugin.export.merge import merge
 from phi3_lora_plugin.lora.inject import prepare_for_checkpointing
 
 pytest.importorskip("bitsandbytes")

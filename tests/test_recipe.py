@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from phi3_lora_plugin.recipe import Recipe, RecipeError, load_recipe
-from phi3_lora_plugin.recipe_layers import shipped
+from phi3_lora_plugin.recipe.layers import shipped
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.lora.methods import loraplus_optimizer
 from phi3_lora_plugin.recipe import RecipeError, load_recipe
-from phi3_lora_plugin.training_args import lora_options, training_arguments
+from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 
 DOC = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", DOC, flags=re.MULTILINE | re.DOTALL)

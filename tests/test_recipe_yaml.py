@@ -11,8 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_lora_plugin import recipe_yaml
-from phi3_lora_plugin.recipe_yaml import MAX_NODES, dump, dump_line, parse, parse_value, read_file
+from phi3_lora_plugin.recipe import yaml_file as recipe_yaml
+from phi3_lora_plugin.recipe.yaml_file import MAX_NODES, dump, dump_line, parse, parse_value, read_file
 
 
 def problems(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.recipe import load_recipe
-from phi3_lora_plugin.recipe_layers import shipped_names
+from phi3_lora_plugin.recipe.layers import shipped_names
 
 
 def run(*arguments: str) -> Result:

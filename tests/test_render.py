@@ -15,10 +15,10 @@ import yaml
 from typer.testing import CliRunner
 
 from phi3_lora_plugin.cli import app
-from phi3_lora_plugin.hosts.render import HOSTS, render
-from phi3_lora_plugin.hosts.rendered import RenderError
+from phi3_lora_plugin.hosts.render.common import RenderError
+from phi3_lora_plugin.hosts.render.render import HOSTS, render
 from phi3_lora_plugin.recipe import load_recipe
-from phi3_lora_plugin.recipe_layers import shipped_names
+from phi3_lora_plugin.recipe.layers import shipped_names
 
 ROOT = Path(__file__).parents[1]
 NAMES = shipped_names()

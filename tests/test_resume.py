@@ -23,8 +23,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
 from phi3_lora_plugin.cli import main
-from phi3_lora_plugin.resume import newest_resumable, resumable
-from phi3_lora_plugin.run_facts import DriftError, base_facts
+from phi3_lora_plugin.training.resume import newest_resumable, resumable
+from phi3_lora_plugin.training.run_facts import DriftError, base_facts
 
 
 class Killed(BaseException):
@@ -318,7 +318,7 @@ def test_without_a_checkpoint_it_begins_at_the_start_and_says_so(tmp_path: Path)
 def test_what_a_failed_run_of_this_process_is_still_writing_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phi3_lora_plugin import checkpoint_run
+    from phi3_lora_plugin.store import run as checkpoint_run
 
     write = checkpoint_run.write_checkpoint
 
@@ -487,8 +487,8 @@ def test_drift_that_is_allowed_is_let_through_and_no_other(broken: Path, tmp_pat
 def test_the_same_settings_in_another_process_are_no_drift(broken: Path, tmp_path: Path) -> None:
     """Hashes, sets and orders that depend on the process would show here."""
     script = (
-        "import sys; from pathlib import Path; from test_resume import build_with; from phi3_lora_plugin.resume import "
-        "resumable\nmade = build_with(Path(sys.argv[1]))\n"
+        "import sys; from pathlib import Path; from test_resume import build_with\n"
+        "from phi3_lora_plugin.training.resume import resumable\nmade = build_with(Path(sys.argv[1]))\n"
         "with resumable(made, say=print): pass"
     )
     paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]

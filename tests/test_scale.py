@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from phi3_lora_plugin import load_recipe, verify
 from phi3_lora_plugin.hosts.ray import Cluster, RayError, read_settings
-from phi3_lora_plugin.training_args import BatchError, same_batch
+from phi3_lora_plugin.training.arguments import BatchError, same_batch
 
 DOCS = Path(__file__).parents[1] / "docs"
 BIN = Path(sys.executable).parent

@@ -22,11 +22,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
-from phi3_lora_plugin.adapter_inventory import expected_shapes
-from phi3_lora_plugin.adapter_snapshot import adapter_problems, take
-from phi3_lora_plugin.health import HealthError
+from phi3_lora_plugin.lora.inventory import expected_shapes
+from phi3_lora_plugin.lora.snapshot import adapter_problems, take
 from phi3_lora_plugin.lora.state import StateError, lora_state_dict
-from phi3_lora_plugin.resume import resumable
+from phi3_lora_plugin.training.health import HealthError
+from phi3_lora_plugin.training.resume import resumable
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -99,7 +99,7 @@ def ddp_evaluated(folder: Path) -> Any:
 
 def refused(folder: Path) -> Any:
     """A store that only rank zero finds taken."""
-    from phi3_lora_plugin.store_lock import StoreLock
+    from phi3_lora_plugin.store.lock import StoreLock
 
     rank = torch.distributed.get_rank()
     other = None
@@ -107,7 +107,7 @@ def refused(folder: Path) -> Any:
     if rank == 0:
         store.mkdir(parents=True)
         script = (
-            "import sys; from pathlib import Path; from phi3_lora_plugin.store_lock import StoreLock\n"
+            "import sys; from pathlib import Path; from phi3_lora_plugin.store.lock import StoreLock\n"
             "lock = StoreLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
         )
         other = subprocess.Popen(

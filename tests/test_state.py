@@ -26,7 +26,7 @@ from phi3_lora_plugin.lora.state import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
-from phi3_lora_plugin.lora.state_keys import file_key
+from phi3_lora_plugin.lora_files.keys import file_key
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

@@ -140,7 +140,7 @@ def test_g6_what_changes_from_chat_to_chat_is_no_preamble() -> None:
 
 
 def test_no_template_is_plain_text_without_role_tokens_and_an_error_with_them(shared_data: Path) -> None:
-    from phi3_lora_plugin.tokenizer import load_tokenizer
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     with pytest.raises(TemplateError, match="role tokens but no chat template"):
         template_for(tiny.tokenizer(template=None))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from phi3_lora_plugin.tensor_file import TensorFile
+from phi3_lora_plugin.store.tensor_file import TensorFile
 
 
 def tensors(*types: torch.dtype) -> dict[str, Any]:

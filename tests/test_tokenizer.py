@@ -10,8 +10,8 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from phi3_lora_plugin.families import UnsupportedModel
-from phi3_lora_plugin.tokenizer import (
+from phi3_lora_plugin.model.families import UnsupportedModel
+from phi3_lora_plugin.model.tokenizer import (
     TokenizerError,
     load_tokenizer,
     repair_tokenizer,

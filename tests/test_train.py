@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from phi3_lora_plugin import attach, latest_complete, load_recipe, train, verify
 from phi3_lora_plugin.cli.train import report
-from phi3_lora_plugin.train import Result, Sample, TrainingError
+from phi3_lora_plugin.pipeline import Result, Sample, TrainingError
 
 WORDS = "fox dog apples basket paris france jumps lazy three brown".split()
 

@@ -17,9 +17,9 @@ from trl import SFTConfig
 
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.recipe import Recipe, load_recipe
-from phi3_lora_plugin.recipe_sections import LoraSection
-from phi3_lora_plugin.recipe_training import fields_of, installed_fields, translate
-from phi3_lora_plugin.training_args import lora_options, training_arguments
+from phi3_lora_plugin.recipe.sections import LoraSection
+from phi3_lora_plugin.recipe.training import fields_of, installed_fields, translate
+from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 
 # The fields that changed, as three versions of transformers declare them; nothing but names and types.
 OLD = fields_of("""

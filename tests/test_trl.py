@@ -13,9 +13,9 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from phi3_lora_plugin import activate, deactivate, encode, latest_complete, verify
-from phi3_lora_plugin.activate import PARTS
 from phi3_lora_plugin.chat.preferences import preference
 from phi3_lora_plugin.chat.turns import RowError
+from phi3_lora_plugin.hosts.activate import PARTS
 from phi3_lora_plugin.hosts.trl import TrlError, pairs
 
 ASK = {"role": "user", "content": "what is two?"}

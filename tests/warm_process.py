@@ -14,7 +14,7 @@ _WAITS = """
 import gc, importlib, json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
 module = importlib.import_module(sys.argv[2])
-import lora_runs, phi3_lora_plugin.callbacks, phi3_lora_plugin.resume, torch.optim
+import lora_runs, phi3_lora_plugin.training.callbacks, phi3_lora_plugin.training.resume, torch.optim
 lora_runs.peft_model()  # fills caches
 gc.collect()
 gc.freeze()  # or every Trainer of a child would look through all modules

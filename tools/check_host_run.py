@@ -42,8 +42,8 @@ def check_adapter(base: str, adapter: Path) -> dict:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from phi3_lora_plugin.adapter_check import weights_problems
-    from phi3_lora_plugin.families import projections
+    from phi3_lora_plugin.inspect.weights import weights_problems
+    from phi3_lora_plugin.model.families import projections
 
     config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
     state = load_file(adapter / "adapter_model.safetensors")

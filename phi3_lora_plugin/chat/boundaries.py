@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.templates import Span
-from phi3_lora_plugin.tokenizer import whole_texts
+from phi3_lora_plugin.model.tokenizer import whole_texts
 
 Tokenised = tuple[list[int], list[Span]]
 

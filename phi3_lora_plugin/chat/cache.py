@@ -59,7 +59,7 @@ def find_entry(
     if used is None:
         return None
     from phi3_lora_plugin.chat.templates import template_fingerprint
-    from phi3_lora_plugin.tokenizer import tokenizer_fingerprint
+    from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
 
     decisive = {
         "data": recipe.data.model_dump(mode="json"),

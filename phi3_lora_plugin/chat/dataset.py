@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from phi3_lora_plugin.recipe import Recipe
-    from phi3_lora_plugin.recipe_sections import DataSection
+    from phi3_lora_plugin.recipe.sections import DataSection
 
 _BATCH = 256  # conversations rendered and tokenised in one go; more keep the garbage collector busier
 _LISTED = 50  # problems that an error spells out; `problems` has them all

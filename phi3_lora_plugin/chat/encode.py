@@ -14,7 +14,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.boundaries import tokenise
 from phi3_lora_plugin.chat.templates import Span, Template, render, template_for
-from phi3_lora_plugin.tokenizer import whole_texts
+from phi3_lora_plugin.model.tokenizer import whole_texts
 
 Message = Mapping[str, Any]
 IGNORE = -100

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from phi3_lora_plugin.store.adapter_folder import encoding_of
 
 
 def chat_command(
@@ -22,10 +23,11 @@ def chat_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Stream answers of an adapter, rendered and stopped as in training."""
-    from phi3_lora_plugin.generate import adapter_folder, load_adapter, stream
+    from phi3_lora_plugin.evaluate.generate import load_adapter, stream
+    from phi3_lora_plugin.store.adapter_folder import adapter_folder
 
     model, tokenizer = load_adapter(adapter, base=base, dtype=dtype, quantize=quantize, device=device)
-    encoding = _encoding_of(adapter_folder(adapter))
+    encoding = encoding_of(adapter_folder(adapter))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def answer(text: str) -> None:
@@ -51,10 +53,3 @@ def chat_command(
             return
         if text.strip():
             answer(text)
-
-
-def _encoding_of(adapter: Path) -> dict[str, Any]:
-    """How the adapter's data was rendered, from its manifest; what people type is never allowed to open a turn."""
-    manifest = adapter / "manifest.json"
-    chat = json.loads(manifest.read_text(encoding="utf-8")).get("chat", {}) if manifest.is_file() else {}
-    return {"system": chat.get("system", "error"), "template": chat.get("template"), "control_tokens": "escape"}

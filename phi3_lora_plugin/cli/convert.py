@@ -37,8 +37,8 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, nothing else.")] = False,
 ) -> None:
     """Convert an adapter or a model: loralib, PEFT, torchtune, fused and split projections, GGUF."""
-    from phi3_lora_plugin.convert import convert
-    from phi3_lora_plugin.lora.loralib_files import parse_enable_lora
+    from phi3_lora_plugin.export.convert import convert
+    from phi3_lora_plugin.lora_files.loralib_files import parse_enable_lora
 
     report = convert(
         src, dst, to, base=base, target_base=target_base, alpha=alpha, r=r,
@@ -66,7 +66,7 @@ def merge_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Fold an adapter into its base, shard by shard, and check the result before it is done."""
-    from phi3_lora_plugin.export import VerificationError, merge
+    from phi3_lora_plugin.export.merge import VerificationError, merge
 
     try:
         report = merge(

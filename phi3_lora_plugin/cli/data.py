@@ -18,7 +18,7 @@ def check_command(
     """Read and encode the data of a recipe and report on it; needs the tokenizer, not the model."""
     from rich.console import Console
 
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import load_recipe
 
     if "=" in recipe:  # overrides of the demonstration
@@ -28,9 +28,10 @@ def check_command(
 
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.report_view import show_rows
-    from phi3_lora_plugin.families import default_max_length
-    from phi3_lora_plugin.model import ModelError, config_folder, load_config
-    from phi3_lora_plugin.tokenizer import load_tokenizer
+    from phi3_lora_plugin.model.config import load_config
+    from phi3_lora_plugin.model.families import default_max_length
+    from phi3_lora_plugin.model.folder import ModelError, config_folder
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
         sys.stdout.reconfigure(encoding="utf-8" if as_json else None, errors="replace")

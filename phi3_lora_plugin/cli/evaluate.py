@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from phi3_lora_plugin.evaluate import Evaluation, Figures
+    from phi3_lora_plugin.evaluate.evaluate import Evaluation, Figures
 
 _NAMES = {"exact": "exact match", "rouge_l": "ROUGE-L", "gsm8k": "GSM8K accuracy", "stopped": "answers that ended"}
 
@@ -37,8 +37,8 @@ def eval_command(
     """Loss, perplexity, token accuracy and scores of generated answers: the base against the adapter."""
     from rich.console import Console
 
-    from phi3_lora_plugin.discovery import load_plugins
-    from phi3_lora_plugin.eval_target import find_target
+    from phi3_lora_plugin.evaluate.target import find_target
+    from phi3_lora_plugin.plugins.discovery import load_plugins
 
     console = Console(stderr=as_json, highlight=False)
     plugins = load_plugins()
@@ -47,7 +47,7 @@ def eval_command(
         raise EvalOptionError(f"--save-answers: there is no folder {save_answers.absolute().parent}")
     target = find_target(what, overrides or (), lambda name: plugins.pick("recipes", name), base)
 
-    from phi3_lora_plugin.evaluate import Wanted, evaluate, write_answers
+    from phi3_lora_plugin.evaluate.evaluate import Wanted, evaluate, write_answers
 
     tasks = tuple(filter(None, (lm_eval or "").split(",")))
     wanted = Wanted(data, rows, answers, max_new_tokens, gsm8k, tasks, task_options, batch_size)
@@ -87,7 +87,7 @@ def _named(figures: Figures) -> dict[str, float]:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    from phi3_lora_plugin.recipe_yaml import parse_value
+    from phi3_lora_plugin.recipe.yaml_file import parse_value
 
     try:
         value = parse_value(text)

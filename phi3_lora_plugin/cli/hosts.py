@@ -16,8 +16,8 @@ def render_command(
     out: Annotated[Path | None, typer.Option("--out", help="Write it here, and what belongs beside it.")] = None,
 ) -> None:
     """Print a recipe as another host's own config, commented where we had to choose."""
-    from phi3_lora_plugin.discovery import load_plugins
-    from phi3_lora_plugin.hosts.render import render
+    from phi3_lora_plugin.hosts.render.render import render
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import load_recipe
 
     plugins = load_plugins()

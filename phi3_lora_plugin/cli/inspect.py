@@ -14,7 +14,7 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Say what family a folder belongs to, what would be trained, and every problem with its fix."""
-    from phi3_lora_plugin.inspect import inspect, lines
+    from phi3_lora_plugin.inspect.inspect import inspect, lines
 
     found = inspect(path)
     print(json.dumps(asdict(found), indent=2, default=list) if as_json else "\n".join(lines(found)))

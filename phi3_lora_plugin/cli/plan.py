@@ -27,7 +27,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
 ) -> None:
     """Say what a run takes: parameters, memory part by part, steps. Exit code 1: it does not fit."""
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import Recipe, load_recipe
 
     if "=" in recipe:  # overrides of the demonstration
@@ -39,9 +39,10 @@ def plan_command(
 
     run = read()
 
-    from phi3_lora_plugin.model import find_config, read_config
-    from phi3_lora_plugin.plan import Plan, encoded_lengths, plan, size
-    from phi3_lora_plugin.plan_view import lines
+    from phi3_lora_plugin.model.config import read_config
+    from phi3_lora_plugin.model.folder import find_config
+    from phi3_lora_plugin.plan.plan import Plan, encoded_lengths, plan, size
+    from phi3_lora_plugin.plan.view import lines
 
     room = size(memory) if memory is not None else None
     native = read_config(config or find_config(run.model.path, run.model.revision))
@@ -57,7 +58,7 @@ def plan_command(
         print(made.to_json() if as_json else "\n".join(lines(made)))
         raise typer.Exit(1 if made.fits is False else 0)
 
-    from phi3_lora_plugin.plan_fit import fit as find_fit
+    from phi3_lora_plugin.plan.fit import fit as find_fit
 
     if made.memory is None:
         print("--fit needs to know into what: add --memory 24GB", file=sys.stderr)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from phi3_lora_plugin.discovery import Plugin, Plugins, PluginWarning, load_plugins
-from phi3_lora_plugin.offers import BLOCK, KINDS
+from phi3_lora_plugin.plugins.discovery import Plugin, Plugins, PluginWarning, load_plugins
+from phi3_lora_plugin.plugins.registry import BLOCK, KINDS
 
 
 def plugins_command(

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
-    from phi3_lora_plugin.recipe_yaml import Problem
+    from phi3_lora_plugin.recipe.yaml_file import Problem
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")]
@@ -20,7 +20,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 def recipes_command(as_json: AsJson = False) -> None:
     """List the presets that this package and the installed plugins bring."""
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
     plugins = load_plugins()
@@ -76,7 +76,7 @@ def validate_command(
     as_json: AsJson = False,
 ) -> None:
     """Check recipes in full, down to the loader and data format they name; exit code 2 if anything is wrong."""
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
     plugins = load_plugins()
@@ -106,14 +106,14 @@ def validate_command(
 
 def schema_command() -> None:
     """Print the JSON Schema of recipe files, for editors."""
-    from phi3_lora_plugin.recipe_schema import recipe_schema
+    from phi3_lora_plugin.recipe.schema import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2))
 
 
 def annotated(recipe: Recipe) -> str:
     """The resolved recipe as YAML that loads again, each line with where its value came from."""
-    from phi3_lora_plugin.recipe_yaml import dump_line
+    from phi3_lora_plugin.recipe.yaml_file import dump_line
 
     lines: list[tuple[str, str]] = []
 
@@ -135,7 +135,7 @@ def annotated(recipe: Recipe) -> str:
 
 
 def _finder() -> Callable[[str], Any]:
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
 
     plugins = load_plugins()
     return lambda name: plugins.pick("recipes", name)
@@ -143,7 +143,7 @@ def _finder() -> Callable[[str], Any]:
 
 def _unregistered(recipe: Recipe, pick: Callable[[str, str], Any]) -> list[Problem]:
     """Names that a recipe gives to plugins and that none of them knows."""
-    from phi3_lora_plugin.recipe_yaml import Problem
+    from phi3_lora_plugin.recipe.yaml_file import Problem
 
     problems = []
     for kind, key, name in (

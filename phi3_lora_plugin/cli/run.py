@@ -21,7 +21,7 @@ def run_command(arguments: Given = None) -> None:
 
 def trl_command(arguments: Given = None) -> None:
     """Run TRL's own command on Phi-3: trl sft --config x.yaml ..., trl dpo ..."""
-    from phi3_lora_plugin.hosts.trl import SCRIPTS, run_script
+    from phi3_lora_plugin.hosts.script import SCRIPTS, run_script
 
     given = arguments or ["--help"]
     if given[0] in ("-h", "--help"):

@@ -18,8 +18,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from phi3_lora_plugin.pipeline import Result
     from phi3_lora_plugin.recipe import Recipe
-    from phi3_lora_plugin.train import Result
 
 #: What a run leaves in its folder; a folder with one of these is somebody's run.
 _TRACES = ("lora", "_lora", "recipe.yaml", "data_report.json")
@@ -54,7 +54,7 @@ def train_command(
     """Train a LoRA adapter by a recipe; without one, the embedded demonstration."""
     from rich.console import Console
 
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import load_recipe
 
     main_process = os.environ.get("RANK", "0") == "0"
@@ -80,7 +80,7 @@ def train_command(
             if processes > 1:
                 run = _batch_of(processes, run, same_batch, console)
 
-            from phi3_lora_plugin.train import TrainingError, train
+            from phi3_lora_plugin.pipeline import TrainingError, train
 
             if cluster is not None:
                 result = train_on_ray(run, cluster, quiet=quiet or as_json, **options)
@@ -106,7 +106,7 @@ def train_command(
 
 def _batch_of(processes: int, recipe: Recipe, same: bool, console: Console) -> Recipe:
     """Say how many rows a step of several processes has; divide those of the recipe if they are to be the same."""
-    from phi3_lora_plugin.training_args import same_batch
+    from phi3_lora_plugin.training.arguments import same_batch
 
     if same:
         recipe = same_batch(recipe, processes)
@@ -139,7 +139,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _interrupted(output_dir: str, again: str) -> str:
-    from phi3_lora_plugin.checkpoint import latest_complete
+    from phi3_lora_plugin.store.checkpoint import latest_complete
 
     saved = latest_complete(output_dir)
     if saved is None:
@@ -220,7 +220,7 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     Raises:
         OutputDirError: the named folder holds another run or cannot be written, or there is no run to resume.
     """
-    from phi3_lora_plugin.store_layout import numbered
+    from phi3_lora_plugin.store.layout import numbered
 
     if os.environ.get("RANK", "0") != "0":
         return recipe  # rank zero decides, and fails for all

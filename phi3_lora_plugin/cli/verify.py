@@ -14,9 +14,9 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Compare every file with its manifest and look at every tensor; changes nothing. Exit code 1: damaged."""
-    from phi3_lora_plugin.adapter_check import weights_problems
-    from phi3_lora_plugin.checkpoint import verify
-    from phi3_lora_plugin.manifest import MANIFEST, Report
+    from phi3_lora_plugin.inspect.weights import weights_problems
+    from phi3_lora_plugin.store.checkpoint import verify
+    from phi3_lora_plugin.store.manifest import MANIFEST, Report
 
     foreign = (path / "adapter_config.json").is_file() and not (path / MANIFEST).is_file()
     report = Report(path) if foreign else verify(path)

@@ -46,7 +46,7 @@ class Phi3LoraPlugin(BasePlugin):  # type: ignore[misc]
         if config is None:
             log.info("phi3_lora_plugin: %s is no Phi of this family; nothing is changed", cfg["base_model"])
             return
-        from phi3_lora_plugin.tokenizer import load_tokenizer
+        from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(str(cfg.get("tokenizer_config") or cfg["base_model"]))
         for sentence in prepare(cfg, config, self._settings, str(tokenizer.pad_token)):
@@ -65,7 +65,7 @@ class Phi3LoraPlugin(BasePlugin):  # type: ignore[misc]
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Stop tokens, which axolotl leaves as the base's config has them."""
         if self._active and getattr(trainer, "processing_class", None) is not None:
-            from phi3_lora_plugin.model import set_stop_tokens
+            from phi3_lora_plugin.model.load import set_stop_tokens
 
             for sentence in set_stop_tokens(trainer.model, trainer.processing_class):
                 log.warning("phi3_lora_plugin: %s", sentence)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
-from phi3_lora_plugin.families import UnsupportedModel, projections, recognise
 from phi3_lora_plugin.lora.targets import ALL_LINEAR, TargetError, describe, resolve_targets
+from phi3_lora_plugin.model.families import UnsupportedModel, projections, recognise
 
 
 def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:

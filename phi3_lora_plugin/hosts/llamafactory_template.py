@@ -12,7 +12,7 @@ from llamafactory.data.template import TEMPLATES, Template, register_template
 from phi3_lora_plugin.hosts.pairs import conversation, encoded, pairs
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.settings import HostData
-from phi3_lora_plugin.tokenizer import repair_tokenizer, stop_token_ids
+from phi3_lora_plugin.model.tokenizer import repair_tokenizer, stop_token_ids
 
 NAME = "phi3_lora"
 log = logging.getLogger(__name__)

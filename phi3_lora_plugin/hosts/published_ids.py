@@ -17,7 +17,7 @@ def restore(tokenizer: Any) -> list[str]:
     Raises:
         TokenizerError: the tokenizer's own files cannot be read; says which.
     """
-    from phi3_lora_plugin.tokenizer import load_tokenizer
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     published = load_tokenizer(tokenizer.name_or_path).backend_tokenizer
     mine = tokenizer.backend_tokenizer

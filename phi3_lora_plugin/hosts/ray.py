@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback  # noqa: TID253
 
-from phi3_lora_plugin.callbacks import LoraCheckpoint
-from phi3_lora_plugin.checkpoint import latest_complete
-from phi3_lora_plugin.manifest import read_manifest
-from phi3_lora_plugin.store_layout import FOLDER, step_name
-from phi3_lora_plugin.train import Result, TrainingError, train
+from phi3_lora_plugin.pipeline import Result, TrainingError, train
+from phi3_lora_plugin.store.checkpoint import latest_complete
+from phi3_lora_plugin.store.layout import FOLDER, step_name
+from phi3_lora_plugin.store.manifest import read_manifest
+from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -205,7 +205,7 @@ def _work(config: dict[str, Any]) -> Result | Exception:
     from ray import train as ray_train
     from rich.console import Console
 
-    from phi3_lora_plugin.discovery import load_plugins
+    from phi3_lora_plugin.plugins.discovery import load_plugins
 
     recipe, where = config["recipe"], Path(config["where"])
     if where.is_dir():

@@ -10,8 +10,8 @@ from phi3_lora_plugin.chat.columns import rename
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import ADAPTERS, REQUIRED, detect
 from phi3_lora_plugin.chat.turns import Message, RowError
-from phi3_lora_plugin.discovery import load_plugins
 from phi3_lora_plugin.hosts.settings import HostData
+from phi3_lora_plugin.plugins.discovery import load_plugins
 
 _LISTED = 20
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from phi3_lora_plugin.recipe_sections import CheckpointSection, Section, Text
+from phi3_lora_plugin.recipe.sections import CheckpointSection, Section, Text
 
 
 class SettingsError(ValueError):
@@ -67,6 +67,6 @@ def checkpoint_callback(settings: HostSettings) -> Any:
     """The `LoraCheckpoint` that the section asks for, with how to ask the adapter later; None if it asks for none."""
     if settings.checkpoint is False:
         return None
-    from phi3_lora_plugin.callbacks import LoraCheckpoint
+    from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
     return LoraCheckpoint.from_sections(settings.checkpoint, settings.data)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.attach import attach, wrap_again
-from phi3_lora_plugin.discovery import Plugins, load_plugins
+from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
+from phi3_lora_plugin.training.attach import attach, wrap_again
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -59,7 +59,7 @@ def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) ->
     """
     from importlib import import_module
 
-    from phi3_lora_plugin.callbacks import LoraCheckpoint
+    from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
     found: list[Any] = []
     for name in names:

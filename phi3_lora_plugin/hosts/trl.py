@@ -8,10 +8,8 @@ messages come from our own encoder. Also `phi3-lora trl sft ...`, in front of th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
-
-SCRIPTS = ("sft", "dpo")
 
 
 class TrlError(ValueError):
@@ -57,31 +55,6 @@ def _our_templates() -> Callable[[], None]:
         chat_template_utils.get_training_chat_template = stock
 
     return undo
-
-
-def run_script(name: str, arguments: Sequence[str]) -> None:
-    """TRL's own script `name` with its own arguments, in this process, activated."""
-    from importlib import import_module
-
-    from phi3_lora_plugin.activate import PARTS, activate
-
-    if name not in SCRIPTS:
-        raise TrlError(f"trl {name}: expected one of {', '.join(SCRIPTS)}")
-    say = _say
-    for sentence in activate(parts=list(PARTS), say=say):
-        say(sentence)
-    script = import_module(f"trl.scripts.{name}")
-    sys.argv = [f"phi3-lora trl {name}", *arguments]
-    parser = script.make_parser()
-    parsed = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
-    script.main(*parsed)
-
-
-def _say(sentence: str) -> None:
-    import os
-
-    if os.environ.get("RANK", "0") == "0":
-        print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)
 
 
 def _marked(tokenizer: Any) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.lora.state_keys import without_wrappers
 from phi3_lora_plugin.lora.walk import several_processes
+from phi3_lora_plugin.lora_files.keys import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,8 +15,8 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
-from phi3_lora_plugin.families import projections
 from phi3_lora_plugin.lora.plan import Block, TargetPlan
+from phi3_lora_plugin.model.families import projections
 
 
 class SliceError(ValueError):

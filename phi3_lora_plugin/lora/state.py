@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi3_lora_plugin.lora.gather import gather, is_flattened, is_partitioned, sharded_like, unwrapped, whole_shape
 from phi3_lora_plugin.lora.state_input import copies_of_the_base, no_numbers
-from phi3_lora_plugin.lora.state_keys import index_of, is_lora, spelling, without_wrappers
+from phi3_lora_plugin.lora_files.keys import index_of, is_lora, spelling, without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.gather import gather
-from phi3_lora_plugin.lora.state_keys import without_wrappers
+from phi3_lora_plugin.lora_files.keys import without_wrappers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

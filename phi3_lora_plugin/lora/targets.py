@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi3_lora_plugin.families import Projection, projections
 from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
+from phi3_lora_plugin.model.families import Projection, projections
 
 ALL_LINEAR = "all-linear"
 EXPERTS = "experts"

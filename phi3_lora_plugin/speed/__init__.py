@@ -1,1 +1,5 @@
-"""The parts of a training step made fast: each is exact, reversible, and gives way to stock code when in doubt."""
+"""The parts of a training step made fast.
+
+In: a Trainer's model. Out: the same model with exact, faster forwards, and a line for each part that is on or off.
+Never: changes a result, or a class or module that other models use; every part can be taken off again.
+"""

@@ -15,7 +15,7 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID253
 
-from phi3_lora_plugin.families import rope_of
+from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
 
 

@@ -23,7 +23,7 @@ from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.hosts.pairs import conversation, encoded
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.settings import HostSettings, checkpoint_callback, read_settings
-from phi3_lora_plugin.tokenizer import repair_tokenizer
+from phi3_lora_plugin.model.tokenizer import repair_tokenizer
 
 VARIABLE = "PHI3_LORA_SETTINGS"
 CALLBACK = "phi3_lora"

@@ -1,0 +1,127 @@
+"""Answers from a model with an adapter on it: load the pair, stream text, stop at the right token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.store.adapter_folder import AdapterError, adapter_folder, base_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_adapter(path: str | Path, base: str | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """(model with the adapter on it, tokenizer), ready to generate.
+
+    Args:
+        path: an adapter folder, a run folder or a checkpoint store.
+        base: base model, where the one that the adapter names is not at its old place.
+        options: as `load_model` takes them (dtype, attention, quantize, device).
+    """
+    from phi3_lora_plugin.model.load import load_model
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
+
+    adapter = adapter_folder(path)
+    name, revision = (base, None) if base else base_of(adapter)
+    model = load_model(name, revision=revision, **options)
+    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else name)
+    return with_adapter(model, adapter), tokenizer
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter folder's weights on it, every one of them and in its place.
+
+    Raises:
+        AdapterError: the adapter does not go with the model, which PEFT alone would let pass with a warning.
+    """
+    import warnings
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {reason}") from error
+    if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
+        raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {missing[0][:300]}")
+    return adapted.eval()
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    **encoding: Any,
+) -> Iterator[str]:
+    """Pieces of the next assistant turn as they are made; greedy at temperature 0.
+
+    `encoding` is what `prompt_ids` takes (system, control_tokens, template), which has to be as in training.
+    """
+    from threading import Thread
+
+    import torch
+    from transformers import TextIteratorStreamer
+
+    from phi3_lora_plugin.chat.encode import prompt_ids
+
+    ids = torch.tensor([prompt_ids(messages, tokenizer, **encoding)], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate_ids(
+                model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
+            )
+        except BaseException as error:  # carried over to the reader of the stream, who would wait forever otherwise
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from (piece for piece in streamer if piece)
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a turn: the family's, and those of the model's own generation config."""
+    from phi3_lora_plugin.model.tokenizer import stop_token_ids
+
+    published = model.generation_config.eos_token_id
+    return stop_token_ids(tokenizer, [published] if isinstance(published, int) else list(published or ()))
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    **options: Any,
+) -> Any:
+    """Token ids [batch, prompt + new] of one call to `generate` that stops at the family's stop tokens."""
+    import torch
+
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_ids(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **sampling,
+            **options,
+        )

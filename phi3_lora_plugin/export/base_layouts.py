@@ -1,0 +1,274 @@
+"""Whole models between Phi-3's fused layout and the split one of Llama and Mistral, shard by shard, logits compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.export.merge import write_generation_config
+from phi3_lora_plugin.export.merge_check import sample_ids
+from phi3_lora_plugin.lora_files.layouts import Row
+from phi3_lora_plugin.model.shards import (
+    ShardWriter,
+    Weights,
+    copy_tokenizer,
+    model_folder,
+    read_json,
+    staged,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phi3_lora_plugin.model.families import Projection
+
+_SHARED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "torch_dtype", "dtype",
+)  # fmt: skip
+
+
+class BaseLayoutError(ValueError):
+    """A model cannot be expressed in the other layout, with every reason; nothing was written."""
+
+
+def split_base(
+    source: str | Path, target: str | Path, max_shard: str | int = "2GB", overwrite: bool = False, check: bool = True
+) -> tuple[list[Row], list[str]]:
+    """A phi3 model as LlamaForCausalLM, or as MistralForCausalLM where it has a sliding window; (rows, notes).
+
+    Raises:
+        BaseLayoutError: partial rotary embeddings, or a model that is not phi3.
+    """
+    from phi3_lora_plugin.model.families import projections
+
+    folder = model_folder(source)
+    config = read_json(folder / "config.json")
+    settings, notes = _split_config(config)
+    fused = {projection.path: projection for projection in projections(config) if projection.slices}
+    rows: list[Row] = []
+
+    def convert(name: str, weights: Weights) -> list[tuple[str, Tensor]]:
+        layer, path = _of_layer(name)
+        projection = fused.get(path)
+        if projection is None:
+            rows.append(Row(name, name, weights.shape(name), "kept"))
+            return [(name, weights.read(name))]
+        whole = weights.read(name)
+        made = []
+        for part in projection.slices:
+            own = f"{layer}.{path.rpartition('.')[0]}.{part.name}.weight"
+            made.append((own, whole[part.start : part.stop]))
+            rows.append(Row(name, own, tuple(made[-1][1].shape), f"rows {part.start}-{part.stop - 1}"))
+        return made
+
+    notes += _write(folder, Path(target), settings, convert, max_shard, overwrite, check)
+    return rows, notes
+
+
+def fuse_base(
+    source: str | Path, target: str | Path, max_shard: str | int = "2GB", overwrite: bool = False, check: bool = True
+) -> tuple[list[Row], list[str]]:
+    """A Llama or Mistral model without biases as Phi3ForCausalLM, such as unsloth's mirrors of Phi; (rows, notes).
+
+    Raises:
+        BaseLayoutError: biases, a rope that Phi-3 does not have, or another kind of model.
+    """
+    from phi3_lora_plugin.model.families import projections
+
+    folder = model_folder(source)
+    config = read_json(folder / "config.json")
+    settings, notes = _fused_config(config)
+    owner: dict[str, tuple[Projection, str]] = {}
+    for projection in projections(settings):
+        for part in projection.slices:
+            owner[f"{projection.path.rpartition('.')[0]}.{part.name}"] = (projection, part.name)
+    rows: list[Row] = []
+
+    def convert(name: str, weights: Weights) -> list[tuple[str, Tensor]]:
+        import torch
+
+        layer, path = _of_layer(name)
+        if path not in owner:
+            rows.append(Row(name, name, weights.shape(name), "kept"))
+            return [(name, weights.read(name))]
+        projection, part_name = owner[path]
+        if part_name != projection.slices[0].name:
+            return []  # written with the first slice
+        place = f"{layer}.{path.rpartition('.')[0]}"
+        parts = [f"{place}.{part.name}.weight" for part in projection.slices]
+        if missing := [part for part in parts if part not in weights]:
+            raise BaseLayoutError(f"{folder} lacks {', '.join(missing)}")
+        whole = torch.cat([weights.read(part) for part in parts])
+        own = f"{layer}.{projection.path}.weight"
+        if whole.shape[0] != projection.out_features:
+            raise BaseLayoutError(f"{own}: {whole.shape[0]} rows, where the config makes it {projection.out_features}")
+        rows.extend(Row(part, own, tuple(whole.shape), "joined") for part in parts)
+        return [(own, whole)]
+
+    notes += _write(folder, Path(target), settings, convert, max_shard, overwrite, check)
+    return rows, notes
+
+
+def _write(
+    folder: Path,
+    target: Path,
+    settings: dict[str, Any],
+    convert: Any,
+    max_shard: str | int,
+    overwrite: bool,
+    check: bool,
+) -> list[str]:
+    weights = Weights(folder)
+    if biases := [name for name in weights if name.endswith(".bias")]:
+        raise BaseLayoutError(f"{folder} has biases, which Phi-3 and Llama do not: {', '.join(biases[:3])}")
+    with staged(target, overwrite) as stage:
+        writer = ShardWriter(stage, max_shard)
+        for name in weights:
+            for own, tensor in convert(name, weights):
+                writer.add(own, tensor)
+        writer.close()
+        write_json(stage / "config.json", settings)
+        copy_tokenizer([folder], stage)
+        write_generation_config(stage, folder, settings)
+        if not check:
+            return ["logits were not compared"]
+        return [_compare(folder, stage, settings)]
+
+
+def _compare(before: Path, after: Path, settings: Mapping[str, Any]) -> str:
+    """Logits of both models in float32 on the same ids, also beyond the original context where that is short."""
+    import torch
+
+    window = settings.get("sliding_window") or settings.get("original_max_position_embeddings") or 0
+    length = window + 8 if 24 < window + 8 <= min(512, settings["max_position_embeddings"]) else 24
+    worst = 0.0
+    for size in dict.fromkeys((min(24, settings["max_position_embeddings"]), length)):
+        ids = sample_ids(settings["vocab_size"], size)
+        with torch.inference_mode():
+            wanted = _load(before)(input_ids=ids).logits
+            got = _load(after)(input_ids=ids).logits
+        worst = max(worst, float((wanted - got).abs().max()))
+        if not worst <= 1e-4 * max(1.0, float(wanted.abs().max())):
+            raise BaseLayoutError(
+                f"the converted model's logits differ by {worst:.2e} on rows of {size} tokens; nothing was written"
+            )
+    return f"logits compared in float32: largest difference {worst:.2e}"
+
+
+def _load(folder: Path) -> Any:
+    """A model of either layout in float32 on the CPU, by transformers' own classes."""
+    if read_json(folder / "config.json")["model_type"] == "phi3":
+        from phi3_lora_plugin.model.load import load_model
+
+        return load_model(str(folder), dtype="float32", attention="eager", device="cpu").eval()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    from phi3_lora_plugin.model.families import rope_of
+
+    problems, notes = [], []
+    if config.get("model_type") != "phi3":
+        raise BaseLayoutError(f"model_type is {config.get('model_type')!r}; only phi3 has fused projections to split")
+    rope = rope_of(config)
+    if (share := rope["partial_rotary_factor"]) != 1.0:
+        problems.append(
+            f"it rotates only {share:.0%} of each head, which neither Llama nor Mistral can; there is no such layout"
+        )
+    if config.get("quantization_config"):
+        problems.append("it is quantised; convert the unquantised model")
+    if problems:
+        raise BaseLayoutError("\n".join(problems))
+    longest = config.get("max_position_embeddings", 4096)
+    window = config.get("sliding_window")
+    kind = "mistral" if window and window < longest else "llama"
+    settings = {name: config[name] for name in _SHARED if config.get(name) is not None}
+    settings["model_type"] = kind
+    settings["architectures"] = [f"{kind.capitalize()}ForCausalLM"]
+    settings["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    settings["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    settings.setdefault("num_key_value_heads", config["num_attention_heads"])
+    settings.setdefault("rms_norm_eps", 1e-5)
+    settings.setdefault("max_position_embeddings", longest)
+    settings["rope_theta"] = rope["rope_theta"]
+    if kind == "mistral":
+        settings["sliding_window"] = window
+        notes.append(f"written as Mistral, because of the sliding window of {window} tokens")
+    else:
+        settings |= {"attention_bias": False, "mlp_bias": False}
+        if window:
+            notes.append(f"the sliding window of {window} tokens is dropped: it is no shorter than the context")
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        settings["original_max_position_embeddings"] = original
+        settings["rope_scaling"] = {
+            "rope_type": "longrope",
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
+            "original_max_position_embeddings": original,
+            "factor": longest / original,
+        }
+        notes.append("longrope is written into the Llama config; transformers reads it there, many other hosts do not")
+    return settings, notes
+
+
+def _fused_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    from phi3_lora_plugin.model.families import rope_of
+
+    problems, notes = [], []
+    if config.get("model_type") not in ("llama", "mistral"):
+        raise BaseLayoutError(
+            f"model_type is {config.get('model_type')!r}; expected llama or mistral, which are split as Phi's mirrors"
+        )
+    rope = rope_of(config)
+    kind = rope["rope_type"]
+    if kind not in ("default", "longrope"):
+        problems.append(f"rope is {kind!r}; Phi-3 has default and longrope")
+    problems += [
+        f"{name} is set, but Phi-3 has no biases" for name in ("attention_bias", "mlp_bias") if config.get(name)
+    ]
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    if head * heads != config["hidden_size"]:
+        problems.append(
+            f"head_dim {head} x {heads} heads is not hidden_size {config['hidden_size']}, as Phi-3 needs it"
+        )
+    if config.get("quantization_config"):
+        problems.append("it is quantised; convert the unquantised model")
+    if problems:
+        raise BaseLayoutError("\n".join(problems))
+    settings = {name: config[name] for name in _SHARED if config.get(name) is not None}
+    settings |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    settings["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    settings.setdefault("num_key_value_heads", heads)
+    settings.setdefault("rms_norm_eps", 1e-6)
+    longest = settings.setdefault("max_position_embeddings", 2048 if config["model_type"] == "llama" else 131072)
+    settings["sliding_window"] = config.get("sliding_window")
+    settings["rope_theta"] = rope["rope_theta"]
+    settings["original_max_position_embeddings"] = longest
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        settings["original_max_position_embeddings"] = original
+        settings["rope_scaling"] = {
+            "type": "longrope",
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
+        }
+        notes.append("longrope is kept")
+    # Phi-3's own pad id is 32000, which is no row of a smaller table.
+    settings.setdefault("pad_token_id", None)
+    return settings, notes
+
+
+def _of_layer(name: str) -> tuple[str, str]:
+    """(`model.layers.3`, `self_attn.qkv_proj`) of a weight's name; ("", module) outside the layers."""
+    match = re.match(r"^(model\.layers\.\d+)\.(.+)\.weight$", name)
+    return (match[1], match[2]) if match else ("", name)

@@ -1,0 +1,140 @@
+"""A recipe as an axolotl config, for the plugin of hosts/axolotl.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.hosts.axolotl_config import KERNELS, ROWS
+from phi3_lora_plugin.hosts.render.common import (
+    Line,
+    Rendered,
+    Rows,
+    base_path,
+    left_out,
+    note,
+    numbers,
+    rows,
+    targets,
+    write,
+)
+from phi3_lora_plugin.hosts.render.settings_section import section
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+# TrainingArguments that axolotl knows by the same name.
+_SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha",
+         "lr_scheduler_kwargs", "bf16", "fp16", "dataloader_num_workers")  # fmt: skip
+_LENGTH = 4096
+
+
+def render(recipe: Recipe) -> Rendered:
+    """See `hosts.render`."""
+    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
+    head = [
+        f"axolotl, from the recipe {recipe.name}. Run it with",
+        "  axolotl train FILE",
+        "in an environment that has phi3-lora-plugin.",
+    ]
+    lines = [
+        Line("base_model", base_path(recipe)),
+        *([Line("revision_of_model", model.revision)] if model.revision else []),
+        Line("plugins", ["phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin"], "masks, stop tokens, LoRA-only checkpoints"),
+        *section(recipe),
+        note("on by default, and they fail on a fused qkv_proj"),
+        *(Line(name, False) for name in KERNELS),
+        Line("adapter", "qlora" if model.quantize == "nf4" else "lora"),
+        *([Line("load_in_4bit", True, "nf4 with double quantisation")] if model.quantize == "nf4" else []),
+        *([Line("load_in_8bit", True)] if model.quantize == "int8" else []),
+        *_lora(recipe),
+        *_data(recipe),
+        Line("sequence_len", data.max_length or _LENGTH, "" if data.max_length else "the original context"),
+        Line("sample_packing", data.packing),
+        *([Line("group_by_length", True)] if n.by_length else []),
+        Line("micro_batch_size", n.batch),
+        Line("gradient_accumulation_steps", n.accumulation),
+        Line("num_epochs", n.epochs),
+        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+        Line("learning_rate", n.learning_rate),
+        Line("lr_scheduler", n.scheduler),
+        Line("warmup_ratio" if n.warmup < 1 else "warmup_steps", n.warmup),
+        Line("optimizer", n.optimizer),
+        Line("weight_decay", n.weight_decay),
+        Line("max_grad_norm", n.max_grad_norm),
+        *([Line("loraplus_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
+        *_precision(model.dtype, model.device, n.rest),
+        Line("attn_implementation", "sdpa" if model.attention == "auto" else model.attention),
+        Line("gradient_checkpointing", n.checkpointing),
+        *([Line("gradient_checkpointing_kwargs", {"use_reentrant": False})] if n.checkpointing else []),
+        Line("logging_steps", n.logging_steps),
+        *([Line("save_steps", recipe.checkpoint.every_steps)] if recipe.checkpoint.every_steps else []),
+        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
+        Line("seed", recipe.seed),
+        Line("output_dir", recipe.output_dir),
+        *(Line(key, value) for key, value in n.rest.items() if key in _SAME and key not in ("bf16", "fp16")),
+        *left_out("training", {key: value for key, value in n.rest.items() if key not in _SAME}, "axolotl"),
+    ]
+    return Rendered(write(head, lines))
+
+
+def _lora(recipe: Recipe) -> list[Line]:
+    lora = recipe.lora
+    names, why = targets(recipe)
+    lines = [
+        Line("lora_r", lora.r),
+        Line("lora_alpha", lora.alpha),
+        Line("lora_dropout", lora.dropout),
+        Line("lora_target_modules", names, why),
+    ]
+    optional: dict[str, Any] = {
+        "lora_target_parameters": lora.target_parameters,
+        "lora_modules_to_save": lora.modules_to_save,
+        "lora_rank_pattern": lora.rank_pattern,
+        "lora_alpha_pattern": lora.alpha_pattern,
+        "peft_use_dora": lora.dora,
+        "peft_use_rslora": lora.rslora,
+        "peft_init_lora_weights": None if lora.init == "default" else lora.init,
+        "peft_layers_to_transform": [lora.layers_to_transform]
+        if isinstance(lora.layers_to_transform, int)
+        else lora.layers_to_transform,
+        "peft_trainable_token_indices": lora.trainable_token_indices,
+    }
+    missing = {"exclude_modules": lora.exclude_modules, "bias": None if lora.bias == "none" else lora.bias}
+    lines += [Line(key, value) for key, value in optional.items() if value]
+    return lines + left_out("lora", {key: value for key, value in missing.items() if value}, "axolotl")
+
+
+def _data(recipe: Recipe) -> list[Line]:
+    found = rows(recipe)
+    if found is None:
+        return [
+            Line("datasets", [{"path": "YOUR_CHATS.jsonl", "ds_type": "json", "type": ROWS}], "the recipe names none")
+        ]
+    lines = [Line("datasets", [_source(found)], found.why)]
+    held_out = rows(recipe, evaluation=True)
+    if held_out is not None:
+        lines.append(Line("test_datasets", [_source(held_out)]))
+    elif recipe.data.eval_fraction:
+        lines.append(Line("val_set_size", recipe.data.eval_fraction))
+    if (held_out is not None or recipe.data.eval_fraction) and "eval_strategy" in recipe.training:
+        lines.append(Line("eval_strategy", recipe.training["eval_strategy"]))
+    return lines
+
+
+def _source(found: Rows) -> dict[str, Any]:
+    kinds = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+    kind = kinds.get(found.path.rpartition(".")[2]) if found.local else None
+    return {
+        "path": found.path,
+        **({"ds_type": kind} if kind else {}),
+        "type": ROWS,
+        "split": "train" if found.local else found.split,
+    }
+
+
+def _precision(dtype: str, device: str, rest: dict[str, Any]) -> list[Line]:
+    if {"bf16", "fp16"} & set(rest):
+        return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
+    if device == "cpu" or dtype == "float32":
+        return [Line("bf16", False)]
+    return [Line("fp16", True)] if dtype == "float16" else [Line("bf16", "auto")]

@@ -1,0 +1,213 @@
+"""What all renderings share: lines with reasons, a recipe's numbers in neutral words, a look at its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.hosts.activate import TARGETS
+from phi3_lora_plugin.recipe.yaml_file import dump_line
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+
+#: Arguments that hosts which extend TrainingArguments have had by these names for years.
+SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "lr_scheduler_kwargs",
+        "dataloader_num_workers", "log_level", "data_seed", "per_device_eval_batch_size")  # fmt: skip
+
+
+class RenderError(ValueError):
+    """A recipe that a host cannot run in any form; says what it is that the host does not have."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One key of a host's config; `why` says where we had to choose. Without a key, `why` is a line of its own."""
+
+    key: str
+    value: Any = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A host's config: its text, and the files that have to lie beside it."""
+
+    text: str
+    beside: Mapping[str, str] = field(default_factory=dict)
+
+
+def note(why: str) -> Line:
+    """A line that only says something."""
+    return Line("", why=why)
+
+
+def write(head: Iterable[str], lines: Iterable[Line]) -> str:
+    """YAML with a header, one line a key (mappings as blocks), and reasons behind `#`."""
+    text = [f"# {line}".rstrip() for line in head]
+    for line in lines:
+        text += _block(line, "")
+    return "\n".join(text) + "\n"
+
+
+def _block(line: Line, indent: str) -> list[str]:
+    behind = f"  # {line.why}" if line.why else ""
+    if not line.key:
+        return [f"{indent}# {line.why}"]
+    if isinstance(line.value, dict) and line.value:
+        inner = [part for key, value in line.value.items() for part in _block(Line(key, value), indent + "  ")]
+        return [f"{indent}{dump_line(line.key)}:{behind}", *inner]
+    if isinstance(line.value, list) and line.value and all(isinstance(one, dict) for one in line.value):
+        made = [f"{indent}{dump_line(line.key)}:{behind}"]
+        for one in line.value:
+            parts = [part for key, value in one.items() for part in _block(Line(key, value), indent + "    ")]
+            made += [f"{indent}  - {parts[0].strip()}", *parts[1:]]
+        return made
+    return [f"{indent}{dump_line(line.key)}: {dump_line(line.value)}{behind}"]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A recipe's training in words that every host has some name for; `rest` is what only TrainingArguments has."""
+
+    learning_rate: float
+    epochs: float
+    max_steps: int
+    batch: int
+    accumulation: int
+    scheduler: str
+    warmup: float  # a share below 1, or steps
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    logging_steps: float
+    checkpointing: bool
+    by_length: bool
+    rest: dict[str, Any]
+
+
+def numbers(recipe: Recipe) -> Numbers:
+    """The training section, with TrainingArguments' defaults where it says nothing."""
+    given = dict(recipe.training)
+    warmup = given.pop("warmup_steps", None) or given.pop("warmup_ratio", None) or 0
+    for name in (
+        "eval_strategy",
+        "warmup_ratio",
+        "activation_checkpointing_kwargs",
+        "gradient_checkpointing_kwargs",
+        "report_to",
+    ):
+        given.pop(name, None)
+    sampling = given.pop("train_sampling_strategy", None)
+    new, old = given.pop("activation_checkpointing", False), given.pop("gradient_checkpointing", False)
+    return Numbers(
+        learning_rate=given.pop("learning_rate", 5e-5),
+        epochs=given.pop("num_train_epochs", 3),
+        max_steps=given.pop("max_steps", -1),
+        batch=given.pop("per_device_train_batch_size", 8),
+        accumulation=given.pop("gradient_accumulation_steps", 1),
+        scheduler=given.pop("lr_scheduler_type", "linear"),
+        warmup=warmup,
+        optimizer=given.pop("optim", "adamw_torch_fused"),
+        weight_decay=given.pop("weight_decay", 0.0),
+        max_grad_norm=given.pop("max_grad_norm", 1.0),
+        logging_steps=given.pop("logging_steps", 10),
+        checkpointing=bool(new or old),
+        by_length=sampling == "group_by_length" or bool(given.pop("group_by_length", False)),
+        rest=given,
+    )
+
+
+def left_out(section: str, values: Mapping[str, Any], host: str) -> list[Line]:
+    """A line for each value that has no place in the host's config, so that nothing is lost in silence."""
+    return [note(f"left out, {host} has no place for it: {section}.{key}: {dump_line(values[key])}") for key in values]
+
+
+def base_path(recipe: Recipe) -> str:
+    """The model as other programs find it: hub id, or folder."""
+    from phi3_lora_plugin.embedded import locate
+
+    return locate(recipe.model.path)
+
+
+def is_moe(recipe: Recipe) -> bool:
+    """Whether it is Phi-3.5-MoE, by the config if that is here, else by name."""
+    config = Path(base_path(recipe)) / "config.json"
+    return '"phimoe"' in config.read_text(encoding="utf-8") if config.is_file() else "moe" in recipe.model.path.lower()
+
+
+_WHOLE = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}  # fmt: skip
+
+
+def targets(recipe: Recipe) -> tuple[list[str] | str, str]:
+    """(names or one regular expression as plain PEFT takes them, why they are not the recipe's)."""
+    asked = recipe.lora.targets
+    moe = is_moe(recipe)
+    if asked == "all-linear":
+        return list(TARGETS["phimoe" if moe else "phi3"]), "every projection of a layer, never the head"
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if isinstance(asked, str) and not asked.replace("_", "").replace(".", "").isalnum():
+        return asked, ""
+    if moe or not set(names) & set(_WHOLE):
+        return names, ""
+    whole = list(dict.fromkeys(_WHOLE.get(name, name) for name in names))
+    slices = ", ".join(name for name in names if name in _WHOLE)
+    return whole, f"the recipe names {slices}, slices that only `phi3-lora train` adapts alone; these are the whole"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows are, and in which shape; `why` says what was assumed."""
+
+    path: str
+    local: bool
+    format: str
+    columns: dict[str, str]
+    split: str
+    why: str = ""
+
+
+def rows(recipe: Recipe, evaluation: bool = False) -> Rows | None:
+    """The rows to train on (or to evaluate on), after a look at the first where they lie here; None if none are named.
+
+    Raises:
+        RenderError: several paths, which hosts write in ways of their own.
+    """
+    from phi3_lora_plugin.embedded import locate
+
+    data = recipe.data
+    named = data.path if not evaluation else data.eval_path
+    if evaluation and named is None and data.eval_split is not None:
+        named = data.path
+    if named is None:
+        return None
+    if not isinstance(named, str):
+        if len(named) > 1:
+            raise RenderError(f"data.path: {len(named)} paths; render one of them, and add the others by hand")
+        named = named[0]
+    path = locate(named)
+    local = Path(path).exists()
+    split = (data.eval_split or data.split) if evaluation else data.split
+    kind, why = (data.format, "") if data.format != "auto" else _look(path, local, dict(data.columns))
+    return Rows(str(Path(path).absolute()) if local else path, local, kind, dict(data.columns), split, why)
+
+
+def _look(path: str, local: bool, columns: dict[str, str]) -> tuple[str, str]:
+    from phi3_lora_plugin.chat.columns import rename
+    from phi3_lora_plugin.chat.formats import detect
+    from phi3_lora_plugin.chat.readers import Row
+    from phi3_lora_plugin.chat.sources import find_sources
+
+    if local:
+        for source in find_sources(path).sources:
+            for item in source.rows():
+                if isinstance(item, Row) and len(fits := detect(rename(item.values, columns))) == 1:
+                    return fits[0], ""
+                break
+    return "messages", "the rows were not looked at; chats in a column `messages` are assumed"

@@ -1,0 +1,161 @@
+"""A recipe as a LLaMA-Factory config, with the `dataset_info.json` that it looks data up in."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.hosts.llamafactory import TEMPLATE
+from phi3_lora_plugin.hosts.render.common import (
+    SAME,
+    Line,
+    Rendered,
+    RenderError,
+    Rows,
+    base_path,
+    left_out,
+    note,
+    numbers,
+    rows,
+    targets,
+    write,
+)
+from phi3_lora_plugin.hosts.render.settings_section import section
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+
+def render(recipe: Recipe) -> Rendered:
+    """See `hosts.render`."""
+    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
+    names, why = targets(recipe)
+    info, chosen, assumed = _data(recipe)
+    head = [
+        f"LLaMA-Factory, from the recipe {recipe.name}. Run it with",
+        "  python -m phi3_lora_plugin.hosts.llamafactory FILE",
+        "(llamafactory-cli forgets callbacks and does not know the template), also under torchrun -m.",
+    ]
+    lines = [
+        Line("model_name_or_path", base_path(recipe)),
+        *([Line("model_revision", model.revision)] if model.revision else []),
+        *section(recipe),
+        Line("stage", "sft"),
+        Line("do_train", True),
+        Line("template", TEMPLATE, "ours: the published ids, exact labels; `phi` is LLaMA-Factory's own"),
+        Line("finetuning_type", "lora"),
+        Line("lora_rank", lora.r),
+        Line("lora_alpha", int(lora.alpha), "" if int(lora.alpha) == lora.alpha else f"the recipe has {lora.alpha}"),
+        Line("lora_dropout", lora.dropout),
+        Line("lora_target", names if isinstance(names, str) else ",".join(names), why),
+        *([Line("use_dora", True)] if lora.dora else []),
+        *([Line("use_rslora", True)] if lora.rslora else []),
+        *([Line("pissa_init", True)] if lora.init == "pissa" else []),
+        *([Line("loraplus_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
+        *left_out("lora", _unknown_lora(recipe), "LLaMA-Factory"),
+        *_quantised(model.quantize),
+        Line(
+            "flash_attn", {"auto": "sdpa", "eager": "disabled", "flash_attention_2": "fa2"}.get(model.attention, "sdpa")
+        ),
+        Line("dataset_dir", ".", "where dataset_info.json lies; run it from there"),
+        *[Line(key, value, assumed if key == "dataset" else "") for key, value in chosen.items()],
+        Line("cutoff_len", data.max_length or 4096, "" if data.max_length else "the original context"),
+        *([Line("packing", True), Line("neat_packing", True)] if data.packing else []),
+        *([Line("max_samples", data.max_rows)] if data.max_rows else []),
+        Line("per_device_train_batch_size", n.batch),
+        Line("gradient_accumulation_steps", n.accumulation),
+        Line("num_train_epochs", float(n.epochs)),
+        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+        Line("learning_rate", n.learning_rate),
+        Line("lr_scheduler_type", n.scheduler),
+        Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
+        Line("optim", n.optimizer),
+        Line("weight_decay", n.weight_decay),
+        Line("max_grad_norm", n.max_grad_norm),
+        *_precision(recipe, n.rest),
+        Line("disable_gradient_checkpointing", not n.checkpointing),
+        Line("logging_steps", n.logging_steps),
+        Line("save_steps", recipe.checkpoint.every_steps or 500),
+        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
+        Line("report_to", "none"),
+        Line("seed", recipe.seed),
+        Line("output_dir", recipe.output_dir),
+        *(Line(key, value) for key, value in n.rest.items() if key in SAME),
+        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
+        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*SAME, "bf16", "fp16")}, "LLaMA-Factory"),
+    ]
+    return Rendered(write(head, lines), {"dataset_info.json": json.dumps(info, indent=2) + "\n"})
+
+
+def _unknown_lora(recipe: Recipe) -> dict[str, Any]:
+    lora = recipe.lora
+    return {
+        name: value
+        for name in ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
+                     "trainable_token_indices", "target_parameters", "loftq_config", "eva_config")
+        if (value := getattr(lora, name))
+    } | ({} if lora.init in ("default", "pissa") else {"init": lora.init})  # fmt: skip
+
+
+def _quantised(quantize: str) -> list[Line]:
+    if quantize == "none":
+        return []
+    lines = [Line("quantization_method", "bnb"), Line("quantization_bit", 4 if quantize == "nf4" else 8)]
+    return [*lines, Line("quantization_type", "nf4"), Line("double_quantization", True)] if quantize == "nf4" else lines
+
+
+def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
+    if {"bf16", "fp16"} & set(rest):
+        return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
+    cpu = recipe.model.device == "cpu" or recipe.model.dtype == "float32"
+    return [*([Line("use_cpu", True)] if recipe.model.device == "cpu" else []),
+            *([] if cpu else [Line("fp16" if recipe.model.dtype == "float16" else "bf16", True)])]  # fmt: skip
+
+
+def _data(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(content of dataset_info.json, the keys that choose from it, what was assumed)."""
+    found = rows(recipe)
+    if found is None:
+        found = Rows("YOUR_CHATS.jsonl", True, "messages", {}, "train", "the recipe names none")
+    info, chosen = {"train": _entry(found)}, {"dataset": "train"}
+    held_out = rows(recipe, evaluation=True)
+    more: dict[str, Any] = {}
+    if held_out is not None:
+        info["eval"] = _entry(held_out)
+        more = {"eval_dataset": "eval", "do_eval": True}
+    elif recipe.data.eval_fraction:
+        more = {"val_size": recipe.data.eval_fraction, "do_eval": True}
+    if more:
+        more["eval_strategy"] = recipe.training.get("eval_strategy", "epoch")
+    return info, chosen | more, found.why
+
+
+_ROLES = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+          "system_tag": "system", "observation_tag": "tool", "function_tag": "function_call"}  # fmt: skip
+
+
+def _entry(found: Rows) -> dict[str, Any]:
+    """How LLaMA-Factory is told the shape of the rows."""
+    where: dict[str, Any] = (
+        {"file_name": found.path} if found.local else {"hf_hub_url": found.path, "split": found.split}
+    )
+    columns = found.columns
+    if found.format == "messages":
+        return where | {
+            "formatting": "sharegpt",
+            "columns": {"messages": columns.get("messages", "messages")},
+            "tags": _ROLES
+            | {"role_tag": columns.get("role", "role"), "content_tag": columns.get("content", "content")},
+        }
+    if found.format == "sharegpt":
+        return where | {
+            "formatting": "sharegpt",
+            "columns": {"messages": columns.get("conversations", "conversations")},
+        }
+    if found.format == "alpaca":
+        ours = {"prompt": "instruction", "query": "input", "response": "output"}
+        return where | {"formatting": "alpaca", "columns": {key: columns.get(name, name) for key, name in ours.items()}}
+    if found.format == "prompt_completion":
+        ours = {"prompt": "prompt", "response": "completion"}
+        return where | {"formatting": "alpaca", "columns": {key: columns.get(name, name) for key, name in ours.items()}}
+    raise RenderError(f"data.format: {found.format} is a plugin's, which LLaMA-Factory does not know")

@@ -1,0 +1,27 @@
+"""A recipe as another host's own config, commented where we had to choose."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from phi3_lora_plugin.hosts.render.common import Rendered, RenderError
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+HOSTS = ("axolotl", "llamafactory", "trl", "swift", "torchtune")
+
+
+def render(recipe: Recipe, host: str) -> Rendered:
+    """The config with which `host` trains what the recipe says, as near as it can; what it cannot is a comment in it.
+
+    Raises:
+        RenderError: an unknown host, or a recipe that the host has nothing for.
+    """
+    if host not in HOSTS:
+        raise RenderError(f"--host: {host!r} is none of {', '.join(HOSTS)}")
+    if recipe.preference.on:
+        raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
+    made: Rendered = import_module(f"phi3_lora_plugin.hosts.render.{host}").render(recipe)
+    return made

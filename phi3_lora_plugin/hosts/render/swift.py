@@ -1,0 +1,133 @@
+"""A recipe as an ms-swift config, `swift sft FILE`, with the plugin of hosts/swift."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.hosts.render.common import (
+    Line,
+    Rendered,
+    RenderError,
+    base_path,
+    left_out,
+    note,
+    numbers,
+    rows,
+    targets,
+    write,
+)
+from phi3_lora_plugin.hosts.render.settings_section import settings_of
+from phi3_lora_plugin.hosts.swift import plugin_file
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+_SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "dataloader_num_workers",
+         "log_level", "data_seed", "per_device_eval_batch_size", "bf16", "fp16")  # fmt: skip
+
+
+def render(recipe: Recipe) -> Rendered:
+    """See `hosts.render`."""
+    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
+    names, why = targets(recipe)
+    given = settings_of(recipe)
+    head = [
+        f"ms-swift, from the recipe {recipe.name}. Run it with",
+        "  swift sft FILE",
+        "in an environment that has phi3-lora-plugin.",
+    ]
+    dtype = {"auto": "float32" if model.device == "cpu" else "bfloat16"}.get(model.dtype, model.dtype)
+    lines = [
+        *([Line("ENV", {"PHI3_LORA_SETTINGS": json.dumps(given)}, "what ms-swift has no words for")] if given else []),
+        Line("model", base_path(recipe)),
+        *([Line("model_revision", model.revision)] if model.revision else []),
+        Line("use_hf", True, "ms-swift's default is another hub"),
+        *([] if _known(model.path) else [Line("model_type", "phi3", "a folder's name tells ms-swift nothing")]),
+        Line("external_plugins", [str(plugin_file())], "exact ids and labels"),
+        Line("callbacks", ["phi3_lora"], "LoRA-only checkpoints"),
+        Line("torch_dtype", dtype),
+        Line("attn_impl", "sdpa" if model.attention == "auto" else model.attention),
+        *([Line("quant_method", "bnb"), Line("quant_bits", 4), Line("bnb_4bit_quant_type", "nf4"),
+           Line("bnb_4bit_use_double_quant", True)] if model.quantize == "nf4" else []),
+        *([Line("quant_method", "bnb"), Line("quant_bits", 8)] if model.quantize == "int8" else []),
+        Line("tuner_type", "lora"),
+        Line("lora_rank", lora.r),
+        Line("lora_alpha", lora.alpha),
+        Line("lora_dropout", lora.dropout),
+        *([Line("target_regex", names, why)] if isinstance(names, str) else [Line("target_modules", names, why)]),
+        *([Line("use_dora", True)] if lora.dora else []),
+        *([Line("use_rslora", True)] if lora.rslora else []),
+        *([Line("lorap_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
+        *([Line("modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
+        *([Line("target_parameters", lora.target_parameters)] if lora.target_parameters else []),
+        *([] if lora.init == "default" else [Line("init_weights", lora.init)]),
+        *left_out("lora", _unknown_lora(recipe), "ms-swift"),
+        *_data(recipe),
+        Line("max_length", data.max_length or 4096, "" if data.max_length else "the original context"),
+        Line("truncation_strategy", "right", "ms-swift drops longer rows by default; here they are cut"),
+        *([Line("packing", True)] if data.packing else []),
+        Line("per_device_train_batch_size", n.batch),
+        Line("gradient_accumulation_steps", n.accumulation),
+        Line("num_train_epochs", n.epochs),
+        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+        Line("learning_rate", n.learning_rate),
+        Line("lr_scheduler_type", n.scheduler),
+        Line("warmup_ratio" if n.warmup < 1 else "warmup_steps", n.warmup),
+        Line("optim", n.optimizer),
+        Line("weight_decay", n.weight_decay),
+        Line("max_grad_norm", n.max_grad_norm),
+        Line("gradient_checkpointing", n.checkpointing),
+        *([Line("use_cpu", True)] if model.device == "cpu" else []),
+        Line("logging_steps", n.logging_steps),
+        Line("save_steps", recipe.checkpoint.every_steps or 500),
+        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
+        Line("report_to", "none"),
+        Line("seed", recipe.seed),
+        Line("output_dir", recipe.output_dir),
+        *(Line(key, value) for key, value in n.rest.items() if key in _SAME),
+        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
+        *left_out("training", {key: value for key, value in n.rest.items() if key not in _SAME}, "ms-swift"),
+    ]  # fmt: skip
+    return Rendered(write(head, lines))
+
+
+def _known(path: str) -> bool:
+    """ms-swift knows the published names."""
+    return path.startswith(("microsoft/", "LLM-Research/"))
+
+
+def _unknown_lora(recipe: Recipe) -> dict[str, Any]:
+    lora = recipe.lora
+    names = ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices",
+             "loftq_config", "eva_config")  # fmt: skip
+    found = {name: getattr(lora, name) for name in names if getattr(lora, name)}
+    return found | ({} if lora.bias == "none" else {"bias": lora.bias})
+
+
+_COLUMNS = {"prompt": "query", "completion": "response", "instruction": "query", "input": "input", "output": "response"}
+
+
+def _data(recipe: Recipe) -> list[Line]:
+    found = rows(recipe)
+    if found is None:
+        return [Line("dataset", ["YOUR_CHATS.jsonl"], "the recipe names none")]
+    if found.format not in ("messages", "sharegpt", "alpaca", "prompt_completion"):
+        raise RenderError(f"data.format: {found.format} is a plugin's, which ms-swift does not know")
+    most = f"#{recipe.data.max_rows}" if recipe.data.max_rows else ""
+    split = "" if found.local or found.split == "train" else f":{found.split}"
+    lines = [Line("dataset", [f"{found.path}{split}{most}"], found.why)]
+    renamed = {foreign: _COLUMNS.get(name, name) for name, foreign in found.columns.items()}
+    if found.format == "prompt_completion":
+        renamed = {"prompt": "query", "completion": "response"} | renamed
+    if renamed:
+        lines.append(Line("columns", renamed))
+    held_out = rows(recipe, evaluation=True)
+    if held_out is not None:
+        split = "" if held_out.local or held_out.split == "train" else f":{held_out.split}"
+        lines.append(Line("val_dataset", [f"{held_out.path}{split}"]))
+    elif recipe.data.eval_fraction:
+        lines.append(Line("split_dataset_ratio", recipe.data.eval_fraction))
+    if held_out is not None or recipe.data.eval_fraction:
+        lines.append(Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")))
+    return lines

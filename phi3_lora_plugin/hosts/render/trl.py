@@ -1,0 +1,164 @@
+"""A recipe as the YAML of TRL's own command, `trl sft --config FILE`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.hosts.render.common import (
+    SAME,
+    Line,
+    Rendered,
+    RenderError,
+    Rows,
+    base_path,
+    left_out,
+    note,
+    numbers,
+    rows,
+    targets,
+    write,
+)
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+
+def render(recipe: Recipe) -> Rendered:
+    """See `hosts.render`."""
+    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
+    names, why = targets(recipe)
+    head = [
+        f"TRL, from the recipe {recipe.name}. Run it with",
+        "  trl sft --config FILE",
+        "or, with LoRA-only checkpoints and stop tokens as well, `phi3-lora trl sft --config FILE`.",
+    ]
+    dtype = {"auto": "float32" if model.device == "cpu" else "bfloat16"}.get(model.dtype, model.dtype)
+    lines = [
+        Line("model_name_or_path", base_path(recipe)),
+        *([Line("model_revision", model.revision)] if model.revision else []),
+        Line("dtype", dtype, "TRL's default is float32"),
+        Line("attn_implementation", "sdpa" if model.attention == "auto" else model.attention),
+        *([Line("load_in_4bit", True), Line("bnb_4bit_quant_type", "nf4"), Line("use_bnb_nested_quant", True)]
+          if model.quantize == "nf4" else []),
+        *([Line("load_in_8bit", True)] if model.quantize == "int8" else []),
+        Line("use_peft", True),
+        Line("lora_r", lora.r),
+        Line("lora_alpha", int(lora.alpha), "" if int(lora.alpha) == lora.alpha else f"the recipe has {lora.alpha}"),
+        Line("lora_dropout", lora.dropout),
+        Line("lora_target_modules", names, why or "PEFT has no default for phi3"),
+        *([Line("use_dora", True)] if lora.dora else []),
+        *([Line("use_rslora", True)] if lora.rslora else []),
+        *([Line("lora_modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
+        *left_out("lora", _unknown_lora(recipe), "TRL's command"),
+        *_data(recipe),
+        *_template(recipe),
+        Line("max_length", data.max_length or 4096, "TRL's default is 1024"),
+        Line("packing", data.packing),
+        Line("per_device_train_batch_size", n.batch),
+        Line("gradient_accumulation_steps", n.accumulation),
+        Line("num_train_epochs", n.epochs),
+        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+        Line("learning_rate", n.learning_rate),
+        Line("lr_scheduler_type", n.scheduler),
+        Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
+        Line("optim", n.optimizer),
+        Line("weight_decay", n.weight_decay),
+        Line("max_grad_norm", n.max_grad_norm),
+        Line("gradient_checkpointing", n.checkpointing, "on by default in TRL"),
+        *_precision(recipe, n.rest),
+        Line("logging_steps", n.logging_steps),
+        Line("save_steps", recipe.checkpoint.every_steps or 500),
+        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
+        Line("report_to", "none", "`phi3_lora` under `phi3-lora trl` adds LoRA-only checkpoints"),
+        Line("seed", recipe.seed),
+        Line("output_dir", recipe.output_dir),
+        *(Line(key, value) for key, value in n.rest.items() if key in SAME),
+        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
+        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*SAME, "bf16", "fp16")}, "TRL's command"),
+    ]  # fmt: skip
+    return Rendered(write(head, lines))
+
+
+def _unknown_lora(recipe: Recipe) -> dict[str, Any]:
+    lora = recipe.lora
+    names = ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices",
+             "loftq_config", "eva_config", "loraplus_lr_ratio")  # fmt: skip
+    found = {name: getattr(lora, name) for name in names if getattr(lora, name)}
+    return found | ({} if lora.init == "default" else {"init": lora.init})
+
+
+def _data(recipe: Recipe) -> list[Line]:
+    found = rows(recipe)
+    if found is None:
+        found = Rows("YOUR_CHATS.jsonl", True, "messages", {}, "train", "the recipe names none")
+    if found.format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
+        raise RenderError(f"data.format: {found.format} is a plugin's, which TRL does not know")
+    held_out = rows(recipe, evaluation=True)
+    if found.local:
+        kind = {"jsonl": "json"}.get(found.path.rpartition(".")[2], found.path.rpartition(".")[2])
+        source = {"path": kind, "data_files": found.path, "split": "train"}
+        lines = [Line("datasets", [source], found.why)]
+    else:
+        lines = [Line("dataset_name", found.path), Line("dataset_train_split", found.split, found.why)]
+    if held_out is not None and not held_out.local and held_out.path == found.path:
+        lines += [
+            Line("dataset_test_split", held_out.split),
+            Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")),
+        ]
+    elif found.local and recipe.data.eval_fraction:
+        lines += [
+            Line("test_split_size", recipe.data.eval_fraction),
+            Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")),
+        ]
+    elif held_out is not None or recipe.data.eval_fraction:
+        lines.append(note("left out: rows to evaluate on; TRL's command takes a split of the same data set only"))
+    if found.format == "alpaca" or found.columns:
+        lines.append(
+            note(f"TRL reads messages and prompt/completion; turn rows of the format {found.format} into those")
+        )
+    return lines
+
+
+def _template(recipe: Recipe) -> list[Line]:
+    """Our file of the model's template, which marks what the assistant says."""
+    if recipe.data.train_on != "assistant":
+        return [
+            Line("assistant_only_loss", False),
+            note(f"data.train_on: {recipe.data.train_on}; TRL's command trains all tokens, or all of the assistant's"),
+        ]
+    name = recipe.data.template or _template_of(recipe)
+    if name is None:
+        return [Line("assistant_only_loss", True), note("chat_template_path: a template with generation marks, as "
+                                                        "`phi3-lora trl` puts one on the tokenizer")]  # fmt: skip
+    path = str(files("phi3_lora_plugin.chat").joinpath("templates", f"{name}.jinja"))
+    return [
+        Line("assistant_only_loss", True),
+        Line("chat_template_path", path, "renders as published and marks what the assistant says"),
+    ]
+
+
+def _template_of(recipe: Recipe) -> str | None:
+    """By the tokenizer if that is here, else by the model's published name."""
+    from pathlib import Path
+
+    from phi3_lora_plugin.model.families import FAMILIES
+
+    folder = base_path(recipe)
+    if Path(folder).is_dir():
+        from phi3_lora_plugin.chat.templates import template_for
+        from phi3_lora_plugin.model.tokenizer import load_tokenizer
+
+        return template_for(load_tokenizer(folder)).name
+    wanted = recipe.model.path.rpartition("/")[2].lower()
+    return next((one.templates[0] for one in FAMILIES.values() if one.title.lower() == wanted and one.templates), None)
+
+
+def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
+    if {"bf16", "fp16"} & set(rest):
+        return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
+    if recipe.model.device == "cpu":
+        return [Line("use_cpu", True), Line("bf16", recipe.model.dtype == "bfloat16", "on by default in TRL")]
+    if recipe.model.dtype == "float16":
+        return [Line("bf16", False), Line("fp16", True)]
+    return [Line("bf16", recipe.model.dtype != "float32", "on by default in TRL")]

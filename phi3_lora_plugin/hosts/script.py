@@ -1,0 +1,35 @@
+"""TRL's own scripts, run in this process with everything activated: `phi3-lora trl sft ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from phi3_lora_plugin.hosts.trl import TrlError
+
+SCRIPTS = ("sft", "dpo")
+
+
+def run_script(name: str, arguments: Sequence[str]) -> None:
+    """TRL's own script `name` with its own arguments, in this process, activated."""
+    from importlib import import_module
+
+    from phi3_lora_plugin.hosts.activate import PARTS, activate
+
+    if name not in SCRIPTS:
+        raise TrlError(f"trl {name}: expected one of {', '.join(SCRIPTS)}")
+    say = _say
+    for sentence in activate(parts=list(PARTS), say=say):
+        say(sentence)
+    script = import_module(f"trl.scripts.{name}")
+    sys.argv = [f"phi3-lora trl {name}", *arguments]
+    parser = script.make_parser()
+    parsed = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
+    script.main(*parsed)
+
+
+def _say(sentence: str) -> None:
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)

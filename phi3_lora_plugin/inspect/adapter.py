@@ -1,0 +1,177 @@
+"""An adapter folder: what it adapts, and whether its files can be what was learned on the base that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.inspect.findings import Problem
+from phi3_lora_plugin.inspect.model import LFS, PULL, header_of, read_json
+from phi3_lora_plugin.model.families import Projection, UnsupportedModel, projections, recognise
+
+_OLDER = "take an older checkpoint"
+_SHOWN = 3  # of a kind that are spelled out
+
+
+def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
+    """Fields of `Findings` for a folder with an adapter_config.json; what is wrong goes into `problems`."""
+    config = read_json(folder / "adapter_config.json", problems)
+    if not config:
+        return {}
+    base = config.get("base_model_name_or_path")
+    targets = config.get("target_modules") or []
+    about: dict[str, Any] = {
+        "base": base,
+        "revision": config.get("revision"),
+        "r": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "targets": targets if isinstance(targets, str) else sorted(targets),
+    }
+    if config.get("target_parameters"):
+        about["experts"] = sorted(config["target_parameters"])
+    found: dict[str, Any] = {"adapter": about}
+    if not base:
+        problems.append(Problem("names no base model", "write base_model_name_or_path into adapter_config.json"))
+    of_base = _config_of(base, config.get("revision"), problems) if base else None
+    if of_base is not None:
+        family = recognise(of_base)
+        found |= {"family": f"{family.name} ({family.title})", "projections": projections(of_base)}
+    if "adapter_model.safetensors" not in files:
+        pickled = "adapter_model.bin" in files
+        problems.append(
+            Problem(
+                "weights are a pickle, which can execute code" if pickled else "there are no adapter weights",
+                "save the adapter as safetensors",
+            )
+        )
+        return found
+    shapes, wrong = header_of(folder / "adapter_model.safetensors")
+    if wrong:
+        problems.append(Problem(f"adapter_model.safetensors {wrong}", PULL if wrong == LFS else _OLDER))
+        return found
+    about["tensors"] = len(shapes)
+    problems += _tensor_problems(folder, list(shapes))
+    problems += _layout_problems(folder, config, of_base, list(shapes))
+    if "manifest.json" in files:
+        from phi3_lora_plugin.store.checkpoint import verify
+
+        problems += [Problem(str(problem), _OLDER) for problem in verify(folder).problems]
+    return found
+
+
+def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict[str, Any] | None:
+    """The base's config, if it is on this machine; a hub id that is not is no problem."""
+    from phi3_lora_plugin.model.shards import ModelFolderError, model_folder
+
+    try:
+        folder = model_folder(base, revision)
+    except ModelFolderError as error:
+        if Path(base).is_absolute() or base.startswith((".", "~")):
+            problems.append(Problem(f"its base is not there: {error}", "say where it is with --base"))
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        recognise(config)
+        projections(config)
+    except UnsupportedModel as error:
+        problems.append(Problem(f"its base is {error}", "use an adapter for a supported member of the family"))
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        problems.append(
+            Problem(f"the config.json of its base cannot be used: {error}", "look at the base with inspect")
+        )
+        return None
+    return dict(config)
+
+
+def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:
+    """What the numbers themselves say."""
+    from safetensors import safe_open
+
+    problems = []
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        dead = [key for key in keys if "lora_B" in key and not file.get_tensor(key).any()]
+        broken = [key for key in keys if not file.get_tensor(key).isfinite().all()]
+    loras = [key for key in keys if "lora_B" in key]
+    if not loras:
+        problems.append(Problem("holds no LoRA tensor", "check what wrote it; it may be a full checkpoint"))
+    elif len(dead) == len(loras):
+        problems.append(Problem("every lora_B is zero: the adapter changes nothing", "check that it was trained"))
+    elif dead:
+        problems.append(Problem(f"{len(dead)} of {len(loras)} lora_B are zero, such as {dead[0]}", "check the targets"))
+    if broken:
+        problems.append(Problem(f"{len(broken)} tensors are not finite, such as {broken[0]}", _OLDER))
+    return problems
+
+
+def _layout_problems(
+    folder: Path, config: dict[str, Any], of_base: dict[str, Any] | None, keys: list[str]
+) -> list[Problem]:
+    """Names and shapes: what no loader takes, what the base does not have, and what servers refuse."""
+    from phi3_lora_plugin.lora_files.layouts import unknown_modules
+    from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, changes_base, parts, read_peft
+    from phi3_lora_plugin.lora_files.servable import servable
+
+    problems = []
+    odd = [
+        key for key in keys if key.startswith(("module.", "_orig_mod.", "_fsdp_wrapped_module.")) or ".default." in key
+    ]
+    if odd:
+        problems.append(
+            Problem(f"{len(odd)} keys have a prefix that PEFT ignores in silence, such as {odd[0]}", "convert the file")
+        )
+    parents = {key.split(".")[-3] for key in keys if "lora_B" in key and key.count(".") > 2}
+    # PhiMoE has these by name; without its base at hand, a q_proj is most likely one that Phi-3 has fused.
+    fused = of_base is None or of_base.get("model_type") == "phi3"
+    split = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} & parents if fused else set()
+    if split:
+        problems.append(
+            Problem(
+                f"adapts {', '.join(sorted(split))}, which Microsoft's Phi-3 has fused: there it loads as nothing",
+                "phi3-lora convert SRC DST --to fused",
+            )
+        )
+    try:
+        adapter = read_peft(folder)
+    except PeftFilesError as error:
+        told = str(error).splitlines()
+        fix = "load it with the version of PEFT that wrote it"
+        return problems + [Problem(line.strip(), fix) for line in told[1:] or told]
+    if not split:
+        problems += [Problem(text, "see docs/export.md") for text in servable(folder) if "base_model_name" not in text]
+    if config.get("target_parameters") or changes_base(config):
+        return problems
+    try:
+        pieces = parts(adapter)
+    except PeftFilesError as error:
+        told = str(error).splitlines()
+        return problems + [Problem(line.strip(), _OLDER) for line in told[1:] or told]
+    if of_base is not None and not split:
+        layout, layers = projections(of_base), int(of_base["num_hidden_layers"])
+        wrong = unknown_modules(pieces.loras, layout, layers)
+        problems += [Problem(text, "use it on the model that it was trained on") for text in wrong[:_SHOWN]]
+        if len(wrong) > _SHOWN:
+            problems.append(Problem(f"{len(wrong) - _SHOWN} more modules do not fit the base", "see above"))
+        missing = _named(config, layout, layers) - {lora.module for lora in pieces.loras}
+        if missing:
+            some = ", ".join(sorted(missing)[:_SHOWN])
+            problems.append(
+                Problem(f"{len(missing)} modules that the config names have no tensors, such as {some}", _OLDER)
+            )
+    return problems
+
+
+def _named(config: dict[str, Any], layout: tuple[Projection, ...], layers: int) -> set[str]:
+    """Modules of the base that the config's list of targets names; none where it is a pattern."""
+    targets, only = config.get("target_modules"), config.get("layers_to_transform")
+    if not isinstance(targets, list):
+        return set()
+    numbers = range(layers) if only is None else [only] if isinstance(only, int) else only
+    modules = [f"model.layers.{layer}.{each.path}" for layer in numbers for each in layout if not each.experts]
+    left_out = config.get("exclude_modules") or ()
+    return {
+        module
+        for module in modules
+        if any(module == target or module.endswith(f".{target}") for target in targets) and not left_out
+    }

@@ -1,0 +1,96 @@
+"""What `inspect` finds in a folder, as data, and as lines for a person."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phi3_lora_plugin.model.families import Projection
+
+
+class InspectError(ValueError):
+    """There is nothing at the path that could be looked at."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that breaks or misleads a host, and how to mend it; `here`: this package gets round it by itself."""
+
+    what: str
+    fix: str
+    here: bool = False
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What some presets would train on this model.
+
+    Attributes:
+        presets: those that train these targets at this rank on weights held like this.
+        targets: and the rank.
+        held: how the base's weights are held: bfloat16, float32, nf4.
+        parameters: that are trained.
+        bytes: of adapter, gradients and AdamW's state.
+        base_bytes: of the base's weights. What activations take comes on top; it depends on rows and batch.
+    """
+
+    presets: tuple[str, ...]
+    targets: str
+    held: str
+    parameters: int
+    bytes: int
+    base_bytes: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was found in a folder; empty where the folder has nothing of the kind."""
+
+    path: str
+    kinds: tuple[str, ...]
+    family: str | None = None
+    max_length: int | None = None
+    parameters: int | None = None
+    projections: tuple[Projection, ...] = ()
+    template: str | None = None
+    stop_tokens: tuple[str, ...] = ()
+    pad_token: str | None = None
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    trainable: tuple[Trainable, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+def lines(found: Findings) -> Sequence[str]:
+    """The findings as lines for a person."""
+    told = [f"{found.path}: {' + '.join(found.kinds)}"]
+    if found.family:
+        rows = f", rows up to {found.max_length:,} tokens" if found.max_length else ""
+        size = f", {found.parameters:,} parameters" if found.parameters else ""
+        told.append(f"family       {found.family}{size}{rows}")
+    for each in found.projections:
+        parts = ", ".join(f"{part.name} {part.start}:{part.stop}" for part in each.slices)
+        shape = f"{f'{each.experts} x ' if each.experts else ''}{each.out_features} x {each.in_features}"
+        told.append(f"  {each.path:<24} {shape}{f'  ({parts})' if parts else ''}")
+    if found.template or found.pad_token:
+        told.append(f"template     {found.template or 'unknown'}")
+        told.append(f"stops at     {', '.join(found.stop_tokens)}; pads with {found.pad_token}")
+    for key, value in found.adapter.items():
+        told.append(f"{key:<12} {', '.join(value) if isinstance(value, list) else value}")
+    if found.trainable:
+        told.append("presets would train (without activations)")
+        for row in found.trainable:
+            weights = f"{_size(row.base_bytes)} of weights in {row.held}"
+            told.append(f"  {row.targets}: {row.parameters:,} parameters, {_size(row.bytes)} for them and {weights}")
+            told += textwrap.wrap(
+                ", ".join(row.presets), 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+            )
+    told.append(f"problems     {len(found.problems) or 'none'}")
+    for problem in found.problems:
+        told.append(f"  - {problem.what}\n    {'handled here; elsewhere' if problem.here else 'fix'}: {problem.fix}")
+    return told
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,162 @@
+"""Look at a folder of a model, tokenizer or adapter: what it is, what would be trained, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.embedded import locate
+from phi3_lora_plugin.inspect.adapter import look_at_adapter
+from phi3_lora_plugin.inspect.findings import Findings as Findings
+from phi3_lora_plugin.inspect.findings import InspectError as InspectError
+from phi3_lora_plugin.inspect.findings import Problem as Problem
+from phi3_lora_plugin.inspect.findings import Trainable as Trainable
+from phi3_lora_plugin.inspect.findings import lines as lines
+from phi3_lora_plugin.inspect.model import look_at_model, read_json
+from phi3_lora_plugin.model.families import FAMILIES, UnsupportedModel
+
+_KINDS = {
+    "model": ("config.json",),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+    "adapter": ("adapter_config.json",),
+}
+
+
+def inspect(path: str | Path) -> Findings:
+    """Look at a folder without loading any model weights into memory.
+
+    Args:
+        path: folder, `embedded:NAME`, or the folder of a run, whose newest complete checkpoint is looked at.
+
+    Raises:
+        InspectError: no such folder, or neither model, tokenizer nor adapter in it.
+    """
+    folder = Path(locate(path))
+    if not folder.is_dir():
+        raise InspectError(f"{path}: no such folder; inspect looks at folders on this machine")
+    files = _files(folder)
+    if not _kinds(files):
+        folder = _checkpoint_in(folder, files)
+        files = _files(folder)
+    kinds = _kinds(files)
+    found: dict[str, Any] = {}
+    problems: list[Problem] = []
+    if "model" in kinds:
+        found |= look_at_model(folder, files, problems)
+    if "tokenizer" in kinds:
+        # What a config says of the family is more than what a template can say.
+        found = _look_at_tokenizer(folder, files, problems) | found
+    if "adapter" in kinds:
+        found |= look_at_adapter(folder, files, problems)
+    return Findings(path=str(folder), kinds=tuple(kinds), problems=tuple(problems), **found)
+
+
+def _files(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def _kinds(files: set[str]) -> list[str]:
+    return [kind for kind, names in _KINDS.items() if files.intersection(names)]
+
+
+def _checkpoint_in(folder: Path, files: set[str]) -> Path:
+    """The newest complete checkpoint of a run."""
+    from phi3_lora_plugin.store.adapter_folder import AdapterError, adapter_folder
+
+    try:
+        return adapter_folder(folder)
+    except AdapterError as error:
+        raise InspectError(
+            f"{folder} has none of config.json, tokenizer.json and adapter_config.json, and no complete checkpoint; "
+            f"it holds {', '.join(sorted(files)[:8]) or 'nothing'}"
+        ) from error
+
+
+def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
+    """Fields of `Findings` for a folder with a tokenizer; what is wrong goes into `problems`."""
+    from phi3_lora_plugin.chat.templates import TemplateError, template_for
+    from phi3_lora_plugin.model.tokenizer import TokenizerError, load_tokenizer, stop_token_ids
+
+    try:
+        tokenizer = load_tokenizer(folder)
+    except TokenizerError as error:
+        problems.append(Problem(str(error), "take the tokenizer's files from the model's repository again"))
+        return {}
+    except UnsupportedModel:
+        return {}  # told of its config.json
+    found: dict[str, Any] = {"pad_token": f"{tokenizer.pad_token} ({tokenizer.pad_token_id})"}
+    stops = stop_token_ids(tokenizer)
+    found["stop_tokens"] = tuple(f"{tokenizer.convert_ids_to_tokens(stop)} ({stop})" for stop in stops)
+    try:
+        template = template_for(tokenizer)
+        found["template"] = template.name
+        known = template.name.partition(" ")[0]  # without "behind a preamble"
+        members = [each.title for each in FAMILIES.values() if known in each.templates]
+        if members:
+            found["family"] = f"by its template, of {', '.join(members)}"
+        if not template.system:
+            problems.append(
+                Problem(
+                    f"template {template.name} drops system messages in silence",
+                    "data.system: fold, or drop",
+                    here=True,
+                )
+            )
+    except TemplateError as error:
+        problems.append(Problem(str(error), "data.template: NAME"))
+    highest = max(tokenizer.get_vocab().values())
+    rows = _embedding_rows(folder) if "config.json" in files else None
+    if rows is not None and highest >= rows:
+        problems.append(
+            Problem(
+                f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings",
+                "take model and tokenizer from the same repository",
+            )
+        )
+    _look_at_settings(folder, files, tokenizer, stops, problems)
+    return found
+
+
+def _look_at_settings(folder: Path, files: set[str], tokenizer: Any, stops: list[int], problems: list[Problem]) -> None:
+    """What other hosts would make of the files beside tokenizer.json, and of what was saved inside it."""
+    settings = read_json(folder / "tokenizer_config.json", problems) if "tokenizer_config.json" in files else {}
+    pad = settings.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad is not None and tokenizer.convert_tokens_to_ids(pad) in stops:
+        problems.append(
+            Problem(f"pads with {pad}, which is a stop token", f"pad_token: {tokenizer.pad_token}", here=True)
+        )
+    kind = settings.get("tokenizer_class")
+    if kind in ("LlamaTokenizer", "LlamaTokenizerFast") and "config.json" not in files:
+        problems.append(
+            Problem(
+                f"tokenizer_class is {kind} and no config.json stands beside it: AutoTokenizer then gives other ids",
+                "save the tokenizer with phi3_lora_plugin, or put config.json beside it",
+                here=True,
+            )
+        )
+    if settings.get("auto_map"):
+        problems.append(
+            Problem(
+                "tokenizer_config.json has auto_map: hosts with trust_remote_code run a stranger's code for it",
+                "delete auto_map",
+                here=True,
+            )
+        )
+    backend = read_json(folder / "tokenizer.json", problems)
+    for key in ("truncation", "padding"):
+        if backend.get(key):
+            problems.append(
+                Problem(
+                    f"tokenizer.json has {key} saved in it, which raw tokenizers apply", f"set {key} to null", here=True
+                )
+            )
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    try:
+        rows = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # told of its config.json
+    return rows if isinstance(rows, int) else None

@@ -1,0 +1,265 @@
+"""A model folder: what it is, whether its files are what its config says, and what presets would train on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.inspect.findings import Problem, Trainable
+from phi3_lora_plugin.model.families import (
+    RopeError,
+    UnsupportedModel,
+    default_max_length,
+    projections,
+    recognise,
+    repair_rope,
+)
+
+LFS = "is a Git LFS pointer, not the weights"
+PULL = "run git lfs pull"
+AGAIN = "take it from where the folder came from again"
+_INDEX = "model.safetensors.index.json"
+_SHOWN = 3  # names that a problem spells out
+
+
+def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
+    """Fields of `Findings` for a folder with a config.json; what is wrong goes into `problems`."""
+    config = read_json(folder / "config.json", problems)
+    if not config:
+        return {}
+    try:
+        family = recognise(config)
+        layout = projections(config)
+    except UnsupportedModel as error:
+        problems.append(Problem(str(error), "use a supported member of the family"))
+        return {}
+    except RopeError as error:
+        problems.append(Problem(str(error), AGAIN))
+        return {}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"holds what is no size: {error}"
+        problems.append(Problem(f"config.json {what}", AGAIN))
+        return {}
+    found: dict[str, Any] = {"family": f"{family.name} ({family.title})", "projections": layout}
+    try:
+        repair_rope(config)
+        found["max_length"] = default_max_length(config)
+    except RopeError as error:
+        problems.append(Problem(str(error), "take config.json from the model's repository again"))
+    problems += _config_problems(config)
+    problems += _weight_problems(folder, files, config)
+    problems += _generation_problems(
+        folder, files, config, family.pad[0] if family.pad else "an unused token", problems
+    )
+    found["parameters"] = parameters(config)
+    found["trainable"] = _presets(config)
+    return found
+
+
+def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a checkpoint has to hold; experts stacked, as transformers 5 holds them."""
+    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+    moe = config.get("model_type") == "phimoe"
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    norms = ["weight", "bias"] if moe else ["weight"]
+    for layer in range(int(config["num_hidden_layers"])):
+        at = f"model.layers.{layer}"
+        for each in projections(config):
+            shape = (each.out_features, each.in_features)
+            if each.experts:
+                shapes[f"{at}.{each.path}"] = (each.experts, *shape)
+            else:
+                shapes[f"{at}.{each.path}.weight"] = shape
+                if moe and config.get("attention_bias"):
+                    shapes[f"{at}.{each.path}.bias"] = shape[:1]
+        if moe:
+            shapes[f"{at}.mlp.router.weight"] = (int(config["num_local_experts"]), hidden)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{at}.{name}.{part}": (hidden,) for part in norms}
+    shapes |= {f"model.norm.{part}": (hidden,) for part in norms}
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (vocabulary, hidden)
+    if moe and config.get("lm_head_bias"):
+        shapes["lm_head.bias"] = (vocabulary,)
+    return shapes
+
+
+def parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of the whole model."""
+    return sum(_count(shape) for shape in weight_shapes(config).values())
+
+
+def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """A JSON object; anything else is a problem, and nothing."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(Problem(f"{path.name} cannot be read: {error}", AGAIN))
+        return {}
+    if isinstance(read, dict):
+        return read
+    problems.append(Problem(f"{path.name} holds no JSON object", AGAIN))
+    return {}
+
+
+def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
+    """(name -> shape, what is wrong with the file) of a safetensors file, from its first bytes and its size alone."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            return {}, LFS
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            return {}, f"is cut off or damaged: it has {size:,} bytes"
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+            end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return {}, f"is damaged: its header cannot be read ({error})"
+    return shapes, None if end == size else f"is cut off or damaged: it has {size:,} bytes instead of {end:,}"
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
+    if kind in ("su", "yarn"):
+        problems.append(
+            Problem(
+                f"rope type {kind!r} is longrope's first name, which transformers 5 refuses",
+                "write 'longrope' into config.json for other hosts",
+                here=True,
+            )
+        )
+    if "auto_map" in config:
+        problems.append(
+            Problem(
+                "config.json has auto_map: hosts with trust_remote_code run modeling code of 2024 that fails today",
+                "delete auto_map, or keep trust_remote_code off",
+                here=True,
+            )
+        )
+    return problems
+
+
+def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -> list[Problem]:
+    """What keeps the weights from being those of the config; reads headers only."""
+    names = sorted(name for name in files if name.endswith(".safetensors") and not name.startswith("adapter_"))
+    problems: list[Problem] = []
+    if _INDEX in files and "model.safetensors" not in files:
+        listed = read_json(folder / _INDEX, problems).get("weight_map")
+        shards = sorted(set(listed.values())) if isinstance(listed, dict) else names
+        if missing := [shard for shard in shards if shard not in files]:
+            shown = ", ".join(missing[:_SHOWN])
+            problems.append(
+                Problem(f"{len(missing)} of {len(shards)} shards are missing, such as {shown}", "fetch them")
+            )
+        names = [shard for shard in shards if shard in files]
+    if not names and not problems:
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in files)
+        return [
+            Problem(
+                "weights are pickles, which can execute code" if pickled else "there are no weights",
+                "convert them to safetensors" if pickled else "fetch model.safetensors or its shards",
+            )
+        ]
+    held: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        shapes, wrong = header_of(folder / name)
+        held |= shapes
+        if wrong:
+            problems.append(Problem(f"{name} {wrong}", PULL if wrong == LFS else "fetch it again"))
+    # Experts have other names on the hub, and packed weights other shapes.
+    if problems or config.get("model_type") != "phi3" or config.get("quantization_config"):
+        return problems
+    wanted = weight_shapes(config)
+    if absent := [name for name in wanted if name not in held]:
+        shown = ", ".join(absent[:_SHOWN])
+        problems.append(
+            Problem(f"{len(absent)} of {len(wanted)} weights are missing, such as {shown}", "fetch the weights again")
+        )
+    if other := [name for name in wanted if name in held and held[name] != wanted[name]]:
+        name = other[0]
+        problems.append(
+            Problem(
+                f"{len(other)} weights have another shape than config.json says, such as {name}: "
+                f"{list(held[name])} instead of {list(wanted[name])}",
+                "take config.json and weights from the same model",
+            )
+        )
+    return problems
+
+
+def _generation_problems(
+    folder: Path, files: set[str], config: Mapping[str, Any], pad_with: str, problems: list[Problem]
+) -> list[Problem]:
+    generation = read_json(folder / "generation_config.json", problems) if "generation_config.json" in files else {}
+    found = []
+    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    if len(stops) < 2:
+        found.append(
+            Problem(
+                f"generation stops at {stops or 'nothing'} only, and runs on behind the end of a turn",
+                "give eos_token_id in generation_config.json both the end of turn and the end of text",
+                here=True,
+            )
+        )
+    pad = generation.get("pad_token_id", config.get("pad_token_id"))
+    if pad is not None and pad in stops:
+        found.append(
+            Problem(f"pad id {pad} is a stop token, which collators then mask out", f"pad with {pad_with}", here=True)
+        )
+    return found
+
+
+def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
+    """What each of this package's presets would train here, one line for each set of targets, rank and precision."""
+    from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
+    from phi3_lora_plugin.recipe import load_recipe
+    from phi3_lora_plugin.recipe.layers import shipped_names
+
+    rows: dict[tuple[str, int, str], Trainable] = {}
+    for name in shipped_names():
+        recipe = load_recipe(name)
+        lora = recipe.lora
+        targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+        usual = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype
+        held = usual if recipe.model.quantize == "none" else recipe.model.quantize
+        key = (targets, lora.r, held)
+        if key in rows:
+            rows[key] = replace(rows[key], presets=(*rows[key].presets, name))
+            continue
+        try:
+            plan = resolve_targets(config, lora.targets, lora.r, lora.alpha, target_parameters=lora.target_parameters)
+        except TargetError:
+            continue  # a preset for another architecture
+        rows[key] = Trainable(
+            (name,), f"{targets}, r {lora.r}", held, plan.parameters, plan.training_bytes, _held_bytes(config, held)
+        )
+    return tuple(rows.values())
+
+
+def _held_bytes(config: Mapping[str, Any], held: str) -> int:
+    """Bytes of the base's weights; quantisation packs the projections of the layers and leaves the rest in 16 bits."""
+    from phi3_lora_plugin.model.quantize import PACKED_BYTES
+
+    each = 4 if held == "float32" else 2
+    total = 0.0
+    for name, shape in weight_shapes(config).items():
+        linear = "_proj.weight" in name
+        total += _count(shape) * (PACKED_BYTES.get(held, each) if linear else each)
+    return round(total)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    size = 1
+    for each in shape:
+        size *= each
+    return size

@@ -1,0 +1,64 @@
+"""Whether all values of LoRA tensors are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_SHOWN = 3
+
+
+def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None) -> str | None:
+    """The names of trained parameters that are not finite, in a sentence; None if all are. One pass over them.
+
+    Collective where they are sharded: a value that one process has stops all of them.
+
+    Args:
+        parameters: `named_parameters` of the model as far as they can be trained, for who asks in every step: walking
+            32 layers takes longer than looking at what was trained.
+    """
+    import torch
+
+    found = model.named_parameters() if parameters is None else parameters
+    named = [(name, p) for name, p in found if p.requires_grad and p.is_floating_point()]
+    trained = [p for _, p in named]
+    shards = [p for p in trained if hasattr(p, "device_mesh") or hasattr(p, "ds_tensor")]
+    bad = []
+    with torch.no_grad():
+        if not all_finite([_local(p) for p in trained] if shards else trained):
+            bad = [name for name, p in named if not torch.isfinite(_local(p)).all()]
+    anywhere = _agreed(bool(bad), shards[0]) if shards else bool(bad)
+    if not anywhere:
+        return None
+    if not bad:
+        return "trained tensors are not finite in another process"
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return f"{len(bad)} of {len(named)} trained tensors are not finite: {', '.join(bad[:_SHOWN])}{more}"
+
+
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether all values are finite, in one pass that keeps nothing. False also where only their norms overflow."""
+    import torch
+
+    full = [tensor for tensor in tensors if tensor.numel()]
+    norms: Sequence[Any] = torch._foreach_norm(full) if full else ()
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+        norms = [norm.float().to(norms[0].device) for norm in norms]
+    return not norms or bool(torch.stack(norms).float().sum().isfinite())
+
+
+def _agreed(sick: bool, shard: Any) -> bool:
+    """Whether any process is sick, of those that have a part of `shard`; of replicas each knows by itself."""
+    import torch
+
+    place = shard.device_mesh.device_type if hasattr(shard, "device_mesh") else shard.device
+    flag = torch.tensor(float(sick), device=place)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+def _local(parameter: Any) -> Any:
+    """What this process has of a parameter: its shard under FSDP2 and ZeRO-3."""
+    if hasattr(parameter, "to_local"):
+        return parameter.detach().to_local()
+    return (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach()

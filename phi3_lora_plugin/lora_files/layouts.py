@@ -1,0 +1,393 @@
+"""Exact tensor maps between the layouts that LoRA on Phi comes in: fused projections, split ones, loralib's groups.
+
+Everything here is a function from updates to updates. Reading and writing files is next door, in `peft_files`,
+`loralib_files` and `torchtune_files`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from phi3_lora_plugin.model.families import Projection
+
+_LAYER = re.compile(r"^(.*\.layers\.\d+)\.(.+)$")
+
+
+class LayoutError(ValueError):
+    """An adapter cannot be expressed in the layout that was asked for; `problems` says why, one sentence each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One update of one module: `delta W = scaling * b @ a`, of an Embedding `delta W = scaling * (b @ a).T`.
+
+    Attributes:
+        module: path of the module in the base model, such as `model.layers.0.self_attn.qkv_proj`.
+        a: (rank, in); of an Embedding (rank, rows of the table).
+        b: (out, rank).
+        alpha: scaling is alpha / rank, of rank-stabilised LoRA (arXiv 2312.03732) alpha / sqrt(rank).
+        magnitude: (out,), the row lengths of DoRA (arXiv 2402.09353), or None.
+        bias: (out,), the bias of the second factor (PEFT's lora_bias), or None.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    alpha: float
+    rslora: bool = False
+    embedding: bool = False
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def delta(self) -> Tensor:
+        """The update of the weight without DoRA's magnitude: (out, in) of a Linear, (rows, dim) of an Embedding."""
+        product = (self.b.float() @ self.a.float()) * self.scaling
+        return product.T if self.embedding else product
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a conversion report: what became what, by which rule."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    rule: str
+
+
+def with_scaling(lora: Lora, a: Tensor, b: Tensor) -> Lora:
+    """`lora` with other factors, whose alpha keeps the scaling although the rank changed."""
+    ratio = a.shape[0] / lora.rank
+    alpha = lora.alpha * (math.sqrt(ratio) if lora.rslora else ratio)
+    return replace(lora, a=a, b=b, alpha=round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha)
+
+
+def fused_to_split(
+    loras: Iterable[Lora], layout: Sequence[Projection], compact: bool = True
+) -> tuple[list[Lora], list[Row]]:
+    """Updates of fused projections as updates of their slices: each takes A as it is and its own rows of B.
+
+    Args:
+        layout: `families.projections` of the base; row boundaries come from there, also under grouped-query attention.
+        compact: leave out ranks that a slice does not use (columns of its B that are zero) and slices that use none,
+            so that an adapter that was fused from a split one comes back at its own ranks. Changes no weight.
+
+    Raises:
+        LayoutError: a B does not have the rows that the base's projection has.
+    """
+    result: list[Lora] = []
+    rows: list[Row] = []
+    problems: list[str] = []
+    for lora in loras:
+        projection = _fused(lora.module, layout)
+        if projection is None:
+            result.append(lora)
+            rows.append(Row(lora.module, lora.module, tuple(lora.b.shape), "kept"))
+            continue
+        if problem := _misshapen(lora, projection.in_features, projection.out_features):
+            problems.append(problem)
+            continue
+        whole_is_zero = not lora.b.any()
+        for part in projection.slices:
+            target = f"{lora.module.rpartition('.')[0]}.{part.name}"
+            b = lora.b[part.start : part.stop].contiguous()
+            rule = f"A shared, rows {part.start}-{part.stop - 1} of B"
+            piece = replace(lora, module=target, b=b, magnitude=_cut(lora.magnitude, part), bias=_cut(lora.bias, part))
+            live = b.any(dim=0)
+            if compact and not whole_is_zero and not live.all():
+                if not live.any() and piece.magnitude is None and not _any(piece.bias):
+                    rows.append(Row(lora.module, "-", tuple(b.shape), f"{part.name} is not adapted: its rows are zero"))
+                    continue
+                live[0] |= not live.any()
+                piece = with_scaling(piece, piece.a[live].contiguous(), b[:, live].contiguous())
+                rule += f", {int(live.sum())} of {len(live)} ranks in use"
+            result.append(piece)
+            rows.append(Row(lora.module, target, tuple(piece.b.shape), rule))
+    if problems:
+        raise LayoutError(problems)
+    return result, rows
+
+
+def split_to_fused(
+    loras: Iterable[Lora], layout: Sequence[Projection], compact: bool = True
+) -> tuple[list[Lora], list[Row]]:
+    """Updates of split projections as updates of the fused ones: A stacked, B block-diagonal, alpha kept in step.
+
+    Slices without an update get zero rows. The rank of the result is the sum of the slices' ranks, except that slices
+    with one and the same A share it (`compact`), which makes it the exact inverse of `fused_to_split`.
+
+    Raises:
+        LayoutError: misshapen updates, a projection adapted both whole and in slices, DoRA on some slices only.
+    """
+    result: list[Lora] = []
+    rows: list[Row] = []
+    problems: list[str] = []
+    groups: dict[str, dict[str, Lora]] = {}
+    for lora in loras:
+        owner, _, name = lora.module.rpartition(".")
+        projection = _owner(lora.module, layout)
+        if projection is None:
+            result.append(lora)
+            rows.append(Row(lora.module, lora.module, tuple(lora.b.shape), "kept"))
+            continue
+        part = next(part for part in projection.slices if part.name == name)
+        if problem := _misshapen(lora, projection.in_features, part.stop - part.start):
+            problems.append(problem)
+        groups.setdefault(f"{owner}.{projection.name}", {})[name] = lora
+    whole = {lora.module for lora in result}
+    for module, pieces in groups.items():
+        if module in whole:
+            problems.append(
+                f"{module} is adapted as a whole and again by its slices {', '.join(pieces)}; merge one of them"
+            )
+            continue
+        projection = _fused(module, layout)
+        assert projection is not None  # groups are named after fused projections of the layout
+        missing = [part.name for part in projection.slices if part.name not in pieces]
+        if any(lora.magnitude is not None for lora in pieces.values()) and (
+            missing or any(lora.magnitude is None for lora in pieces.values())
+        ):
+            others = ", ".join(missing) or "others"
+            problems.append(
+                f"{module}: DoRA on {', '.join(pieces)} alone cannot be fused: the rows of {others} would need the "
+                "lengths of the base's own rows; merge this adapter instead"
+            )
+            continue
+        if not problems:
+            fused, rule = _fuse(module, pieces, projection, compact)
+            result.append(fused)
+            rows += [Row(lora.module, module, tuple(fused.b.shape), rule) for lora in pieces.values()]
+    if problems:
+        raise LayoutError(problems)
+    return result, rows
+
+
+def grouped_to_fused(lora: Lora, r: int, enable: Sequence[bool], compact: bool = True) -> Lora:
+    """loralib's MergedLinear as one update of the whole projection: A kept, B block-diagonal, rank and alpha times k.
+
+    Args:
+        lora: `a` (r*k, in) and `b` (out/len(enable)*k, r) as loralib stores them for k enabled groups, alpha loralib's.
+        compact: groups with one and the same A share it, as those of a slice under grouped-query attention do.
+
+    Raises:
+        LayoutError: the shapes do not belong to `r` and `enable`.
+    """
+    import torch
+
+    k = sum(enable)
+    if not k or lora.a.shape[0] != r * k or lora.b.shape[1] != r or lora.b.shape[0] % k:
+        flags = ",".join("T" if on else "F" for on in enable)
+        raise LayoutError([
+            f"{lora.module}: A {tuple(lora.a.shape)} and B {tuple(lora.b.shape)} do not belong to r={r} with "
+            f"enable_lora={flags}; expected A ({r * k}, in) and B ({k or 1} x rows of a group, {r})"
+        ])  # fmt: skip
+    height = lora.b.shape[0] // k
+    blocks: list[tuple[Tensor, list[tuple[int, Tensor]]]] = []
+    for place, group in enumerate([group for group, on in enumerate(enable) if on]):
+        start = group * height
+        a, b = lora.a[place * r : (place + 1) * r], lora.b[place * height : (place + 1) * height]
+        same = next((block for block in blocks if compact and torch.equal(block[0], a)), None)
+        if same is None:
+            blocks.append((a, [(start, b)]))
+        else:
+            same[1].append((start, b))
+    one = replace(lora, a=lora.a[:r], b=lora.b)  # at its own rank, so that alpha / rank is loralib's scaling
+    return with_scaling(one, *_stack(blocks, height * len(enable)))
+
+
+def fused_to_grouped(lora: Lora, projection: Projection) -> tuple[Lora, int, tuple[bool, ...]] | None:
+    """The inverse of `grouped_to_fused`: (update as loralib stores it, r, enable_lora), or None where it has no blocks.
+
+    Groups are equal in height, as loralib has them: under grouped-query attention the query takes several groups, each
+    with a copy of the query's A.
+    """
+    import torch
+
+    if lora.magnitude is not None or lora.bias is not None or not projection.slices:
+        return None
+    height = math.gcd(*(part.stop - part.start for part in projection.slices))
+    rows = lora.b.unflatten(0, (-1, height)).ne(0).any(dim=1)  # (groups, rank): which ranks a group uses
+    used = {group: mask for group, mask in enumerate(rows) if mask.any()}
+    masks = torch.unique(rows[rows.any(dim=1)], dim=0)
+    # Blocks on a diagonal: each rank serves one block, all have the same rank. One block over several groups is better
+    # kept whole, with one A.
+    if not used or int(masks.sum(dim=0).max()) > 1 or len(set(masks.sum(dim=1).tolist())) > 1:
+        return None
+    if len(masks) == 1 and len(used) > 1:
+        return None
+    r = int(masks[0].sum())
+    a = torch.cat([lora.a[mask] for mask in used.values()])
+    b = torch.cat([lora.b[group * height : (group + 1) * height, mask] for group, mask in used.items()])
+    scaled = with_scaling(lora, lora.a[:r], lora.b[:, :r]).alpha
+    enable = tuple(group in used for group in range(len(rows)))
+    return replace(lora, a=a.contiguous(), b=b.contiguous(), alpha=scaled), r, enable
+
+
+def uniform(loras: Iterable[Lora], alpha: float, rslora: bool = False) -> list[Lora]:
+    """The same updates under one alpha: where a module's scaling differs, the ratio is multiplied into its B."""
+    result = []
+    for lora in loras:
+        fitted = replace(lora, alpha=alpha, rslora=rslora)
+        if not math.isclose(fitted.scaling, lora.scaling, rel_tol=1e-12):
+            fitted = replace(fitted, b=lora.b * (lora.scaling / fitted.scaling))
+        result.append(fitted)
+    return result
+
+
+def padded(lora: Lora, rank: int) -> Lora:
+    """The same update at a higher rank: further rows of A and columns of B are zero."""
+    import torch
+
+    if rank == lora.rank:
+        return lora
+    a = torch.cat([lora.a, lora.a.new_zeros(rank - lora.rank, lora.a.shape[1])])
+    b = torch.cat([lora.b, lora.b.new_zeros(lora.b.shape[0], rank - lora.rank)], dim=1)
+    return with_scaling(lora, a, b)
+
+
+def is_split(loras: Iterable[Lora], layout: Sequence[Projection]) -> bool:
+    """Whether any update is one of a slice of what the base has fused."""
+    return any(_owner(lora.module, layout) is not None for lora in loras)
+
+
+def unknown_modules(loras: Iterable[Lora], layout: Sequence[Projection], layers: int) -> list[str]:
+    """What is wrong with modules that the base does not have, or has in another shape, in either vocabulary."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for projection in layout:
+        if not getattr(projection, "experts", 0):
+            shapes[projection.path] = (projection.out_features, projection.in_features)
+        for part in projection.slices:
+            path = f"{projection.path.rpartition('.')[0]}.{part.name}"
+            shapes[path] = (part.stop - part.start, projection.in_features)
+    problems = []
+    for lora in loras:
+        if lora.embedding or lora.module in ("lm_head", "model.embed_tokens"):
+            continue
+        match = _LAYER.match(lora.module)
+        number = int(match[1].rpartition(".")[2]) if match else -1
+        if match is None or match[1] != f"model.layers.{number}" or match[2] not in shapes:
+            problems.append(
+                f"{lora.module} is no projection of this model; it has {', '.join(shapes)} in model.layers.N"
+            )
+        elif number >= layers:
+            problems.append(f"{lora.module}: the model has only {layers} layers")
+        elif problem := _misshapen(lora, shapes[match[2]][1], shapes[match[2]][0]):
+            problems.append(problem)
+    return problems
+
+
+def _fuse(module: str, pieces: Mapping[str, Lora], projection: Projection, compact: bool) -> tuple[Lora, str]:
+    import torch
+
+    first = next(iter(pieces.values()))
+    blocks: list[tuple[Any, list[tuple[int, Any]]]] = []
+    folded = False
+    for part in projection.slices:
+        lora = pieces.get(part.name)
+        if lora is None:
+            continue
+        b = lora.b
+        if not math.isclose(lora.scaling, first.scaling, rel_tol=1e-12):
+            b, folded = b * (lora.scaling / first.scaling), True
+        same = next((block for block in blocks if compact and torch.equal(block[0], lora.a)), None)
+        if same is None:
+            blocks.append((lora.a, [(part.start, b)]))
+        else:
+            same[1].append((part.start, b))
+    a, b = _stack(blocks, projection.out_features)
+    fused = replace(
+        with_scaling(replace(first, module=module), a, b),
+        magnitude=_join([lora.magnitude for lora in pieces.values()], projection, pieces),
+        bias=_join([lora.bias for lora in pieces.values()], projection, pieces),
+    )
+    rule = "A shared, B joined" if len(blocks) == 1 else f"A stacked, B block-diagonal, rank {a.shape[0]}"
+    missing = [part.name for part in projection.slices if part.name not in pieces]
+    rule += f"; zero rows for {', '.join(missing)}" if missing else ""
+    return fused, rule + ("; differing scalings multiplied into B" if folded else "")
+
+
+def _stack(blocks: Sequence[tuple[Tensor, Sequence[tuple[int, Tensor]]]], out: int) -> tuple[Tensor, Tensor]:
+    """(A stacked, B) where each block has its A and the (first row, rows) that it writes; all else is zero."""
+    import torch
+
+    dtype = blocks[0][0].dtype
+    for a, parts in blocks:
+        for tensor in (a, *(b for _, b in parts)):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    a = torch.cat([a.to(dtype) for a, _ in blocks])
+    b = torch.zeros(out, a.shape[0], dtype=dtype)
+    rank = 0
+    for factor, parts in blocks:
+        for start, rows in parts:
+            b[start : start + rows.shape[0], rank : rank + factor.shape[0]] = rows.to(dtype)
+        rank += factor.shape[0]
+    return a, b
+
+
+def _join(vectors: Sequence[Any], projection: Projection, pieces: Mapping[str, Lora]) -> Tensor | None:
+    """Vectors over the rows of slices as one over the rows of the whole; what has none gets zeros."""
+    import torch
+
+    if all(vector is None for vector in vectors):
+        return None
+    whole = torch.zeros(projection.out_features, dtype=next(v.dtype for v in vectors if v is not None))
+    for part in projection.slices:
+        vector = dict(zip(pieces, vectors, strict=True)).get(part.name)
+        if vector is not None:
+            whole[part.start : part.stop] = vector
+    return whole
+
+
+def _cut(vector: Tensor | None, part: Any) -> Tensor | None:
+    return None if vector is None else vector[part.start : part.stop].contiguous()
+
+
+def _any(vector: Tensor | None) -> bool:
+    return vector is not None and bool(vector.any())
+
+
+def _misshapen(lora: Lora, in_features: int, out_features: int) -> str:
+    a, b = tuple(lora.a.shape), tuple(lora.b.shape)
+    if len(a) == 2 and len(b) == 2 and a == (b[1], in_features) and b[0] == out_features:
+        return ""
+    return (
+        f"{lora.module}: A {a} and B {b} do not fit the model's weight ({out_features}, {in_features}); expected "
+        f"A (r, {in_features}) and B ({out_features}, r)"
+    )
+
+
+def _fused(module: str, layout: Sequence[Projection]) -> Projection | None:
+    match = _LAYER.match(module)
+    return next((p for p in layout if p.slices and match and match[2] == p.path), None)
+
+
+def _owner(module: str, layout: Sequence[Projection]) -> Projection | None:
+    """The fused projection of which `module` names a slice."""
+    match = _LAYER.match(module)
+    if match is None:
+        return None
+    folder, _, name = match[2].rpartition(".")
+    for projection in layout:
+        same_place = projection.path.rpartition(".")[0] == folder
+        if same_place and any(part.name == name for part in projection.slices):
+            return projection
+    return None

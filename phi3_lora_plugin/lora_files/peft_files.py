@@ -1,0 +1,336 @@
+"""PEFT adapter folders read as data and written back: the settings, the updates of modules, and all else they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.lora_files.layouts import Lora
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Settings that do not touch what a finished adapter computes, or that the readers here act upon.
+_KNOWN = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora", "corda_config",
+}  # fmt: skip
+# Starting points that take something out of the base's weights, which the adapter then needs taken out again.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.)+|(?:_orig_mod\.|_fsdp_wrapped_module\.)")
+_FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)([^.]+))?(?:\.(weight|bias))?$")
+_MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?$")
+
+
+class PeftFilesError(ValueError):
+    """A folder is no PEFT LoRA adapter that can be used as it was asked for; tells everything that is wrong."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A PEFT LoRA adapter as data.
+
+    Attributes:
+        config: adapter_config.json.
+        tensors: by PEFT's names in files, without `base_model.model.` and without the adapter's name.
+        folder: where it was read, or None.
+        notes: what had to be understood leniently while reading.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter consists of: updates, tensors trained in full (by name in the base), rows of single tokens."""
+
+    loras: tuple[Lora, ...]
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+
+
+def read_peft(folder: str | Path) -> PeftAdapter:
+    """Read an adapter folder.
+
+    Raises:
+        PeftFilesError: no config or weights, another method than LoRA, unknown settings that change what it computes,
+            several adapters in one file.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}, and only LORA is understood here")
+    problems += [
+        f"{name}={value!r} changes what the adapter computes in a way that is not known here"
+        for name, value in config.items()
+        if name not in _KNOWN and value not in (None, False, {}, [], "")
+    ]
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        problems.append(
+            f"r and lora_alpha have to be numbers, got {config.get('r')!r} and {config.get('lora_alpha')!r}"
+        )
+    if config.get("fan_in_fan_out"):
+        problems.append("fan_in_fan_out is set, but every projection of Phi stores its weight as (out, in)")
+    if problems:
+        raise PeftFilesError(f"{folder / CONFIG}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    raw = _weights(folder)
+    tensors: dict[str, Tensor] = {}
+    names = set()
+    renamed = 0
+    for key, tensor in raw.items():
+        plain = _WRAPPERS.sub("", key)
+        plain = plain.removeprefix("base_model.model.")
+        renamed += key != f"base_model.model.{plain}"
+        match = _FACTOR.match(plain)
+        magnitude = _MAGNITUDE.match(plain)
+        if match:
+            module, embedding, factor, name, kind = match.groups()
+            names.add(name)
+            plain = f"{module}.lora_{embedding or ''}{factor}" + (f".{kind or 'weight'}" if not embedding else "")
+        elif magnitude:
+            names.add(magnitude[2])
+            plain = f"{magnitude[1]}.lora_magnitude_vector"
+        if plain in tensors:
+            raise PeftFilesError(
+                f"{folder}: {key!r} and another key both mean {plain!r}; the file holds several adapters"
+            )
+        tensors[plain] = tensor
+    if len(named := names - {None}) > 1:
+        raise PeftFilesError(
+            f"{folder}: the file holds several adapters ({', '.join(sorted(named))}); save one at a time"
+        )
+    notes = (f"{renamed} keys were brought to PEFT's names (prefixes, adapter name)",) if renamed else ()
+    return PeftAdapter(config, tensors, folder, notes)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder; the error lists named adapters one folder further down."""
+    path = folder / CONFIG
+    if not path.is_file():
+        below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+        hint = f"; it has the adapters {', '.join(below)} inside: name one of these folders" if below else ""
+        raise PeftFilesError(f"{folder} is no PEFT adapter: {CONFIG} is missing{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise PeftFilesError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise PeftFilesError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
+    return config
+
+
+def parts(adapter: PeftAdapter) -> Parts:
+    """Sort an adapter's tensors into updates, tensors trained in full and token rows; every tensor ends up in one.
+
+    Raises:
+        PeftFilesError: half a pair, a rank other than the config's, experts (`target_parameters`), or a starting
+            point that changed the base. Those who can handle the last two (merging) do not come here.
+    """
+    config, problems = adapter.config, []
+    if config.get("target_parameters"):
+        problems.append("it adapts stacked expert weights (target_parameters), for which no other layout exists")
+    if changes_base(config):
+        problems.append(
+            f"it started from {config['init_lora_weights']!r}, which took a part out of the base's weights, so it "
+            "means nothing on the published base; merge it, or save it again with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    loras: list[Lora] = []
+    left = dict(adapter.tensors)
+    for module in dict.fromkeys(match[1] for key in adapter.tensors if (match := _FACTOR.match(key))):
+        embedding = f"{module}.lora_embedding_A" in left or f"{module}.lora_embedding_B" in left
+        a = left.pop(f"{module}.lora_embedding_A" if embedding else f"{module}.lora_A.weight", None)
+        b = left.pop(f"{module}.lora_embedding_B" if embedding else f"{module}.lora_B.weight", None)
+        bias = left.pop(f"{module}.lora_B.bias", None)
+        magnitude = left.pop(f"{module}.lora_magnitude_vector", None)
+        if a is None or b is None:
+            problems.append(f"{module}: lora_{'A' if a is None else 'B'} is missing")
+            continue
+        rank = pattern_value(config.get("rank_pattern"), module, config["r"])
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            problems.append(f"{module}: the config says rank {rank}, but A is {tuple(a.shape)} and B {tuple(b.shape)}")
+            continue
+        alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+        loras.append(Lora(module, a, b, alpha, bool(config.get("use_rslora")), embedding, magnitude, bias))
+    full, tokens = full_tensors(adapter, left)
+    if not loras and not full and not tokens and not problems:
+        problems.append("it holds no LoRA tensor")
+    if problems:
+        raise PeftFilesError(
+            f"{adapter.folder or 'the adapter'}:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return Parts(tuple(loras), full, tokens)
+
+
+def full_tensors(
+    adapter: PeftAdapter, left: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], Tensor]]]:
+    """(tensors trained in full by their name in the base, token rows by embedding module) of what is not LoRA."""
+    full, tokens = {}, {}
+    for key, tensor in left.items():
+        if key.endswith(".token_adapter.trainable_tokens_delta"):
+            module = key.removesuffix(".token_adapter.trainable_tokens_delta")
+            tokens[module] = (_token_ids(adapter, module, tensor), tensor)
+        else:
+            full[re.sub(r"\.(?:base_layer|modules_to_save(?:\.[^.]+)?)\.(?=[^.]+$)", ".", key)] = tensor
+    return full, tokens
+
+
+def _token_ids(adapter: PeftAdapter, module: str, rows: Tensor) -> tuple[int, ...]:
+    asked = adapter.config.get("trainable_token_indices") or []
+    if isinstance(asked, Mapping):
+        asked = next((ids for name, ids in asked.items() if module == name or module.endswith(f".{name}")), [])
+    if len(asked) != rows.shape[0]:
+        raise PeftFilesError(
+            f"{adapter.folder}: {module} has {rows.shape[0]} trained token rows, but trainable_token_indices "
+            f"names {len(asked)} tokens"
+        )
+    return tuple(asked)
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter's starting point took a part out of the base's weights: PiSSA, OLoRA and their like."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+
+
+def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """What PEFT's rank_pattern or alpha_pattern gives a module: its first key that fits the end of the path (regex)."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def peft_config(
+    loras: Iterable[Lora], base: str | None, revision: str | None = None, layers: int | None = None,
+    dropout: float = 0.0, modules_to_save: Iterable[str] = (), tokens: Mapping[str, Iterable[int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The smallest adapter_config.json for these updates: sorted, defaults left out, readable by older PEFT.
+
+    The rank and alpha that most modules have go on top, the others into rank_pattern and alpha_pattern.
+    """
+    loras = list(loras)
+    (rank, alpha), _ = Counter((lora.rank, lora.alpha) for lora in loras).most_common(1)[0] if loras else ((1, 1), 0)
+    names = _short_names(loras, layers)
+    kinds: dict[str, set[tuple[int, float]]] = {}
+    for lora in loras:
+        kinds.setdefault(lora.module.rpartition(".")[2], set()).add((lora.rank, lora.alpha))
+    ranks: dict[str, Any] = {}
+    alphas: dict[str, Any] = {}
+    for lora in loras:
+        short = lora.module.rpartition(".")[2]
+        key = short if len(kinds[short]) == 1 else lora.module
+        if lora.rank != rank:
+            ranks[key] = lora.rank
+        if lora.alpha != alpha:
+            alphas[key] = lora.alpha
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "peft_type": "LORA",
+        "r": rank,
+        "revision": revision,
+        "target_modules": sorted(names),
+        "task_type": "CAUSAL_LM",
+    }
+    optional = {
+        "alpha_pattern": dict(sorted(alphas.items())),
+        "rank_pattern": dict(sorted(ranks.items())),
+        "lora_bias": any(lora.bias is not None for lora in loras),
+        "modules_to_save": sorted(modules_to_save),
+        "trainable_token_indices": {name: list(ids) for name, ids in (tokens or {}).items()},
+        "use_dora": any(lora.magnitude is not None for lora in loras),
+        "use_rslora": any(lora.rslora for lora in loras),
+    }
+    return dict(sorted((config | {name: value for name, value in optional.items() if value}).items()))
+
+
+def _short_names(loras: list[Lora], layers: int | None) -> set[str]:
+    """Last parts of the module paths where they mean exactly these modules, else the full paths."""
+    short: dict[str, set[str]] = {}
+    for lora in loras:
+        short.setdefault(lora.module.rpartition(".")[2], set()).add(lora.module)
+    complete = all(
+        len(modules) == (layers if re.search(r"\.layers\.\d+\.", next(iter(modules))) else 1)
+        for modules in short.values()
+    )
+    return set(short) if layers and complete else {lora.module for lora in loras}
+
+
+def peft_tensors(found: Parts) -> dict[str, Tensor]:
+    """The tensors of `found` by the names under which PEFT saves them, sorted."""
+    tensors: dict[str, Tensor] = {}
+    for lora in found.loras:
+        path = f"base_model.model.{lora.module}"
+        tensors[f"{path}.lora_embedding_A" if lora.embedding else f"{path}.lora_A.weight"] = lora.a
+        tensors[f"{path}.lora_embedding_B" if lora.embedding else f"{path}.lora_B.weight"] = lora.b
+        if lora.magnitude is not None:
+            tensors[f"{path}.lora_magnitude_vector"] = lora.magnitude
+        if lora.bias is not None:
+            tensors[f"{path}.lora_B.bias"] = lora.bias
+    for name, tensor in found.full.items():
+        tensors[f"base_model.model.{name}"] = tensor
+    for module, (_, rows) in found.tokens.items():
+        tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = rows
+    # An A that several slices share is one tensor in memory and has to be several in the file.
+    return {name: tensors[name].detach().clone().contiguous() for name in sorted(tensors)}
+
+
+def write_peft(folder: Path, config: Mapping[str, Any], found: Parts) -> None:
+    """Write the two adapter files into `folder`, which exists; equal input gives equal bytes."""
+    from safetensors.torch import save_file
+
+    save_file(peft_tensors(found), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if (folder / WEIGHTS).is_file():
+        try:
+            tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise PeftFilesError(f"{folder / WEIGHTS} is cut off or damaged: {error}") from error
+        return tensors
+    old = folder / "adapter_model.bin"
+    if old.is_file():
+        import torch
+
+        try:
+            loaded: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises pickle's own errors, whatever is in the file
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise PeftFilesError(
+                f"{old} is damaged, or needs code from it to be run, which is never done: {why}"
+            ) from error
+        return loaded
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+    raise PeftFilesError(f"{folder}: {WEIGHTS} is missing; found {found}")

@@ -1,0 +1,100 @@
+"""torchtune's adapter files: `layers.N.attn.q_proj.lora_a.weight` and so on, always split, without r and alpha.
+
+Names as torchtune 0.6 builds them (`models/phi3`): w1 is the gate, w3 the up and w2 the down projection. Its Phi-3
+rotates as transformers does, so unlike for its Llama no rows are permuted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from phi3_lora_plugin.lora_files.layouts import Lora, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAMES = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+_KEY = re.compile(r"^layers\.(\d+)\.(.+)\.(lora_a\.weight|lora_b\.weight|magnitude)$")
+
+
+class TorchtuneError(ValueError):
+    """A torchtune adapter cannot be read or written; tells everything that is wrong."""
+
+
+def looks_like_torchtune(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a torchtune adapter."""
+    return any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in keys)
+
+
+def from_torchtune(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[list[Lora], list[Row]]:
+    """The updates of split projections in a torchtune adapter.
+
+    Raises:
+        TorchtuneError: alpha is not said, or the file has keys that its Phi-3 builders do not make.
+    """
+    problems = []
+    if alpha is None:
+        problems.append(
+            "alpha is not said: torchtune stores none with a Phi-3 adapter; give --alpha (its recipes use 16)"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    sources = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None or match[2] not in _NAMES:
+            problems.append(f"{key!r} is no key of a torchtune Phi-3 adapter")
+            continue
+        module = f"model.layers.{match[1]}.{_NAMES[match[2]]}"
+        sources[module] = f"layers.{match[1]}.{match[2]}"
+        found.setdefault(module, {})[match[3]] = tensor
+    loras, rows = [], []
+    for module, each in found.items():
+        a, b = each.get("lora_a.weight"), each.get("lora_b.weight")
+        if a is None or b is None:
+            problems.append(f"{sources[module]}: {'lora_a' if a is None else 'lora_b'} is missing")
+            continue
+        loras.append(Lora(module, a, b, alpha or 0, magnitude=each.get("magnitude")))
+        rows.append(Row(sources[module], module, tuple(b.shape), "renamed"))
+    if problems:
+        raise TorchtuneError("\n".join(problems))
+    return loras, rows
+
+
+def to_torchtune(loras: Iterable[Lora]) -> tuple[dict[str, Tensor], float, list[Row]]:
+    """(tensors, alpha, report rows) of updates of split projections.
+
+    Raises:
+        TorchtuneError: something that a torchtune adapter cannot hold.
+    """
+    ours = {name: tune for tune, name in _NAMES.items()}
+    loras = list(loras)
+    problems, rows = [], []
+    tensors: dict[str, Tensor] = {}
+    ranks = sorted({lora.rank for lora in loras})
+    scalings = sorted({lora.scaling for lora in loras})
+    if len(ranks) > 1 or len(scalings) > 1:
+        problems.append(f"torchtune builds all modules with one rank and alpha; this adapter has ranks {ranks}")
+    for lora in loras:
+        match = re.match(r"^model\.layers\.(\d+)\.(.+)$", lora.module)
+        if match is None or match[2] not in ours or lora.bias is not None:
+            problems.append(f"{lora.module}: torchtune's Phi-3 has no such adapter")
+            continue
+        path = f"layers.{match[1]}.{ours[match[2]]}"
+        tensors[f"{path}.lora_a.weight"] = lora.a.detach().clone()
+        tensors[f"{path}.lora_b.weight"] = lora.b.detach().clone()
+        if lora.magnitude is not None:
+            tensors[f"{path}.magnitude"] = lora.magnitude.detach().clone()
+        rows.append(Row(lora.module, path, tuple(lora.b.shape), "renamed"))
+    if problems:
+        raise TorchtuneError("\n".join(problems))
+    return tensors, scalings[0] * ranks[0], rows

@@ -1,0 +1,58 @@
+"""A model's config.json as the native config object, with rotary settings repaired."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, recognise, repair_rope
+from phi3_lora_plugin.model.folder import ModelError
+
+
+def load_config(folder: str | Path) -> Any:
+    """The native config object of a model folder, with rotary settings repaired and without `auto_map`.
+
+    Raises:
+        ModelError: config.json is missing or not JSON, or the native class refuses it.
+        UnsupportedModel: not a model of the family.
+        RopeError: rotary settings that no revision has.
+    """
+    return read_config(Path(folder) / "config.json")
+
+
+def read_config(path: Path) -> Any:
+    """The native config object of a config.json, wherever it lies; raises as `load_config`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    try:
+        recognise(given)
+        repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}
+        native = CONFIG_MAPPING[repaired["model_type"]]
+        if not hasattr(native(), "rope_parameters"):
+            repaired = _old_layout(repaired)
+        return native.from_dict(repaired)
+    except (UnsupportedModel, RopeError):
+        raise
+    except Exception as error:  # sizes that are none; the native class checks its fields by errors of its own
+        raise ModelError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
+
+
+def _old_layout(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings as transformers before 5 has them."""
+    rope = dict(config.pop("rope_parameters"))
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if rope["rope_type"] == "longrope":
+        config["rope_scaling"] = {
+            "type": "longrope",
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
+        }
+    return config

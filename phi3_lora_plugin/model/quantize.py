@@ -1,0 +1,50 @@
+"""Quantised base weights through bitsandbytes; all else of a quantised run is the code of a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi3_lora_plugin.model.folder import ModelError
+
+#: Bytes a weight: 4 bits and, double quantised, 0.127 bits of scales (QLoRA, arXiv 2305.14314, section 3); 8 bits.
+PACKED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+
+
+def quantization_config(kind: str, compute: Any) -> Any:
+    """The `BitsAndBytesConfig` of "nf4" or "int8"; embeddings and head stay as they are.
+
+    Args:
+        compute: dtype that nf4 weights are multiplied in.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or an unknown kind.
+    """
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f'quantize: {kind} needs bitsandbytes: pip install "phi3-lora-plugin[qlora]"')
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=["lm_head"],
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    raise ModelError(f"quantize: {kind!r} is none of none, nf4, int8")
+
+
+def keep_trainable_on_cpu(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights of a model in place when it is evaluated on a CPU.
+
+    On CPUs with AVX512-BF16 it does so (0.50) at the first forward pass in evaluation mode. Packed weights have no
+    backward pass, so that training on after an evaluation would stop short at them without a word, and layers whose
+    sizes are not multiples of 32 and 64 fail. Unpacked ones are multiplied as in training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,315 @@
+"""The whole run, read top to bottom: recipe -> model and data -> LoRA -> Trainer -> checked adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
+from phi3_lora_plugin.training.rows import feed, first_batches
+
+Tell = Callable[[str], None]
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import Trainer, TrainerCallback
+
+    from phi3_lora_plugin.recipe import Recipe
+
+_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+
+
+class TrainingError(RuntimeError):
+    """A run that could not go on, or went wrong in a way that its result must not be used."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt: what the data says, and what the model said before and after training."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind. Losses are means per held-out batch in nats a token; sizes are in bytes."""
+
+    status: str  # "done" or "interrupted"
+    output_dir: str
+    adapter: str | None
+    base: str
+    steps: int
+    epochs: float
+    tokens: int
+    seconds: float
+    train_loss: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    base_bytes: int
+    reload_difference: float | None
+    samples: tuple[Sample, ...] = ()
+
+    def to_json(self) -> str:
+        """One line of JSON with every field."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take back what transformers before 5 tells accelerate by the environment, where the next run would find it."""
+    before = os.environ.get(_MIXED_PRECISION)
+    try:
+        yield
+    finally:
+        os.environ.pop(_MIXED_PRECISION, None)
+        if before is not None:
+            os.environ[_MIXED_PRECISION] = before
+
+
+@_environment_kept()
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_drift: Sequence[str] = (),
+    samples: int = 0,
+    check: bool = True,
+    plugins: Plugins | None = None,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Result:
+    """Run a recipe and return what came of it; what `phi3-lora train` does.
+
+    Args:
+        recipe: from `load_recipe`.
+        resume: go on from the newest complete checkpoint of `recipe.output_dir`.
+        allow_drift: names of settings that may differ from the checkpoint's when resuming.
+        samples: answer this many held-out prompts before and after.
+        check: afterwards, reload the adapter in a fresh process with plain PEFT and compare logits.
+        plugins: what was discovered; discovered here if not given.
+        console: where to write; nowhere in particular if not given.
+        callbacks: to add behind those of the plugins.
+
+    Raises:
+        RecipeError, DataError, ModelError, TargetError: wrong input, before anything is trained.
+        DriftError: the checkpoint to resume from was made with other settings.
+        TrainingError: the run stopped for its health (non-finite or stuck loss).
+        ReloadError: the saved adapter is not the trained one.
+    """
+    from rich.console import Console
+    from transformers import PrinterCallback, set_seed
+
+    from phi3_lora_plugin.chat.dataset import load_data
+    from phi3_lora_plugin.chat.rows import lengths
+    from phi3_lora_plugin.lora.coverage import coverage, render_coverage
+    from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
+    from phi3_lora_plugin.model.families import default_max_length, straddles
+    from phi3_lora_plugin.speed.apply import accelerate_phi3
+    from phi3_lora_plugin.store.checkpoint import latest_complete
+    from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options
+    from phi3_lora_plugin.training.attach import wrap_again
+    from phi3_lora_plugin.training.callbacks import CheckpointError
+    from phi3_lora_plugin.training.health import HealthError
+    from phi3_lora_plugin.training.interrupt import StopOnSignal
+    from phi3_lora_plugin.training.progress import ProgressReport
+
+    started = time.monotonic()
+    say = console or Console(quiet=True)
+
+    def tell(text: str) -> None:
+        say.print(text, markup=False, highlight=False, soft_wrap=True)  # a path may hold [brackets]
+
+    plugins = plugins or load_plugins()
+    output_dir = Path(recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for note in recipe.notes:
+        tell(f"note: {note}")
+
+    set_seed(recipe.seed)
+    model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
+    longest = recipe.data.max_length or default_max_length(model.config.to_dict())
+    data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
+    data.report.render(say)
+    if not recipe.data.packing and straddles(lengths(data.train), model.config.to_dict()):
+        tell(
+            "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
+            "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
+            "training.train_sampling_strategy: group_by_length"
+        )
+
+    options = lora_options(recipe)
+    if recipe.lora.init == "eva":
+        options["data"] = first_batches(data.train, tokenizer, model.device)
+    set_seed(recipe.seed)  # A depends on the seed alone, not on how the model was loaded
+    model = add_lora(model, **options)
+    say.print(render_coverage(coverage(model)))
+    arguments = _arguments(recipe, data.eval is not None)
+    if checkpoints_activations(arguments):
+        prepare_for_checkpointing(model)
+
+    stop, progress = StopOnSignal(), ProgressReport(say)
+    callbacks = [*plugins.callbacks(recipe), *callbacks]
+    rows, collator = feed(data.train, recipe, tokenizer, longest)
+    trainer = _trainer_class(recipe)(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=data.eval,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[progress, stop, *callbacks],  # in this order: what a callback of ours raises comes last
+        optimizers=(_optimizer(model, arguments, recipe), None),
+    )
+    for applied in accelerate_phi3(trainer, recipe.speed):
+        tell(f"speed: {applied}")
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if hasattr(callback, "bind"):
+            callback.bind(trainer)
+
+    # Not earlier: what is refused until here leaves a folder that the repaired recipe may use.
+    if os.environ.get("RANK", "0") == "0":
+        (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
+        (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    before = _eval_loss(trainer)
+    wrap_again(trainer)
+    if before is not None:
+        tell(f"held-out loss before training: {before:.4f}")
+    questions = _questions(data.eval, tokenizer, samples)
+    answers_before = _answers(model, tokenizer, questions)
+    try:
+        with stop:
+            _run(trainer, recipe, resume, allow_drift, tell)
+    except (HealthError, CheckpointError) as error:
+        raise TrainingError(str(error)) from error
+    interrupted = stop.received is not None
+    after = None if interrupted else _eval_loss(trainer)
+    answers_after = [""] * len(questions) if interrupted else _answers(model, tokenizer, questions)
+
+    adapter = latest_complete(output_dir)
+    difference = None
+    if check and adapter is not None and not interrupted and trainer.is_world_process_zero():
+        difference = _check(model, adapter, recipe, data.train[0]["input_ids"], tell)
+    trainable, total = model.get_nb_trainable_parameters()
+    base = model.get_base_model()
+    return Result(
+        status="interrupted" if interrupted else "done",
+        output_dir=str(output_dir),
+        adapter=None if adapter is None else str(adapter),
+        base=recipe.model.path,
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0.0, 4),
+        tokens=trainer.state.num_input_tokens_seen,
+        seconds=round(time.monotonic() - started, 2),
+        train_loss=progress.loss,
+        eval_loss_before=before,
+        eval_loss_after=after,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        adapter_bytes=0 if adapter is None else sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
+        base_bytes=sum(p.numel() * p.element_size() for n, p in base.named_parameters() if "lora_" not in n),
+        reload_difference=difference,
+        samples=tuple(
+            Sample(question.prompt, question.expected, was, now)
+            for question, was, now in zip(questions, answers_before, answers_after, strict=True)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Question:
+    ids: list[int]
+    prompt: str
+    expected: str
+
+
+def _questions(rows: Any, tokenizer: Any, count: int) -> list[_Question]:
+    """The first turns of the first `count` held-out rows: everything before the first trained token, and that turn."""
+    found = []
+    for row in rows.select(range(min(count, len(rows)))) if rows is not None else ():
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        start = next(index for index, label in enumerate(labels) if label != -100)
+        stop = next((index for index in range(start, len(labels)) if labels[index] == -100), len(labels))
+        prompt = tokenizer.decode(ids[:start], skip_special_tokens=True).strip()
+        found.append(
+            _Question(ids[:start], prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip())
+        )
+    return found
+
+
+def _answers(model: Any, tokenizer: Any, questions: Sequence[_Question]) -> list[str]:
+    from phi3_lora_plugin.evaluate.answers import answer
+
+    return [said.text for said in answer(model, tokenizer, [question.ids for question in questions], 48)]
+
+
+def _eval_loss(trainer: Trainer) -> float | None:
+    return None if trainer.eval_dataset is None else float(trainer.evaluate()["eval_loss"])
+
+
+def _arguments(recipe: Recipe, has_eval: bool) -> Any:
+    from phi3_lora_plugin.training.arguments import training_arguments
+
+    if not recipe.preference.on:
+        return training_arguments(recipe, has_eval)
+    from phi3_lora_plugin.training.preference import preference_arguments
+
+    return preference_arguments(recipe, has_eval)
+
+
+def _trainer_class(recipe: Recipe) -> Any:
+    from transformers import Trainer
+
+    if not recipe.preference.on:
+        return Trainer
+    from phi3_lora_plugin.training.preference import PreferenceTrainer
+
+    return PreferenceTrainer
+
+
+def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], tell: Tell) -> None:
+    from contextlib import nullcontext
+
+    from phi3_lora_plugin.training.resume import resumable
+
+    going_on = resumable(trainer, recipe.output_dir, allow_drift, tell) if resume else nullcontext()
+    with going_on as checkpoint:
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:
+    """LoRA+'s optimizer if the recipe asks for it; None lets the Trainer make the one that its arguments name."""
+    if recipe.lora.loraplus_lr_ratio is None:
+        return None
+    from phi3_lora_plugin.lora.methods import loraplus_optimizer
+
+    return loraplus_optimizer(model, arguments, recipe.lora.loraplus_lr_ratio)
+
+
+def _check(model: Any, adapter: Path, recipe: Recipe, ids: Sequence[int], tell: Tell) -> float | None:
+    """Reload the adapter elsewhere; None, with the reason said, where a second copy of the base would not be fair."""
+    from phi3_lora_plugin.embedded import locate
+    from phi3_lora_plugin.training.reload_check import reload_check
+
+    if recipe.model.quantize != "none":
+        tell("the reload was not checked: the base is quantised; phi3-lora verify checks the files")
+        return None
+    parameters = model.num_parameters()
+    if parameters > 1_000_000_000:
+        tell(f"the reload was not checked: a second copy of {parameters / 1e9:.1f}B parameters may not fit")
+        return None
+    check = reload_check(model, adapter, locate(recipe.model.path), recipe.model.revision, ids[:256])
+    return check.largest_difference

@@ -1,0 +1,49 @@
+"""A plan as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from phi3_lora_plugin.plan.plan import Plan
+from phi3_lora_plugin.wording import human
+
+
+def lines(plan: Plan) -> Sequence[str]:
+    """What it takes, part by part, and whether it fits."""
+    packed = f", {plan.quantize}" if plan.quantize != "none" else ""
+    shape = (
+        f"{plan.batch} packs of up to {plan.width // plan.batch}" if plan.packing else f"{plan.batch} x {plan.width}"
+    )
+    kept = "activations computed twice" if plan.checkpointing else "all activations kept"
+    told = [
+        f"{plan.recipe} on {plan.device}: {plan.model}, {plan.dtype}{packed}",
+        f"parameters      {plan.parameters:,}, of LoRA {plan.trainable_parameters:,} "
+        f"({100 * plan.trainable_parameters / max(1, plan.parameters):.2f}%)",
+        f"a micro-batch   {shape} tokens, {plan.accumulation} a step, {kept}",
+        f"at the worst    {plan.when}",
+    ]
+    parts = {
+        "CUDA context" if plan.device == "cuda" else "the program": plan.program,
+        "base": plan.base,
+        "adapter": plan.adapter,
+        "gradients": plan.gradients,
+        "optimizer": plan.optimizer,
+        "activations": plan.activations,
+        "logits": plan.logits,
+        "held by malloc": plan.held,
+    }
+    told += [f"  {name:<14}{human(count):>10}" for name, count in parts.items() if count]
+    told.append(f"  {'in all':<14}{human(plan.peak):>10}")
+    told.append(f"checkpoint      {human(plan.checkpoint)}, and {human(plan.resume)} to resume from")
+    if plan.steps is None:
+        told.append(f"steps           of up to {plan.tokens_per_step:,} tokens; give data.path to know how many")
+    else:
+        told.append(f"steps           {plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all")
+    if plan.device == "cuda":
+        told.append("note            counted from shapes; not measured on a GPU, whose allocator keeps a little more")
+    if plan.fits is None:
+        told.append("fits            --memory 24GB says into what")
+    else:
+        word = "yes" if plan.fits else "NO"
+        told.append(f"fits            {word}: {human(plan.peak)} of {human(plan.memory or 0)}")
+    return told

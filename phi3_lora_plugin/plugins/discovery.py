@@ -1,0 +1,113 @@
+"""Find every installed plugin by entry point, load those that can be loaded, and remember what became of the rest."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from difflib import get_close_matches
+from importlib import metadata
+
+import pluggy
+
+from phi3_lora_plugin import hookspecs
+from phi3_lora_plugin.hookspecs import NAME
+from phi3_lora_plugin.plugins.registry import BLOCK, KINDS, Failure, Plugin, PluginError, Plugins, PluginWarning
+
+__all__ = ["Failure", "Plugin", "PluginError", "PluginWarning", "Plugins", "load_plugins"]
+
+
+def load_plugins(strict: bool = False) -> Plugins:
+    """Load every plugin of entry-point group `phi3_lora_plugin`, sorted by name; each call starts afresh.
+
+    A plugin that cannot be loaded is skipped with one `PluginWarning` and remembered in `.failures`. Names in the
+    environment variable `PHI3_LORA_BLOCK_PLUGINS` (split at commas or blanks) are never imported.
+
+    Args:
+        strict: Raise the first failure as it is, and call the `register_*` hooks at once, so that clashes and hooks
+            that fail are found too. For CI and for authors of plugins.
+    """
+    manager = pluggy.PluginManager(NAME)
+    manager.add_hookspecs(hookspecs)
+    blocked = tuple(sorted({name for name in re.split(r"[\s,]+", os.environ.get(BLOCK, "")) if name}))
+    loaded: list[Plugin] = []
+    failures: list[Failure] = []
+    for name, claims in sorted(_claims(failures, strict).items()):
+        if name in blocked:
+            continue
+        where = " and ".join(f"{claim.distribution} {claim.version}, {claim.target}" for claim, _ in claims)
+        try:
+            if len(claims) > 1:
+                raise PluginError("this entry-point name is claimed twice; uninstall one of the two")
+            plugin, entry_point = claims[0]
+            loaded.append(_load(manager, plugin, entry_point))
+        except Exception as error:
+            manager.unregister(name=name)  # older pluggy leaves a plugin half registered
+            if strict:
+                error.add_note(f"raised by plugin {name!r} ({where})")
+                raise
+            failures.append(Failure(name, where, "was skipped", error))
+    for failure in failures:
+        warnings.warn(str(failure), PluginWarning, stacklevel=2)
+    plugins = Plugins(manager, tuple(loaded), failures, blocked, strict)
+    if strict:
+        for kind in KINDS:
+            plugins.named(kind)
+    return plugins
+
+
+def _claims(failures: list[Failure], strict: bool) -> dict[str, list[tuple[Plugin, metadata.EntryPoint]]]:
+    """Return the entry points of our group by name, read from disk in one scan without importing anything.
+
+    `importlib.metadata.entry_points` would do, but it raises for all when one stranger's file is malformed, and drops
+    distributions whose folder names agree up to the first `-`.
+    """
+    claims: dict[str, list[tuple[Plugin, metadata.EntryPoint]]] = {}
+    seen: set[str] = set()
+    for distribution in metadata.distributions():
+        try:
+            if NAME not in (distribution.read_text("entry_points.txt") or ""):
+                continue
+            owner, version = (distribution.metadata[key] or "unknown" for key in ("Name", "Version"))
+            # The first one on the path is the one that Python imports; a checkout often stands beside its install.
+            canonical = re.sub(r"[-_.]+", "-", owner).lower()
+            if owner != "unknown" and canonical in seen:
+                continue
+            seen.add(canonical)
+            for entry_point in distribution.entry_points.select(group=NAME):
+                claim = Plugin(entry_point.name, owner, version, entry_point.value), entry_point
+                if claim not in claims.setdefault(entry_point.name, []):
+                    claims[entry_point.name].append(claim)
+        except Exception as error:
+            if strict:
+                raise
+            where = str(getattr(distribution, "_path", distribution.locate_file("")))  # its name may be unreadable too
+            failures.append(Failure("?", where, "has an entry_points.txt that cannot be read", error))
+    return claims
+
+
+def _load(manager: pluggy.PluginManager, plugin: Plugin, entry_point: metadata.EntryPoint) -> Plugin:
+    """Import and register one plugin; raise for everything that pluggy would let pass or find only at the call."""
+    target = entry_point.load()
+    hash(target)  # pluggy keeps plugins in sets
+    for other in manager.get_plugins():
+        if other is target:
+            raise PluginError(f"the same object is loaded already, as plugin {manager.get_name(other)!r}")
+    manager.register(target, name=plugin.name)
+    callers = manager.get_hookcallers(target) or []
+    if not callers:
+        raise PluginError(f"{target!r} has no hook; expected functions marked with phi3_lora_plugin.hookimpl")
+    known = sorted(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{NAME}_spec"))
+    for caller in callers:
+        for implementation in (i for i in caller.get_hookimpls() if i.plugin is target):
+            if caller.spec is None:
+                if not implementation.optionalhook:
+                    near = get_close_matches(caller.name, known, 1)
+                    guess = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known)}"
+                    raise PluginError(f"implements unknown hook {caller.name!r}; {guess}")
+            elif switched_off := sorted(set(implementation.kwargnames) & set(caller.spec.argnames)):
+                raise PluginError(
+                    f"{caller.name} gives argument {switched_off[0]!r} a default, so pluggy never passes it; "
+                    "remove the default"
+                )
+    return Plugin(plugin.name, plugin.distribution, plugin.version, plugin.target, tuple(c.name for c in callers))

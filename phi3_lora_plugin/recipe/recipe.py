@@ -1,0 +1,210 @@
+"""A recipe is one run, checked in full: parent, file and overrides merged, every problem reported at once.
+
+Recipes are plain YAML. A preset is found by name, a file by its path; docs/recipes.md has the rules of merging.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
+
+from phi3_lora_plugin.recipe.layers import (
+    Chain,
+    Find,
+    Layer,
+    leave_embedded_evaluation,
+    merge,
+    normalise,
+    read_chain,
+    read_overrides,
+    shipped,
+)
+from phi3_lora_plugin.recipe.problems import explain
+from phi3_lora_plugin.recipe.sections import (
+    AboutSection,
+    CheckpointSection,
+    Conflicts,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    PreferenceSection,
+    Section,
+    Switch,
+    Text,
+)
+from phi3_lora_plugin.recipe.training import translate
+from phi3_lora_plugin.recipe.yaml_file import Key, Problem, dump
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as it is; `problems` has each thing that is wrong with it."""
+
+    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+        self.name = name
+        self.problems = tuple(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{count} in recipe {name}:", *map(str, self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.problems)  # crosses process boundaries whole
+
+
+class Recipe(Section):
+    """One run. Frozen; built by `load_recipe`, which also knows where each value came from."""
+
+    model: ModelSection
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    training: dict[str, Any] = {}
+    """As `transformers.TrainingArguments` names things, of any version; checked against the one installed."""
+    preference: PreferenceSection = PreferenceSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    speed: Literal["auto", "off"] | dict[Literal["loss", "attention", "lora", "masters", "host"], Switch] = "auto"
+    """Fast paths: auto, off, or one by one (the rest as in auto); losses are the same with and without."""
+    output_dir: Text = "runs/recipe"
+    """Where checkpoints and reports go, from the working directory."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    about: AboutSection = AboutSection()
+
+    _name: str = PrivateAttr("recipe")
+    _source: Path | None = PrivateAttr(None)
+    _provenance: dict[str, str] = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @field_validator("training")
+    @classmethod
+    def _known_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        translated = translate(given)
+        if translated.problems:
+            raise Conflicts(translated.problems)
+        return {key: value for key, value in translated.values.items() if value is not None}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Sections that contradict each other."""
+        data, training = self.data, self.training
+        evaluates = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
+        if training.get("eval_strategy", "no") != "no" and not evaluates:
+            yield "training.eval_strategy", "there is nothing to evaluate on; give data.eval_path or data.eval_fraction"
+        if self.preference.on:
+            yield from self._preference_conflicts()
+        if self.model.device == "cuda" and training.get("use_cpu"):
+            yield "training.use_cpu", "contradicts model.device: cuda"
+        if training.get("bf16") and training.get("fp16"):
+            yield "training.fp16", "given beside training.bf16; keep one"
+        if self.model.dtype == "float16" and training.get("fp16"):
+            yield "training.fp16", "mixed precision needs float32 or bfloat16 weights; write model.dtype: float32"
+
+    def _preference_conflicts(self) -> Iterator[tuple[str, str]]:
+        data, lora = self.data, self.lora
+        if data.packing:
+            yield "data.packing", "pairs are not packed; write data.packing: false"
+        if data.format != "auto":
+            yield "data.format", "pairs are known by their columns chosen and rejected; write data.format: auto"
+        if data.train_on != "assistant":
+            yield "data.train_on", "of pairs the two answers are compared; write data.train_on: assistant"
+        if lora.init not in ("default", "gaussian"):
+            yield "lora.init", f"{lora.init} begins elsewhere than the base, which is the reference; write default"
+
+    @property
+    def name(self) -> str:
+        """The preset's name, or the file's without its ending."""
+        return self._name
+
+    @property
+    def source(self) -> Path | None:
+        """The file it was loaded from."""
+        return self._source
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        """For each dotted key, where its value came from: `file:line`, `override`, or `default`."""
+        return self._provenance
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was translated or left out on the way, for people to read."""
+        return self._notes
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole recipe with every default, as plain data that loads to the same recipe again."""
+        return self.model_dump(mode="python")
+
+    def to_yaml(self) -> str:
+        """`resolved()` as YAML."""
+        return dump(self.resolved())
+
+    def digest(self) -> str:
+        """sha256 of what decides the result: everything but `about` and `output_dir`."""
+        content = {key: value for key, value in self.resolved().items() if key not in ("about", "output_dir")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), find: Find | None = None) -> Recipe:
+    """Read a preset by name or a file by path, merge its parents and the overrides, and check all of it.
+
+    Args:
+        name_or_path: a preset's name; a path if it holds a `/` or ends in .yaml or .yml.
+        overrides: `section.key=value` texts, the value in YAML; an empty value or null takes the default back.
+        find: gives a preset's file for its name; the presets in this package if not given.
+
+    Raises:
+        RecipeError: with every problem, its file and line, what was expected, and the nearest valid name.
+    """
+    chain = read_chain(name_or_path, find or shipped)
+    for parent in chain.layers[1:]:
+        parent.data.pop("about", None)  # a child is not what its parent says about itself
+    layers = [*reversed(chain.layers), *read_overrides(overrides)]
+    for layer in layers:
+        normalise(layer)
+    merged = merge(layers)
+    leave_embedded_evaluation(layers, merged)
+    merged.data.setdefault("output_dir", f"runs/{chain.name}")
+    problems = [*chain.problems, *(problem for layer in layers for problem in layer.problems)]
+    try:
+        recipe = Recipe.model_validate(merged.data)
+    except ValidationError as error:
+        # What is missing may stand in a file that could not be read, or be there and wrong in another way.
+        said = {problem.key for problem in problems}
+        found = [problem for problem in explain(error, Recipe, merged) if problem.key not in said]
+        problems += [problem for problem in found if not (chain.problems and problem.message.startswith("is required"))]
+    if problems:
+        file = str(chain.files[0]) if chain.files else ""
+        problems = [problem if problem.where else replace(problem, where=file) for problem in problems]
+        raise RecipeError(chain.name, sorted(problems, key=lambda problem: _order(problem, chain)))
+    recipe._name = chain.name
+    recipe._source = Path(str(chain.files[0]))
+    recipe._notes = tuple(note for layer in [*layers, merged] for note in layer.notes)
+    recipe._provenance.update(_provenance(recipe.resolved(), merged))
+    return recipe
+
+
+def _order(problem: Problem, chain: Chain) -> tuple[int, int, str]:
+    """By file from the youngest, then by line; overrides last."""
+    file, _, line = problem.where.rpartition(":")
+    names = [str(file) for file in chain.files]
+    if problem.where.startswith("override "):
+        return len(names), 0, ""
+    return names.index(file) if file in names else 0, int(line) if line.isdigit() else 0, problem.key
+
+
+def _provenance(resolved: Mapping[str, Any], merged: Layer) -> Iterator[tuple[str, str]]:
+    """(dotted key, origin) for every value of the resolved recipe but `about`."""
+
+    def walk(value: Any, given: Any, key: Key) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                below = given.get(name) if isinstance(given, dict) else None
+                yield from walk(inner, below, (*key, str(name)))
+        else:
+            where = merged.where(key) if given is not None else ""
+            yield ".".join(key), "override" if where.startswith("override ") else where or "default"
+
+    for name, section in resolved.items():
+        if name != "about":
+            yield from walk(section, merged.data.get(name), (name,))

@@ -1,0 +1,151 @@
+"""The one place where a recipe becomes other libraries' arguments: TrainingArguments and add_lora's options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.recipe.training import installed_fields
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from phi3_lora_plugin.recipe import Recipe
+
+
+def training_arguments(
+    recipe: Recipe, has_eval: bool = False, kind: type[TrainingArguments] | None = None, **ours: Any
+) -> TrainingArguments:
+    """Return the installed transformers' `TrainingArguments` for a recipe.
+
+    What the recipe says wins over our defaults, and `ours` over both.
+
+    Args:
+        has_eval: whether there are rows to evaluate on; without them nothing is evaluated.
+        kind: class to make, one derived from `TrainingArguments`; itself if not given.
+        ours: more arguments, as the installed class names them.
+    """
+    from transformers import TrainingArguments
+
+    given = dict(recipe.training)
+    settings = _defaults(recipe) | given
+    if not has_eval:
+        settings["eval_strategy"] = "no"
+    elif "eval_strategy" not in given:
+        settings["eval_strategy"] = "epoch"
+    if "per_device_train_batch_size" in given:  # what fits for training fits for evaluation; upstream's 8 may not
+        settings.setdefault("per_device_eval_batch_size", given["per_device_train_batch_size"])
+    name = "activation_checkpointing" if "activation_checkpointing" in installed_fields() else "gradient_checkpointing"
+    if settings.get(name):
+        # Reentrant checkpointing gives no gradient behind frozen embeddings.
+        settings[f"{name}_kwargs"] = {"use_reentrant": False} | (settings.get(f"{name}_kwargs") or {})
+    if kind is not None:
+        settings.setdefault(name, False)  # on by default in TRL's
+        settings.setdefault("learning_rate", 5e-5)  # each of TRL's has one of its own; a recipe means one thing
+    return (kind or TrainingArguments)(**(settings | ours))
+
+
+def checkpoints_activations(arguments: TrainingArguments) -> bool:
+    """Whether activations are computed twice, by the name that the installed version has for it."""
+    return bool(
+        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
+    )
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    import torch
+
+    cpu = recipe.model.device == "cpu" or not torch.accelerator.is_available()
+    defaults: dict[str, Any] = {
+        "output_dir": recipe.output_dir,
+        "seed": recipe.seed,
+        "use_cpu": cpu,
+        "report_to": "none",
+        "save_strategy": "no",  # LoraCheckpoint saves
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it shows a NaN loss as 0.0
+        "label_names": ["labels"],
+        "remove_unused_columns": False,  # rows are encoded and have no others
+        "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,  # every LoRA tensor takes part in every step
+        "disable_tqdm": True,
+        # A padded token is not a trained one; older classes can only count both.
+        "include_num_input_tokens_seen": "non_padding"
+        if "str" in installed_fields()["include_num_input_tokens_seen"]
+        else True,
+    }
+    if not {"bf16", "fp16"} & set(recipe.training):
+        defaults |= _precision(recipe.model.dtype, cpu)
+    return defaults
+
+
+def _precision(dtype: str, cpu: bool) -> dict[str, bool]:
+    """Mixed precision that the weights and the hardware agree on; adapters stay float32 in any case."""
+    import torch
+
+    if cpu:
+        return {"bf16": dtype == "bfloat16"}
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype in ("auto", "bfloat16") and native:
+        return {"bf16": True}
+    return {"fp16": dtype in ("auto", "float16") and torch.cuda.is_available()}
+
+
+class BatchError(ValueError):
+    """A batch that cannot be divided evenly among the processes of a run."""
+
+
+def same_batch(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe for each of several processes whose steps together are those of one process with the recipe given.
+
+    Rows a device are divided, else the steps that are accumulated.
+
+    Raises:
+        BatchError: neither can be divided.
+    """
+    rows = int(recipe.training.get("per_device_train_batch_size", 8))  # 8 is transformers' own
+    steps = int(recipe.training.get("gradient_accumulation_steps", 1))
+    if rows % processes == 0:
+        change = {"per_device_train_batch_size": rows // processes}
+    elif steps % processes == 0:
+        change = {"gradient_accumulation_steps": steps // processes}
+    else:
+        raise BatchError(
+            f"a batch of {rows} rows, {steps} times a step, cannot be divided among {processes} processes; change "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
+        )
+    return recipe.model_copy(update={"training": recipe.training | change})
+
+
+def lora_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the keyword arguments of `add_lora` for a recipe; options beyond its own are named as `LoraConfig`'s.
+
+    Only what differs from PEFT's default is passed, so that older versions take it.
+    """
+    lora = recipe.lora
+    options: dict[str, Any] = {"targets": lora.targets, "r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout}
+    options |= {
+        name: value
+        for name in (
+            "exclude_modules",
+            "rank_pattern",
+            "alpha_pattern",
+            "layers_to_transform",
+            "modules_to_save",
+            "trainable_token_indices",
+            "target_parameters",
+            "loftq_config",
+            "eva_config",
+        )
+        if (value := getattr(lora, name)) not in (None, {}, [])
+    }
+    if lora.bias != "none":
+        options["bias"] = lora.bias
+    if lora.dora:
+        options["use_dora"] = True
+    if lora.rslora:
+        options["use_rslora"] = True
+    if lora.ensure_weight_tying:
+        options["ensure_weight_tying"] = True
+    if lora.init != "default":  # "random" is PEFT's False, which starts B at random as well as A
+        options["init_lora_weights"] = False if lora.init == "random" else lora.init
+    return options

@@ -1,0 +1,37 @@
+"""Signs that a run has gone wrong without saying so: values that are not finite, a loss stuck at exactly zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class HealthError(RuntimeError):
+    """A run that went wrong and was stopped; nothing of what was wrong has been saved."""
+
+
+def sick_log(logs: Mapping[str, Any], step: int) -> str | None:
+    """Why one line of a Trainer's log says that the run has gone wrong; None if it does not."""
+    for name in ("loss", "grad_norm"):
+        value = logs.get(name)
+        if value is not None and not math.isfinite(float(value)):
+            return (
+                f"{name} is {float(value)} at step {step}: the learning rate is too high, a batch has no trained "
+                "token, or float16 overflowed; the last good checkpoint is kept"
+            )
+    return None
+
+
+def is_zero_loss(logs: Mapping[str, Any]) -> bool:
+    """Whether a line of a Trainer's log says that the training loss was exactly 0, and not just very small."""
+    norm = float(logs.get("grad_norm") or 0.0)
+    return "loss" in logs and float(logs["loss"]) == 0.0 and not (math.isfinite(norm) and norm > 0.0)
+
+
+def zero_loss(times: int, step: int) -> str:
+    """The reason to stop after so many logs of a loss of exactly 0."""
+    return (
+        f"the loss was exactly 0.0 in the last {times} logs, up to step {step}: nothing is trained; look at the labels "
+        "(phi3-lora data check), and whether logging_nan_inf_filter hides a loss that is not a number"
+    )

@@ -1,0 +1,84 @@
+"""TRL's DPOTrainer over rows that are encoded already; the reference is the model with its adapter off."""
+
+# This module subclasses something heavy; it is imported only inside functions.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+from trl import DPOConfig, DPOTrainer  # noqa: TID253
+
+from phi3_lora_plugin.recipe import Recipe
+from phi3_lora_plugin.training.arguments import training_arguments
+
+
+class PreferenceError(ValueError):
+    """The installed TRL cannot train on pairs as this package makes them."""
+
+
+def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
+    """The recipe's `training` and `preference` as TRL's own arguments.
+
+    Raises:
+        PreferenceError: TRL is too old.
+    """
+    if not hasattr(DPOTrainer, "compute_ref_log_probs"):  # came with the columns that the collator below makes
+        raise PreferenceError("preference.loss needs a newer TRL: pip install 'trl>=1.0'")
+    section = recipe.preference
+    ours = {
+        "beta": section.beta,
+        "loss_type": [section.loss],
+        "label_smoothing": section.label_smoothing,
+        "max_length": None,  # rows are cut already, and counted
+        "disable_dropout": False,  # as the recipe says
+    }
+    return training_arguments(recipe, has_eval, DPOConfig, **ours)
+
+
+class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer that leaves encoded rows as they are and a new adapter alone."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        # For an adapter that it did not make itself, TRL copies it as the reference. A new one is nothing yet: the base
+        # is the reference, without a copy that every checkpoint would have to tell from the adapter.
+        model = self.accelerator.unwrap_model(self.model)
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
+            model.set_adapter("default")
+
+    def _prepare_dataset(self, dataset: Any, *others: Any, **named: Any) -> Any:
+        return dataset
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Rows of `chat.pairs` -> what DPOTrainer computes with: the chosen chats above, the rejected ones below.
+
+    `input_ids`, `attention_mask`, `completion_mask` [2 * rows, longest], int64; padded on the right.
+    """
+
+    pad: int
+    multiple: int = 8
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate one batch."""
+        halves = [slice(None, row["cut"]) for row in rows], [slice(row["cut"], None) for row in rows]
+        chats = [
+            (row["input_ids"][part], row["labels"][part])
+            for parts in halves
+            for row, part in zip(rows, parts, strict=True)
+        ]
+        longest = max(len(ids) for ids, _ in chats)
+        width = -(-longest // self.multiple) * self.multiple
+        return {
+            "input_ids": _padded([ids for ids, _ in chats], width, self.pad),
+            "attention_mask": _padded([[1] * len(ids) for ids, _ in chats], width, 0),
+            "completion_mask": _padded([[int(label != -100) for label in labels] for _, labels in chats], width, 0),
+        }
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -1,0 +1,161 @@
+"""Go on from the newest complete checkpoint: found, checked and compared with the run at hand before the first step."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.store.layout import Entry, entries, stores_in, torn
+from phi3_lora_plugin.store.manifest import MANIFEST, RESUME, check_folder, read_manifest
+from phi3_lora_plugin.store.run import end_left_over
+from phi3_lora_plugin.training.run_facts import refuse_drift, run_facts
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def resumable(
+    trainer: Trainer,
+    folder: str | Path | None = None,
+    allow_drift: Sequence[str] = (),
+    say: Callable[[str], Any] = log.warning,
+) -> Iterator[str | None]:
+    """A folder that `trainer.train(resume_from_checkpoint=...)` goes on from exactly, or None to begin at the start.
+
+    The newest checkpoint is taken of which every byte is as it was written; newer ones that are torn are named.
+
+        with resumable(trainer) as checkpoint:
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+    Args:
+        folder: the store or the run; the Trainer's output folder if not given.
+        allow_drift: settings that may differ from the checkpoint's; see `run_facts.refuse_drift`.
+        say: gets a sentence for each checkpoint that is passed over, and for the one that is taken.
+
+    Raises:
+        DriftError: the checkpoint was made with other settings; every field is named. Nothing has been trained.
+        ManifestError: of several processes, one that does not see the folder of the first.
+    """
+    from phi3_lora_plugin.training.callbacks import LoraCheckpoint
+
+    ours = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LoraCheckpoint)]
+    for callback in ours:
+        callback.bind(trainer)
+    if not trainer.is_world_process_zero():
+        say = log.debug  # once is enough
+    place = Path(folder or next((c.folder for c in ours if c.folder is not None), None) or trainer.args.output_dir)
+    for store in stores_in(place):
+        end_left_over(store)
+    entry = newest_resumable(place, say) if trainer.is_world_process_zero() else None
+    if trainer.args.world_size > 1:
+        entry = _as_the_first_process(entry)
+    if entry is None:
+        say(f"{place} holds no checkpoint to go on from: training begins at the start")
+        yield None
+        return
+    loader = trainer.get_train_dataloader()  # its rows: without the columns that the Trainer drops
+    adapter = next((callback.adapter for callback in ours), None)
+    tokenizer = getattr(trainer, "processing_class", None)
+    now = run_facts(trainer.args, trainer.model, tokenizer, getattr(loader, "dataset", None), adapter)
+    refuse_drift(entry.path, entry.manifest, now, allow_drift)
+    for callback in ours:
+        callback.allow_drift = (*callback.allow_drift, *allow_drift)
+    say(f"going on from {entry.path}, step {entry.step}")
+    with TemporaryDirectory(prefix="phi3-lora-resume-") as together:
+        for source in (entry.path, entry.path / RESUME):
+            for file in source.iterdir():
+                if file.is_file() and file.name != MANIFEST:
+                    _link(file, Path(together, file.name))
+        with _counting_epochs_on(), _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext():
+            yield together
+
+
+def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
+    """The newest checkpoint that is whole and has what training needs to go on; says why newer ones do not."""
+    for store in stores_in(folder):
+        for path in torn(store):
+            say(f"passed over: {path}: {'; '.join(check_folder(path).problems)}")
+        for entry in entries(store):
+            report = check_folder(entry.path)
+            if not report:
+                say(f"passed over: {entry.path}: {'; '.join(report.problems)}")
+            elif not entry.has_resume:
+                say(f"passed over: {entry.path}: holds the adapter only, not the optimizer and random state")
+            else:
+                return entry
+    return None
+
+
+def _as_the_first_process(entry: Entry | None) -> Entry | None:
+    """What the first process has found, for all: going on from different steps would go unnoticed."""
+    import torch.distributed as dist
+
+    found = [None if entry is None else str(entry.path.resolve())]
+    dist.broadcast_object_list(found)
+    if entry is not None or found[0] is None:
+        return entry
+    manifest = read_manifest(Path(found[0]))
+    return Entry(Path(found[0]), int(manifest["step"]), manifest)
+
+
+def _is_over(args: Any, loader: Any, step: int) -> bool:
+    """Whether a run that has made so many steps has made them all."""
+    if args.max_steps > 0:
+        return bool(step >= args.max_steps)
+    steps = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
+    return bool(step >= math.ceil(args.num_train_epochs * steps))
+
+
+@contextmanager
+def _over(trainer: Trainer) -> Iterator[None]:
+    """No epoch is left: where a run ends within one, the Trainer would go on with it for a step."""
+    args = trainer.args
+    length = args.max_steps, args.num_train_epochs
+    args.max_steps, args.num_train_epochs = -1, 0
+    try:
+        yield
+    finally:
+        args.max_steps, args.num_train_epochs = length
+
+
+@contextmanager
+def _counting_epochs_on() -> Iterator[None]:
+    """Keep the number of the epoch where batches are skipped: older accelerate shuffles the rest as the first one's."""
+    from accelerate.data_loader import DataLoaderShard
+    from transformers import trainer as module
+
+    if "iteration" in inspect.signature(DataLoaderShard.__init__).parameters:
+        yield
+        return
+    skip = module.skip_first_batches
+
+    def skip_and_count(loader: Any, count: int = 0) -> Any:
+        left = skip(loader, count)
+        left.iteration = getattr(loader, "iteration", 0)
+        return left
+
+    module.skip_first_batches = skip_and_count
+    try:
+        yield
+    finally:
+        module.skip_first_batches = skip
+
+
+def _link(source: Path, target: Path) -> None:
+    """One name more for a file, where the system has that; `resume/` comes last and has its way."""
+    target.unlink(missing_ok=True)
+    try:
+        os.symlink(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
