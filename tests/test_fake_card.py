@@ -1,0 +1,122 @@
+"""A training step of every preset on a card that is not there: real code, real sizes, no values, no memory.
+
+Where the installed PyTorch is a CUDA build (`.ci/fake_cuda` makes such an environment), tensors stand on "cuda" too, and
+whatever is on the wrong device, in the wrong dtype or waits for the card shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.fake_card import Card, on_a_card  # noqa: E402
+from benchmarks.fake_step import batch, build, fast, items, loss, settle  # noqa: E402
+from benchmarks.sizes import config  # noqa: E402
+from phi3_lora_plugin.recipe import Recipe, load_recipe  # noqa: E402
+from phi3_lora_plugin.training_args import checkpoints_activations, lora_options, training_arguments  # noqa: E402
+
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def on_card(recipe: Recipe, card: Card, layers: int = 1, backward: bool = True) -> Any:
+    """(model, loss) after one step of a recipe on three rows: full, a third of it, and two tokens."""
+    if recipe.model.quantize != "none":
+        pytest.importorskip("bitsandbytes")
+    arguments = training_arguments(recipe, use_cpu=True, bf16=True, fp16=False)
+    model = build(
+        config(recipe.model.path, layers),
+        lora_options(recipe),
+        dtype=torch.bfloat16,
+        quantize=recipe.model.quantize,
+        checkpointing=checkpoints_activations(arguments),
+    )
+    fast(model, recipe.speed, card.device)
+    longest = recipe.data.max_length or 4096
+    rows = batch((longest, longest // 3, 2), packed=recipe.data.packing)
+    with on_a_card(card):
+        settle(model, str(card.device))
+        total = loss(model, card.put(rows), items(rows), torch.bfloat16, card.device.type)
+        if backward:
+            total.backward()
+    return model, total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_a_preset_in_its_real_size(name: str) -> None:
+    recipe = load_recipe(name)
+    card = Counting()
+    model, total = on_card(recipe, card)
+    assert total.shape == () and total.dtype == torch.float32
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    for name, parameter in trained.items():
+        assert parameter.grad is not None and parameter.grad.shape == parameter.shape, name
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+    # what runs there is what a card runs: the kernel for all documents at once, and 4-bit weights into one buffer
+    kinds = {str(func).split(".")[1] for func in card.counts}
+    assert ("_varlen_attn" in kinds) == (
+        "MoE" not in recipe.model.path and (recipe.data.packing or not recipe.lora.dropout)
+    )
+    if recipe.model.quantize == "nf4" and not recipe.lora.dora:
+        assert card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] > 0
+
+
+class Counting(Card):
+    """How often each operator ran."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        self.counts: Counter[Any] = Counter()
+
+    def seen(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
+        self.counts[func] += 1
+
+
+def test_the_host_never_waits_inside_a_layer() -> None:
+    for name in ("phi3-mini-4k-lora", "phi3-mini-4k-modelcard", "phi4-mini-lora"):
+        one, three = Card(), Card()
+        recipe = load_recipe(name)
+        on_card(recipe, one, layers=1)
+        on_card(recipe, three, layers=3)
+        assert Counter(one.reads) == Counter(three.reads), name
+
+
+def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
+    card = Card()
+    with on_a_card(card):
+        ids = card.put({"ids": torch.tensor([[3, 0, 5], [0, 7, 0]])})["ids"]
+        weights = torch.empty(2, 3, dtype=torch.bfloat16)
+        assert ids.is_cuda and weights.is_cuda
+        real = ids != 0
+        assert card.reads == []  # nothing was asked for yet
+        assert real.sum(1).tolist() == [2, 1] and len(card.reads) == 1
+        assert bool(real.any()) and len(card.reads) == 2
+        assert real.nonzero().shape == (3, 2) and len(card.reads) == 3
+        assert weights[real].shape == (3,) and len(card.reads) == 4
+        assert ids[real].tolist() == [3, 5, 7] and len(card.reads) == 6
+        assert weights.masked_fill(real, 0.0).shape == (2, 3) and len(card.reads) == 6
+        assert weights.sum().item() == 1.0 and len(card.reads) == 7  # nobody knows, but somebody asked
+        ids += 1
+        assert ids.max().item() == 8
+        with pytest.raises(RuntimeError, match="values that nobody knows"):
+            weights.nonzero()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is a CPU build; .ci/fake_cuda runs it with CUDA's")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_forward_of_a_preset_on_fake_cuda_tensors(name: str) -> None:
+    card, here = Counting("cuda:0"), Counting()
+    recipe = load_recipe(name)
+    model, total = on_card(recipe, card, backward=False)
+    assert total.device == torch.device("cuda:0")
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda:0")}
+    on_card(recipe, here, backward=False)
+    assert Counter(card.reads) == Counter(here.reads)
