@@ -1,6 +1,6 @@
 """A training step of every preset on a card that is not there: real code, real sizes, no values, no memory.
 
-Where the installed PyTorch is a CUDA build (`.ci/fake_cuda` makes such an environment), tensors stand on "cuda" too, and
+Where the installed PyTorch is a CUDA build (`.ci/fake_cuda` makes one), tensors stand on "cuda" and
 whatever is on the wrong device, in the wrong dtype or waits for the card shows.
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.fake_card import Card, on_a_card  # noqa: E402
 from benchmarks.fake_step import batch, build, fast, items, loss, settle  # noqa: E402
 from benchmarks.sizes import config  # noqa: E402
-from phi3_lora_plugin.recipe.recipe import Recipe, load_recipe  # noqa: E402
+from phi3_lora_plugin.recipe import Recipe, load_recipe  # noqa: E402
 from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options, training_arguments  # noqa: E402
 
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
