@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.chat.encode import encode as encode
+    from phi3_lora_plugin.error import Phi3LoraError as Phi3LoraError
     from phi3_lora_plugin.hookspecs import hookimpl as hookimpl
     from phi3_lora_plugin.hosts.activate import activate as activate
     from phi3_lora_plugin.hosts.activate import deactivate as deactivate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LoraCheckpoint": "training.callbacks",
+    "Phi3LoraError": "error",
     "Plugins": "plugins.registry",
     "Recipe": "recipe",
     "RecipeError": "recipe",

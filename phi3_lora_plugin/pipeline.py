@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.training.rows import feed, first_batches
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Phi3LoraError, RuntimeError):
     """A run that could not go on, or went wrong in a way that its result must not be used."""
 
 

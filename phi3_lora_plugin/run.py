@@ -16,6 +16,8 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 _HELP = (
     """Run a training script with our callbacks, target defaults, templates and fast paths; nothing in it is edited."""
 )
@@ -43,10 +45,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
     try:
         for sentence in _activate(given, say):
             say(sentence)
-    except ValueError as error:  # ours, and they tell the whole story
-        if not type(error).__module__.startswith("phi3_lora_plugin."):
-            raise
-        parser.exit(2, f"{type(error).__name__}: {error}\n")
+    except Phi3LoraError as error:
+        parser.exit(error.exit_code, f"{type(error).__name__}: {error}\n")
     _show_only_own_frames()
     sys.argv = [given.script, *given.args]
     if code is None:

@@ -33,8 +33,8 @@ MODULES = {
 }
 # Who must stay light whatever happens; a module outside this list is light too unless its header says why not.
 LIGHT = (
-    "", ".hookspecs", ".wording", ".plugins.registry", ".plugins.discovery", ".plugins.builtin", ".plugin", ".recipe",
-    ".model.families", ".chat.formats", ".cli.plugins",
+    "", ".error", ".hookspecs", ".wording", ".plugins.registry", ".plugins.discovery", ".plugins.builtin", ".plugin",
+    ".recipe", ".model.families", ".chat.formats", ".cli.plugins",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describ
 from phi3_lora_plugin.chat.rows import Rows, duplicates, split, to_table
 from phi3_lora_plugin.chat.sources import Found, find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
+from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -33,7 +34,7 @@ _LISTED = 50  # problems that an error spells out; `problems` has them all
 _PLACES = 8  # rows that an error names for one and the same problem
 
 
-class DataError(ValueError):
+class DataError(Phi3LoraError):
     """Data that cannot be trained on as it is; `problems` has a line for everything that is wrong with it."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.boundaries import tokenise
 from phi3_lora_plugin.chat.templates import Span, Template, render, template_for
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.tokenizer import whole_texts
 
 Message = Mapping[str, Any]
@@ -21,7 +22,7 @@ IGNORE = -100
 ROLES = ("system", "user", "assistant", "tool")
 
 
-class EncodeError(ValueError):
+class EncodeError(Phi3LoraError):
     """A conversation that cannot be encoded as it is.
 
     `reason` is one of "messages", "system", "tools", "control_tokens", "untrained" and "truncated".
@@ -53,7 +54,7 @@ class Policy:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(values)}")
+                raise Phi3LoraError(f"{name}={getattr(self, name)!r} is none of {', '.join(values)}")
 
 
 def encode(

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Indices of the rows of each pack, by best-fit decreasing; cost grows as rows x log(max_length).
@@ -18,7 +20,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """
     for index, length in enumerate(lengths):
         if not 0 < length <= max_length:
-            raise ValueError(f"row {index} has {length} tokens; a pack holds 1 to {max_length}")
+            raise Phi3LoraError(f"row {index} has {length} tokens; a pack holds 1 to {max_length}")
     packs: list[list[int]] = []
     open_packs: list[list[int]] = [[] for _ in range(max_length + 1)]  # by room left
     # A segment tree over the room left finds the smallest room that is large enough.

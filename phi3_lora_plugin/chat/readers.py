@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from phi3_lora_plugin.chat.turns import shown
+from phi3_lora_plugin.error import Phi3LoraError
 
 _GIVE_UP = 100  # so many bad lines at the top, and no good one: the whole file is something else
 
@@ -48,7 +49,7 @@ class Problem(NamedTuple):
 Rows = Iterator[Row | Problem]
 
 
-class SourceError(ValueError):
+class SourceError(Phi3LoraError):
     """Data that cannot be found or read at all; `problems` holds a line for each."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import ADAPTERS, Adapter
 from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.chat.turns import Message, RowError, shown
+from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -56,11 +57,11 @@ def encode_dataset(
     import datasets
 
     if isinstance(format, str) and format not in ADAPTERS:
-        raise ValueError(f"format={format!r} is none of {', '.join(ADAPTERS)}; give another plugin's adapter itself")
+        raise Phi3LoraError(f"format={format!r} is none of {', '.join(ADAPTERS)}; give another plugin's adapter itself")
     if on_error not in ("stop", "skip"):
-        raise ValueError(f"on_error={on_error!r} is neither stop nor skip")
+        raise Phi3LoraError(f"on_error={on_error!r} is neither stop nor skip")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        raise ValueError(f"dataset is {shown(dataset)}; expected one split of a data set, as dataset['train']")
+        raise Phi3LoraError(f"dataset is {shown(dataset)}; expected one split of a data set, as dataset['train']")
     template_for(tokenizer, template)  # raises now and not at the first row
     adapt, name = (ADAPTERS[format], format) if isinstance(format, str) else (format, _name(format))
     policy = policy or Policy()

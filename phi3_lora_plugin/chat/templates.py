@@ -14,10 +14,12 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 Span = tuple[int, int]
 
 
-class TemplateError(ValueError):
+class TemplateError(Phi3LoraError):
     """A chat template that is unknown, missing or refused; says which there are and how to choose one."""
 
 

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 Message = dict[str, Any]
 
 # How data sets in the wild call the four roles. A `function_call` is a turn of the assistant that holds a call.
@@ -36,7 +38,7 @@ _CALLS = ("function_call", "tool_call")
 KEYS = ("role", "content", "from", "value", "train", "weight", "tools", "tool_calls", "function_call")
 
 
-class RowError(ValueError):
+class RowError(Phi3LoraError):
     """One row that is not what its format says; the message is a sentence without the row's number."""
 
 

@@ -6,7 +6,9 @@ import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
+from typing import Annotated
 
 import typer
 
@@ -22,6 +24,7 @@ from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_c
 from phi3_lora_plugin.cli.run import AS_IT_IS, directly, run_command, trl_command
 from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.cli.verify import verify_command
+from phi3_lora_plugin.error import Phi3LoraError
 
 #: What the machine refuses, whatever the input was.
 _SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -52,6 +55,14 @@ app.command("trl", context_settings=AS_IT_IS, add_help_option=False)(trl_command
 app.command("render")(render_command)
 app.command("host-path")(host_path_command)
 
+
+@app.callback()
+def everywhere(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; with any command.")] = False,
+) -> None:
+    """Options that every command takes; `main` reads them, wherever they stand."""
+
+
 data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 data.command("check")(check_command)
 data.callback()(lambda: None)  # keeps `check` a word of its own although it is the only one
@@ -69,15 +80,27 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    arguments, debug = _without_debug(sys.argv[1:])
     theirs = True  # until it is known that the command is one of ours
     try:
-        if not (theirs := directly(sys.argv[1:])):
-            app()
+        if not (theirs := directly(arguments)):
+            app(arguments)
     except Exception as error:
-        # Our own error classes tell the whole story, and so does a disk that is full. Anything else leaves its trace,
-        # and so does whatever a script of somebody else raises.
-        ours = type(error).__module__.startswith("phi3_lora_plugin.")
+        # Our own errors tell the whole story, and so does a disk that is full. Anything else leaves its trace, and so
+        # does whatever a script of somebody else raises.
+        ours = isinstance(error, Phi3LoraError)
         if not ours and (theirs or not isinstance(error, OSError) or error.errno not in _SURROUNDINGS):
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2 if ours and isinstance(error, ValueError | OSError) else 1)
+        if debug:
+            traceback.print_exception(error)
+        else:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, Phi3LoraError) else 1)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out, wherever it stands; behind `run`, `trl` and `--` it is somebody else's."""
+    ends = [index for index, word in enumerate(arguments) if word in ("run", "trl", "--")][:1]
+    end = ends[0] if ends and (arguments[ends[0]] == "--" or set(arguments[: ends[0]]) <= {"--debug"}) else None
+    ours, rest = arguments[:end], [] if end is None else arguments[end:]
+    return [word for word in ours if word != "--debug"] + rest, "--debug" in ours

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 _NAMES = {"exact": "exact match", "rouge_l": "ROUGE-L", "gsm8k": "GSM8K accuracy", "stopped": "answers that ended"}
 
 
-class EvalOptionError(ValueError):
+class EvalOptionError(Phi3LoraError):
     """An option of `phi3-lora eval` that cannot be what it is."""
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,7 +29,7 @@ _TRACES = ("lora", "_lora", "recipe.yaml", "data_report.json")
 _SAVED = ("lora/step-*", "_lora/step-*", "checkpoint-*")
 
 
-class OutputDirError(ValueError):
+class OutputDirError(Phi3LoraError):
     """The folder that a run was to write into is taken, or cannot be written."""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 PREFIX = "embedded:"
 
 
-class EmbeddedError(ValueError):
+class EmbeddedError(Phi3LoraError):
     """A name behind `embedded:` that nothing shipped with the package has."""
 
 

@@ -6,12 +6,14 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 MEASURES = ("exact", "rouge_l", "gsm8k")
 # The number behind the first "####": GSM8K's own rule, but a sign may be typographic and a dollar may stand before it.
 _FINAL = re.compile(r"####\s*(?P<sign>[-\u2212]?)\s*\$?\s*(?P<sign2>[-\u2212]?)(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
-class AnswerError(ValueError):
+class AnswerError(Phi3LoraError):
     """Answers that cannot be scored as asked; names what is in the way."""
 
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class HarnessError(ValueError):
+class HarnessError(Phi3LoraError):
     """The harness is not installed, or does not take what it was asked for."""
 
 

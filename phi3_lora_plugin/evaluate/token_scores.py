@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.encode import IGNORE
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import rope_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _CHUNK = 256
 _PLAIN_HEADS = ("phi3", "phimoe")
 
 
-class NothingTrained(ValueError):
+class NothingTrained(Phi3LoraError):
     """Rows without a trained token, on which nothing can be measured."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.merge import write_generation_config
 from phi3_lora_plugin.export.merge_check import sample_ids
 from phi3_lora_plugin.lora_files.layouts import Row
@@ -32,7 +33,7 @@ _SHARED = (
 )  # fmt: skip
 
 
-class BaseLayoutError(ValueError):
+class BaseLayoutError(Phi3LoraError):
     """A model cannot be expressed in the other layout, with every reason; nothing was written."""
 
 

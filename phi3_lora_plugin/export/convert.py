@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files import layouts, loralib_files, peft_files, torchtune_files
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
@@ -23,7 +24,7 @@ TARGETS = ("peft", "fused", "split", "loralib", "torchtune", "gguf", "llama-base
 _FILES = {"loralib": (".pt", ".safetensors"), "torchtune": (".pt",), "gguf": (".gguf",)}
 
 
-class ConvertError(ValueError):
+class ConvertError(Phi3LoraError):
     """A conversion that cannot be done as asked, with every reason; nothing was written."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
 from phi3_lora_plugin.model.shards import Weights, model_folder, read_json
@@ -23,7 +24,7 @@ _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's genera
 _ARCHITECTURES = {"phi3": "PHI3", "phimoe": "PHIMOE"}
 
 
-class GGUFError(ValueError):
+class GGUFError(Phi3LoraError):
     """Something that llama.cpp cannot load or would compute differently; says what, nothing was written."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.shards import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -24,7 +25,7 @@ _PRE = (
 _KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 
-class VocabularyError(ValueError):
+class VocabularyError(Phi3LoraError):
     """A tokenizer that llama.cpp has no equal of; says in which point."""
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.export.merge_plan import MergeError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -130,7 +132,7 @@ def _inject(root: Any, config: Mapping[str, Any], module: str, tensors: Mapping[
     layer = root.get_submodule(module)
     loaded = {name for name, _ in layer.named_parameters() if "lora_" in name}
     if result.unexpected_keys or len(loaded) != len(tensors):
-        raise RuntimeError(
+        raise MergeError(
             f"{module}: PEFT expects {sorted(loaded)}, the adapter has {sorted(tensors)}; "
             f"unexpected: {result.unexpected_keys}"
         )

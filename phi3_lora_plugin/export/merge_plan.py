@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,11 +18,11 @@ if TYPE_CHECKING:
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
-class MergeError(ValueError):
+class MergeError(Phi3LoraError):
     """This adapter cannot be merged into this base as asked; tells every reason, and nothing was written."""
 
 
-class VerificationError(RuntimeError):
+class VerificationError(Phi3LoraError, RuntimeError):
     """The merged model is not the adapted one, which is a defect here or in a library; nothing was written."""
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
@@ -32,7 +34,7 @@ TARGETS = {
 _undo: dict[str, Callable[[], None]] = {}
 
 
-class ActivationError(ValueError):
+class ActivationError(Phi3LoraError):
     """A part that does not exist, or a seam that the installed library does not have any more."""
 
 

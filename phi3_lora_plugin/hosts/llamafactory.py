@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.base import check_targets, no_remote_code, phi_config
 from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpoint_callback, read_settings
 
@@ -89,11 +90,9 @@ def main() -> None:
     logging.basicConfig(format="phi3_lora_plugin: %(message)s")
     try:
         run(sys.argv[1:])
-    except ValueError as error:
-        if not type(error).__module__.startswith("phi3_lora_plugin."):
-            raise
+    except Phi3LoraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback  # noqa: TID253
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.pipeline import Result, TrainingError, train
 from phi3_lora_plugin.store.checkpoint import latest_complete
 from phi3_lora_plugin.store.layout import FOLDER, step_name
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 
-class RayError(ValueError):
+class RayError(Phi3LoraError):
     """Ray is not installed, or a setting that it does not have."""
 
 
@@ -226,9 +227,7 @@ def _work(config: dict[str, Any]) -> Result | Exception:
             **config["options"],
         )  # fmt: skip
         return replace(result, output_dir=recipe.output_dir)
-    except (ValueError, TrainingError) as error:
-        if not type(error).__module__.startswith("phi3_lora_plugin."):
-            raise
+    except Phi3LoraError as error:
         return error
 
 

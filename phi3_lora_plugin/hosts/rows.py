@@ -10,13 +10,14 @@ from phi3_lora_plugin.chat.columns import rename
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import ADAPTERS, REQUIRED, detect
 from phi3_lora_plugin.chat.turns import Message, RowError
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.settings import HostData
 from phi3_lora_plugin.plugins.discovery import load_plugins
 
 _LISTED = 20
 
 
-class RowsError(ValueError):
+class RowsError(Phi3LoraError):
     """Rows that cannot be encoded; says which and why, and how to leave them out."""
 
 

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe.sections import CheckpointSection, Section, Text
 
 
-class SettingsError(ValueError):
+class SettingsError(Phi3LoraError):
     """A `phi3_lora:` section, or a host's config beside it, that cannot be used; says every key that is wrong."""
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.training.attach import attach, wrap_again
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 OURS = "phi3"  # the name under which this package registers itself
 
 
-class CallbackError(ValueError):
+class CallbackError(Phi3LoraError):
     """A callback that was asked for by a name that nobody has."""
 
 

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 
-class TrlError(ValueError):
+
+class TrlError(Phi3LoraError):
     """Rows that cannot be trained on as they are, or a command that TRL does not have."""
 
 

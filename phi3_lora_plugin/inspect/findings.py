@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import Projection
 
 
-class InspectError(ValueError):
+class InspectError(Phi3LoraError):
     """There is nothing at the path that could be looked at."""
 
 

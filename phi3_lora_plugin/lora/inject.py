@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.coverage import CoverageRow as CoverageRow
 from phi3_lora_plugin.lora.coverage import adapted_modules
 from phi3_lora_plugin.lora.coverage import coverage as coverage
@@ -31,7 +32,7 @@ _BESIDE_THE_POINT = (
 )
 
 
-class InjectionError(RuntimeError):
+class InjectionError(Phi3LoraError, RuntimeError):
     """After injection, the model does not train what the plan says; nothing has been trained yet."""
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import Tensor
@@ -22,7 +24,7 @@ INITS = ("default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal"
 _EVA_PASSES = 1000
 
 
-class MethodError(ValueError):
+class MethodError(Phi3LoraError):
     """A method's pass over data or weights cannot be done, with what it would need."""
 
 

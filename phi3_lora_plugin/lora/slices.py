@@ -15,11 +15,12 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.plan import Block, TargetPlan
 from phi3_lora_plugin.model.families import projections
 
 
-class SliceError(ValueError):
+class SliceError(Phi3LoraError):
     """An adapter does not have the blocks that it should have, or something wrote between them."""
 
 

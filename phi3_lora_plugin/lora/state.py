@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.gather import gather, is_flattened, is_partitioned, sharded_like, unwrapped, whole_shape
 from phi3_lora_plugin.lora.state_input import copies_of_the_base, no_numbers
 from phi3_lora_plugin.lora_files.keys import index_of, is_lora, spelling, without_wrappers
@@ -23,11 +24,11 @@ log = logging.getLogger(__name__)
 _SHOWN = 5
 
 
-class StateError(ValueError):
+class StateError(Phi3LoraError):
     """A LoRA state that does not fit the model, or a model whose LoRA state cannot be taken out."""
 
 
-class UnknownBias(NotImplementedError, ValueError):
+class UnknownBias(Phi3LoraError, NotImplementedError):
     """`bias` is none of the three words; a NotImplementedError as in loralib, a ValueError as everywhere else."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
 from phi3_lora_plugin.model.families import Projection, projections
 
@@ -19,7 +20,7 @@ _OUTSIDE = ("lm_head", "model.embed_tokens")
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
-class TargetError(ValueError):
+class TargetError(Phi3LoraError):
     """LoRA cannot be placed as asked: `problems` are all the reasons; the message adds the model's real names."""
 
     def __init__(self, problems: Sequence[str], layout: str = "") -> None:

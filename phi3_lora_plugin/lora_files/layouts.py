@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"^(.*\.layers\.\d+)\.(.+)$")
 
 
-class LayoutError(ValueError):
+class LayoutError(Phi3LoraError):
     """An adapter cannot be expressed in the layout that was asked for; `problems` says why, one sentence each."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.model.families import Projection
 
 
-class LoralibError(ValueError):
+class LoralibError(Phi3LoraError):
     """A loralib file cannot be understood without something that nobody said, or at all; tells everything."""
 
 

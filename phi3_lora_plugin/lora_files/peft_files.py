@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.layouts import Lora
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)([^.
 _MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?$")
 
 
-class PeftFilesError(ValueError):
+class PeftFilesError(Phi3LoraError):
     """A folder is no PEFT LoRA adapter that can be used as it was asked for; tells everything that is wrong."""
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _NAMES = {
 _KEY = re.compile(r"^layers\.(\d+)\.(.+)\.(lora_a\.weight|lora_b\.weight|magnitude)$")
 
 
-class TorchtuneError(ValueError):
+class TorchtuneError(Phi3LoraError):
     """A torchtune adapter cannot be read or written; tells everything that is wrong."""
 
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 
-class UnsupportedModel(ValueError):
+
+class UnsupportedModel(Phi3LoraError):
     """A model that is not one of the family, or is one that cannot be trained here; says why and what is possible."""
 
 
-class RopeError(ValueError):
+class RopeError(Phi3LoraError):
     """A rotary embedding config that no revision of Phi-3 was published with."""
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from phi3_lora_plugin.embedded import locate
+from phi3_lora_plugin.error import Phi3LoraError
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-class ModelError(ValueError):
+class ModelError(Phi3LoraError):
     """A base model that is not there, is incomplete, or does not go with its tokenizer or this machine."""
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,7 +26,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(Phi3LoraError):
     """A folder is no model whose weights can be used, or a target cannot be written; says what is there."""
 
 

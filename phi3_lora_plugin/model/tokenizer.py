@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.embedded import locate
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import FAMILIES, recognise
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(Phi3LoraError):
     """A tokenizer that is not there, cannot be read, or has no token to pad with."""
 
 

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from phi3_lora_plugin.plan.dry_run import Batch, Footprint
     from phi3_lora_plugin.recipe import Recipe
@@ -24,7 +26,7 @@ CUDA_CONTEXT = 500_000_000
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-class PlanError(ValueError):
+class PlanError(Phi3LoraError):
     """A plan that cannot be made as asked; says what would make it possible."""
 
 

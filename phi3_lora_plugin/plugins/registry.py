@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
@@ -31,7 +33,7 @@ _NAME_PATTERN = re.compile(r"[^\W_][\w.+-]*")  # never a path: `a/b`, `..` and `
 _EVENTS = ("on_init_end", "on_train_begin", "on_step_end", "on_save")  # what every TrainerCallback inherits
 
 
-class PluginError(ValueError):
+class PluginError(Phi3LoraError):
     """A plugin, a clash between two, or a name that nobody registered; the message says whose and what to do."""
 
 

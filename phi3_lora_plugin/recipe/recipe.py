@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe.layers import (
     Chain,
     Find,
@@ -42,7 +43,7 @@ from phi3_lora_plugin.recipe.training import translate
 from phi3_lora_plugin.recipe.yaml_file import Key, Problem, dump
 
 
-class RecipeError(ValueError):
+class RecipeError(Phi3LoraError):
     """A recipe that cannot be run as it is; `problems` has each thing that is wrong with it."""
 
     def __init__(self, name: str, problems: Sequence[Problem]) -> None:

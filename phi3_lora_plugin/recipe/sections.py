@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 Text = Annotated[str, Field(min_length=1)]
 OneOrMore = Text | Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -29,7 +31,7 @@ PEFT_NAMES = {
 INITS = ("default", "gaussian", "pissa", "olora", "eva", "loftq", "orthogonal", "mica", "random")
 
 
-class Conflicts(ValueError):
+class Conflicts(Phi3LoraError):
     """What a section says that cannot hold together, as (key, message) pairs."""
 
     def __init__(self, found: list[tuple[str, str]]) -> None:

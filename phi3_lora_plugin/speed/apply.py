@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -19,7 +21,7 @@ PARTS = {
 }
 
 
-class SpeedError(ValueError):
+class SpeedError(Phi3LoraError):
     """`speed` names a part that does not exist."""
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch  # noqa: TID253
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 log = logging.getLogger(__name__)
 
 #: The name in `AttentionInterface`. Without documents it is transformers' "sdpa", masks included.
@@ -57,9 +59,9 @@ def document_attention(
         return stock
     tokens = query.shape[2]
     if attention_mask is not None:
-        raise ValueError("documents attend to themselves without attention_mask, and one came along")
+        raise Phi3LoraError("documents attend to themselves without attention_mask, and one came along")
     if key.shape[2] != tokens or query.shape[0] != 1 or documents[-1] != tokens:
-        raise ValueError(
+        raise Phi3LoraError(
             f"documents end at {documents[-1]} in {query.shape[0]} row(s) of {tokens} queries and {key.shape[2]} keys; "
             "expected one row that ends there, without a cache"
         )

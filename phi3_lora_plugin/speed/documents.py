@@ -15,11 +15,12 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID253
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
 
 
-class PackingError(ValueError):
+class PackingError(Phi3LoraError):
     """A batch holds packed documents that stock code would let see each other."""
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.peft_files import CONFIG, WEIGHTS, PeftAdapter, parts
 from phi3_lora_plugin.store.disk_writes import Content
 from phi3_lora_plugin.store.tensor_file import TensorFile
@@ -31,7 +32,7 @@ def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any
         LoralibError, PeftFilesError: loralib has no such thing (DoRA, experts).
     """
     if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        raise Phi3LoraError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     files: dict[str, Content] = {}
     if snapshot.config is None:
         return {LORALIB: TensorFile(snapshot.tensors), SIDECAR: _json(snapshot.sidecar or {})}

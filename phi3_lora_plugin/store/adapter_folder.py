@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 
-class AdapterError(ValueError):
+
+class AdapterError(Phi3LoraError):
     """A folder that was meant to be a LoRA adapter is not one that can be used."""
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.store.disk_writes import Content, DiskWrites, sync_folder
 from phi3_lora_plugin.store.layout import (
     BEST,
@@ -108,7 +109,7 @@ def write_checkpoint(
     """
     wrong = [name for name in files if Path(name).name != name or name in (MANIFEST, RESUME)]
     if not files or wrong:
-        raise ValueError(f"a checkpoint is made of files with plain names, got {wrong or 'none'}")
+        raise Phi3LoraError(f"a checkpoint is made of files with plain names, got {wrong or 'none'}")
     store = Path(store)
     store.mkdir(parents=True, exist_ok=True)
     lock = None if held(store) else StoreLock(store)

@@ -9,6 +9,8 @@ import socket
 import threading
 from pathlib import Path
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -20,7 +22,7 @@ NAME = ".lock"
 _HELD: dict[Path, StoreLock] = {}
 
 
-class StoreBusy(ValueError):
+class StoreBusy(Phi3LoraError):
     """Another run is writing into the store."""
 
 

@@ -10,12 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 MANIFEST = "manifest.json"
 RESUME = "resume"
 FORMAT = 1
 
 
-class ManifestError(ValueError):
+class ManifestError(Phi3LoraError):
     """A manifest that is missing, cut off, changed by hand or of a format that is not known here."""
 
 

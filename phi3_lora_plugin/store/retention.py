@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.store.layout import Entry, step_name
 from phi3_lora_plugin.store.manifest import RESUME
 
@@ -29,9 +30,9 @@ class Retention:
     def __post_init__(self) -> None:
         for name, value, least in (("last", self.last, 1), ("best", self.best, 0), ("resume", self.resume, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"keep_{name}: expected a whole number of at least {least}, got {value!r}")
+                raise Phi3LoraError(f"keep_{name}: expected a whole number of at least {least}, got {value!r}")
         if self.every is not None and (not isinstance(self.every, int) or self.every < 1):
-            raise ValueError(f"keep_every: expected a whole number of at least 1 or None, got {self.every!r}")
+            raise Phi3LoraError(f"keep_every: expected a whole number of at least 1 or None, got {self.every!r}")
 
 
 def kept(found: Sequence[Entry], rule: Retention) -> list[Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe.training import installed_fields
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _precision(dtype: str, cpu: bool) -> dict[str, bool]:
     return {"fp16": dtype in ("auto", "float16") and torch.cuda.is_available()}
 
 
-class BatchError(ValueError):
+class BatchError(Phi3LoraError):
     """A batch that cannot be divided evenly among the processes of a run."""
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback  # noqa: TID253
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.finite import sick_weights
 from phi3_lora_plugin.lora.gather import is_flattened, unwrapped
 from phi3_lora_plugin.lora.inventory import Inventory, inventory_of
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Phi3LoraError, RuntimeError):
     """The last state of a run could not be saved."""
 
 
@@ -89,11 +90,11 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         if every_steps is not None and every_steps < 1:
-            raise ValueError(f"every_steps: expected a whole number of at least 1 or None, got {every_steps!r}")
+            raise Phi3LoraError(f"every_steps: expected a whole number of at least 1 or None, got {every_steps!r}")
         if format not in FORMATS:
-            raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+            raise Phi3LoraError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if unhealthy not in ("raise", "stop", "ignore"):
-            raise ValueError(f"unhealthy: expected raise, stop or ignore, got {unhealthy!r}")
+            raise Phi3LoraError(f"unhealthy: expected raise, stop or ignore, got {unhealthy!r}")
         self.folder = None if folder is None else Path(folder)
         self.every_steps = every_steps
         self.retention = Retention(keep_last, keep_best, keep_every, keep_last)
@@ -355,6 +356,6 @@ def _raise_everywhere(args: Any, problem: Exception | None) -> None:
         said = [None if problem is None else f"{type(problem).__name__}: {problem}"]
         dist.broadcast_object_list(said)
         if problem is None and said[0] is not None:
-            raise RuntimeError(f"the first process stopped: {said[0]}")
+            raise CheckpointError(f"the first process stopped: {said[0]}")
     if problem is not None:
         raise problem

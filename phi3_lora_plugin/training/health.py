@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 
-class HealthError(RuntimeError):
+
+class HealthError(Phi3LoraError, RuntimeError):
     """A run that went wrong and was stopped; nothing of what was wrong has been saved."""
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch  # noqa: TID253
 from trl import DPOConfig, DPOTrainer  # noqa: TID253
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
 
 
-class PreferenceError(ValueError):
+class PreferenceError(Phi3LoraError):
     """The installed TRL cannot train on pairs as this package makes them."""
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
+
 # Runs in a process of its own and imports nothing of ours: what it loads, everybody can load.
 _SCRIPT = """
 import json, sys
@@ -30,7 +32,7 @@ save_file({"logits": logits.contiguous()}, sys.argv[2])
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
-class ReloadError(RuntimeError):
+class ReloadError(Phi3LoraError, RuntimeError):
     """The saved adapter does not give the logits of the model it was saved from."""
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.fingerprint import cached_folder
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 
@@ -20,7 +21,7 @@ _ABOUT = ("base_model_name_or_path", "revision", "inference_mode", "task_type", 
 _BINDING = ("base.fingerprint", "lora", "template.fingerprint", "tokenizer", "data")
 
 
-class DriftError(ValueError):
+class DriftError(Phi3LoraError):
     """The run to go on with was made with other settings; `fields` names each of them."""
 
     def __init__(self, checkpoint: str, differences: Mapping[str, tuple[Any, Any]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.activate import TARGETS
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
@@ -19,7 +20,7 @@ SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise
         "dataloader_num_workers", "log_level", "data_seed", "per_device_eval_batch_size")  # fmt: skip
 
 
-class RenderError(ValueError):
+class RenderError(Phi3LoraError):
     """A recipe that a host cannot run in any form; says what it is that the host does not have."""
 
 
