@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,13 +12,33 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CI", "1")
 os.environ["PHI3_LORA_CACHE"] = "off"  # tests write nothing into a real home
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower on more threads, and other workers have the other cores
 
 import pytest
 from hypothesis import HealthCheck, settings
+from warm_process import Warm
+
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and so would be every process of a test.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # How fast examples run depends on who else is on the machine; a test is about what comes out.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+MEMORY_OF_A_WORKER = 3 * 2**30  # bytes: torch and its companions twice, here and in the warm process, and models
+MOST_WORKERS = 16  # each imports torch first; the longest tests take as long on any number
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest runs without xdist too
+def pytest_xdist_auto_num_workers() -> int:
+    """One for each core that this process may use, hyper-threads too, as far as memory goes."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, MOST_WORKERS, psutil.virtual_memory().available // MEMORY_OF_A_WORKER))
+
 
 SHARED = Path(os.environ.get("PHI3_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -27,6 +49,13 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real inputs are not here: {SHARED} does not exist (set PHI3_SHARED_DATA)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A process to fork others off, which have torch, transformers, peft and datasets imported already."""
+    with Warm() as process:
+        yield process
 
 
 @pytest.fixture(autouse=True)

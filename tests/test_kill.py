@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ class Whole:
 
 
 def whole(warm: Warm, folder: Path) -> Whole:
-    child = warm.start(folder / "said", "run", str(folder / "whole"), False)
+    child = warm.start(folder / "said", run, str(folder / "whole"), False)
     _wait_for(child.said, "begun")
     began = time.monotonic()
     _wait_for(child.said, f"announced step-{STEPS:08d}")
@@ -83,7 +83,7 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
     out, within = folder / "run", 0
     shutil.rmtree(out, ignore_errors=True)
     for attempt in range(2 if chance.random() < 0.5 else 1):
-        child = warm.start(folder / "said", "run", str(out), background)
+        child = warm.start(folder / "said", run, str(out), background)
         handle = os.pidfd_open(child.pid)
         _wait_for(child.said, "begun")
         time.sleep(chance.uniform(0, expected.seconds))
@@ -102,7 +102,7 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
             assert verify(found), verify(found).problems
             PeftModel.from_pretrained(tiny.model(hidden_size=16, intermediate_size=32), found)
             assert newest_resumable(out, print).path == found
-    code, said = warm.start(folder / "said", "run", str(out), background).wait()
+    code, said = warm.start(folder / "said", run, str(out), background).wait()
     assert code == 0, said
     assert _ends(out) == expected.ends, "the end is another one"
     assert verify(out), verify(out).problems
@@ -121,12 +121,6 @@ def _wait_for(file: Path, word: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with Warm("test_kill") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def expected(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return whole(warm, tmp_path_factory.mktemp("whole"))
 
@@ -140,7 +134,7 @@ def test_g15_killed_at_any_moment_the_last_announced_is_there_and_the_end_is_the
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(warm: Warm, tmp_path: Path) -> None:
-    child = warm.start(tmp_path / "said", "run", str(tmp_path), False, 5000)
+    child = warm.start(tmp_path / "said", run, str(tmp_path), False, 5000)
     handle = os.pidfd_open(child.pid)
     try:
         _wait_for(child.said, "announced")
@@ -240,7 +234,7 @@ def test_a_clock_that_goes_back_changes_nothing(tmp_path: Path, monkeypatch: pyt
 
 def main(kills: int) -> None:
     chance, counts = random.Random(), {}
-    with TemporaryDirectory() as name, Warm("test_kill") as warm:
+    with TemporaryDirectory() as name, Warm() as warm:
         expected = whole(warm, Path(name))
         print(f"a run of {STEPS} steps takes {expected.seconds:.2f} s")
         began = time.monotonic()

@@ -1,4 +1,10 @@
-"""Processes that have imported everything already: forked off one that waits, so that a test can kill many of them."""
+"""Processes that have imported torch, transformers, peft and datasets already: forked off one that waits.
+
+A fresh interpreter spends five seconds of CPU on those imports. A fork has what a test of a command needs of a process:
+an id to send signals to, an exit code, its own memory, environment, working directory, stdout and stderr, and an end
+with joined threads and `atexit`. What it does not have is an unimported module: tests of what gets imported, of hash
+seeds and of the interpreter's own options start fresh interpreters.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +14,50 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from types import FunctionType
 from typing import Any
 
+#: What the `phi3-lora` script does, as a program for `Warm.run` or `python -c`.
+COMMAND = "from phi3_lora_plugin.cli import main; main()"
+
+_CALL = "import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
+
 _WAITS = """
-import gc, importlib, json, os, sys
-sys.path[:0] = json.loads(sys.argv[1])
-module = importlib.import_module(sys.argv[2])
-import lora_runs, phi3_lora_plugin.training.callbacks, phi3_lora_plugin.training.resume, torch.optim
+import gc, json, os, signal, sys
+tests = sys.argv[1]
+sys.path.insert(1, tests)
+import datasets, lora_runs, phi3_lora_plugin.training.callbacks, phi3_lora_plugin.training.resume, torch.optim
 lora_runs.peft_model()  # fills caches
+sys.path.remove(tests)
 gc.collect()
 gc.freeze()  # or every Trainer of a child would look through all modules
 print("ready", flush=True)
 for line in iter(sys.stdin.readline, ""):
     request = json.loads(line)
-    if (child := os.fork()) == 0:
+    if "wait" in request:
+        print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+    elif (child := os.fork()) == 0:
         break
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    else:
+        print(child, flush=True)
 else:
     os._exit(0)
-for number, name in ((0, os.devnull), (1, request["said"]), (2, request["said"])):
-    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    os.dup2(os.open(request[name], os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+sys.stdin = open(0, closefd=False)
+if request["environment"].get("PYTHONUNBUFFERED"):
+    sys.stdout.reconfigure(write_through=True)
+signal.alarm(request["timeout"])  # a child that hangs is ended, with exit code -14
+os.environ.clear()
+os.environ.update(request["environment"])
+os.chdir(request["cwd"])
+sys.path[1:1] = request["paths"]
+sys.argv = ["-c", *request["arguments"]]
+for name in [name for name in globals() if not name.startswith("__") and name not in ("request", "name")]:
+    del globals()[name]
 # Not inside the loop: the process has to end as any other does, its threads joined and its errors shown.
-getattr(module, request["function"])(*request["arguments"])
+exec(compile(request["program"], "<string>", "exec"), globals())
 """
 
 
@@ -40,34 +67,66 @@ class Child:
 
     pid: int
     said: Path
-    parent: subprocess.Popen[str]
+    _warm: Warm
 
     def wait(self) -> tuple[int, str]:
-        """(exit code, negative for a signal; what it said)."""
-        assert self.parent.stdout is not None
-        return int(self.parent.stdout.readline()), self.said.read_text(encoding="utf-8", errors="replace")
+        """(exit code, negative for a signal; what it said on stdout and stderr)."""
+        return int(self._warm._ask(wait=self.pid)), self.said.read_text(encoding="utf-8", errors="replace")
 
 
 class Warm:
-    """Calls functions of a test module in processes of their own, one at a time."""
+    """Runs programs, and functions of test modules, in processes of their own."""
 
-    def __init__(self, module: str) -> None:
-        paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory()
         self._parent = subprocess.Popen(
-            [sys.executable, "-c", _WAITS, json.dumps(paths), module],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            [sys.executable, "-c", _WAITS, str(Path(__file__).parent)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._parent.stdout is not None and self._parent.stdout.readline() == "ready\n"
 
-    def start(self, said: Path, function: str, *arguments: Any) -> Child:
-        """Start `function(*arguments)`; arguments are what JSON has."""
-        assert self._parent.stdin is not None and self._parent.stdout is not None
+    def run(
+        self, program: str, *arguments: str, cwd: Path, input: str = "", timeout: int = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """What `python -c program arguments` gives, without the time for imports; `PYTHONPATH` is heeded."""
+        place = Path(mkdtemp(dir=self._folder.name))
+        (place / "stdin").write_text(input, encoding="utf-8")
+        files = [place / name for name in ("stdin", "stdout", "stderr")]
+        pid = self._start(program, arguments, cwd, timeout, environment, *files)
+        code = int(self._ask(wait=pid))
+        said = [file.read_bytes().decode("utf-8") for file in files[1:]]
+        return subprocess.CompletedProcess([program, *arguments], code, *said)
+
+    def command(self, *arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+        """What `phi3-lora arguments` gives, run in `cwd`; `options` are those of `run`."""
+        return self.run(COMMAND, *arguments, cwd=cwd, **options)
+
+    def start(self, said: Path, function: FunctionType, *arguments: Any, **environment: str) -> Child:
+        """Start `function(*arguments)` of a test module; arguments are what JSON has."""
         said.unlink(missing_ok=True)
-        request = {"said": str(said), "function": function, "arguments": arguments}
+        module = Path(function.__code__.co_filename).stem  # also of a file that runs as a script
+        call = _CALL.format(module=module, function=function.__name__, arguments=arguments)
+        paths = {"PYTHONPATH": str(Path(__file__).parent)}
+        nothing = Path(os.devnull)
+        return Child(self._start(call, (), Path.cwd(), 600, paths | environment, nothing, said, said), said, self)
+
+    def _start(
+        self, program: str, arguments: tuple[str, ...], cwd: Path, timeout: int, changes: dict[str, str], *files: Path
+    ) -> int:
+        environment = os.environ | changes
+        return int(
+            self._ask(
+                program=program, arguments=arguments, cwd=str(cwd), timeout=timeout, environment=environment,
+                paths=[path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path],
+                **dict(zip(("stdin", "stdout", "stderr"), map(str, files), strict=True)),
+            )
+        )  # fmt: skip
+
+    def _ask(self, **request: Any) -> str:
+        assert self._parent.stdin is not None and self._parent.stdout is not None
         self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
-        return Child(int(self._parent.stdout.readline()), said, self._parent)
+        return self._parent.stdout.readline()
 
     def __enter__(self) -> Warm:
         return self
@@ -75,3 +134,4 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         self._parent.kill()
         self._parent.wait()
+        self._folder.cleanup()
