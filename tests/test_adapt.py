@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from phi3_lora_plugin.chat.adapt import Reading, conversations
+from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
 from phi3_lora_plugin.chat.sources import Source
 
@@ -129,4 +130,4 @@ def test_a_strangers_adapter_reads_renamed_columns_and_an_unknown_name_lists_all
     reading, made = read([{"r": "a"}], "mine", {"reply": "r"}, {"mine": adapt})
     assert made == [(Place("f", "line", 1), READ)] and reading.because == "as data.format says"
     (told,) = refused([{"r": "a"}], "mime", None, {"mine": adapt})
-    assert "only auto, alpaca, messages, mine, prompt_completion, sharegpt" in told and "did you mean 'mine'" in told
+    assert f"only auto, {', '.join(sorted([*ADAPTERS, 'mine']))}; did you mean 'mine'?" in told

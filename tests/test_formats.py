@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from phi3_lora_plugin.chat.columns import lookup, rename, unread
 from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, detect
-from phi3_lora_plugin.chat.turns import ROLES, RowError
+from phi3_lora_plugin.chat.row_error import RowError
+from phi3_lora_plugin.chat.turns import ROLES
 
 user, assistant = ({"role": role} for role in ("user", "assistant"))
 
@@ -175,7 +176,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "messages",
         {"messages": [user | {"content": [{"type": "image_url"}]}, ok]},
-        "message 1 .* a part that is not text",
+        "message 1 .* a part of type image_url, and text alone",
     ),
     ("messages", {"messages": [hi, assistant | {"content": "\ud83d"}]}, "half of a surrogate pair"),
     ("messages", {"messages": [hi]}, "has no turn of the assistant"),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
-from phi3_lora_plugin.chat.columns import MESSAGE_KEYS, lookup, rename, unread
+from phi3_lora_plugin.chat.columns import MESSAGE_KEYS, lookup, refuse_decisive, rename, unread_values
 from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, Adapter, detect
+from phi3_lora_plugin.chat.propose import propose
 from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
+from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.sources import Source
-from phi3_lora_plugin.chat.turns import Message, RowError, complete, named, read_turns, shown
+from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 
 _LOOK_AT = 100  # rows from the top that decide how a source is read
 
@@ -30,7 +32,12 @@ class Reading:
 
 
 def conversations(
-    source: Source, reading: Reading, wanted: str, columns: Mapping[str, str], adapters: Mapping[str, Adapter]
+    source: Source,
+    reading: Reading,
+    wanted: str,
+    columns: Mapping[str, str],
+    adapters: Mapping[str, Adapter],
+    ignore: Collection[str] = (),
 ) -> Iterator[tuple[Place, list[Message]] | Problem]:
     """Yield the messages of each row, or what is wrong with it, in order; `reading` is filled on the way.
 
@@ -40,6 +47,7 @@ def conversations(
         wanted: name of a format, or "auto".
         columns: canonical name to foreign name, as in `data.columns`.
         adapters: every registered format by name.
+        ignore: columns and keys of messages that do not matter, as in `data.ignore`.
 
     Raises `SourceError` where the source as a whole cannot be read that way.
     """
@@ -63,20 +71,34 @@ def conversations(
             yield item if isinstance(item, Problem) else Problem(item.place, "comes after rows of no format")
             continue
         try:
-            row = rename(item.values, columns)
-            yield item.place, adapted(adapt, row, reading.format)
-            reading.unread.update(unread(row, reading.format))
+            row = rename(item.values, columns, ignore)
+            yield item.place, adapted(adapt, row, reading.format, reading.unread)
         except RowError as error:
             others = [name for name in detect(item.values) if name != reading.format]
             hint = f"; it looks like {others[0]}, but one source has one format" if others and wanted == "auto" else ""
             yield Problem(item.place, f"{error}{hint}")
 
 
-def adapted(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Message]:
-    """Return the messages of a row; whatever a stranger's adapter raises or gives wrongly is a `RowError`."""
-    if ADAPTERS.get(name) is adapt:
-        return adapt(row)
-    # A stranger's adapter: whatever it raises is about this row; what it gives is checked like a row's own messages.
+def adapted(adapt: Adapter, row: Mapping[str, Any], name: str, unused: Counter[str] | None = None) -> list[Message]:
+    """Return the messages of a row; whatever a stranger's adapter raises or gives wrongly is a `RowError`.
+
+    Columns that a format of ours does not read are counted in `unused`; one that would change what is trained is a
+    `RowError` as well.
+    """
+    try:
+        if ADAPTERS.get(name) is not adapt:
+            return _of_stranger(adapt, row, name)
+        made = adapt(row)
+        names = refuse_decisive(unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
+    except RecursionError:
+        raise RowError("is nested too deeply to be a chat") from None
+    if unused is not None:
+        unused.update(names)
+    return made
+
+
+def _of_stranger(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Message]:
+    # Whatever it raises is about this row; what it gives is checked like a row's own messages.
     try:
         made = adapt(row)
     except RowError:
@@ -108,13 +130,17 @@ def _choose(
 
 
 def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tuple[str, str]:
+    renamed: list[tuple[Row, dict[str, Any]]] = []
     for row in rows:
         try:
-            renamed = rename(row.values, columns)
+            renamed.append((row, rename(row.values, columns)))
         except RowError:
             continue
+    # A column that is there and null in every row is for the adapter to tell, row by row.
+    there = [(row, dict.fromkeys(values, "")) for row, values in renamed]
+    for row, values in [*renamed, *there]:
         # Columns that the recipe speaks of decide, if they make a format by themselves.
-        fits = detect({name: renamed[name] for name in columns if name in renamed}) or detect(renamed)
+        fits = detect({name: values[name] for name in columns if name in values}) or detect(values)
         if len(fits) > 1:
             both = " and ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in fits)
             raise SourceError([f"{row.place}: fits {both}; say which with data.format"])
@@ -127,9 +153,18 @@ def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tupl
     raise SourceError(
         [
             f"{rows[0].place}: fits no format; its columns are {named(rows[0].values)}, while {formats}. "
-            "Say what is what with data.columns, as in data.columns='{prompt: question, completion: answer}'"
+            + advice([row.values for row in rows])
         ]
     )
+
+
+def advice(rows: list[Mapping[str, Any]], pairs: bool = False) -> str:
+    """Return what to write for rows that fit no format."""
+    given = propose(rows, pairs)
+    if given is not None:
+        return f"If that is what they mean, write {given}"
+    shape = "{prompt: question, chosen: better, rejected: worse}" if pairs else "{prompt: question, completion: answer}"
+    return f"Say what is what with data.columns, as in data.columns='{shape}'"
 
 
 def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[str, str]) -> None:
@@ -168,5 +203,5 @@ def _has(row: Mapping[str, Any], foreign: str) -> bool:
 def _no_column(missing: list[str], row: Row, wanted: str) -> str:
     absent = [name for name in missing if name not in row.values]
     others = detect(row.values)
-    advice = f"it looks like {others[0]}" if others else "say what is what with data.columns"
-    return f"format {wanted} needs {', '.join(absent)}; the columns are {named(row.values)}; {advice}"
+    hint = f"it looks like {others[0]}" if others else "say what is what with data.columns"
+    return f"format {wanted} needs {', '.join(absent)}; the columns are {named(row.values)}; {hint}"

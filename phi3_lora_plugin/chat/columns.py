@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from phi3_lora_plugin.chat.formats import OPTIONAL, REQUIRED
-from phi3_lora_plugin.chat.turns import KEYS, RowError, named
+from phi3_lora_plugin.chat.marks import decisive, label_of
+from phi3_lora_plugin.chat.row_error import RowError, named
+from phi3_lora_plugin.chat.turns import KEYS
 
 # Keys of a single message, which `data.columns` may rename as well.
 MESSAGE_KEYS = ("role", "content", "from", "value")
 
 
-def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+# Columns that hold messages, or may.
+_LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "chosen_messages",
+          "rejected_messages")  # fmt: skip
+
+
+def rename(row: Mapping[str, Any], columns: Mapping[str, str], ignore: Collection[str] = ()) -> dict[str, Any]:
     """Return the row with foreign columns under their canonical names, by `{canonical: foreign}`.
 
     A foreign name may lead inwards by dots: `instances.0.output`. Keys of single messages are renamed too. A column
-    that its format can do without may be missing.
+    that its format can do without may be missing. Columns, and keys of messages, that `ignore` names are not there.
     """
+    if ignore:
+        row = {name: _without(value, ignore) if name in _LISTS else value for name, value in row.items()
+               if name not in ignore}  # fmt: skip
     inner = {foreign: name for name, foreign in columns.items() if name in MESSAGE_KEYS}
     outer = {name: foreign for name, foreign in columns.items() if name not in MESSAGE_KEYS}
     found = {}
@@ -31,7 +41,7 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
                 guess = f"; did you mean {near[0]!r}?" if near else ""
                 raise RowError(f"has no column {foreign!r} (data.columns.{name}), only {named(row)}{guess}") from None
     renamed = {name: value for name, value in row.items() if name not in outer.values()} | found
-    for name in ("messages", "conversations", "prompt", "completion", "chosen", "rejected") if inner else ():
+    for name in _LISTS if inner else ():
         if isinstance(renamed.get(name), list):
             renamed[name] = [
                 {inner.get(key, key): value for key, value in item.items()} if isinstance(item, Mapping) else item
@@ -56,16 +66,45 @@ def lookup(row: Any, path: str) -> Any:
 
 def unread(row: Mapping[str, Any], name: str) -> Iterator[str]:
     """Yield the columns of the row, and the keys of its messages, that format `name` makes nothing of."""
-    if name not in REQUIRED:
-        return  # a stranger's adapter; only it knows
+    if name in REQUIRED:  # of a stranger's adapter only it knows
+        yield from dict.fromkeys(path for path, _ in unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
+
+
+def unread_values(row: Mapping[str, Any], known: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what is not read of a row whose `known` columns are, as (`column` or `column[].key`, value)."""
     for column, value in row.items():
-        if column not in (*REQUIRED[name], *OPTIONAL[name]):
-            yield column
-        elif isinstance(value, list):
-            yield from {
-                f"{column}[].{key}"
-                for item in value
-                if isinstance(item, Mapping)
-                for key, inner in item.items()
-                if key not in KEYS and inner is not None
-            }
+        if column not in known:
+            yield column, value
+        elif column == "label" and value is not None and label_of(row) is None:
+            yield column, value
+        elif isinstance(value, list) and column not in ("segments", "conversation"):
+            for item in value:
+                if isinstance(item, Mapping):
+                    for key, inner in item.items():
+                        if key not in KEYS and inner is not None:
+                            yield f"{column}[].{key}", inner
+
+
+def refuse_decisive(unused: Iterable[tuple[str, Any]]) -> list[str]:
+    """Return the names of what is not read.
+
+    Raises:
+        RowError: one of them would change what is trained; says which, and how to say that it does not matter.
+    """
+    names = []
+    for path, value in unused:
+        key = path.rsplit("[].", 1)[-1]
+        if reason := decisive(key, value):
+            where = f" in a message of {path.split('[]')[0]}" if "[]" in path else ""
+            raise RowError(f"{reason}{where}; if it does not matter, write data.ignore: [{key}]")
+        names.append(path)
+    return list(dict.fromkeys(names))
+
+
+def _without(value: Any, ignore: Collection[str]) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: inner for key, inner in item.items() if key not in ignore} if isinstance(item, Mapping) else item
+        for item in value
+    ]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe.sections import DataSection
 
 _BATCH = 256  # conversations rendered and tokenised in one go; more keep the garbage collector busier
+_CHARACTERS = 20_000_000  # of one batch at most, so that a few long rows do not fill the memory
 _LISTED = 50  # problems that an error spells out; `problems` has them all
 _PLACES = 8  # rows that an error names for one and the same problem
 
@@ -73,6 +74,7 @@ class _Fate:
     problems: list[Problem] = field(default_factory=list)
     dropped: list[Left] = field(default_factory=list)
     truncated: list[Left] = field(default_factory=list)
+    empty: list[Left] = field(default_factory=list)
     sources: list[SourceReport] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
@@ -191,6 +193,7 @@ def _encode_all(
         skipped=tuple(Left(str(problem.place), problem.text) for problem in fate.problems),
         dropped=tuple(fate.dropped),
         truncated=tuple(fate.truncated),
+        empty=tuple(fate.empty),
         duplicates=tuple(duplicates(train)),
         leaked=tuple(leaked),
         unread=dict(fate.unread),
@@ -209,9 +212,9 @@ def _read(
         reading = Reading(source.name)
         try:
             items: Iterator[Any] = (
-                read_pairs(source, reading, data.columns)
+                read_pairs(source, reading, data.columns, data.ignore)
                 if pairs
-                else conversations(source, reading, data.format, data.columns, adapters)
+                else conversations(source, reading, data.format, data.columns, adapters, data.ignore)
             )
             for item in islice(items, left):
                 if isinstance(item, Problem):
@@ -235,7 +238,7 @@ def _encoded(
 ) -> Rows:
     policy = Policy(data.train_on, data.system, data.tools, data.control_tokens)
     rows = Rows()
-    while batch := list(islice(read, _BATCH)):
+    for batch in _batches(read):
         both = isinstance(batch[0][1], Pair)
         encode_all = encode_pairs if both else encode_batch
         encoded = encode_all([chat for _, chat in batch], tokenizer, limit, policy, data.template)
@@ -246,10 +249,36 @@ def _encoded(
                 else:
                     fate.problems.append(Problem(place, str(row)))
                 continue
+            if (empty := _empty(chat.chosen if both else chat, both)) is not None:
+                fate.empty.append(Left(str(place), empty))
             if row["truncated"]:
                 fate.truncated.append(Left(str(place), f"longer than {limit} tokens; its end was cut off"))
             rows.add(str(place), row, tuple(message["role"] for message in (chat.chosen if both else chat)))
     return rows
+
+
+def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, Any]]]:
+    """Batches of conversations or pairs, of so many and, where they are long, of so many characters."""
+    batch: list[tuple[Place, Any]] = []
+    size = 0
+    for item in read:
+        chats = (item[1].chosen, item[1].rejected) if isinstance(item[1], Pair) else (item[1],)
+        batch.append(item)
+        size += sum(len(turn["content"]) for chat in chats for turn in chat)
+        if len(batch) == _BATCH or size > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _empty(chat: Sequence[Mapping[str, Any]], last_only: bool) -> str | None:
+    """Say which trained turns of the assistant are empty, if any."""
+    turns = [(number, turn) for number, turn in enumerate(chat, 1) if turn["role"] in ("assistant", "text")]
+    for number, turn in turns[-1:] if last_only else turns:
+        if turn.get("train", True) and not turn["content"].strip():
+            return f"turn {number}, the assistant's, is empty: it is trained to say nothing"
+    return None
 
 
 def _grouped(problems: Sequence[Problem]) -> list[str]:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.adapt import Reading
-from phi3_lora_plugin.chat.columns import rename
+from phi3_lora_plugin.chat.columns import refuse_decisive, rename, unread_values
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.preferences import COLUMNS, Pair, preference
+from phi3_lora_plugin.chat.propose import propose
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
+from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.sources import Source
-from phi3_lora_plugin.chat.turns import RowError
 
 
-def read_pairs(source: Source, reading: Reading, columns: Mapping[str, str]) -> Iterator[tuple[Place, Pair] | Problem]:
+def read_pairs(
+    source: Source, reading: Reading, columns: Mapping[str, str], ignore: Collection[str] = ()
+) -> Iterator[tuple[Place, Pair] | Problem]:
     """Yield the pair of each row, or what is wrong with it, in order; `reading` is filled on the way.
 
     Raises `SourceError` for a source without rows.
     """
     reading.format, reading.because = "preference", "as the recipe's preference.loss says"
+    good = False
     for item in source.rows():
         reading.rows += 1
         if isinstance(item, Problem):
             yield item
             continue
         try:
-            row = rename(item.values, columns)
-            yield item.place, preference(row)
-            reading.unread.update(column for column in row if column not in COLUMNS)
+            row = rename(item.values, columns, ignore)
+            pair = preference(row)
+            names = refuse_decisive(unread_values(row, COLUMNS))
         except RowError as error:
-            yield Problem(item.place, str(error))
+            text = str(error)
+            if not good and "has no column" in text and not columns and (given := propose([item.values], pairs=True)):
+                text = f"{text}; if that is what they mean, write {given}"
+            yield Problem(item.place, text)
+            continue
+        good = True
+        reading.unread.update(names)
+        yield item.place, pair
     if not reading.rows:
         raise SourceError([f"{source.name}: has no rows"])
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from phi3_lora_plugin.chat.turns import shown
+from phi3_lora_plugin.chat.opened import LONGEST_LINE, PACKED, TooLong, errors, impostor, lines, open_file, read_whole
+from phi3_lora_plugin.chat.row_error import shown
 from phi3_lora_plugin.error import Phi3LoraError
 
+_DATA = re.compile(rb"\{\s*\"data\"\s*:\s*\[")
 _GIVE_UP = 100  # so many bad lines at the top, and no good one: the whole file is something else
 
 
@@ -63,55 +63,28 @@ def reader(path: Path, name: str) -> Callable[[], Rows]:
     Raises `SourceError` for a file that is unreadable, empty, or plainly not what its ending says.
     """
     endings = [ending.lower() for ending in path.suffixes]
-    kind = endings[-2] if len(endings) > 1 and endings[-1] == ".gz" else endings[-1] if endings else ""
+    kind = endings[-2] if len(endings) > 1 and endings[-1] in PACKED else endings[-1] if endings else ""
     if kind not in READERS:
         known = ", ".join(sorted(READERS))
         raise SourceError(
-            [f"{name}: cannot read {kind or 'a file without ending'}; expected {known} (text also as .gz)"]
+            [f"{name}: cannot read {kind or 'a file without ending'}; expected {known} (text also as .gz and .zst)"]
         )
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             head = file.read(4096)
-    except (OSError, EOFError, zlib.error) as error:
+    except errors() as error:
         raise SourceError([f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
-    if wrong := _impostor(head, kind):
+    if wrong := impostor(head, kind):
         raise SourceError([f"{name}: {wrong}"])
     return lambda: READERS[kind](path, name)
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open a file, unpacked if it is gzip, whatever it is called."""
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast("IO[bytes]", gzip.open(path)) if packed else path.open("rb")
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
     """Yield lines; a disk or an archive that cannot be read to its end is a `SourceError`."""
     try:
-        yield from file
-    except (EOFError, OSError, zlib.error) as error:
+        yield from lines(file)
+    except errors() as error:
         raise SourceError([f"{name}: cannot be read to its end: {error}"]) from None
-
-
-def _impostor(head: bytes, kind: str) -> str | None:
-    """Say what a file really is, if its first bytes give it away."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not text:
-        return "is empty"
-    if text.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the data; run git lfs pull"
-    if text.startswith(b"PK\x03\x04"):
-        return "is a zip archive; unpack it first"
-    if kind == ".parquet":
-        return None if head.startswith(b"PAR1") else "is not Parquet: it does not begin with PAR1"
-    if head.startswith(b"PAR1"):
-        return "is Parquet; name it .parquet"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "is UTF-16; save it as UTF-8"
-    if text[:5].lower() in (b"<html", b"<!doc") or (text[:1] == b"<" and kind not in (".csv", ".tsv")):
-        return "is a web page (HTML), not data; download the raw file instead"
-    return None
 
 
 def read_json(path: Path, name: str) -> Rows:
@@ -119,13 +92,13 @@ def read_json(path: Path, name: str) -> Rows:
 
     Only one object a line is read line by line, in constant memory; the file's ending does not decide.
     """
-    with _open(path) as file:
-        lines = (line for line in (raw.lstrip(b"\xef\xbb\xbf \t\r\n").rstrip() for raw in _lines(file, name)) if line)
-        first, second = next(lines, b""), next(lines, b"")
+    with open_file(path) as file:
+        filled = (line for line in (raw.lstrip(b"\xef\xbb\xbf \t\r\n").rstrip() for raw in _lines(file, name)) if line)
+        first, second = next(filled, b""), next(filled, b"")
     whole = first.startswith(b"[")
     if first.startswith(b"{"):
         value = _parsed(first)
-        alone = value is not None and not second and isinstance(value.get("data"), list)
+        alone = not second and (isinstance(value.get("data"), list) if value else _DATA.match(first) is not None)
         whole = alone or (value is None and bool(second) and not second.startswith(b"{"))
     return _json_whole(path, name) if whole else _json_lines(path, name)
 
@@ -142,12 +115,15 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def _json_lines(path: Path, name: str) -> Rows:
     good = bad = 0
     decode = json.JSONDecoder().decode
-    with _open(path) as file:
+    with open_file(path) as file:
         for number, raw in enumerate(_lines(file, name), 1):
             line = raw.strip()
             if not line:
                 continue
             place = Place(name, "line", number)
+            if isinstance(raw, TooLong):
+                yield Problem(place, _too_long(raw))
+                continue
             try:
                 value = decode(line.removeprefix(b"\xef\xbb\xbf").decode())
             except (ValueError, RecursionError) as error:
@@ -158,6 +134,10 @@ def _json_lines(path: Path, name: str) -> Rows:
             else:
                 good += 1
                 yield _row(value, place)
+
+
+def _too_long(line: TooLong) -> str:
+    return f"has {line.length:,} bytes; a row may have {LONGEST_LINE:,}"
 
 
 def _why(error: Exception, raw: bytes) -> str:
@@ -182,8 +162,15 @@ def _row(value: Any, place: Place) -> Row | Problem:
 
 def _json_whole(path: Path, name: str) -> Rows:
     """Read a file that has to be parsed as a whole: its rows have numbers, a syntax error in it ends the reading."""
-    with _open(path) as file:
-        data = b"".join(_lines(file, name)).removeprefix(b"\xef\xbb\xbf")
+    try:
+        read = read_whole(path)
+    except errors() as error:
+        raise SourceError([f"{name}: cannot be read to its end: {error}"]) from None
+    if isinstance(read, int):
+        raise SourceError(
+            [f"{name}: is one JSON value of more than {read // 1024**2:,} MiB; write one object a line (.jsonl)"]
+        )
+    data = read.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -212,15 +199,14 @@ def _json_whole(path: Path, name: str) -> Rows:
 
 def read_table(path: Path, name: str) -> Rows:
     """Read CSV or TSV with a header line; a CSV whose header has no comma may be split at semicolons or tabs."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the library's own limit is 128 KiB, less than some chats
-    with _open(path) as file:
-        # Bytes that are no UTF-8 come through as surrogates, so that each bad row can be told by its line.
-        lines = (raw.decode("utf-8", "surrogateescape") for raw in _lines(file, name))
-        first = next(lines, "").removeprefix("\ufeff")
-        delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+    csv.field_size_limit(LONGEST_LINE)  # the library's own limit is 128 KiB, less than some chats
+    with open_file(path) as file:
+        decoded = _TableLines(_lines(file, name))
+        first = next(decoded, "").removeprefix("\ufeff")
+        delimiter = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
         if delimiter not in first:
             delimiter = next((other for other in ";\t" if other in first), delimiter)
-        table = csv.reader(_chain(first, lines), delimiter=delimiter, strict=True)
+        table = csv.reader(chain([first], decoded), delimiter=delimiter, strict=True)
         try:
             header = next(table)
         except (StopIteration, csv.Error) as error:
@@ -228,7 +214,7 @@ def read_table(path: Path, name: str) -> Rows:
         if twice := sorted({column for column in header if header.count(column) > 1}):
             raise SourceError([f"{name}:1: has more than one column named {', '.join(map(repr, twice))}"])
         while True:
-            place = Place(name, "line", table.line_num + 1)
+            place = Place(name, "line", decoded.number + 1)
             try:
                 fields = next(table)
             except StopIteration:
@@ -242,9 +228,24 @@ def read_table(path: Path, name: str) -> Rows:
                 yield Problem(place, wrong) if wrong else Row(dict(zip(header, fields, strict=True)), place)
 
 
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+class _TableLines:
+    """Lines as text, with their number; bytes that are not UTF-8 come through as surrogates, to be told row by row.
+
+    No generator, which would be at its end after the first line that is too long.
+    """
+
+    def __init__(self, read: Iterator[bytes]) -> None:
+        self.read, self.number = read, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        raw = next(self.read)
+        self.number += 1
+        if isinstance(raw, TooLong):
+            raise csv.Error(_too_long(raw))
+        return raw.decode("utf-8", "surrogateescape")
 
 
 def _bad_fields(header: list[str], fields: list[str]) -> str | None:

@@ -65,6 +65,7 @@ class DataReport:
     truncated: tuple[Left, ...]
     duplicates: tuple[Left, ...]
     leaked: tuple[Left, ...]  # rows of eval that are also in train
+    empty: tuple[Left, ...] = ()  # with a trained turn that says nothing
     unread: Mapping[str, int] = field(default_factory=dict)  # columns and message keys that nothing was made of
 
     def to_json(self) -> str:
@@ -83,7 +84,7 @@ class DataReport:
         value["files_left_out"] = tuple(value["files_left_out"])
         for name in ("train", "eval"):
             value[name] = None if value[name] is None else _part(value[name])
-        for name in ("skipped", "dropped", "truncated", "duplicates", "leaked"):
+        for name in ("skipped", "dropped", "truncated", "duplicates", "leaked", "empty"):
             value[name] = tuple(Left(**row) for row in value[name])
         return cls(**value)
 

@@ -121,6 +121,7 @@ def _fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
         ("malformed, left out", report.skipped),
         ("without a trained token, left out", report.dropped),
         ("cut to the longest length", report.truncated),
+        ("with an empty answer", report.empty),
         ("given more than once and used each time", report.duplicates),
         ("to evaluate on, but also trained on", report.leaked),
     ]

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.chat.opened import PACKED
 from phi3_lora_plugin.chat.readers import READERS, Place, Row, Rows, SourceError, reader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
@@ -92,7 +93,7 @@ def _find(path: str, split: str | None) -> Found:
             raise SourceError([f"{path}: matches no file"])
         return _files(files, split)
     missing = f"{path}: no such file or folder{_nearest(here)}"
-    local = here.suffix.lower() in (*READERS, ".gz", ".txt", ".yaml") or Path(here.parts[0]).is_dir()
+    local = here.suffix.lower() in (*READERS, *PACKED, ".txt", ".yaml") or Path(here.parts[0]).is_dir()
     if local or not _HUB_ID.fullmatch(path):
         raise SourceError([missing])
     return _hub(path, split, missing)
@@ -119,7 +120,7 @@ def _folder(folder: Path, split: str | None) -> Found:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved(folder, split)
     inside = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
-    suffixes = tuple(READERS) + tuple(f"{ending}.gz" for ending in READERS)
+    suffixes = tuple(READERS) + tuple(f"{ending}{packed}" for ending in READERS for packed in PACKED)
     files = sorted(path for path in inside if path.name.lower().endswith(suffixes) and path.name not in _NOT_DATA)
     if not files:
         raise SourceError([f"{folder}: no data files in this folder; expected {', '.join(sorted(READERS))}"])

@@ -11,8 +11,9 @@ from phi3_lora_plugin.chat.columns import rename
 from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import ADAPTERS, Adapter
+from phi3_lora_plugin.chat.row_error import RowError, shown
 from phi3_lora_plugin.chat.templates import template_for
-from phi3_lora_plugin.chat.turns import Message, RowError, shown
+from phi3_lora_plugin.chat.turns import Message
 from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:

@@ -1,7 +1,9 @@
 """Messages as data sets write them -> canonical turns: one vocabulary of roles, text only, a sensible order.
 
 A canonical message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. `"train": False` stands on
-one that is never trained, `"tools"` (text) on a system message that declares tools. Nothing else is carried over.
+one that is never trained, `"spans"` (see `marks`) on one of the assistant of which only a part is, `"thoughts"` (text)
+on one that the assistant thought before, `"tools"` (text) on a system message that declares tools. Nothing else is
+carried over.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.chat.content import Content, checked_text, read_content, read_text, with_details
+from phi3_lora_plugin.chat.marks import MESSAGE_MARKS, label_of, weight_of
+from phi3_lora_plugin.chat.row_error import RowError, named, shown
 
 Message = dict[str, Any]
 
@@ -34,12 +38,11 @@ ROLES = {
     "ipython": "tool",
 }
 _CALLS = ("function_call", "tool_call")
+# What the assistant thought before it spoke, as OpenAI-compatible servers and Anthropic's files call it.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Every key of a message that is read; others (`id`, `name`, `timestamp`) are counted by the report.
-KEYS = ("role", "content", "from", "value", "train", "weight", "tools", "tool_calls", "function_call")
-
-
-class RowError(Phi3LoraError):
-    """One row that is not what its format says; the message is a sentence without the row's number."""
+KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", "function_call", *THOUGHTS,
+        *MESSAGE_MARKS)  # fmt: skip
 
 
 def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]:
@@ -47,14 +50,37 @@ def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]
     held: Message | None = None
     for number, item in enumerate(items, 1):
         turn, is_call = _turn(item, f"{what} {number}")
-        if held is not None and is_call and held["role"] == "assistant" and held.get("train") == turn.get("train"):
-            held["content"] = "\n".join(filter(None, (held["content"], turn["content"])))
+        if held is not None and is_call and _joins(held, turn):
+            before = held["content"]
+            held["content"] = "\n".join(filter(None, (before, turn["content"])))
+            if "spans" in held:
+                held["spans"] = [*held["spans"], (len(before), len(held["content"]), 1.0)]
             continue
         if held is not None:
             yield held
         held = turn
     if held is not None:
         yield held
+
+
+def _joins(held: Message, turn: Message) -> bool:
+    same = held.get("train") == turn.get("train") and "spans" not in turn and "thoughts" not in turn
+    return bool(held["role"] == "assistant" and same)
+
+
+def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """Turns of a row that may say as a whole whether it is learned, by the marks of `marks`.
+
+    Raises:
+        RowError: KTO's `label: false`, or a mark that cannot be honoured.
+    """
+    if row.get("label") is not None and label_of(row) is False:
+        raise RowError(
+            "has label: false, an answer that is not to be learned (KTO); leave such rows out with data.on_error: skip"
+        )
+    if weight_of(row, "row") != 0:
+        return turns
+    return [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
 
 
 def complete(turns: list[Message], system: Any = None, tools: Any = None) -> list[Message]:
@@ -90,41 +116,6 @@ def complete(turns: list[Message], system: Any = None, tools: Any = None) -> lis
     return turns
 
 
-def read_text(value: Any, what: str) -> str:
-    """Return text as it is, and text parts (`[{type: text, text: ...}]`) joined as they stand."""
-    if isinstance(value, list) and value:
-        parts = []
-        for part in value:
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RowError(f"{what} has a part that is not text: {shown(part)}")
-            parts.append(part["text"])
-        value = "".join(parts)
-    if value is None:
-        raise RowError(f"{what} is null or missing; expected text")
-    if not isinstance(value, str):
-        raise RowError(f"{what} is {shown(value)}; expected text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(f"{what} holds {value[error.start]!r}, half of a surrogate pair and no character") from None
-    return value
-
-
-def shown(value: Any) -> str:
-    """Name a value for an error: its kind and the beginning of it, on one line and without control characters."""
-    if value is None:
-        return "null"
-    kind = {str: "text", bool: "a switch", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    text = repr(value)
-    return f"{kind.get(type(value), type(value).__name__)} ({text if len(text) <= 60 else text[:57] + '...'})"
-
-
-def named(row: Mapping[str, Any]) -> str:
-    """List the columns or keys that there are, for an error."""
-    return ", ".join(map(str, row)) or "nothing"
-
-
 def _turn(item: Any, what: str) -> tuple[Message, bool]:
     """Return one canonical message, and whether it holds a call."""
     if not isinstance(item, Mapping):
@@ -136,62 +127,84 @@ def _turn(item: Any, what: str) -> tuple[Message, bool]:
     if role is None:
         raise RowError(f"{what} has the unknown role {shown(name)}; known are {', '.join(ROLES)}")
     what = f"{what} ({name})"
-    content = item.get("content") if item.get("content") is not None else item.get("value")
-    calls = _calls(item, what)
+    value = item.get("content") if item.get("content") is not None else item.get("value")
+    raw = item.get("tool_calls")
+    content = Content() if value is None else read_content(value, f"content of {what}")
+    calls = _calls([*content.calls, *_listed_calls(item, raw, what)], what)
     if calls is not None and role != "assistant":
         raise RowError(f"{what} has tool calls, which only the assistant makes")
-    if content is None and calls is not None:
-        text = calls
-    else:
-        text = read_text(content, f"content of {what}")
-        text = "\n".join(filter(None, (text, calls))) if calls is not None else text
-    turn: Message = {"role": role, "content": text}
-    if _untrained(item, what, role):
-        turn["train"] = False
-    if (tools := _tools(item.get("tools"), what)) is not None:
+    if value is None and calls is None:
+        checked_text(value, f"content of {what}")
+    content = with_details(content, item, what)
+    turn: Message = {"role": role, "content": "\n".join(filter(None, (content.text, calls)))}
+    turn |= _learning(item, content, what, role, len(turn["content"]))
+    if (thoughts := _thoughts(item, content, what)) is not None:
+        if role != "assistant":
+            raise RowError(f"{what} has thoughts, which only the assistant's turns have")
+        turn["thoughts"] = thoughts
+    declared = item.get("tools") if item.get("tools") is not None else item.get("functions")
+    if (tools := _tools(declared, what)) is not None:
         if role != "system":
             raise RowError(f"{what} declares tools, which only a system message does")
         turn["tools"] = tools
     return turn, calls is not None or name.lower() in _CALLS
 
 
-def _calls(item: Mapping[str, Any], what: str) -> str | None:
-    """Return the tool calls of a message as JSON text, `{"name": ..., "arguments": {...}}` or a list of them."""
-    calls = item.get("tool_calls")
+def _listed_calls(item: Mapping[str, Any], calls: Any, what: str) -> list[Any]:
     if calls is None and item.get("function_call") is not None:
         calls = [item["function_call"]]
-    if calls is None or calls == []:
-        return None
-    if not isinstance(calls, list):
+    if calls is not None and not isinstance(calls, list):
         raise RowError(f"tool_calls of {what} is {shown(calls)}; expected a list")
+    return calls or []
+
+
+def _calls(calls: list[Any], what: str) -> str | None:
+    """Return tool calls as JSON text, `{"name": ..., "arguments": {...}}` or a list of them; None for none."""
     read = []
     for call in calls:
+        if isinstance(call, str):
+            call = _from_json(call, f"{what} calls a tool with text that is not JSON")
         inner = call.get("function") if isinstance(call, Mapping) else None
         function = inner if isinstance(inner, Mapping) else call
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError(f"{what} calls a tool without a name: {shown(call)}")
-        arguments = function.get("arguments")
+        arguments = function.get("arguments") if "arguments" in function else function.get("input")
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                raise RowError(f"{what} calls a tool with arguments that are not JSON: {shown(arguments)}") from None
+            arguments = _from_json(arguments, f"{what} calls a tool with arguments that are not JSON")
         read.append({"name": function["name"], "arguments": {} if arguments is None else arguments})
-    return _json(read[0] if len(read) == 1 else read, what)
+    return _json(read[0] if len(read) == 1 else read, what) if read else None
 
 
-def _untrained(item: Mapping[str, Any], what: str, role: str) -> bool:
-    """Say whether a message is marked as never trained, by `train: false` or `weight: 0`."""
-    train, weight = item.get("train"), item.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"train of {what} is {shown(train)}; expected true or false")
-    if weight is not None and weight not in (0, 1):
-        raise RowError(f"weight of {what} is {shown(weight)}; expected 0 or 1")
-    if train is not None and weight is not None and train != bool(weight):
-        raise RowError(f"{what} says train: {str(train).lower()} and weight: {weight}; leave one out")
-    if (train or weight) and role != "assistant":
-        raise RowError(f"{what} is marked as trained, which only the assistant's turns are (see data.train_on)")
-    return train is False or weight == 0
+def _from_json(text: str, wrong: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RowError(f"{wrong}: {shown(text)}") from None
+
+
+def _learning(item: Mapping[str, Any], content: Content, what: str, role: str, length: int) -> Message:
+    """`train` and `spans` of a canonical message, where it is not learned as a whole."""
+    weight = weight_of(item, what)
+    spans = content.spans
+    if role != "assistant":
+        if weight or any(learned for _, _, learned in spans or ()):
+            raise RowError(f"{what} is marked as trained, which only the assistant's turns are (see data.train_on)")
+        return {} if weight is None and spans is None else {"train": False}
+    if weight == 0 or (spans and not any(learned for _, _, learned in spans)):
+        return {"train": False}
+    if spans is None or all(learned == 1 for _, _, learned in spans):
+        return {}
+    rest = [(len(content.text), length, 1.0)] if length > len(content.text) else []
+    return {"spans": [*spans, *rest]}
+
+
+def _thoughts(item: Mapping[str, Any], content: Content, what: str) -> str | None:
+    """What was thought, under whichever name; the same text may stand under several."""
+    found = [content.thoughts] if content.thoughts is not None else []
+    found += [read_text(item[key], f"{key} of {what}") for key in THOUGHTS if item.get(key) not in (None, "", [])]
+    if len(set(found)) > 1:
+        raise RowError(f"{what} has thoughts twice, and they differ; keep one")
+    return found[0] if found else None
 
 
 def _tools(value: Any, what: str) -> str | None:
@@ -208,6 +221,7 @@ def _tools(value: Any, what: str) -> str | None:
 def _json(value: Any, what: str) -> str:
     """Return JSON text; values from Parquet may be dates or bytes, which JSON has no form for."""
     try:
-        return read_text(json.dumps(value, ensure_ascii=False), what)
-    except TypeError as error:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise RowError(f"tools or calls of {what} cannot be written as JSON: {error}") from None
+    return checked_text(text, what)

@@ -9,7 +9,8 @@ from phi3_lora_plugin.chat.adapt import adapted
 from phi3_lora_plugin.chat.columns import rename
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import ADAPTERS, REQUIRED, detect
-from phi3_lora_plugin.chat.turns import Message, RowError
+from phi3_lora_plugin.chat.row_error import RowError
+from phi3_lora_plugin.chat.turns import Message
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.settings import HostData
 from phi3_lora_plugin.plugins.discovery import load_plugins
@@ -49,7 +50,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostDat
 
 def _messages(row: Mapping[str, Any], data: HostData) -> list[Message] | RowError:
     try:
-        renamed = rename(row, data.columns)
+        renamed = rename(row, data.columns, data.ignore)
         name = data.format
         if name == "auto":
             fits = detect(renamed)

@@ -22,9 +22,10 @@ class HostData(Section):
 
     format: Text = "auto"
     columns: dict[str, Text] = {}
+    ignore: list[Text] = []
     train_on: Literal["assistant", "last_turn", "all"] = "assistant"
     system: Literal["error", "fold", "drop"] = "error"
-    control_tokens: Literal["error", "escape"] = "error"
+    control_tokens: Literal["error", "escape", "keep"] = "error"
     tools: Literal["error", "text", "drop"] = "error"
     template: Text | None = None
     on_error: Literal["stop", "skip"] = "stop"

@@ -140,7 +140,7 @@ def pairs(dataset: Any, tokenizer: Any) -> Any:
 
     def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         from phi3_lora_plugin.chat.preferences import preference
-        from phi3_lora_plugin.chat.turns import RowError
+        from phi3_lora_plugin.chat.row_error import RowError
 
         chats: list[list[dict[str, Any]]] = []
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):

@@ -80,9 +80,12 @@ class DataSection(Section):
     path: OneOrMore | None = None
     """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say."""
     format: Text = "auto"
-    """messages, sharegpt, alpaca, prompt_completion, a plugin's name, or auto."""
+    """messages, sharegpt, alpaca, prompt_completion, query_response, conversation, chatgpt, segments, text, a plugin's
+    name, or auto."""
     columns: dict[str, Text] = {}
     """The format's own names to the file's: `{prompt: question, completion: answer}`."""
+    ignore: list[Text] = []
+    """Columns, and keys of messages, that do not matter although their names speak of what is trained."""
     split: Text = "train"
     """Split to train on, for hub ids and saved datasets."""
     eval_path: OneOrMore | None = None
@@ -99,8 +102,8 @@ class DataSection(Section):
     """Which tokens carry loss."""
     system: Literal["error", "fold", "drop"] = "error"
     """What to do with a system message where the template has no place for one."""
-    control_tokens: Literal["error", "escape"] = "error"
-    """What to do with control tokens such as <|end|> inside the text of a message."""
+    control_tokens: Literal["error", "escape", "keep"] = "error"
+    """What to do with control tokens such as <|end|> in the text of a message; keep is for rows of plain text only."""
     tools: Literal["error", "text", "drop"] = "error"
     """What to do with tool messages where the template has no place for them."""
     template: Text | None = None

@@ -1,0 +1,227 @@
+"""Messages -> the turns that a template renders: nothing left in them that it would drop or mistake."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from phi3_lora_plugin.chat.marks import Span
+from phi3_lora_plugin.chat.templates import Template
+from phi3_lora_plugin.error import Phi3LoraError
+
+Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 10_000_000  # characters of one message: far beyond any context, far below what a tokenizer dies of
+
+
+class EncodeError(Phi3LoraError):
+    """A conversation that cannot be encoded as it is.
+
+    `reason` is one of "messages", "system", "tools", "thoughts", "control_tokens", "untrained" and "truncated".
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do with what a template has no place for, and which turns carry loss; keys of the recipe's `data`."""
+
+    train_on: str = "assistant"
+    system: str = "error"
+    tools: str = "error"
+    control_tokens: str = "error"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "train_on": ("assistant", "last_turn", "all"),
+            "system": ("error", "fold", "drop"),
+            "tools": ("error", "text", "drop"),
+            "control_tokens": ("error", "escape", "keep"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise Phi3LoraError(f"{name}={getattr(self, name)!r} is none of {', '.join(values)}")
+
+
+def prepare(
+    messages: Sequence[Message], kind: Template, policy: Policy, control: re.Pattern[str]
+) -> list[dict[str, Any]]:
+    """Copies of the messages with nothing left that the template drops or mistakes; one rendered turn for each.
+
+    Of a row of plain text, its only message, of the role "text".
+
+    Raises:
+        EncodeError: as `encode`.
+    """
+    if len(messages) == 1 and isinstance(messages[0], Mapping) and messages[0].get("role") == "text":
+        return [_plain(messages[0], policy, control)]
+    turns = [_checked(message, number) for number, message in enumerate(messages, 1)]
+    for number, turn in enumerate(turns, 1):
+        for key in ("content", "tools"):
+            if isinstance(turn.get(key), str) and (found := control.search(turn[key])):
+                if policy.control_tokens != "escape":
+                    raise EncodeError(
+                        "control_tokens",
+                        f"message {number} ({turn['role']}) has the control token {found.group()} in its {key}, which "
+                        "would end or open a turn; clean the text, or write data.control_tokens: escape",
+                    )
+                _escape(turn, key, control)
+    if not kind.tools:
+        turns = _without_tools(turns, kind, policy.tools)
+    if not kind.system:
+        turns = _without_system(turns, kind, policy.system)
+    if not kind.empty_system:
+        turns = [turn for turn in turns if turn["role"] != "system" or turn["content"]]
+    return turns
+
+
+def _plain(message: Message, policy: Policy, control: re.Pattern[str]) -> dict[str, Any]:
+    turn = {key: value for key, value in message.items() if key in ("role", "content", "train", "spans", "as_it_is")}
+    if not isinstance(turn.get("content"), str):
+        raise EncodeError("messages", "the text is not text")
+    _check_length(turn["content"], "the text")
+    if turn.get("spans") is not None:
+        turn["spans"] = checked_spans(turn["spans"], turn["content"], "the text")
+    keep = turn.get("as_it_is") or policy.control_tokens == "keep"
+    if not keep and (found := control.search(turn["content"])):
+        if policy.control_tokens == "error":
+            raise EncodeError(
+                "control_tokens",
+                f"the text has the control token {found.group()}, as if a template had been applied already; give "
+                "the chats themselves, or write data.control_tokens: keep (all of it is trained as it is) or escape",
+            )
+        _escape(turn, "content", control)
+    return turn
+
+
+def _check_length(text: str, what: str) -> None:
+    if len(text) > LONGEST:
+        raise EncodeError("messages", f"{what} has {len(text):,} characters; at most {LONGEST:,} can be encoded")
+
+
+def _checked(message: Message, number: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise EncodeError("messages", f"message {number} is a {type(message).__name__}; expected role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise EncodeError("messages", f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise EncodeError(
+            "messages", f"message {number} ({role}) has content of type {type(content).__name__}; expected text"
+        )
+    _check_length(content, f"message {number} ({role})")
+    tools = message.get("tools")
+    if tools is not None and (role != "system" or not isinstance(tools, str)):
+        raise EncodeError("messages", f"message {number} ({role}) has tools; expected text, on a system message")
+    turn: dict[str, Any] = {"role": role, "content": content}
+    if tools is not None:
+        turn["tools"] = tools
+    if message.get("thoughts") is not None:
+        raise EncodeError(
+            "thoughts", f"message {number} ({role}) has thoughts (reasoning), which are not read yet; take them out"
+        )
+    train, weight = message.get("train"), message.get("weight")
+    if not (train is None or isinstance(train, bool)):
+        raise EncodeError("messages", f"message {number} ({role}) has train {train!r}; expected true or false")
+    if weight not in (None, 0, 1):
+        raise EncodeError("messages", f"message {number} ({role}) has weight {weight!r}; expected 0 or 1")
+    if train is False or weight == 0:
+        turn["train"] = False
+    if message.get("spans") is not None:
+        turn["spans"] = checked_spans(message["spans"], content, f"message {number} ({role})")
+    return turn
+
+
+def checked_spans(spans: Any, content: str, what: str) -> list[Span]:
+    """Spans that lie one behind the other and cover all of `content`.
+
+    Raises:
+        EncodeError: they do not.
+    """
+    at = 0
+    for one in spans if isinstance(spans, list | tuple) else [None]:
+        if (
+            not isinstance(one, list | tuple)
+            or len(one) != 3
+            or one[0] != at
+            or not at < one[1]
+            or one[2] not in (0, 1)
+        ):
+            raise EncodeError("messages", f"{what} has spans that are not [first, behind, 0 or 1] from {at} on")
+        at = one[1]
+    if at != len(content):
+        raise EncodeError("messages", f"{what} has spans up to character {at}, while its text has {len(content)}")
+    return [(first, behind, float(weight)) for first, behind, weight in spans]
+
+
+def _escape(turn: dict[str, Any], key: str, control: re.Pattern[str]) -> None:
+    """Put a blank into each control token of a text, and move the spans behind it along."""
+    starts = [match.start() for match in control.finditer(turn[key])]
+    turn[key] = control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", turn[key])
+    if key == "content" and "spans" in turn:
+        turn["spans"] = [
+            (first + bisect_left(starts, first), behind + bisect_left(starts, behind), weight)
+            for first, behind, weight in turn["spans"]
+        ]
+
+
+def _without_tools(turns: list[dict[str, Any]], kind: Template, policy: str) -> list[dict[str, Any]]:
+    """Tool answers as user turns and declared tools as system text, or neither."""
+    if not any(turn["role"] == "tool" or "tools" in turn for turn in turns):
+        return turns
+    if policy == "error":
+        raise EncodeError(
+            "tools",
+            f"template {kind.name} has no place for tools; write data.tools: text (answers of tools become user turns, "
+            "declared tools system text) or data.tools: drop",
+        )
+    left: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "tool":
+            if policy == "text":
+                left.append(turn | {"role": "user"})
+            continue
+        tools = turn.pop("tools", None)
+        if tools is not None and policy == "text":
+            turn["content"] = "\n\n".join(filter(None, (turn["content"], tools)))
+        left.append(turn)
+    return left
+
+
+def _without_system(turns: list[dict[str, Any]], kind: Template, policy: str) -> list[dict[str, Any]]:
+    """System text in front of the first user turn, or nowhere."""
+    texts = [turn["content"] for turn in turns if turn["role"] == "system" and turn["content"]]
+    others = [turn for turn in turns if turn["role"] != "system"]
+    if not texts or policy == "drop":
+        return others
+    if policy == "error":
+        raise EncodeError(
+            "system",
+            f"template {kind.name} drops system messages in silence; write data.system: fold (the text goes into the "
+            "first user turn, in training and in chat) or data.system: drop",
+        )
+    first = next((turn for turn in others if turn["role"] == "user"), None)
+    if first is None:
+        raise EncodeError("system", "there is no user turn to fold the system message into")
+    first["content"] = "\n\n".join([*texts, first["content"]])
+    return others
+
+
+def control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """A pattern of every token that is looked for in text as it stands, special or not."""
+    return _pattern(tuple(sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len)[::-1]))
+
+
+@lru_cache(maxsize=16)
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
