@@ -7,7 +7,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.marks import token_weights
 from phi3_lora_plugin.chat.templates import Template
-from phi3_lora_plugin.tokenizer import whole_texts
+from phi3_lora_plugin.model.tokenizer import whole_texts
 
 
 def encode_text(turn: Mapping[str, Any], tokenizer: Any, kind: Template) -> tuple[list[int], list[float]]:
