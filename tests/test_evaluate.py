@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from phi3_lora_plugin import load_model, load_plugins, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import encode, prompt_ids
+from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.evaluate.answers import answer, questions
 from phi3_lora_plugin.evaluate.evaluate import Evaluation, Wanted, evaluate
@@ -26,6 +28,9 @@ from phi3_lora_plugin.evaluate.generate import stop_ids
 from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError
 from phi3_lora_plugin.evaluate.target import find_target
 from phi3_lora_plugin.evaluate.token_scores import NothingTrained, TokenScores, token_scores
+from phi3_lora_plugin.export.convert import convert
+from phi3_lora_plugin.export.merge import merge
+from phi3_lora_plugin.inspect.inspect import inspect
 from phi3_lora_plugin.store.adapter_folder import AdapterError
 
 PLUGINS = load_plugins()
@@ -208,6 +213,39 @@ def test_another_base_is_told_or_refused(run: Path, tmp_path: Path) -> None:
     shallow = tiny.base(tmp_path / "shallow", num_hidden_layers=3)
     with pytest.raises(AdapterError, match="does not go onto .*missing adapter keys"):
         measured(run / "out", wanted=Wanted(answers=0), base=str(shallow))
+
+
+DAMAGE = {
+    "not JSON": lambda folder: (folder / "manifest.json").write_text("{"),
+    "changed by hand": lambda folder: (folder / "manifest.json").write_text(
+        (folder / "manifest.json").read_text().replace('"error"', '"drop"', 1)
+    ),
+    "another weight": lambda folder: (folder / "adapter_model.safetensors").write_bytes(
+        (folder / "adapter_model.safetensors").read_bytes()[:-1] + b"\1"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_adapter_is_the_same_error_everywhere_before_a_model_is_loaded(
+    run: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(find_target(str(run / "out"), [], lambda name: None).adapter)
+    folder = Path(shutil.copytree(source, tmp_path / "adapter"))
+    DAMAGE[kind](folder)
+    monkeypatch.setattr("phi3_lora_plugin.model.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    told = set()
+    for function in (
+        lambda: find_target(str(folder), [], lambda name: None),
+        lambda: chat_command(folder, prompt="hello"),
+        lambda: merge(folder, None, tmp_path / "merged"),
+        lambda: convert(folder, tmp_path / "converted", "peft"),
+    ):
+        with pytest.raises(AdapterError) as error:
+            function()
+        told.add(str(error.value))
+    assert len(told) == 1 and str(folder) in (text := told.pop()) and "another checkpoint" in text
+    assert any(problem.what in text for problem in inspect(folder).problems)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

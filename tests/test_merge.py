@@ -22,6 +22,7 @@ from phi3_lora_plugin.export import merge_plan
 from phi3_lora_plugin.export.merge import MergeError, VerificationError, merge, portable_config
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.model.shards import ModelFolderError, Weights, parse_size
+from phi3_lora_plugin.store.adapter_folder import AdapterError
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -240,7 +241,8 @@ def test_p12_the_loss_of_merging_a_qlora_adapter_is_measured_or_avoided(tmp_path
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = tiny.base(tmp_path / "base", hidden_size=64, intermediate_size=128)
     adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
-    (tmp_path / "recipe.yaml").write_text("model:\n  quantize: nf4\n")  # of the run that the adapter lies in
+    run = f"model: {{path: {base}, quantize: nf4}}\n"  # that the adapter lies in
+    (tmp_path / "recipe.yaml").write_text(run)
     plain = merge(adapter, base, tmp_path / "plain")
     note = next(
         note for note in plain.notes if note.startswith("trained on a nf4 base and merged onto the unquantised")
@@ -402,7 +404,7 @@ def test_the_command_says_what_it_checked(base, tmp_path):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out3")])
-    assert isinstance(told.exception, MergeError) and "names no base model" in str(told.exception)
+    assert isinstance(told.exception, AdapterError) and "names no base model" in str(told.exception)
     assert CliRunner().invoke(app, [str(adapter), str(tmp_path / "o"), "--dtype", "int3"]).exit_code == 2
 
 

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from phi3_lora_plugin.store.adapter_folder import encoding_of
-
 
 def chat_command(
     adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder.")],
@@ -24,10 +22,11 @@ def chat_command(
 ) -> None:
     """Stream answers of an adapter, rendered and stopped as in training."""
     from phi3_lora_plugin.evaluate.generate import load_adapter, stream
-    from phi3_lora_plugin.store.adapter_folder import adapter_folder
+    from phi3_lora_plugin.store.adapter_folder import read_adapter
 
-    model, tokenizer = load_adapter(adapter, base=base, dtype=dtype, quantize=quantize, device=device)
-    encoding = encoding_of(adapter_folder(adapter))
+    found = read_adapter(adapter)
+    encoding = {"system": "error", **found.chat, "control_tokens": "escape"}  # nobody types a turn's end
+    model, tokenizer = load_adapter(found, base=base, dtype=dtype, quantize=quantize, device=device)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def answer(text: str) -> None:

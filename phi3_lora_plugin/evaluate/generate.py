@@ -6,28 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.store.adapter_folder import AdapterError, adapter_folder, base_of
+from phi3_lora_plugin.store.adapter_folder import Adapter, AdapterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_adapter(path: str | Path, base: str | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
+def load_adapter(adapter: Adapter, base: str | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
     """(model with the adapter on it, tokenizer), ready to generate.
 
     Args:
-        path: an adapter folder, a run folder or a checkpoint store.
+        adapter: from `read_adapter`.
         base: base model, where the one that the adapter names is not at its old place.
         options: as `load_model` takes them (dtype, attention, quantize, device).
     """
     from phi3_lora_plugin.model.load import load_model
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
-    adapter = adapter_folder(path)
-    name, revision = (base, None) if base else base_of(adapter)
+    name, revision = (base, None) if base else adapter.base
     model = load_model(name, revision=revision, **options)
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else name)
-    return with_adapter(model, adapter), tokenizer
+    tokenizer = load_tokenizer(adapter.folder if (adapter.folder / "tokenizer.json").is_file() else name)
+    return with_adapter(model, adapter.folder), tokenizer
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

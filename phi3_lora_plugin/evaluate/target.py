@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.recipe import Recipe, load_recipe
 from phi3_lora_plugin.recipe.yaml_file import dump
-from phi3_lora_plugin.store.adapter_folder import AdapterError, adapter_folder, base_of
+from phi3_lora_plugin.store.adapter_folder import Adapter, AdapterError, read_adapter
 from phi3_lora_plugin.store.checkpoint import latest_complete
 from phi3_lora_plugin.store.layout import numbered
 
@@ -50,12 +49,12 @@ def find_target(what: str, overrides: Sequence[str], find: Find, base: str | Non
         return _of_recipe(load_recipe(what, overrides, find))
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         return Target(_made({"model": {"path": str(folder)}}, folder.name, overrides, find), None)
-    adapter = adapter_folder(folder)
-    recipe, theirs = _of_adapter(adapter, overrides, find)
-    notes = [f"adapter {adapter}"] if adapter != folder else []
-    if not theirs:
+    adapter = read_adapter(folder)
+    recipe = _of_adapter(adapter, overrides, find)
+    notes = [f"adapter {adapter.folder}"] if adapter.folder != folder else []
+    if adapter.recipe_file is None:
         notes.append("the run's recipe is not beside the adapter: rows are read and rendered by the usual settings")
-    return Target(recipe, adapter, (*notes, *_other_base(adapter, recipe)))
+    return Target(recipe, adapter.folder, (*notes, *_other_base(adapter, recipe)))
 
 
 def _of_recipe(recipe: Recipe) -> Target:
@@ -64,43 +63,40 @@ def _of_recipe(recipe: Recipe) -> Target:
     runs = [folder]
     if recipe.provenance.get("output_dir", "default") == "default":
         runs += numbered(folder)
-    found = {run: adapter for run in runs if run.is_dir() and (adapter := latest_complete(run)) is not None}
+    found = [newest for run in runs if run.is_dir() and (newest := latest_complete(run)) is not None]
     if not found:
         return Target(
             recipe, None, (f"no trained adapter under {folder}, so the base alone; train {recipe.name} first",)
         )
-    adapter = max(found.values(), key=lambda path: path.stat().st_mtime)
-    trained = base_of(adapter)[0]
+    adapter = read_adapter(max(found, key=lambda path: path.stat().st_mtime))
+    trained = adapter.base[0]
     if trained not in (recipe.model.path, locate(recipe.model.path)):
         raise AdapterError(
-            f"{adapter} was trained on {trained}, not on {recipe.model.path}, which the recipe names; "
+            f"{adapter.folder} was trained on {trained}, not on {recipe.model.path}, which the recipe names; "
             f"evaluate the adapter by its folder, or name the run with output_dir=FOLDER"
         )
-    return Target(recipe, adapter, (f"adapter {adapter}", *_other_base(adapter, recipe)))
+    return Target(recipe, adapter.folder, (f"adapter {adapter.folder}", *_other_base(adapter, recipe)))
 
 
-def _of_adapter(adapter: Path, overrides: Sequence[str], find: Find) -> tuple[Recipe, bool]:
-    """(recipe, whether it is the run's own) of an adapter folder."""
-    path, revision = base_of(adapter)
-    runs = [place / "recipe.yaml" for place in adapter.resolve().parents[:2] if (place / "recipe.yaml").is_file()]
-    if runs:
-        recipe = load_recipe(runs[0], overrides, find)
-    else:
-        facts = _manifest(adapter)
-        model = {"path": path, "revision": revision, "quantize": facts.get("quantize", "none")}
-        recipe = _made({"model": model, "data": facts.get("chat", {})}, adapter.name, overrides, find)
+def _of_adapter(adapter: Adapter, overrides: Sequence[str], find: Find) -> Recipe:
+    """The recipe of the run that an adapter is from, else one made of what is known."""
+    path, revision = adapter.base
+    recipe = adapter.recipe(overrides, find)
+    if recipe is None:
+        model = {"path": path, "revision": revision, "quantize": adapter.quantize}
+        recipe = _made({"model": model, "data": adapter.chat}, adapter.folder.name, overrides, find)
     if recipe.provenance.get("model.path") == "override":
-        return recipe, bool(runs)
+        return recipe
     # The adapter knows its base best, unless that has moved: then its recipe may name it another way (`embedded:`).
     if Path(path).is_absolute() and not Path(path).is_dir():
         if not Path(locate(recipe.model.path)).is_dir():
             raise AdapterError(
-                f"{adapter} was trained on {path}, which is not there any more; give its base with --base"
+                f"{adapter.folder} was trained on {path}, which is not there any more; give its base with --base"
             )
     elif path != locate(recipe.model.path):
         changed = recipe.model.model_copy(update={"path": path, "revision": revision})
         recipe = recipe.model_copy(update={"model": changed})
-    return recipe, bool(runs)
+    return recipe
 
 
 def _made(content: dict[str, Any], name: str, overrides: Sequence[str], find: Find) -> Recipe:
@@ -111,23 +107,15 @@ def _made(content: dict[str, Any], name: str, overrides: Sequence[str], find: Fi
         return load_recipe(file, overrides, find)
 
 
-def _manifest(adapter: Path) -> dict[str, Any]:
-    file = adapter / "manifest.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except ValueError as error:
-        raise AdapterError(f"{file} is not JSON (cut off or damaged): {error}") from error
-
-
-def _other_base(adapter: Path, recipe: Recipe) -> list[str]:
+def _other_base(adapter: Adapter, recipe: Recipe) -> list[str]:
     """A sentence if the weights of the base here are not those that the manifest names."""
     from phi3_lora_plugin.model.fingerprint import local_fingerprint
 
-    trained_on = (_manifest(adapter).get("base") or {}).get("fingerprint")
+    trained_on = (adapter.manifest.get("base") or {}).get("fingerprint")
     here = local_fingerprint(locate(recipe.model.path), recipe.model.revision) if trained_on else None
     if here is None or here == trained_on:
         return []
     return [
-        f"the weights of {recipe.model.path} are not those that {adapter} was trained on (another fingerprint): "
+        f"the weights of {recipe.model.path} are not those that {adapter.folder} was trained on (another fingerprint): "
         "its scores say little"
     ]

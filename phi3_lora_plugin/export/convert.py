@@ -247,9 +247,9 @@ def _read(
         raise ConvertError(
             f"{source} is a PEFT adapter, whose config says r and alpha; --alpha, --r, --enable-lora are for files"
         )
-    from phi3_lora_plugin.store.adapter_folder import adapter_folder
+    from phi3_lora_plugin.store.adapter_folder import read_adapter
 
-    adapter = peft_files.read_peft(adapter_folder(source))
+    adapter = peft_files.read_peft(read_adapter(source).folder)
     return _Source(
         "peft", peft_files.parts(adapter), adapter.base, adapter.config.get("revision"),
         float(adapter.config.get("lora_dropout") or 0), (), adapter.notes, adapter.folder or source,

@@ -113,19 +113,15 @@ def merge(
     import torch
 
     from phi3_lora_plugin.lora_files.peft_files import read_peft
-    from phi3_lora_plugin.store.adapter_folder import adapter_folder
+    from phi3_lora_plugin.store.adapter_folder import read_adapter
 
     if dtype not in DTYPES or check not in ("auto", "logits", "modules"):
         raise MergeError(f"dtype {dtype!r}, check {check!r}: expected one of {DTYPES} and of auto, logits, modules")
-    folder = adapter_folder(adapter)
+    found = read_adapter(adapter)
+    how = found.quantize if quantized == "auto" else quantized
+    folder = found.folder
     peft = read_peft(folder)
-    source = (
-        model_folder(base or peft.base or "", None if base else peft.config.get("revision"))
-        if base or peft.base
-        else None
-    )
-    if source is None:
-        raise MergeError(f"{folder} names no base model; give it with --base")
+    source = model_folder(*((base, None) if base else found.base))
     config = read_json(source / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
@@ -135,7 +131,6 @@ def merge(
         )
     weights = Weights(source)
     plan = plan_merge(peft, weights, config, untie)
-    how = _quantized_in_training(folder) if quantized == "auto" else quantized
     if how not in ("none", "nf4", "int8") or (dequantize and how == "none"):
         raise MergeError(
             f"quantized {how!r}: expected nf4 or int8" if dequantize else f"quantized {how!r}: expected none, nf4, int8"
@@ -232,25 +227,3 @@ def write_generation_config(stage: Path, source: Path, config: Mapping[str, Any]
     if known:
         settings["eos_token_id"] = known if len(known) > 1 else known[0]
     write_json(stage / "generation_config.json", settings)
-
-
-def _quantized_in_training(adapter: Path) -> str:
-    """How the base was quantised in training, by the manifest or recipe beside the adapter; `none` if unsaid."""
-    import yaml
-
-    for place in (adapter, *adapter.resolve().parents[:2]):
-        for name in ("manifest.json", "recipe.yaml"):
-            if not (place / name).is_file():
-                continue
-            try:
-                told = yaml.safe_load((place / name).read_text(encoding="utf-8"))  # which JSON is, too
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise MergeError(
-                    f"{place / name} cannot be read: {error}; say --quantized none, nf4 or int8"
-                ) from error
-            told = told if isinstance(told, Mapping) else {}
-            inside = [told.get("model"), told.get("base"), (told.get("recipe") or {})]
-            for section in (told, *inside, *(part.get("model") for part in inside[2:] if isinstance(part, Mapping))):
-                if isinstance(section, Mapping) and section.get("quantize") in ("none", "nf4", "int8"):
-                    return str(section["quantize"])
-    return "none"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.inspect.findings import Problem
-from phi3_lora_plugin.inspect.model import LFS, PULL, header_of, read_json
+from phi3_lora_plugin.inspect.model import AGAIN, LFS, PULL, header_of
 from phi3_lora_plugin.model.families import Projection, UnsupportedModel, projections, recognise
 
 _OLDER = "take an older checkpoint"
@@ -16,8 +16,14 @@ _SHOWN = 3  # of a kind that are spelled out
 
 def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
     """Fields of `Findings` for a folder with an adapter_config.json; what is wrong goes into `problems`."""
-    config = read_json(folder / "adapter_config.json", problems)
-    if not config:
+    from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_config
+    from phi3_lora_plugin.store.adapter_folder import damage
+
+    problems += [Problem(problem, _OLDER) for problem in damage(folder)]
+    try:
+        config = read_config(folder)
+    except PeftFilesError as error:
+        problems.append(Problem(str(error), AGAIN))
         return {}
     base = config.get("base_model_name_or_path")
     targets = config.get("target_modules") or []
@@ -53,10 +59,6 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
     about["tensors"] = len(shapes)
     problems += _tensor_problems(folder, list(shapes))
     problems += _layout_problems(folder, config, of_base, list(shapes))
-    if "manifest.json" in files:
-        from phi3_lora_plugin.store.checkpoint import verify
-
-        problems += [Problem(str(problem), _OLDER) for problem in verify(folder).problems]
     return found
 
 

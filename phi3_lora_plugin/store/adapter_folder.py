@@ -1,16 +1,88 @@
-"""Which adapter a path means, and what lies next to its weights."""
+"""Which adapter a path means, and what lies beside its weights: settings, manifest, the recipe of its run."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora_files.peft_files import CONFIG, read_config
+from phi3_lora_plugin.recipe import Recipe, load_recipe
+from phi3_lora_plugin.store.manifest import MANIFEST, check_folder, read_manifest
 
 
 class AdapterError(Phi3LoraError):
     """A folder that was meant to be a LoRA adapter is not one that can be used."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk, its weights unread.
+
+    Attributes:
+        folder: with adapter_config.json in it.
+        config: adapter_config.json.
+        manifest: of the checkpoint; {} of an adapter that something else saved.
+        recipe_file: recipe.yaml of the run that saved it, or None.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    recipe_file: Path | None
+
+    @property
+    def base(self) -> tuple[str, str | None]:
+        """(path or hub id, revision) of the model that it was trained on."""
+        name = self.config.get("base_model_name_or_path")
+        if not name:
+            raise AdapterError(f"{self.folder / CONFIG} names no base model; give one with --base")
+        return str(name), self.config.get("revision")
+
+    @cached_property
+    def quantize(self) -> str:
+        """How the base was quantised in training: none, nf4 or int8. Raises RecipeError."""
+        recipe = self.recipe() if "quantize" not in self.manifest else None
+        return str(self.manifest.get("quantize", recipe.model.quantize if recipe else "none"))
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """How chats were rendered in training, as `data` of a recipe says it. Raises RecipeError."""
+        recipe = self.recipe() if "chat" not in self.manifest else None
+        if recipe is None:
+            return dict(self.manifest.get("chat", {}))
+        return {"system": recipe.data.system, "template": recipe.data.template}
+
+    def recipe(self, overrides: Sequence[str] = (), find: Callable[[str], Any] | None = None) -> Recipe | None:
+        """The recipe of its run, if it lies there; see `load_recipe`."""
+        return load_recipe(self.recipe_file, overrides, find) if self.recipe_file else None
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter that `path` means and what lies beside it; without its weights, and before any model is loaded.
+
+    Raises:
+        AdapterError: see `adapter_folder`; or its files are not those that its manifest lists.
+        PeftFilesError: adapter_config.json is damaged.
+    """
+    folder = adapter_folder(path)
+    if problems := damage(folder):
+        raise AdapterError(
+            f"{folder} is damaged:\n"
+            + "".join(f"  {problem}\n" for problem in problems)
+            + f"Use another checkpoint, or delete {MANIFEST} to use it unchecked"
+        )
+    runs = [place / "recipe.yaml" for place in folder.resolve().parents[:2] if (place / "recipe.yaml").is_file()]
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    return Adapter(folder, read_config(folder), manifest, runs[0] if runs else None)
+
+
+def damage(folder: Path) -> tuple[str, ...]:
+    """What differs from the manifest of an adapter folder, a sentence each; nothing where there is no manifest."""
+    return check_folder(folder, resume=False).problems if (folder / MANIFEST).exists() else ()
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -22,36 +94,15 @@ def adapter_folder(path: str | Path) -> Path:
     from phi3_lora_plugin.store.checkpoint import latest_complete
 
     folder = Path(path)
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return folder / "adapter"
+    for place in (folder, folder / "adapter"):
+        if (place / CONFIG).is_file():
+            return place
     found = latest_complete(folder) if folder.is_dir() else None
     if found is None:
         inside = (
             ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         )
         raise AdapterError(
-            f"{folder} holds no LoRA adapter (adapter_config.json) and no complete checkpoint; "
-            f"found: {inside or 'nothing'}"
+            f"{folder} holds no LoRA adapter ({CONFIG}) and no complete checkpoint; found: {inside or 'nothing'}"
         )
     return found
-
-
-def base_of(adapter: Path) -> tuple[str, str | None]:
-    """(path or hub id, revision) of the model that an adapter folder says it was trained on."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{adapter / 'adapter_config.json'} cannot be read: {error}") from error
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(f"{adapter / 'adapter_config.json'} names no base model; give one with --base")
-    return base, config.get("revision")
-
-
-def encoding_of(adapter: Path) -> dict[str, Any]:
-    """How the adapter's data was rendered, from its manifest; what people type is never allowed to open a turn."""
-    manifest = adapter / "manifest.json"
-    chat = json.loads(manifest.read_text(encoding="utf-8")).get("chat", {}) if manifest.is_file() else {}
-    return {"system": chat.get("system", "error"), "template": chat.get("template"), "control_tokens": "escape"}
