@@ -4,9 +4,18 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
+# Processes that run tests: auto is one for each core, as many as memory allows (tests/conftest.py counts them).
+WORKERS ?= auto
+# worksteal gives each worker one run of neighbouring tests, so that module fixtures (a trained run, a warm process) are
+# mostly built once, and lets whoever is done take from the other's end. loadscope keeps whole files together: its last
+# file keeps one worker busy while the others wait.
+PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint bench clean
+.PHONY: help demo test test-fast lint bench clean
 .DEFAULT_GOAL := demo
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
@@ -16,20 +25,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## train the embedded tiny Phi-3 on its chats, offline, and check the adapter
+demo: $(VENV)/.installed  ## train the embedded tiny Phi-3 on its chats, offline, and check the adapter (the default)
 	$(BIN)/phi3-lora train
 
-test: $(VENV)/.installed  ## the whole suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## run the whole suite on all cores; WORKERS=1 uses one
+	$(BIN)/python -m pytest $(PARALLEL)
 
-lint: $(VENV)/.installed  ## style, types and import direction
+test-fast: $(VENV)/.installed  ## run the tests that take no training run, under a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+lint: $(VENV)/.installed  ## check style, types and import direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed  ## us against the peers on this machine, half an hour and more; BENCH="A --pairs 2" for less
+bench: $(VENV)/.installed  ## compare speed with the peers, half an hour and more; BENCH="A --pairs 2" for less
 	$(BIN)/python -m benchmarks $(BENCH)
 
-clean:
+clean:  ## delete the environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
