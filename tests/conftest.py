@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -49,6 +50,13 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real inputs are not here: {SHARED} does not exist (set PHI3_SHARED_DATA)")
     return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_out_of_garbage_collections() -> None:
+    """Every Trainer collects garbage as it begins: half a second over the modules of torch and transformers."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
