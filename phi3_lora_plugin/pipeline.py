@@ -139,9 +139,9 @@ def train(
         tell(f"note: {note}")
 
     set_seed(recipe.seed)
-    model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
+    model, tokenizer = plugins.load_model(recipe)
     longest = recipe.data.max_length or default_max_length(model.config.to_dict())
-    data = load_data(recipe, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
+    data = load_data(recipe, tokenizer, plugins.adapters(recipe.data.format), max_length=longest, cache=True)
     data.report.render(say)
     if not recipe.data.packing and straddles(lengths(data.train), model.config.to_dict()):
         tell(

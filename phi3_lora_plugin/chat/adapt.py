@@ -16,6 +16,7 @@ from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
+from phi3_lora_plugin.error import Phi3LoraError
 
 _LOOK_AT = 100  # rows from the top that decide how a source is read
 
@@ -104,7 +105,8 @@ def _of_stranger(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Mess
     except RowError:
         raise
     except Exception as error:
-        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        alone = type(error) is ValueError or isinstance(error, Phi3LoraError)
+        said = str(error) if alone else f"{type(error).__name__}: {error}"
         raise RowError(f"adapter {name!r}: {said}") from error
     if not isinstance(made, list):
         raise RowError(f"adapter {name!r} gave {shown(made)}; expected a list of messages")

@@ -150,6 +150,7 @@ def _adapters(wanted: str, adapters: Mapping[str, Adapter]) -> list[list[str]] |
         if adapt is ADAPTERS.get(name):
             used.append([name, "ours"])
             continue
+        adapt = inspect.unwrap(adapt) if callable(adapt) else adapt
         if not inspect.isfunction(adapt) or adapt.__closure__ or adapt.__defaults__ or adapt.__kwdefaults__:
             return None
         file = inspect.getsourcefile(adapt)

@@ -46,7 +46,7 @@ def check_command(
     except ModelError as error:  # a tokenizer alone is enough to look at data
         console.print(f"note: no limit on the length of rows, because the model's config is not at hand: {error}")
         longest = None
-    data = load_data(run, tokenizer, plugins.named("dataset_adapters"), max_length=longest, cache=True)
+    data = load_data(run, tokenizer, plugins.adapters(run.data.format), max_length=longest, cache=True)
     if data.cached is not None:
         console.print(f"note: encoded by an earlier run, kept in {data.cached} (PHI3_LORA_CACHE=off: encode again)")
     if as_json:

@@ -48,7 +48,7 @@ def plan_command(
     native = read_config(config or find_config(run.model.path, run.model.revision))
     lengths = None
     if run.data.path is not None:
-        lengths = encoded_lengths(run, plugins.named("dataset_adapters"), native)
+        lengths = encoded_lengths(run, plugins.adapters(run.data.format), native)
     made = plan(run, room, device, native, lengths)
 
     def replan(more: Sequence[str]) -> Plan:

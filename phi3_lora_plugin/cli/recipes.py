@@ -32,6 +32,8 @@ def recipes_command(as_json: AsJson = False) -> None:
             rows.append({"name": name, "group": "broken", "problems": [str(problem) for problem in error.problems]})
         else:
             rows.append({"name": name} | _card(recipe) | {"plugin": plugins.owner("recipes", name).name})
+    for name, problem in plugins.contested("recipes").items():
+        rows.append({"name": name, "group": "broken", "problems": [problem]})
     if as_json:
         print(json.dumps(rows, indent=2))
         return

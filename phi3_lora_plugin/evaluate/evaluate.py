@@ -109,10 +109,10 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
     recipe, adapter, notes = target.recipe, target.adapter, [*target.notes]
     if wanted.tasks:
         require_lm_eval(wanted.tasks, wanted.task_options)
-    model, tokenizer = plugins.pick("models", recipe.model.loader)(recipe)
+    model, tokenizer = plugins.load_model(recipe)
     if adapter is not None and (adapter / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(adapter)
-    formats = plugins.named("dataset_adapters")
+    formats = plugins.adapters(recipe.data.format)
     longest = recipe.data.max_length or default_max_length(model.config.to_dict())
 
     rows: Any = ()

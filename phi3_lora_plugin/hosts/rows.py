@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from phi3_lora_plugin.chat.adapt import adapted
@@ -58,7 +59,13 @@ def _messages(row: Mapping[str, Any], data: HostData) -> list[Message] | RowErro
                 known = "; ".join(f"{kind} has {', '.join(columns)}" for kind, columns in REQUIRED.items())
                 raise RowError(f"its columns {', '.join(row)} fit {' and '.join(fits) or 'no format'}: {known}")
             name = fits[0]
-        adapt = ADAPTERS.get(name) or load_plugins().pick("dataset_adapters", name)
-        return adapted(adapt, renamed, name)
+        return adapted(ADAPTERS.get(name) or _strangers(name), renamed, name)
     except RowError as error:
         return error
+
+
+@cache
+def _strangers(name: str) -> Any:
+    plugins = load_plugins()
+    plugins.pick("dataset_adapters", name)
+    return plugins.adapters(name)[name]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import metadata
 
@@ -12,7 +14,16 @@ import pluggy
 
 from phi3_lora_plugin import hookspecs
 from phi3_lora_plugin.hookspecs import NAME
-from phi3_lora_plugin.plugins.registry import BLOCK, KINDS, Failure, Plugin, PluginError, Plugins, PluginWarning
+from phi3_lora_plugin.plugins.contain import add_note, clean, describe, prints_on_stderr, shown
+from phi3_lora_plugin.plugins.registry import (
+    BLOCK,
+    KINDS,
+    Failure,
+    Plugin,
+    PluginError,
+    Plugins,
+    PluginWarning,
+)
 
 __all__ = ["Failure", "Plugin", "PluginError", "PluginWarning", "Plugins", "load_plugins"]
 
@@ -20,8 +31,9 @@ __all__ = ["Failure", "Plugin", "PluginError", "PluginWarning", "Plugins", "load
 def load_plugins(strict: bool = False) -> Plugins:
     """Load every plugin of entry-point group `phi3_lora_plugin`, sorted by name; each call starts afresh.
 
-    A plugin that cannot be loaded is skipped with one `PluginWarning` and remembered in `.failures`. Names in the
-    environment variable `PHI3_LORA_BLOCK_PLUGINS` (split at commas or blanks) are never imported.
+    A plugin that cannot be loaded, or tries to end the process, is skipped with one `PluginWarning` and remembered in
+    `.failures`; only Ctrl-C leaves. What plugins print goes to stderr. Names in the environment variable
+    `PHI3_LORA_BLOCK_PLUGINS` (split at commas or blanks) are never imported.
 
     Args:
         strict: Raise the first failure as it is, and call the `register_*` hooks at once, so that clashes and hooks
@@ -41,11 +53,15 @@ def load_plugins(strict: bool = False) -> Plugins:
                 raise PluginError("this entry-point name is claimed twice; uninstall one of the two")
             plugin, entry_point = claims[0]
             loaded.append(_load(manager, plugin, entry_point))
-        except Exception as error:
-            manager.unregister(name=name)  # older pluggy leaves a plugin half registered
+        except KeyboardInterrupt:
+            print(f"interrupted while plugin {name!r} was imported; {BLOCK}={name} skips it", file=sys.stderr)
+            raise
+        except BaseException as error:
+            with suppress(Exception):
+                manager.unregister(name=name)  # older pluggy leaves a plugin half registered
             if strict:
-                error.add_note(f"raised by plugin {name!r} ({where})")
-                raise
+                add_note(error, f"raised by plugin {name!r} ({where})")
+                raise error if isinstance(error, Exception) else PluginError(describe(error)) from None
             failures.append(Failure(name, where, "was skipped", error))
     for failure in failures:
         warnings.warn(str(failure), PluginWarning, stacklevel=2)
@@ -75,28 +91,34 @@ def _claims(failures: list[Failure], strict: bool) -> dict[str, list[tuple[Plugi
                 continue
             seen.add(canonical)
             for entry_point in distribution.entry_points.select(group=NAME):
-                claim = Plugin(entry_point.name, owner, version, entry_point.value), entry_point
-                if claim not in claims.setdefault(entry_point.name, []):
-                    claims[entry_point.name].append(claim)
+                name, target = clean(entry_point.name, 100), clean(entry_point.value)
+                claim = Plugin(name, clean(owner, 100), clean(version, 100), target), entry_point
+                if claim not in claims.setdefault(name, []):
+                    claims[name].append(claim)
         except Exception as error:
             if strict:
                 raise
-            where = str(getattr(distribution, "_path", distribution.locate_file("")))  # its name may be unreadable too
+            where = clean(
+                str(getattr(distribution, "_path", distribution.locate_file("")))
+            )  # its name may be unreadable too
             failures.append(Failure("?", where, "has an entry_points.txt that cannot be read", error))
     return claims
 
 
 def _load(manager: pluggy.PluginManager, plugin: Plugin, entry_point: metadata.EntryPoint) -> Plugin:
     """Import and register one plugin; raise for everything that pluggy would let pass or find only at the call."""
-    target = entry_point.load()
-    hash(target)  # pluggy keeps plugins in sets
-    for other in manager.get_plugins():
+    with prints_on_stderr():
+        target = entry_point.load()
+    # pluggy keeps plugins in sets, and compares each new one with all the others.
+    if hash(target) != hash(target) or target == object() or object() == target:
+        raise PluginError(f"{shown(target)} equals any other object; remove its __eq__ and __hash__")
+    for name, other in manager.list_name_plugin():
         if other is target:
-            raise PluginError(f"the same object is loaded already, as plugin {manager.get_name(other)!r}")
+            raise PluginError(f"the same object is loaded already, as plugin {name!r}")
     manager.register(target, name=plugin.name)
     callers = manager.get_hookcallers(target) or []
     if not callers:
-        raise PluginError(f"{target!r} has no hook; expected functions marked with phi3_lora_plugin.hookimpl")
+        raise PluginError(f"{shown(target)} has no hook; expected functions marked with phi3_lora_plugin.hookimpl")
     known = sorted(name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), f"{NAME}_spec"))
     for caller in callers:
         for implementation in (i for i in caller.get_hookimpls() if i.plugin is target):

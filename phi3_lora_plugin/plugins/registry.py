@@ -6,12 +6,12 @@ and its error repeats what failed to load.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import metadata
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.plugins.contain import add_note, clean, describe, prints_on_stderr, shown
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 BLOCK = "PHI3_LORA_BLOCK_PLUGINS"
 KINDS = {"models": "model loader", "dataset_adapters": "dataset adapter", "recipes": "recipe"}
-_NAME_PATTERN = re.compile(r"[^\W_][\w.+-]*")  # never a path: `a/b`, `..` and `` are refused
+OURS = "phi3-lora-plugin"  # our own distribution, whose errors are not a stranger's
+_NAME_PATTERN = re.compile(r"[^\W_][\w.+-]{0,99}")  # never a path: `a/b`, `..` and `` are refused
 _EVENTS = ("on_init_end", "on_train_begin", "on_step_end", "on_save")  # what every TrainerCallback inherits
 
 
@@ -51,6 +53,11 @@ class Plugin:
     target: str
     hooks: tuple[str, ...] = ()
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this package brought it."""
+        return re.sub(r"[-_.]+", "-", self.distribution).lower() == OURS
+
     def __str__(self) -> str:
         return f"plugin {self.name!r} ({self.distribution} {self.version})"
 
@@ -62,10 +69,10 @@ class Failure:
     name: str
     distribution: str
     doing: str
-    error: Exception
+    error: BaseException
 
     def __str__(self) -> str:
-        return f"plugin {self.name!r} ({self.distribution}) {self.doing}: {_describe(self.error)}{_hint(self)}"
+        return f"plugin {self.name!r} ({self.distribution}) {self.doing}: {describe(self.error)}{_hint(self)}"
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,38 @@ class Plugins:
     def named(self, kind: str) -> dict[str, Any]:
         """Return everything registered of `kind` ("models", "dataset_adapters" or "recipes") by name.
 
-        Raises `PluginError` when any name of that kind has two owners.
+        A name that two plugins claim is left out, and is nobody's: `pick` says why.
         """
-        found = self._collect(kind)
-        if found.clashes:
-            raise PluginError("\n".join(str(clash) for clash in found.clashes.values()))
-        return dict(found.values)
+        return dict(self._collect(kind).values)
+
+    def load_model(self, recipe: Recipe) -> tuple[Any, Any]:
+        """Load model and tokenizer by the loader that the recipe names.
+
+        Raises:
+            PluginError: nobody has such a loader, or a stranger's loader raised; names the plugin.
+            Phi3LoraError: what is wrong with the model or the recipe.
+        """
+        name = recipe.model.loader
+        load, owner = self.pick("models", name), self.owner("models", name)
+        if not owner.is_ours:
+            load = _contained(owner, f"model loader {name!r} failed", load)
+        made = load(recipe)
+        if not isinstance(made, tuple | list) or len(made) != 2:
+            raise PluginError(f"{owner}: model loader {name!r} gave {shown(made)}; expected (model, tokenizer)")
+        return made[0], made[1]
+
+    def adapters(self, wanted: str = "auto") -> dict[str, Any]:
+        """Return the dataset adapters by name; what a stranger's raises names its plugin.
+
+        Raises `PluginError` where two plugins claim the name `wanted`.
+        """
+        found = self._collect("dataset_adapters")
+        if wanted in found.clashes:
+            raise found.clashes[wanted]
+        return {
+            name: adapt if found.owners[name].is_ours else _contained(found.owners[name], "", adapt)
+            for name, adapt in found.values.items()
+        }
 
     def pick(self, kind: str, name: str) -> Any:
         """Return the one value registered as `name`; raise `PluginError` where there is none, or two."""
@@ -121,6 +154,10 @@ class Plugins:
         self.pick(kind, name)
         return self._collect(kind).owners[name]
 
+    def contested(self, kind: str) -> dict[str, str]:
+        """Return the names of `kind` that more than one plugin claims, each with who does and what to do about it."""
+        return {name: str(clash) for name, clash in self._collect(kind).clashes.items()}
+
     def registered(self, plugin: Plugin) -> dict[str, list[str]]:
         """Return the names that `plugin` owns, by kind; kinds of which it owns nothing are left out."""
         names = {kind: [n for n, owner in self._collect(kind).owners.items() if owner == plugin] for kind in KINDS}
@@ -139,18 +176,20 @@ class Plugins:
                     found.append(callback)
         return found
 
-    def _callbacks_of(self, plugin: Plugin, recipe: Recipe) -> Iterator[TrainerCallback]:
-        try:
-            answers = [_as_list(answer) for answer in self._call("trainer_callbacks", plugin, recipe=recipe)]
-        except Exception as error:
-            raise PluginError(f"{plugin}: trainer_callbacks failed: {_describe(error)}") from error
-        for callback in (callback for answer in answers for callback in answer):
-            if isinstance(callback, type) or not all(callable(getattr(callback, event, None)) for event in _EVENTS):
-                raise PluginError(
-                    f"{plugin}: trainer_callbacks gave {callback!r}; "
-                    "expected instances of classes derived from transformers.TrainerCallback"
-                )
-            yield callback
+    def _callbacks_of(self, plugin: Plugin, recipe: Recipe) -> list[TrainerCallback]:
+        def answered() -> list[Any]:
+            answers = self._call("trainer_callbacks", plugin, recipe=recipe)
+            found = [callback for answer in answers for callback in _as_list(answer)]
+            for callback in found:
+                if isinstance(callback, type) or not all(callable(getattr(callback, event, None)) for event in _EVENTS):
+                    raise PluginError(
+                        f"{plugin}: trainer_callbacks gave {shown(callback)}; "
+                        "expected instances of classes derived from transformers.TrainerCallback"
+                    )
+            return found
+
+        made: list[TrainerCallback] = _contained(plugin, "trainer_callbacks failed", answered)()
+        return made
 
     def _call(self, hook: str, plugin: Plugin, **arguments: Any) -> list[Any]:
         """Call one plugin's `hook`, so that what comes back has an owner; hook wrappers of the others still apply."""
@@ -171,42 +210,74 @@ class Plugins:
         found = _Found()
         for plugin in self.plugins:
             mine: dict[str, Any] = {}
-            clashes = len(found.clashes)
+            clashes = set(found.clashes)
+            failures: list[tuple[str, BaseException]] = []
             try:
-                self._call(f"register_{kind}", plugin, register=_registrar(kind, plugin, mine, found))
-                if len(found.clashes) > clashes:  # the plugin swallowed what `register` raised
-                    raise list(found.clashes.values())[-1]
-            except Exception as error:
+                with prints_on_stderr():
+                    self._call(f"register_{kind}", plugin, register=_registrar(kind, plugin, mine, found, self.strict))
+                new = [found.clashes[name] for name in found.clashes if name not in clashes]
+                if new and self.strict:  # the plugin swallowed what `register` raised
+                    raise new[-1]
+                failures += [("cannot have a name", clash) for clash in new]
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 # All or nothing: which names came before the failing line is chance, and must not matter.
+                mine = {}
                 if self.strict:
-                    error.add_note(f"raised by register_{kind} of {plugin}")
-                    raise
-                where = f"{plugin.distribution} {plugin.version}"
-                failure = Failure(plugin.name, where, f"registers none of its {kind}", error)
+                    add_note(error, f"raised by register_{kind} of {plugin}")
+                    raise error if isinstance(error, Exception) else PluginError(describe(error)) from None
+                failures.append((f"registers none of its {kind}", error))
+            found.values.update(mine)
+            found.owners.update(dict.fromkeys(mine, plugin))
+            for name in found.clashes:
+                found.values.pop(name, None)
+            for doing, problem in failures:
+                failure = Failure(plugin.name, f"{plugin.distribution} {plugin.version}", doing, problem)
                 self.failures.append(failure)
                 warnings.warn(str(failure), PluginWarning, stacklevel=3)
-            else:
-                found.values.update(mine)
-                found.owners.update(dict.fromkeys(mine, plugin))
+        for name in found.clashes:
+            found.owners.pop(name, None)
         self._found[kind] = found
         return found
 
 
-def _registrar(kind: str, plugin: Plugin, mine: dict[str, Any], found: _Found) -> Callable[[str, Any], None]:
-    """Return the `register` that one plugin is called with: it fills `mine` and raises in that plugin's own line."""
+def _contained(plugin: Plugin, doing: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, but what a plugin raises leaves as `PluginError`, and what it prints goes to stderr."""
+
+    @functools.wraps(call, updated=())
+    def contained(*arguments: Any, **named: Any) -> Any:
+        try:
+            with prints_on_stderr():
+                return call(*arguments, **named)
+        except (KeyboardInterrupt, Phi3LoraError):
+            raise
+        except BaseException as error:
+            raise PluginError(f"{plugin}: {doing + ': ' if doing else ''}{describe(error)}") from error
+
+    return contained
+
+
+def _registrar(
+    kind: str, plugin: Plugin, mine: dict[str, Any], found: _Found, strict: bool
+) -> Callable[[str, Any], None]:
+    """Return the `register` that one plugin is called with: it fills `mine` and raises in that plugin's own line.
+
+    A name that somebody has already costs that name alone; it raises only if `strict`.
+    """
 
     def register(name: str, value: Any) -> None:
         if not isinstance(name, str) or not _NAME_PATTERN.fullmatch(name):
-            raise PluginError(f"{name!r} cannot name a {KINDS[kind]}; expected letters, digits and any of . _ + -")
+            raise PluginError(f"{shown(name)} cannot name a {KINDS[kind]}; expected letters, digits and any of . _ + -")
         if kind == "recipes":
             if isinstance(value, str | os.PathLike):
                 value = Path(value)
             elif not hasattr(value, "read_text"):
-                raise PluginError(f"recipe {name!r} is {value!r}; expected the path of a YAML file")
+                raise PluginError(f"recipe {name!r} is {shown(value)}; expected the path of a YAML file")
         elif not callable(value):
-            raise PluginError(f"{KINDS[kind]} {name!r} is {value!r}; expected something that can be called")
+            raise PluginError(f"{KINDS[kind]} {name!r} is {shown(value)}; expected something that can be called")
         owner = plugin if name in mine else found.owners.get(name)
-        if owner == plugin and mine[name] == value:
+        if owner == plugin and (mine[name] is value or (kind == "recipes" and mine[name] == value)):
             return  # saying the same thing twice is harmless
         if owner is not None:
             advice = f"uninstall one, rename, or block one with {BLOCK}={plugin.name} (or ={owner.name})"
@@ -214,7 +285,9 @@ def _registrar(kind: str, plugin: Plugin, mine: dict[str, Any], found: _Found) -
                 advice = "it has to rename one of the two"
             clash = PluginError(f"{KINDS[kind]} {name!r} is claimed twice: by {owner} and by {plugin}; {advice}")
             found.clashes[name] = clash
-            raise clash
+            if strict:
+                raise clash
+            return
         mine[name] = value
 
     return register
@@ -223,30 +296,23 @@ def _registrar(kind: str, plugin: Plugin, mine: dict[str, Any], found: _Found) -
 def _as_list(answer: Any) -> list[Any]:
     """Return what `trainer_callbacks` answered as a list; it may be any iterable, a generator too."""
     if isinstance(answer, str | bytes) or not hasattr(answer, "__iter__"):
-        raise TypeError(f"it returned {answer!r}; expected a list of callbacks, or None")
+        raise TypeError(f"it returned {shown(answer)}; expected a list of callbacks, or None")
     return list(answer)
-
-
-def _describe(error: Exception) -> str:
-    """Return type, message and, where the plugin's own code raised, the line."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    foreign = (__file__, "<", os.path.dirname(pluggy.__file__), os.path.dirname(os.path.dirname(metadata.__file__)))
-    if last and not last[0].filename.startswith(foreign):
-        text += f" ({last[0].filename}:{last[0].lineno})"
-    return text
 
 
 def _hint(failure: Failure) -> str:
     """Return how to install what a plugin failed to import, naming the extra of its distribution that holds it."""
-    missing = (getattr(failure.error, "name", None) or "").split(".")[0]
-    if not isinstance(failure.error, ModuleNotFoundError) or not missing or missing in sys.modules:
+    if not isinstance(failure.error, ModuleNotFoundError):
+        return ""
+    name = vars(ImportError)["name"].__get__(failure.error)  # a class of theirs may have any attribute of that name
+    missing = clean(name, 100).split(".")[0] if isinstance(name, str) else ""
+    if not missing or missing in sys.modules:
         return ""
     distribution = failure.distribution.split()[0]
     package = re.escape(missing).replace("_", "[-_.]")
     try:
         requirements = metadata.requires(distribution) or []
-    except metadata.PackageNotFoundError:
+    except Exception:  # not installed, or with a METADATA that cannot be read
         requirements = []
     for requirement in requirements:
         extra = re.match(rf"{package}\b.*\bextra *== *['\"]([^'\"]+)", requirement, re.IGNORECASE)

@@ -76,7 +76,7 @@ def read_file(path: Path | Traversable) -> Document:
         return _broken(name, "there is no such file")
     except IsADirectoryError:
         return _broken(name, "this is a folder; a recipe is a YAML file")
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+    except Exception as error:  # ValueError: a NUL byte in the name; and a plugin may register anything that opens
         return _broken(name, f"cannot be read: {getattr(error, 'strerror', None) or error}")
     if len(raw) > MAX_BYTES:
         return _broken(name, f"is larger than {MAX_BYTES // 1_000_000} MB; a recipe is a page of YAML")
