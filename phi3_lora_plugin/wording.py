@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -10,6 +11,12 @@ def nearest(name: str, names: Any) -> str:
     """`; did you mean ...?` with the closest of `names`, or nothing."""
     close = get_close_matches(str(name), [str(known) for known in names], n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Iterable[Any], most: int = 5) -> str:
+    """The first of `names`, by comma, and how many more there are."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
 def shorten(value: Any, limit: int = 60) -> str:

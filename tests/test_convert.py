@@ -25,7 +25,8 @@ from phi3_lora_plugin.lora_files.loralib_files import LoralibError, parse_enable
 from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_peft
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.lora_files.torchtune_files import TorchtuneError
-from phi3_lora_plugin.model.shards import ModelFolderError, Weights
+from phi3_lora_plugin.model.folder import ModelError
+from phi3_lora_plugin.model.shards import Weights
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -295,7 +296,7 @@ def test_adapters_that_are_broken_are_refused_whatever_they_become(bases, tmp_pa
         convert(adapter, tmp_path / "out", "split")
     base = Path(shutil.copytree(fused, tmp_path / "base"))
     (base / "model.safetensors").write_bytes((fused / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(ModelFolderError, match="model.safetensors is cut off or damaged"):
+    with pytest.raises(ModelError, match="model.safetensors is cut off or damaged"):
         convert(base, tmp_path / "out", "llama-base")
     assert not (tmp_path / "out").exists()
 
@@ -532,7 +533,7 @@ def test_a_base_that_the_other_layout_cannot_say_is_refused(tmp_path):
     fuse_base(tmp_path / "llama", tmp_path / "theta")
     with pytest.raises(BaseLayoutError, match="only phi3 has fused projections"):
         split_base(tmp_path / "llama", tmp_path / "out")
-    with pytest.raises(ModelFolderError, match="is not empty"):
+    with pytest.raises(ModelError, match="is not empty"):
         split_base(good, tmp_path / "llama")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
 
@@ -584,10 +585,10 @@ def test_the_command_reports_rules_rows_and_json(bases, tmp_path):
         ([str(fused), str(tmp_path / "x"), "--to", "split"], "is a model, which becomes llama-base"),
         ([str(adapter), str(tmp_path / "x"), "--to", "gguf"], "gguf is one file"),
         ([str(tmp_path / "nothing"), str(tmp_path / "x"), "--to", "llama-base"], "no such file or folder"),
-        ([str(adapter), str(tmp_path / "x"), "--to", "split", "--base", str(tmp_path / "no")], "is no model folder"),
+        ([str(adapter), str(tmp_path / "x"), "--to", "split", "--base", str(tmp_path / "no")], "no such folder"),
     ]:
         told = run(app, arguments)
-        assert isinstance(told.exception, (ConvertError, ModelFolderError)) and message in str(told.exception)
+        assert isinstance(told.exception, (ConvertError, ModelError)) and message in str(told.exception)
     assert parse_enable_lora("qkv_proj=T,F,true") == ("qkv_proj", (True, False, True))
 
 

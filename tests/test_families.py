@@ -170,14 +170,14 @@ def test_g12_partial_rotary_halves_the_factors_too() -> None:
 
 
 def test_g12_published_configs_load_to_the_same_numbers(shared_data: Path, tmp_path: Path) -> None:
-    from phi3_lora_plugin.model.config import load_config
+    from phi3_lora_plugin.model.config import read_config
 
     for file in sorted((shared_data / "configs").glob("*.json")):
         published = json.loads(file.read_text())
         folder = tmp_path / file.stem
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(published))
-        loaded = load_config(folder)
+        loaded = read_config(folder / "config.json")
         rope = published.get("rope_scaling") or {}
         assert loaded.rope_parameters.get("long_factor") == rope.get("long_factor"), file.name
         assert loaded.rope_parameters["rope_type"] == ("longrope" if rope else "default")

@@ -21,7 +21,8 @@ from phi3_lora_plugin.export import merge_module as merge_math
 from phi3_lora_plugin.export import merge_plan
 from phi3_lora_plugin.export.merge import MergeError, VerificationError, merge, portable_config
 from phi3_lora_plugin.lora.inject import add_lora
-from phi3_lora_plugin.model.shards import ModelFolderError, Weights, parse_size
+from phi3_lora_plugin.model.folder import ModelError
+from phi3_lora_plugin.model.shards import Weights, parse_size
 from phi3_lora_plugin.store.adapter_folder import AdapterError
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -343,7 +344,7 @@ def test_a_target_with_something_in_it_is_kept_unless_told(base, tmp_path):
     adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(ModelFolderError, match="out is not empty; name another place, or say --overwrite"):
+    with pytest.raises(ModelError, match="out is not empty; name another place, or say --overwrite"):
         merge(adapter, base, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     merge(adapter, base, tmp_path / "out", overwrite=True)
@@ -363,9 +364,7 @@ def test_shards_are_indexed_and_none_is_larger_than_said(base, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in load(base).state_dict().values())
     merge(adapter, tmp_path / "out", tmp_path / "twice")  # a sharded base is read as well
     (tmp_path / "out" / files[0].name).unlink()
-    with pytest.raises(
-        ModelFolderError, match=f"names {files[0].name}, which is missing; the download is not complete"
-    ):
+    with pytest.raises(ModelError, match=f"names {files[0].name}, which is missing; the download is not complete"):
         merge(adapter, tmp_path / "out", tmp_path / "never")
 
 
@@ -417,5 +416,5 @@ def test_sizes_are_read_as_people_write_them():
         7,
     ]
     for wrong in ("much", "0GB", "-1GB", "2XB"):
-        with pytest.raises(ModelFolderError, match="expected something like 2GB"):
+        with pytest.raises(ModelError, match="expected something like 2GB"):
             parse_size(wrong)

@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from phi3_lora_plugin.model.config import load_config
+from phi3_lora_plugin.model.config import read_config
 from phi3_lora_plugin.model.families import RopeError, UnsupportedModel
 from phi3_lora_plugin.model.fingerprint import base_fingerprint
 from phi3_lora_plugin.model.folder import ModelError
@@ -197,4 +197,4 @@ def test_a_fingerprint_follows_weights_not_files(tmp_path: Path) -> None:
 def test_config_is_loaded_without_touching_the_weights(tmp_path: Path) -> None:
     folder = tiny.base(tmp_path)
     (folder / "model.safetensors").unlink()
-    assert load_config(folder).hidden_size == 32
+    assert read_config(folder / "config.json").hidden_size == 32

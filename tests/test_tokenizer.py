@@ -11,6 +11,7 @@ import tiny
 from transformers import AutoTokenizer
 
 from phi3_lora_plugin.model.families import UnsupportedModel
+from phi3_lora_plugin.model.folder import ModelError
 from phi3_lora_plugin.model.tokenizer import (
     TokenizerError,
     load_tokenizer,
@@ -178,7 +179,7 @@ def test_repairing_says_what_it_did_and_only_once() -> None:
 
 def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     def message(path: object) -> str:
-        with pytest.raises(TokenizerError) as caught:
+        with pytest.raises(ModelError) as caught:
             load_tokenizer(path)  # type: ignore[arg-type]
         return str(caught.value)
 

@@ -28,9 +28,9 @@ def check_command(
 
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.report_view import show_rows
-    from phi3_lora_plugin.model.config import load_config
+    from phi3_lora_plugin.model.config import read_config
     from phi3_lora_plugin.model.families import default_max_length
-    from phi3_lora_plugin.model.folder import ModelError, config_folder
+    from phi3_lora_plugin.model.folder import ModelError, find_config
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
@@ -41,7 +41,7 @@ def check_command(
     tokenizer = load_tokenizer(run.model.path, run.model.revision)
     try:
         longest = run.data.max_length or default_max_length(
-            load_config(config_folder(run.model.path, run.model.revision)).to_dict()
+            read_config(find_config(run.model.path, run.model.revision, download=True)).to_dict()
         )
     except ModelError as error:  # a tokenizer alone is enough to look at data
         console.print(f"note: no limit on the length of rows, because the model's config is not at hand: {error}")

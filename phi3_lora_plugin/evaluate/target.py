@@ -109,11 +109,11 @@ def _made(content: dict[str, Any], name: str, overrides: Sequence[str], find: Fi
 
 def _other_base(adapter: Adapter, recipe: Recipe) -> list[str]:
     """A sentence if the weights of the base here are not those that the manifest names."""
-    from phi3_lora_plugin.model.fingerprint import local_fingerprint
+    from phi3_lora_plugin.model.fingerprint import base_fingerprint, local_folder
 
     trained_on = (adapter.manifest.get("base") or {}).get("fingerprint")
-    here = local_fingerprint(locate(recipe.model.path), recipe.model.revision) if trained_on else None
-    if here is None or here == trained_on:
+    folder = local_folder(recipe.model.path, recipe.model.revision) if trained_on else None
+    if folder is None or base_fingerprint(folder) == trained_on:
         return []
     return [
         f"the weights of {recipe.model.path} are not those that {adapter.folder} was trained on (another fingerprint): "

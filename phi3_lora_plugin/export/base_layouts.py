@@ -11,15 +11,8 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.merge import write_generation_config
 from phi3_lora_plugin.export.merge_check import sample_ids
 from phi3_lora_plugin.lora_files.layouts import Row
-from phi3_lora_plugin.model.shards import (
-    ShardWriter,
-    Weights,
-    copy_tokenizer,
-    model_folder,
-    read_json,
-    staged,
-    write_json,
-)
+from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files import layouts, loralib_files, peft_files, torchtune_files
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
-from phi3_lora_plugin.model.shards import ModelFolderError, copy_tokenizer, model_folder, read_json, staged
+from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
+from phi3_lora_plugin.model.shards import copy_tokenizer, staged
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.model.families import Projection
@@ -201,7 +202,7 @@ def _is_model(source: Path) -> bool:
         return False
     try:
         folder = model_folder(source)
-    except ModelFolderError:
+    except ModelError:
         return False
     return any(folder.glob("*.safetensors")) and not (folder / "adapter").is_dir()
 
@@ -263,11 +264,9 @@ def _base_config(base: str | Path | None, revision: str | None, needed: bool) ->
                 "the base model is not said, and its config tells where the rows begin; give it with --base"
             )
         return None
-    if Path(base).is_file():
-        return read_json(Path(base))
     try:
-        return read_json(model_folder(base, revision) / "config.json")
-    except ModelFolderError:
+        return read_json(find_config(base, revision))
+    except ModelError:
         if needed:
             raise
         return None
@@ -387,7 +386,7 @@ def _beside_lora(name: str, found: peft_files.Parts) -> bool:
 def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
     """A path of the same name in a folder beside `target`; what is written there moves over when all went well."""
     if target.exists() and not overwrite:
-        raise ModelFolderError(f"{target} exists; name another file, or say --overwrite")
+        raise ModelError(f"{target} exists; name another file, or say --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:

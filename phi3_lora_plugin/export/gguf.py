@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
-from phi3_lora_plugin.model.shards import Weights, model_folder, read_json
+from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.shards import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

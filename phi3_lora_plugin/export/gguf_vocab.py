@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.model.shards import read_json
+from phi3_lora_plugin.model.folder import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # Regular expressions by what only they contain, and llama.cpp's name for the one that cuts the same.

@@ -9,15 +9,8 @@ from typing import Any
 
 from phi3_lora_plugin.export.merge_check import check_written, compare_logits, fits, quantization_loss
 from phi3_lora_plugin.export.merge_plan import MergeError, VerificationError, merged_tensors, plan_merge
-from phi3_lora_plugin.model.shards import (
-    ShardWriter,
-    Weights,
-    copy_tokenizer,
-    model_folder,
-    read_json,
-    staged,
-    write_json,
-)
+from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
 
 __all__ = [
     "DTYPES",
@@ -107,7 +100,7 @@ def merge(
         dequantize: merge onto the values that the quantised base had in training instead of the published ones.
 
     Raises:
-        MergeError, ModelFolderError, PeftFilesError: tells what is wrong; nothing was written.
+        MergeError, ModelError, PeftFilesError: tells what is wrong; nothing was written.
         VerificationError: the result was not what it should be; nothing was written.
     """
     import torch

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.export.merge_plan import HEAD, VerificationError
-from phi3_lora_plugin.model.shards import Weights, read_json
+from phi3_lora_plugin.model.folder import read_json
+from phi3_lora_plugin.model.shards import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

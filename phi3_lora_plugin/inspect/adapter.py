@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +63,27 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
 
 def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict[str, Any] | None:
     """The base's config, if it is on this machine; a hub id that is not is no problem."""
-    from phi3_lora_plugin.model.shards import ModelFolderError, model_folder
+    from phi3_lora_plugin.model.folder import ModelError, find_config, read_json
 
     try:
-        folder = model_folder(base, revision)
-    except ModelFolderError as error:
+        file = find_config(base, revision)
+    except ModelError as error:
         if Path(base).is_absolute() or base.startswith((".", "~")):
             problems.append(Problem(f"its base is not there: {error}", "say where it is with --base"))
         return None
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(file)
         recognise(config)
         projections(config)
     except UnsupportedModel as error:
         problems.append(Problem(f"its base is {error}", "use an adapter for a supported member of the family"))
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         problems.append(
             Problem(f"the config.json of its base cannot be used: {error}", "look at the base with inspect")
         )
         return None
-    return dict(config)
+    return config
 
 
 def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:

@@ -76,11 +76,12 @@ def _checkpoint_in(folder: Path, files: set[str]) -> Path:
 def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
     """Fields of `Findings` for a folder with a tokenizer; what is wrong goes into `problems`."""
     from phi3_lora_plugin.chat.templates import TemplateError, template_for
-    from phi3_lora_plugin.model.tokenizer import TokenizerError, load_tokenizer, stop_token_ids
+    from phi3_lora_plugin.model.folder import ModelError
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer, stop_token_ids
 
     try:
         tokenizer = load_tokenizer(folder)
-    except TokenizerError as error:
+    except ModelError as error:
         problems.append(Problem(str(error), "take the tokenizer's files from the model's repository again"))
         return {}
     except UnsupportedModel:

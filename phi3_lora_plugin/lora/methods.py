@@ -207,14 +207,19 @@ def initialize_loftq(model: PeftModel, base: str | Path | None = None, adapter: 
     import torch
 
     from phi3_lora_plugin.lora.slices import lora_layers
+    from phi3_lora_plugin.model.folder import ModelError, model_folder
+    from phi3_lora_plugin.model.shards import Weights
 
-    path = str(base or model.get_base_model().name_or_path)
-    weights = _safetensors_of(path, model.peft_config[adapter].revision)
+    path = base or model.get_base_model().name_or_path
+    try:
+        weights = Weights(model_folder(path, model.peft_config[adapter].revision))
+    except ModelError as error:
+        raise MethodError(f"LoftQ needs the unquantised weights: {error}") from error
     for name, layer in lora_layers(model, adapter).items():
         if f"{name}.weight" not in weights:
             raise MethodError(f"LoftQ: {path} has no weight {name}.weight")
         quantised = _dequantised(layer.get_base_layer())
-        residual = weights[f"{name}.weight"]().to(quantised.device, torch.float32) - quantised
+        residual = weights.read(f"{name}.weight").to(quantised.device, torch.float32) - quantised
         left, sizes, right = torch.linalg.svd(residual, full_matrices=False)
         root, rank = (sizes / layer.scaling[adapter]).sqrt(), layer.r[adapter]
         for linear, value in (
@@ -228,27 +233,6 @@ def _dequantised(layer: Any) -> Tensor:
     import bitsandbytes
 
     return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-
-
-def _safetensors_of(path: str, revision: str | None) -> dict[str, Any]:
-    """Name -> function that reads the tensor, for every weight of a local folder or of a model in the hub's cache."""
-    from huggingface_hub import snapshot_download
-    from safetensors import safe_open
-
-    try:
-        folder = Path(
-            path if Path(path).is_dir() else snapshot_download(path, revision=revision, local_files_only=True)
-        )
-    except (OSError, ValueError) as error:
-        raise MethodError(f"LoftQ: {path!r} is neither a folder nor a model in the hub's cache: {error}") from error
-    found: dict[str, Any] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        opened: Any = safe_open(file, framework="pt")
-        for name in opened.keys():  # noqa: SIM118
-            found[name] = lambda opened=opened, name=name: opened.get_tensor(name)
-    if not found:
-        raise MethodError(f"LoftQ needs the unquantised weights as safetensors, and {path!r} has none")
-    return found
 
 
 def plain_lora(model: PeftModel, adapter: str = "default") -> tuple[dict[str, Tensor], LoraConfig]:

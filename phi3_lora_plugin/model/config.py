@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, recognise, repair_rope
-from phi3_lora_plugin.model.folder import ModelError
-
-
-def load_config(folder: str | Path) -> Any:
-    """The native config object of a model folder, with rotary settings repaired and without `auto_map`.
-
-    Raises:
-        ModelError: config.json is missing or not JSON, or the native class refuses it.
-        UnsupportedModel: not a model of the family.
-        RopeError: rotary settings that no revision has.
-    """
-    return read_config(Path(folder) / "config.json")
+from phi3_lora_plugin.model.folder import ModelError, read_json
 
 
 def read_config(path: Path) -> Any:
-    """The native config object of a config.json, wherever it lies; raises as `load_config`."""
+    """The native config object of a config.json, with rotary settings repaired and without `auto_map`.
+
+    Raises:
+        ModelError: the file is missing or not JSON, or the native class refuses it.
+        UnsupportedModel: not a model of the family.
+        RopeError: rotary settings that no revision has.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(given, dict):
-        raise ModelError(f"{path} is not a JSON object")
+    given = read_json(path)
     try:
         recognise(given)
         repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}

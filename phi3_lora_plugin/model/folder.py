@@ -1,91 +1,110 @@
-"""Where a model's files are: its folder, its config, a hub snapshot."""
+"""Where a model's files are: a folder, what `embedded:` names, or a snapshot in the hub's cache."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import listed
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class ModelError(Phi3LoraError):
     """A base model that is not there, is incomplete, or does not go with its tokenizer or this machine."""
 
 
-def model_folder(name: str, revision: str | None = None) -> Path:
-    """The folder that holds a model: itself, what `embedded:` names, or a snapshot of the hub.
+def find_folder(name: str | Path, revision: str | None = None, download: Sequence[str] = ()) -> Path:
+    """The folder that a path, `embedded:NAME` or hub id means.
+
+    Args:
+        revision: branch, tag or commit, for a hub id.
+        download: patterns of the files to fetch from the hub; none: only look into its cache.
+
+    Raises:
+        ModelError: there is none.
+    """
+    text = str(name)
+    folder = Path(locate(text))
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise ModelError(f"{text}: no such folder, and not the id of a hub repository (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"allow_patterns": list(download)} if download else {"local_files_only": True}
+    try:
+        return Path(snapshot_download(text, revision=revision, **options))
+    except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
+        if not download:
+            raise ModelError(
+                f"{text} is neither a folder nor in the hub's cache; download it with `hf download {text}`"
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{text}: not a folder here, and the hub did not give it: {reason}") from error
+
+
+def model_folder(name: str | Path, revision: str | None = None, download: bool = False) -> Path:
+    """As `find_folder`, of a model with its config and its weights.
 
     Raises:
         ModelError: nothing there, no config, or no weights that can be read without executing them.
     """
-    folder = _local_or_hub(name, revision, ["*.json", "*.safetensors", "*.jinja"])
+    folder = find_folder(name, revision, ["*.json", "*.safetensors", "*.jinja"] if download else ())
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is an adapter, not a base model; give the model that it was trained on")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json; it holds {_listed(folder)}")
-    if not any((folder / weights).is_file() for weights in _WEIGHTS):
-        pickled = sorted(entry.name for entry in folder.glob("*.bin"))
-        advice = (
-            f"; {pickled[0]} is a pickle, which can execute code and is not read: convert it to safetensors"
-            if pickled
-            else ""
-        )
-        raise ModelError(f"{folder} has no model.safetensors; it holds {_listed(folder)}{advice}")
+    _require_config(folder)
+    weight_files(folder)
     return folder
 
 
-def config_folder(name: str, revision: str | None = None) -> Path:
-    """The folder that holds a model's config.json, for `load_config`; of a hub repository nothing else is fetched.
+def find_config(name: str | Path, revision: str | None = None, download: bool = False) -> Path:
+    """The config.json of a model whose weights need not be here; `name` may be that file itself.
 
     Raises:
-        ModelError: there is no such folder or repository.
+        ModelError: there is none.
     """
-    return _local_or_hub(name, revision, ["config.json"])
+    file = Path(locate(name))
+    return file if file.is_file() else _require_config(find_folder(name, revision, ["config.json"] if download else ()))
 
 
-def find_config(name: str, revision: str | None = None) -> Path:
-    """The config.json of a model whose weights need not be here: in a folder, itself, or in the hub's cache.
+def weight_files(folder: Path) -> dict[str, str] | None:
+    """Weight -> safetensors file, as a model's index says it; None: all are in model.safetensors.
 
     Raises:
-        ModelError: it is in none of these.
+        ModelError: there is neither.
     """
-    folder = Path(locate(name))
-    if folder.is_file() and folder.suffix == ".json":
-        return folder
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} has no config.json; it holds {_listed(folder)}")
-        return folder / "config.json"
-    if folder.is_absolute() or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(found, str):
-        raise ModelError(
-            f"{name}: its config.json is not in the hub's cache; get it by `hf download {name} config.json`"
-        )
-    return Path(found)
+    if (folder / INDEX).is_file():
+        return dict(read_json(folder / INDEX).get("weight_map", {}))
+    if (folder / SINGLE).is_file():
+        return None
+    pickled = sorted(entry.name for entry in folder.glob("*.bin"))
+    advice = f"; {pickled[0]} is a pickle, which can execute code and is not read: convert it to safetensors"
+    raise ModelError(f"{folder} has no {SINGLE}; it holds {_contents(folder)}{advice if pickled else ''}")
 
 
-def _local_or_hub(name: str, revision: str | None, wanted: list[str]) -> Path:
-    """The folder itself, what `embedded:` names, or a snapshot of the hub with the files that fit `wanted`."""
-    folder = Path(locate(name))
-    if folder.is_dir():
-        return folder
-    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping. Raises ModelError."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: not a folder here, and the hub did not give it: {reason}") from error
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
 
 
-def _listed(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
+def _require_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; it holds {_contents(folder)}")
+    return folder / "config.json"
+
+
+def _contents(folder: Path) -> str:
+    return listed(sorted(entry.name for entry in folder.iterdir()), 8) or "nothing"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.embedded import locate
-from phi3_lora_plugin.model.config import load_config
+from phi3_lora_plugin.model.config import read_config
 from phi3_lora_plugin.model.folder import ModelError, model_folder
 from phi3_lora_plugin.model.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
 
@@ -65,8 +65,8 @@ def load_model(
     from transformers import GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    folder = model_folder(str(path_or_id), revision)
-    config = load_config(folder)
+    folder = model_folder(path_or_id, revision, download=True)
+    config = read_config(folder / "config.json")
     place = _device(device)
     kind = weights_dtype(dtype, place)
     options: dict[str, Any] = {"dtype": kind, "attn_implementation": _attention(attention, place, kind)}

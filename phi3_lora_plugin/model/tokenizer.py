@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.embedded import locate
-from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import FAMILIES, recognise
+from phi3_lora_plugin.model.folder import ModelError, find_folder, read_json
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-class TokenizerError(Phi3LoraError):
+class TokenizerError(ModelError):
     """A tokenizer that is not there, cannot be read, or has no token to pad with."""
 
 
@@ -39,21 +39,21 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
         revision: branch, tag or commit, for a hub id.
 
     Raises:
-        TokenizerError: see there; says which file and what to do.
+        ModelError: nothing there, or a file that is not JSON; TokenizerError, one of these: see there.
         UnsupportedModel: there is no tokenizer.json, because the model beside it is none of the family.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    folder = _folder(str(path_or_id), revision)
+    folder = _folder(path_or_id, revision)
     try:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust side raises a bare Exception for whatever is wrong with the file
         raise TokenizerError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    config = _read_json(folder / "tokenizer_config.json")
-    named = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if k in _NAMED}
+    config = _json(folder / "tokenizer_config.json")
+    named = _json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if k in _NAMED}
     options = {name: text for name in _NAMED if (text := _text(named.get(name))) is not None}
     missing = [f"{name} {text!r}" for name, text in options.items() if backend.token_to_id(text) is None]
     if missing:
@@ -157,33 +157,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _folder(name: str, revision: str | None) -> Path:
-    place = Path(locate(name))
-    if place.is_dir():
-        if (place / "tokenizer.json").is_file():
-            return place
-        _refuse_other_models(place)
-        there = ", ".join(sorted(entry.name for entry in place.iterdir())[:8]) or "nothing"
-        advice = (
-            "; a tokenizer.model alone is not enough, take tokenizer.json from the model's repository"
-            if (place / "tokenizer.model").is_file()
-            else "; give the folder that holds the tokenizer"
-        )
-        raise TokenizerError(f"{place} has no tokenizer.json, only {there}{advice}")
-    if place.exists() or place.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise TokenizerError(f"{name}: no such folder, and not the id of a hub repository (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        got = Path(snapshot_download(name, revision=revision, allow_patterns=[*FILES, "config.json"]))
-    except Exception as error:  # offline, missing, gated: each has a class of its own, and the sentence is the same
-        raise TokenizerError(f"{name}: not a folder here, and the hub did not give it: {_first_line(error)}") from error
-    if not (got / "tokenizer.json").is_file():
-        _refuse_other_models(got)
-        raise TokenizerError(
-            f"{name}{f' at {revision}' if revision else ''} has no tokenizer.json (in the local cache)"
-        )
-    return got
+def _folder(name: str | Path, revision: str | None) -> Path:
+    place = find_folder(name, revision, [*FILES, "config.json"])
+    if (place / "tokenizer.json").is_file():
+        return place
+    _refuse_other_models(place)
+    there = listed(sorted(entry.name for entry in place.iterdir()), 8) or "nothing"
+    advice = (
+        "; a tokenizer.model alone is not enough, take tokenizer.json from the model's repository"
+        if (place / "tokenizer.model").is_file()
+        else "; give the folder that holds the tokenizer"
+    )
+    raise TokenizerError(f"{place} has no tokenizer.json, only {there}{advice}")
 
 
 def _refuse_other_models(folder: Path) -> None:
@@ -191,7 +176,7 @@ def _refuse_other_models(folder: Path) -> None:
 
     Raises `UnsupportedModel`.
     """
-    config = _read_json(folder / "config.json")
+    config = _json(folder / "config.json")
     if "model_type" in config:
         recognise(config)
 
@@ -213,14 +198,8 @@ def _pad_token(tokenizer: Any, stops: Sequence[int]) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
-    return read if isinstance(read, dict) else {}
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _text(token: Any) -> str | None:
@@ -233,7 +212,3 @@ def _template(given: Any) -> str | None:
     if isinstance(given, list):
         given = next((one.get("template") for one in given if one.get("name") == "default"), None)
     return None if given is None else str(given)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

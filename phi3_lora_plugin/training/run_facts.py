@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.model.fingerprint import cached_folder
+from phi3_lora_plugin.model.fingerprint import base_fingerprint, local_folder
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 
 _PACKAGES = ("phi3-lora-plugin", "torch", "transformers", "peft", "trl", "accelerate")
@@ -94,10 +94,9 @@ def refuse_drift(
 def base_facts(model: Any) -> dict[str, Any]:
     """Name, commit and fingerprint of the base: of its files where they lie here, else of its values in memory."""
     from phi3_lora_plugin.lora.config import base_of
-    from phi3_lora_plugin.model.fingerprint import base_fingerprint
 
     name, commit = base_of(model)
-    folder = cached_folder(name, commit)
+    folder = local_folder(name, commit)
     fingerprint = base_fingerprint(folder) if folder is not None else _fingerprint_in_memory(model)
     return {"name": name, "revision": commit, "fingerprint": fingerprint}
 
