@@ -116,7 +116,7 @@ def train(
     from phi3_lora_plugin.chat.rows import lengths
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
-    from phi3_lora_plugin.model.families import default_max_length, straddles
+    from phi3_lora_plugin.model.families import row_limit, straddles
     from phi3_lora_plugin.speed.apply import accelerate_phi3
     from phi3_lora_plugin.store.checkpoint import latest_complete
     from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options
@@ -140,7 +140,7 @@ def train(
 
     set_seed(recipe.seed)
     model, tokenizer = plugins.load_model(recipe)
-    longest = recipe.data.max_length or default_max_length(model.config.to_dict())
+    longest = row_limit(recipe.data.max_length, model.config.to_dict())
     data = load_data(recipe, tokenizer, plugins.adapters(recipe.data.format), max_length=longest, cache=True)
     data.report.render(say)
     if not recipe.data.packing and straddles(lengths(data.train), model.config.to_dict()):

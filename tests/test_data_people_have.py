@@ -21,6 +21,7 @@ from phi3_lora_plugin.chat.marks import token_weights
 from phi3_lora_plugin.chat.preferences import preference
 from phi3_lora_plugin.chat.propose import propose
 from phi3_lora_plugin.chat.row_error import RowError
+from phi3_lora_plugin.model.families import UnsupportedModel, row_limit
 
 TOKENIZER = tiny.tokenizer()
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -386,3 +387,10 @@ def test_zstandard_is_read_like_gzip(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="a.jsonl.zst: cannot be read"):
         load(path)
+
+
+def test_rows_longer_than_the_context_are_not_asked_for() -> None:
+    config = tiny.config(max_position_embeddings=4096).to_dict()
+    assert row_limit(None, config) == row_limit(4096, config) == 4096
+    with pytest.raises(UnsupportedModel, match="data.max_length: 8,192 is more than the 4,096 tokens"):
+        row_limit(8192, config)

@@ -112,6 +112,13 @@ def test_validate_knows_what_is_registered() -> None:
     assert "model.loader" in done.stderr
 
 
+def test_validate_looks_for_the_data(tmp_path: Path) -> None:
+    done = run("validate", "tiny-cpu", "data.path=nowhere.jsonl", "data.eval_path=owner/name")
+    assert done.exit_code == 2 and "data.path: nowhere.jsonl: no such file or folder" in done.stderr
+    done = run("validate", "phi3-mini-4k-lora")
+    assert done.exit_code == 0 and "data.path is not set; a run needs it: data.path=FILE" in done.stderr
+
+
 def test_validate_as_json(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("model: {path: x}\nlora: {r: 0}\n")
 

@@ -10,6 +10,7 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from phi3_lora_plugin.chat import template_process, templates
 from phi3_lora_plugin.chat.encode import EncodeError, encode, prompt_ids
 from phi3_lora_plugin.chat.templates import (
     TEMPLATES,
@@ -176,3 +177,48 @@ def test_a_template_is_a_program_in_a_sandbox() -> None:
     evil = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(TemplateError, match="like none that is known"):
         template_for(tiny.tokenizer(template=evil))
+
+
+ODD = [
+    "{% for m in messages %}{{ m.content | tojson(indent=1) }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+    "{% set ns = namespace(x=0) %}{% for m in messages %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
+    "a\n\n  {% if true %}\n b\n  {% endif %}\n",
+    "{{ raise_exception('no') }}",
+    "{{ messages[0]['content'].__class__.__mro__ }}",
+    "{{ messages.append(1) }}",
+    "{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}{{ eos_token }}{{ nothing }}",
+    "{% for m in messages %}{% generation %}{{ m['content'] }}{% set x = 1 %}{% endgeneration %}{{ x }}{% endfor %}",
+    "{% for",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_a_process_of_its_own_renders_what_transformers_does(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = templates._renders.__wrapped__(ODD[number])
+    monkeypatch.setattr(templates.sys, "executable", "")  # then there is none
+    assert templates._renders.__wrapped__(ODD[number]) == apart
+
+
+def test_our_own_templates_render_the_same_in_a_process_of_their_own() -> None:
+    probes = [[dict(zip(("role", "content", "tools"), turn, strict=False)) for turn in p] for p in templates._PROBES]
+    text = "\x00".join(each.turns for each in TEMPLATES.values())
+    assert templates._renders_apart(text, probes) != ()
+    for name in ("phi-4-mini-reasoning", "plain"):
+        assert templates._renders_apart(TEMPLATES[name].turns, probes) == templates._renders(TEMPLATES[name].text)
+
+
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a text": "{% set ns = namespace(x='a') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a constant": "{{ 'a' * 10 ** 10 }}",
+    "an output": "{% for a in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_cannot_take_all_time_or_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "SECONDS", 1)  # of waiting, three of them; the process has ten of computing
+    with pytest.raises(TemplateError, match="takes more than 10 s or 1 GiB .*data.template"):
+        template_for(tiny.tokenizer(template=ENDLESS[name]))
+    with pytest.raises(TemplateError, match="has 300,000 characters"):
+        template_for(tiny.tokenizer(template="a" * 300_000))

@@ -45,7 +45,9 @@ class Found:
     left_out: tuple[str, ...] = ()
 
 
-def find_sources(path: str | Sequence[str], split: str | None = None, key: str = "data.path") -> Found:
+def find_sources(
+    path: str | Sequence[str], split: str | None = None, key: str = "data.path", hub: bool = True
+) -> Found:
     """Return the sources that one or several paths mean, after a look at the beginning of each file.
 
     Args:
@@ -53,6 +55,7 @@ def find_sources(path: str | Sequence[str], split: str | None = None, key: str =
             (`owner/name`, or `owner/name:config`); or several of them.
         split: which split, where there are several; None: the only one.
         key: how the recipe calls `path`, for errors.
+        hub: load what looks like a hub id; else it is passed over, as something that only a connection can tell.
 
     Raises `SourceError` with everything that was not found or cannot be read.
     """
@@ -61,7 +64,7 @@ def find_sources(path: str | Sequence[str], split: str | None = None, key: str =
     problems: list[str] = []
     for one in [path] if isinstance(path, str) else path:
         try:
-            found = _find(one, split)
+            found = _find(one, split, hub)
         except SourceError as error:
             problems += error.problems
         else:
@@ -76,11 +79,11 @@ def find_sources(path: str | Sequence[str], split: str | None = None, key: str =
     return Found(tuple(sources), tuple(left_out))
 
 
-def _find(path: str, split: str | None) -> Found:
+def _find(path: str, split: str | None, hub: bool) -> Found:
     if path.startswith("embedded:"):
         from phi3_lora_plugin.embedded import locate
 
-        return _find(str(locate(path)), split)
+        return _find(str(locate(path)), split, hub)
     here = Path(path).expanduser()
     if here.is_dir():
         return _folder(here, split)
@@ -96,7 +99,7 @@ def _find(path: str, split: str | None) -> Found:
     local = here.suffix.lower() in (*READERS, *PACKED, ".txt", ".yaml") or Path(here.parts[0]).is_dir()
     if local or not _HUB_ID.fullmatch(path):
         raise SourceError([missing])
-    return _hub(path, split, missing)
+    return _hub(path, split, missing) if hub else Found(())
 
 
 def _files(files: Iterable[Path], split: str | None) -> Found:

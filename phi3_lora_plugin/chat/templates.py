@@ -7,13 +7,17 @@ and TRL understand it, and `{# turn #}` ... `{# end #}` around what the others s
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from phi3_lora_plugin.chat import template_process
 from phi3_lora_plugin.error import Phi3LoraError
 
 Span = tuple[int, int]
@@ -96,6 +100,23 @@ _PROBES: tuple[tuple[tuple[str, ...], ...], ...] = (  # (role, content) or (role
     (("assistant", "a"), ("user", "u"), ("assistant", "b"), ("user", "v"), ("assistant", "c"), ("user", "w")),
 )
 
+_OUT_OF_BOUNDS = (
+    f"the tokenizer's chat template takes more than {template_process.SECONDS} s or "
+    f"{template_process.MEMORY // 1024**3} GiB for a chat of a few words; name a known one with data.template"
+)
+# Of the published ones, byte by byte: nobody has to be careful with them.
+_PUBLISHED = frozenset(
+    {
+        "dcaee66df77bfbb789ec541fe713218da30225a526f1db97138fc39ee6dc56aa",  # Phi-3-mini-4k and -128k
+        "268b6082ceb7176dc6ed80557a2f7837f9f0339592fbee677d405a553af15f88",  # Phi-3-mini-128k of April 2024
+        "605841622bcb6572225608f09ec2afcdfb9fb50844ef52715a12689f7b9278b1",  # Phi-3-medium
+        "78d976a442bcde2f0be15aafbb8e3050e1104f86732266f68403251b89982a90",  # Phi-3.5-mini
+        "fe4120415a3858b873955c92ce3a103a95bc97c2cb00b72e62659aaf0f891ee5",  # Phi-4
+        "febf589225c9728ab791f52e8897d7607a823d45368f0a4c92fa68997b40cce9",  # Phi-4-mini
+        "cbb504cb43fec3f8877d709d9f7a729441e56f41cb4fddd382675fab35de7fe1",  # Phi-4-mini-reasoning
+    }
+)
+_LONGEST = 200_000  # characters of a template; the published ones have hundreds
 _TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
@@ -224,14 +245,45 @@ def _fingerprint(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def _renders(text: str) -> tuple[str, ...]:
-    """What a template makes of the probes; an error of its own is an answer too."""
+    """What a template makes of the probes; an error of its own is an answer too.
+
+    Templates are programs: those of strangers run in a process with bounds on its time and memory.
+
+    Raises:
+        TemplateError: a stranger's that does not keep to them.
+    """
+    probes = [[dict(zip(("role", "content", "tools"), turn, strict=False)) for turn in probe] for probe in _PROBES]
+    ours = text in {template.text for template in TEMPLATES.values()}
+    if sys.executable and not ours and hashlib.sha256(text.encode()).hexdigest() not in _PUBLISHED:
+        return _renders_apart(text, probes)
     made = []
-    for probe in _PROBES:
-        messages = [dict(zip(("role", "content", "tools"), turn, strict=False)) for turn in probe]
+    for messages in probes:
         for prompt in (False, True):
             try:
                 (got,), _ = render(text, [messages], _TOKENS, prompt)
-            except Exception as error:  # templates are programs of strangers and may raise anything
+            except Exception as error:
                 got = f"error {type(error).__name__}"
             made.append(got)
+    return tuple(made)
+
+
+def _renders_apart(text: str, probes: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[str, ...]:
+    if len(text) > _LONGEST:
+        raise TemplateError(
+            f"the tokenizer's chat template has {len(text):,} characters; at most {_LONGEST:,} are read"
+        )
+    asked = json.dumps({"template": text, "conversations": probes, "tokens": _TOKENS})
+    command = [sys.executable, "-P", template_process.__file__]
+    try:
+        done = subprocess.run(
+            command, input=asked, capture_output=True, text=True, encoding="utf-8", timeout=3 * template_process.SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise TemplateError(_OUT_OF_BOUNDS) from None
+    if done.returncode > 0 and "MemoryError" not in done.stderr:
+        why = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise TemplateError(f"the tokenizer's chat template could not be rendered in a process of its own: {why}")
+    made = json.loads(done.stdout) if done.returncode == 0 else ["error MemoryError"]
+    if any(one in ("error MemoryError", "error TooLong") for one in made):
+        raise TemplateError(_OUT_OF_BOUNDS)
     return tuple(made)

@@ -29,7 +29,7 @@ def check_command(
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.report_view import show_rows
     from phi3_lora_plugin.model.config import read_config
-    from phi3_lora_plugin.model.families import default_max_length
+    from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.folder import ModelError, find_config
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
@@ -40,12 +40,12 @@ def check_command(
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(run.model.path, run.model.revision)
     try:
-        longest = run.data.max_length or default_max_length(
-            read_config(find_config(run.model.path, run.model.revision, download=True)).to_dict()
-        )
+        config = read_config(find_config(run.model.path, run.model.revision, download=True)).to_dict()
     except ModelError as error:  # a tokenizer alone is enough to look at data
         console.print(f"note: no limit on the length of rows, because the model's config is not at hand: {error}")
-        longest = None
+        longest = run.data.max_length
+    else:
+        longest = row_limit(run.data.max_length, config)
     data = load_data(run, tokenizer, plugins.adapters(run.data.format), max_length=longest, cache=True)
     if data.cached is not None:
         console.print(f"note: encoded by an earlier run, kept in {data.cached} (PHI3_LORA_CACHE=off: encode again)")

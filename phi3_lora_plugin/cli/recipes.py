@@ -77,7 +77,7 @@ def validate_command(
     files: Annotated[list[str], typer.Argument(help="YAML files or names of presets, and overrides for all of them.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check recipes in full, down to the loader and data format they name; exit code 2 if anything is wrong."""
+    """Check recipes in full, down to the loader, format and files they name; exit code 2 if anything is wrong."""
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
@@ -90,7 +90,7 @@ def validate_command(
         except RecipeError as error:
             found[file] = (None, error.problems)
         else:
-            found[file] = (recipe, _unregistered(recipe, plugins.pick))
+            found[file] = (recipe, [*_unregistered(recipe, plugins.pick), *_missing_data(recipe)])
     if not found:
         print("nothing to validate: name a recipe before its overrides", file=sys.stderr)
         raise typer.Exit(2)
@@ -98,7 +98,7 @@ def validate_command(
         print(json.dumps([_verdict(file, *verdict) for file, verdict in found.items()], indent=2))
     else:
         for file, (checked, problems) in found.items():
-            for line in [*(checked.notes if checked else ()), *map(str, problems)]:
+            for line in [*(_notes(checked) if checked else ()), *map(str, problems)]:
                 print(line, file=sys.stderr)
             count = f"{len(problems)} problem{'s'[: len(problems) != 1]}"
             print(f"{file}: {count}" if problems or checked is None else f"{file}: fine ({checked.digest()[:12]})")
@@ -161,15 +161,39 @@ def _unregistered(recipe: Recipe, pick: Callable[[str, str], Any]) -> list[Probl
     return problems
 
 
+def _missing_data(recipe: Recipe) -> list[Problem]:
+    """Local data that is not there or cannot be read; of hub ids, only a run can tell."""
+    from phi3_lora_plugin.chat.readers import SourceError
+    from phi3_lora_plugin.chat.sources import find_sources
+    from phi3_lora_plugin.recipe.yaml_file import Problem
+
+    problems = []
+    data = recipe.data
+    for key, path, split in (("path", data.path, data.split), ("eval_path", data.eval_path, data.eval_split)):
+        if path is None:
+            continue
+        try:
+            find_sources(path, split, "", hub=False)
+        except SourceError as error:
+            where = recipe.provenance.get(f"data.{key}", "")
+            problems += [Problem(where, f"data.{key}", text.removeprefix(": ")) for text in error.problems]
+    return problems
+
+
 def _wrong_input(error: Exception) -> Any:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     raise typer.Exit(2)
 
 
+def _notes(recipe: Recipe) -> list[str]:
+    missing = ["data.path is not set; a run needs it: data.path=FILE"] if recipe.data.path is None else []
+    return [*recipe.notes, *missing]
+
+
 def _verdict(file: str, recipe: Recipe | None, problems: Sequence[Problem]) -> dict[str, Any]:
     listed = [{"where": p.where, "key": p.key, "message": p.message} for p in problems]
     good = recipe is not None and not problems
-    return {"recipe": file, "valid": good, "problems": listed, "notes": list(recipe.notes) if recipe else []}
+    return {"recipe": file, "valid": good, "problems": listed, "notes": _notes(recipe) if recipe else []}
 
 
 def _card(recipe: Recipe) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
     from phi3_lora_plugin.evaluate.generate import stop_ids, with_adapter
     from phi3_lora_plugin.evaluate.lm_eval_tasks import require_lm_eval
     from phi3_lora_plugin.evaluate.rows import evaluation_rows
-    from phi3_lora_plugin.model.families import default_max_length
+    from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     say = console or Console(quiet=True)
@@ -113,7 +113,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
     if adapter is not None and (adapter / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(adapter)
     formats = plugins.adapters(recipe.data.format)
-    longest = recipe.data.max_length or default_max_length(model.config.to_dict())
+    longest = row_limit(recipe.data.max_length, model.config.to_dict())
 
     rows: Any = ()
     asked: list[Question] = []

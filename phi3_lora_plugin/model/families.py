@@ -254,6 +254,21 @@ def default_max_length(config: Mapping[str, Any]) -> int:
     return min(longest, int(rope["original_max_position_embeddings"]))
 
 
+def row_limit(wanted: int | None, config: Mapping[str, Any]) -> int:
+    """Tokens that a row may have: `data.max_length`, or the default for the model.
+
+    Raises:
+        UnsupportedModel: more than the model was made for.
+    """
+    longest = int(config.get("max_position_embeddings") or 4096)
+    if wanted is not None and wanted > longest:
+        raise UnsupportedModel(
+            f"data.max_length: {wanted:,} is more than the {longest:,} tokens of the model's context "
+            f"(max_position_embeddings in config.json); write {longest} or less, or leave it out"
+        )
+    return wanted or default_max_length(config)
+
+
 def straddles(lengths: Sequence[int], config: Mapping[str, Any]) -> bool:
     """Whether a batch holds rows on both sides of longrope's switch.
 

@@ -106,7 +106,7 @@ def plan(
         ModelError, UnsupportedModel, TargetError, PlanError: wrong input.
     """
     from phi3_lora_plugin.model.config import read_config
-    from phi3_lora_plugin.model.families import default_max_length
+    from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.folder import find_config
     from phi3_lora_plugin.plan.dry_run import footprint
     from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options, training_arguments
@@ -114,7 +114,7 @@ def plan(
     device = _device(recipe, device)
     if config is None:
         config = read_config(find_config(recipe.model.path, recipe.model.revision))
-    longest = recipe.data.max_length or default_max_length(config.to_dict())
+    longest = row_limit(recipe.data.max_length, config.to_dict())
     dtype = _dtype(recipe, device)
     arguments = training_arguments(recipe, **_precision(recipe, device, dtype))
     accumulation, rows = int(arguments.gradient_accumulation_steps), int(arguments.per_device_train_batch_size)
@@ -193,10 +193,10 @@ def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
     """Read and encode the data of a recipe, as the run would, and say how long the rows are; raises as `load_data`."""
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.rows import lengths as row_lengths
-    from phi3_lora_plugin.model.families import default_max_length
+    from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
-    longest = recipe.data.max_length or default_max_length(config.to_dict())
+    longest = row_limit(recipe.data.max_length, config.to_dict())
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data = load_data(recipe, tokenizer, adapters, max_length=longest, cache=True)
     rows = data.train
