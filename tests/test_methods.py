@@ -288,7 +288,7 @@ def test_loftq_needs_the_unquantised_weights(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MethodError, match="needs the unquantised weights as safetensors"):
         initialize_loftq(model, tmp_path / "empty")
-    with pytest.raises(MethodError, match="neither a folder nor a model in the hub's cache"):
+    with pytest.raises(MethodError, match="neither a folder nor in the hub's cache"):
         initialize_loftq(model, "nobody/nothing")
 
 

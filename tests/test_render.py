@@ -78,6 +78,18 @@ def test_every_preset_has_every_hosts_words_or_is_refused_with_a_reason(name: st
             assert key.startswith(known) or kept == -1 or key in text or str(kept) in text, (host, key)
 
 
+@pytest.mark.parametrize(("host", "key"), [("axolotl", "sequence_len"), ("llamafactory", "cutoff_len"),
+                                            ("trl", "max_length"), ("swift", "max_length")])  # fmt: skip
+def test_the_row_limit_is_the_one_that_a_run_takes(host: str, key: str, place: Path) -> None:
+    for name, wanted in (("phi4-lora", 16384), ("phi4-mini-lora", 4096), ("phi3.5-mini-lora", 4096)):
+        assert config(name, host, "data.max_length=")[key] == wanted
+        assert config(name, host, "data.max_length=77")[key] == 77
+    assert config("phi4-lora", host, f"model.path={place / 'base'}", "data.max_length=")[key] == 256  # by its config
+    assert (
+        "is not on this machine" in render(load_recipe("tiny-cpu", ["model.path=a/b", "data.max_length="]), host).text
+    )
+
+
 def test_what_a_recipe_says_arrives() -> None:
     overrides = ["data.system=fold", "data.train_on=last_turn", "lora.dora=true", "checkpoint.keep_last=5", "seed=7"]
     axolotl = config("phi3-mini-4k-qlora", "axolotl", *overrides)

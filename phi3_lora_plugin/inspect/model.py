@@ -12,10 +12,10 @@ from phi3_lora_plugin.inspect.findings import Problem, Trainable
 from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
-    default_max_length,
     projections,
     recognise,
     repair_rope,
+    row_limit,
 )
 
 LFS = "is a Git LFS pointer, not the weights"
@@ -46,7 +46,7 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
     found: dict[str, Any] = {"family": f"{family.name} ({family.title})", "projections": layout}
     try:
         repair_rope(config)
-        found["max_length"] = default_max_length(config)
+        found["max_length"] = row_limit(None, config)
     except RopeError as error:
         problems.append(Problem(str(error), "take config.json from the model's repository again"))
     problems += _config_problems(config)

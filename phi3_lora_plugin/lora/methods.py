@@ -214,7 +214,7 @@ def initialize_loftq(model: PeftModel, base: str | Path | None = None, adapter: 
     try:
         weights = Weights(model_folder(path, model.peft_config[adapter].revision))
     except ModelError as error:
-        raise MethodError(f"LoftQ needs the unquantised weights: {error}") from error
+        raise MethodError(f"LoftQ needs the unquantised weights as safetensors: {error}") from error
     for name, layer in lora_layers(model, adapter).items():
         if f"{name}.weight" not in weights:
             raise MethodError(f"LoftQ: {path} has no weight {name}.weight")

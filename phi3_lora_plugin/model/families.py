@@ -31,6 +31,7 @@ class Family:
             stand before it (Phi-4-reasoning).
         stop: tokens that end a turn or a text; generation stops at each of them.
         pad: tokens to pad with, the first that exists and does not stop is taken; none makes the vocabulary grow.
+        context: tokens of the original context, as `row_limit` finds it in a config.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     templates: tuple[str, ...]
     stop: tuple[str, ...]
     pad: tuple[str, ...]
+    context: int = 4096
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ FAMILIES = {
         Family("phi-3.5-mini", "Phi-3.5-mini-instruct", "phi3", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-3-medium-4k", "Phi-3-medium-4k-instruct", "phi3", ("phi-3-medium",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-3-medium-128k", "Phi-3-medium-128k-instruct", "phi3", ("phi-3-medium",), _PHI3_STOP, _PHI3_PAD),
-        Family("phi-4", "Phi-4", "phi3", ("phi-4", "phi-4-dec2024"), _PHI4_STOP, _PHI4_PAD),
-        Family("phi-4-reasoning", "Phi-4-reasoning", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD),
+        Family("phi-4", "Phi-4", "phi3", ("phi-4", "phi-4-dec2024"), _PHI4_STOP, _PHI4_PAD, 16384),
+        Family("phi-4-reasoning", "Phi-4-reasoning", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD, 32768),
         Family(
             "phi-4-mini",
             "Phi-4-mini-instruct or -reasoning",
@@ -146,6 +148,13 @@ def recognise(config: Mapping[str, Any]) -> Family:
         case (3072, 32, 200064):
             return FAMILIES["phi-4-mini"]
     return FAMILIES["phi3"]
+
+
+def published_as(model: str) -> Family | None:
+    """The member that a hub id names, for where its config is not at hand; None for other names."""
+    name = model.rpartition("/")[2].lower()
+    fitting = [one for one in FAMILIES.values() if name.startswith(one.name)]
+    return max(fitting, key=lambda one: len(one.name), default=None)
 
 
 def projections(config: Mapping[str, Any]) -> tuple[Projection, ...]:
@@ -245,17 +254,8 @@ def repair_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return repaired
 
 
-def default_max_length(config: Mapping[str, Any]) -> int:
-    """Tokens that a row may have unless somebody says otherwise: the context before longrope changes its factors."""
-    longest = int(config.get("max_position_embeddings") or 4096)
-    rope = rope_of(config)
-    if rope["rope_type"] != "longrope":
-        return longest
-    return min(longest, int(rope["original_max_position_embeddings"]))
-
-
 def row_limit(wanted: int | None, config: Mapping[str, Any]) -> int:
-    """Tokens that a row may have: `data.max_length`, or the default for the model.
+    """Tokens that a row may have: `wanted`, else the original context, behind which longrope changes its factors.
 
     Raises:
         UnsupportedModel: more than the model was made for.
@@ -266,7 +266,10 @@ def row_limit(wanted: int | None, config: Mapping[str, Any]) -> int:
             f"data.max_length: {wanted:,} is more than the {longest:,} tokens of the model's context "
             f"(max_position_embeddings in config.json); write {longest} or less, or leave it out"
         )
-    return wanted or default_max_length(config)
+    rope = rope_of(config)
+    if rope["rope_type"] == "longrope":
+        longest = min(longest, int(rope["original_max_position_embeddings"]))
+    return wanted or longest
 
 
 def straddles(lengths: Sequence[int], config: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from phi3_lora_plugin.hosts.render.common import (
     Rows,
     base_path,
     left_out,
+    longest,
     note,
     numbers,
     rows,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 # TrainingArguments that axolotl knows by the same name.
 _SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha",
          "lr_scheduler_kwargs", "bf16", "fp16", "dataloader_num_workers")  # fmt: skip
-_LENGTH = 4096
 
 
 def render(recipe: Recipe) -> Rendered:
@@ -48,7 +48,7 @@ def render(recipe: Recipe) -> Rendered:
         *([Line("load_in_8bit", True)] if model.quantize == "int8" else []),
         *_lora(recipe),
         *_data(recipe),
-        Line("sequence_len", data.max_length or _LENGTH, "" if data.max_length else "the original context"),
+        longest(recipe, "sequence_len"),
         Line("sample_packing", data.packing),
         *([Line("group_by_length", True)] if n.by_length else []),
         Line("micro_batch_size", n.batch),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.activate import TARGETS
+from phi3_lora_plugin.model.families import Family, published_as, row_limit
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 if TYPE_CHECKING:
@@ -134,10 +135,32 @@ def base_path(recipe: Recipe) -> str:
     return locate(recipe.model.path)
 
 
+def base_config(recipe: Recipe) -> dict[str, Any] | None:
+    """The base's config.json if it is on this machine."""
+    from phi3_lora_plugin.model.folder import ModelError, find_config, read_json
+
+    try:
+        return read_json(find_config(recipe.model.path, recipe.model.revision))
+    except ModelError:
+        return None
+
+
 def is_moe(recipe: Recipe) -> bool:
     """Whether it is Phi-3.5-MoE, by the config if that is here, else by name."""
-    config = Path(base_path(recipe)) / "config.json"
-    return '"phimoe"' in config.read_text(encoding="utf-8") if config.is_file() else "moe" in recipe.model.path.lower()
+    config, named = base_config(recipe), published_as(recipe.model.path)
+    return (config.get("model_type") if config else named and named.model_type) == "phimoe"
+
+
+def longest(recipe: Recipe, key: str) -> Line:
+    """The longest row under a host's `key`: the recipe's, else what `phi3-lora train` would take."""
+    asked, config, named = recipe.data.max_length, base_config(recipe), published_as(recipe.model.path)
+    if config is not None:
+        return Line(key, row_limit(asked, config), "" if asked else "the original context")
+    if asked is not None:
+        return Line(key, asked)
+    if named is not None:
+        return Line(key, named.context, "the original context")
+    return Line(key, Family.context, f"assumed, because the config of {recipe.model.path} is not on this machine")
 
 
 _WHOLE = {

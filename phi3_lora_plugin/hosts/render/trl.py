@@ -13,6 +13,7 @@ from phi3_lora_plugin.hosts.render.common import (
     Rows,
     base_path,
     left_out,
+    longest,
     note,
     numbers,
     rows,
@@ -53,7 +54,7 @@ def render(recipe: Recipe) -> Rendered:
         *left_out("lora", _unknown_lora(recipe), "TRL's command"),
         *_data(recipe),
         *_template(recipe),
-        Line("max_length", data.max_length or 4096, "TRL's default is 1024"),
+        longest(recipe, "max_length"),
         Line("packing", data.packing),
         Line("per_device_train_batch_size", n.batch),
         Line("gradient_accumulation_steps", n.accumulation),
@@ -142,7 +143,7 @@ def _template_of(recipe: Recipe) -> str | None:
     """By the tokenizer if that is here, else by the model's published name."""
     from pathlib import Path
 
-    from phi3_lora_plugin.model.families import FAMILIES
+    from phi3_lora_plugin.model.families import published_as
 
     folder = base_path(recipe)
     if Path(folder).is_dir():
@@ -150,8 +151,8 @@ def _template_of(recipe: Recipe) -> str | None:
         from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
         return template_for(load_tokenizer(folder)).name
-    wanted = recipe.model.path.rpartition("/")[2].lower()
-    return next((one.templates[0] for one in FAMILIES.values() if one.title.lower() == wanted and one.templates), None)
+    named = published_as(recipe.model.path)
+    return named.templates[0] if named and named.templates else None
 
 
 def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
