@@ -1,6 +1,6 @@
 """The contract between this package, the plugins that extend it, and the hosts that ask it.
 
-Four hooks and the two markers. pluggy is the only import that runs; the foreign types are for readers and checkers.
+Five hooks and the two markers. pluggy is the only import that runs; the foreign types are for readers and checkers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+    from phi3_lora_plugin.export.exporter import Exporter
     from phi3_lora_plugin.recipe import Recipe
 
     Loader = Callable[[Recipe], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -41,6 +42,11 @@ def register_dataset_adapters(register: Callable[[str, Adapter], None]) -> None:
 @hookspec
 def register_recipes(register: Callable[[str, RecipeFile], None]) -> None:
     """Call `register(name, path)` for each YAML preset that `phi3-lora train NAME` or `extends: NAME` may name."""
+
+
+@hookspec
+def register_exporters(register: Callable[[str, Exporter], None]) -> None:
+    """Call `register(name, export)` for each target that `phi3-lora export --to` may name."""
 
 
 @hookspec

@@ -2,9 +2,16 @@
 
 from phi3_lora_plugin.plugins.builtin import (
     register_dataset_adapters,
+    register_exporters,
     register_models,
     register_recipes,
     trainer_callbacks,
 )
 
-__all__ = ["register_dataset_adapters", "register_models", "register_recipes", "trainer_callbacks"]
+__all__ = [
+    "register_dataset_adapters",
+    "register_exporters",
+    "register_models",
+    "register_recipes",
+    "trainer_callbacks",
+]

@@ -16,6 +16,7 @@ from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.convert import convert_command, merge_command
 from phi3_lora_plugin.cli.data import check_command
 from phi3_lora_plugin.cli.evaluate import eval_command
+from phi3_lora_plugin.cli.export import export_command
 from phi3_lora_plugin.cli.hosts import host_path_command, render_command
 from phi3_lora_plugin.cli.inspect import inspect_command
 from phi3_lora_plugin.cli.plan import plan_command
@@ -50,6 +51,7 @@ app.command("schema")(schema_command)
 app.command("plugins")(plugins_command)
 app.command("convert")(convert_command)
 app.command("merge")(merge_command)
+app.command("export")(export_command)
 app.command("run", context_settings=AS_IT_IS, add_help_option=False)(run_command)
 app.command("trl", context_settings=AS_IT_IS, add_help_option=False)(trl_command)
 app.command("render")(render_command)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.lora_files import layouts, loralib_files, peft_files, torchtune_files
+from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_files, torchtune_files
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
@@ -35,7 +35,7 @@ class ConversionReport:
 
     Attributes:
         source, target: the paths.
-        kind: what the source turned out to be: peft, loralib, torchtune, model.
+        kind: what the source turned out to be: peft, mlx, loralib, torchtune, model.
         to: what was asked for.
         rows: one for each module or weight.
         notes: what else a person should know.
@@ -246,8 +246,12 @@ def _read(
         )
     if alpha is not None or r is not None or enable:
         raise ConvertError(
-            f"{source} is a PEFT adapter, whose config says r and alpha; --alpha, --r, --enable-lora are for files"
+            f"{source} is an adapter folder, whose config says r and alpha; --alpha, --r, --enable-lora are for files"
         )
+    if mlx_files.looks_like_mlx(source):
+        loras, rows, dropout = mlx_files.read_mlx(source)
+        parts = peft_files.Parts(tuple(loras))
+        return _Source("mlx", parts, mlx_files.mlx_base(source), None, dropout, tuple(rows), (), source)
     from phi3_lora_plugin.store.adapter_folder import read_adapter
 
     adapter = peft_files.read_peft(read_adapter(source).folder)

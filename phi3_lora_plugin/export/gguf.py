@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.export.gguf_quantize import FORMS, file_type, quantize_rows, tensor_type
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
 from phi3_lora_plugin.model.folder import model_folder, read_json
@@ -92,8 +93,8 @@ def write_gguf_model(
 ) -> tuple[list[Row], list[str]]:
     """Write a model folder (a merged one, or a base) as one GGUF file with its tokenizer; (report rows, notes).
 
-    Matrices get `dtype` (`auto`: the folder's), vectors are float32 as llama.cpp wants them. Tensors are read and
-    written one at a time.
+    Matrices get `dtype` (`auto`: the folder's; or one of llama.cpp's quantised forms, see `gguf_quantize`), vectors are
+    float32 as llama.cpp wants them. Tensors are read and written one at a time.
 
     Raises:
         GGUFError: not a phi3 or phimoe model, weights that llama.cpp does not know, gguf is not installed.
@@ -129,19 +130,28 @@ def write_gguf_model(
     _add_settings(writer, config, dtype, attention)
     _add_vocabulary(writer, vocabulary)
     rows = []
+    kinds: dict[str, Any] = {}
     for place, (sources, shape) in plan.items():
-        raw = _raw_type(gguf, dtype, len(shape))
-        size = 4 if raw == gguf.GGMLQuantizationType.F32 else 2
-        writer.add_tensor_info(place, shape, _numpy_type(size), math.prod(shape) * size, raw_dtype=raw)
+        raw = kinds[place] = _type_of(gguf, dtype, place, shape, config)
+        block, size = gguf.GGML_QUANT_SIZES[raw]
+        if block == 1:
+            writer.add_tensor_info(place, shape, _numpy_type(size), math.prod(shape) * size, raw_dtype=raw)
+        else:
+            stored = (*shape[:-1], shape[-1] // block * size)
+            writer.add_tensor_info(place, stored, _numpy_type(1), math.prod(stored), raw_dtype=raw)
         rows.append(Row(sources[0] + (" ..." if len(sources) > 1 else ""), place, shape, raw.name))
     for place, values in factors.items():
         writer.add_tensor_info(place, (len(values),), _numpy_type(4), len(values) * 4)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for sources, shape in plan.values():
-        array, _ = _array(gguf, _read(weights, sources, shape), dtype if len(shape) > 1 else "float32")
-        writer.write_tensor_data(array)
+    for place, (sources, shape) in plan.items():
+        tensor = _read(weights, sources, shape)
+        if dtype in FORMS:
+            values, _ = _array(gguf, tensor, "float32")
+            writer.write_tensor_data(quantize_rows(values, kinds[place].name))
+        else:
+            writer.write_tensor_data(_array(gguf, tensor, dtype if len(shape) > 1 else "float32")[0])
     for values in factors.values():
         import numpy
 
@@ -218,7 +228,7 @@ def _add_settings(writer: Any, config: Mapping[str, Any], dtype: str, attention:
     heads = int(config["num_attention_heads"])
     longest = int(config.get("max_position_embeddings") or 4096)
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(file_type(dtype) if dtype in FORMS else _FILE_TYPES[dtype])
     writer.add_context_length(longest)
     writer.add_rope_scaling_orig_ctx_len(int(original))
     writer.add_embedding_length(int(config["hidden_size"]))
@@ -296,6 +306,13 @@ def _array(gguf: Any, tensor: Tensor, dtype: str) -> tuple[Any, Any]:
     return (final.view(torch.int16) if dtype == "bfloat16" else final).numpy(), kind
 
 
+def _type_of(gguf: Any, dtype: str, place: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Any:
+    if dtype not in FORMS:
+        return _raw_type(gguf, dtype, len(shape))
+    tied = bool(config.get("tie_word_embeddings"))
+    return gguf.GGMLQuantizationType[tensor_type(dtype, place, shape, int(config["num_hidden_layers"]), tied)]
+
+
 def _raw_type(gguf: Any, dtype: str, dimensions: int) -> Any:
     if dimensions == 1:
         return gguf.GGMLQuantizationType.F32
@@ -309,4 +326,4 @@ def _raw_type(gguf: Any, dtype: str, dimensions: int) -> Any:
 def _numpy_type(size: int) -> Any:
     import numpy
 
-    return numpy.dtype(numpy.float32 if size == 4 else numpy.float16)
+    return numpy.dtype({4: numpy.float32, 2: numpy.float16, 1: numpy.uint8}[size])

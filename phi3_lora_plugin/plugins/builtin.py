@@ -37,6 +37,13 @@ def register_recipes(register: Callable[[str, Any], None]) -> None:
 
 
 @hookimpl
+def register_exporters(register: Callable[[str, Any], None]) -> None:
+    from phi3_lora_plugin.export.targets import llama_cpp
+
+    register("llama.cpp", llama_cpp.export)
+
+
+@hookimpl
 def trainer_callbacks(recipe: Recipe) -> list[TrainerCallback]:
     from phi3_lora_plugin.training.callbacks import (
         LoraCheckpoint,  # a subclass of TrainerCallback, so importing it is heavy

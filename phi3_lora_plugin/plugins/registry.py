@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 BLOCK = "PHI3_LORA_BLOCK_PLUGINS"
-KINDS = {"models": "model loader", "dataset_adapters": "dataset adapter", "recipes": "recipe"}
+KINDS = {
+    "models": "model loader",
+    "dataset_adapters": "dataset adapter",
+    "recipes": "recipe",
+    "exporters": "export target",
+}
 OURS = "phi3-lora-plugin"  # our own distribution, whose errors are not a stranger's
 _NAME_PATTERN = re.compile(r"[^\W_][\w.+-]{0,99}")  # never a path: `a/b`, `..` and `` are refused
 _EVENTS = ("on_init_end", "on_train_begin", "on_step_end", "on_save")  # what every TrainerCallback inherits
@@ -96,7 +101,7 @@ class Plugins:
     _found: dict[str, _Found] = field(default_factory=dict, repr=False)
 
     def named(self, kind: str) -> dict[str, Any]:
-        """Return everything registered of `kind` ("models", "dataset_adapters" or "recipes") by name.
+        """Return everything registered of `kind` ("models", "dataset_adapters", "recipes" or "exporters") by name.
 
         A name that two plugins claim is left out, and is nobody's: `pick` says why.
         """

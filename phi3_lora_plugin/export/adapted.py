@@ -1,0 +1,167 @@
+"""An adapter ready to be shipped: on its base's own modules, with the chat template of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.chat.templates import Template
+from phi3_lora_plugin.export.exporter import ExportError
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What every exporter starts from.
+
+    Attributes:
+        name: for people and file names.
+        adapter: a PEFT folder whose modules are the base's own.
+        base: the base's folder, and `base_name` the path or hub id by which people know it.
+        config: the base's config.json.
+        tokenizer: of the adapter, or of the base where the adapter has none.
+        template: of the chats that were trained on; None: the tokenizer has none that is known.
+        encoding: how prompts are rendered, as `prompt_ids` takes it.
+        source: what was asked to be exported, in whose run the recipe is.
+        scratch: a folder for work in between; gone when the export ends.
+        notes: what a person should know.
+    """
+
+    name: str
+    adapter: Path
+    base: Path
+    base_name: str
+    config: Mapping[str, Any]
+    tokenizer: Any
+    template: Template | None
+    encoding: Mapping[str, Any]
+    source: Path
+    scratch: Path
+    notes: tuple[str, ...] = ()
+    _made: dict[str, Path] = field(default_factory=dict, repr=False)
+
+    def merged(self) -> Path:
+        """The merged model in float32 with the trained chat template, made once and checked against PEFT."""
+        from phi3_lora_plugin.export.merge import merge
+
+        if "merged" not in self._made:
+            merge(self.adapter, self.base, self.scratch / "merged", "float32", check="modules", quantized="none")
+            self.write_tokenizer(self.scratch / "merged")
+            self._made["merged"] = self.scratch / "merged"
+        return self._made["merged"]
+
+    def base_float32(self) -> Path:
+        """The base in float32 with the trained chat template, for runtimes that put the adapter on themselves."""
+        from phi3_lora_plugin.export.merge import portable_config, write_generation_config
+        from phi3_lora_plugin.model.shards import ShardWriter, Weights, write_json
+
+        if "base" not in self._made:
+            folder = self.scratch / "base"
+            folder.mkdir()
+            weights, writer = Weights(self.base), ShardWriter(folder, "2GB")
+            for name in weights:
+                tensor = weights.read(name)
+                writer.add(name, tensor.float() if tensor.is_floating_point() else tensor)
+            writer.close()
+            settings = portable_config(self.config)
+            settings["dtype" if "dtype" in settings else "torch_dtype"] = "float32"
+            write_json(folder / "config.json", settings)
+            self.write_tokenizer(folder)
+            write_generation_config(folder, self.base, settings)
+            self._made["base"] = folder
+        return self._made["base"]
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Tokenizer files into `folder`, with the chat template that was trained, also where a recipe named it."""
+        from phi3_lora_plugin.model.tokenizer import tokenizer_files
+
+        for name, content in tokenizer_files(self.tokenizer).items():
+            (folder / name).write_bytes(content)
+        if self.template is not None and (self.encoding.get("template") or not self.tokenizer.chat_template):
+            (folder / "chat_template.jinja").write_text(unmarked(self.template), encoding="utf-8")
+
+    def stops(self) -> list[int]:
+        """The ids that end an answer: the family's, and those that the base was published with."""
+        from phi3_lora_plugin.model.shards import read_json
+        from phi3_lora_plugin.model.tokenizer import stop_token_ids
+
+        file = self.base / "generation_config.json"
+        published = (read_json(file) if file.is_file() else self.config).get("eos_token_id")
+        ids = [] if published is None else [published] if isinstance(published, int) else list(published)
+        return stop_token_ids(self.tokenizer, [each for each in ids if each != self.tokenizer.pad_token_id])
+
+
+def unmarked(template: Template) -> str:
+    """A template's Jinja text without the marks for training, which other renderers do not know."""
+    import re
+
+    return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template.text)
+
+
+def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
+    """Find an adapter and its base, and bring the adapter onto the base's modules where it was made for another layout.
+
+    Args:
+        source: an adapter folder, a checkpoint, a run, or an MLX adapter; split layouts are fused.
+        base: the base model, where the adapter's own is not there or is a split copy.
+        scratch: an empty folder that lasts as long as the export.
+
+    Raises:
+        ExportError, AdapterError, ModelFolderError, ConvertError: tells what is wrong.
+    """
+    from phi3_lora_plugin.chat.templates import TemplateError, template_for
+    from phi3_lora_plugin.export.convert import convert
+    from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx, mlx_base
+    from phi3_lora_plugin.model.shards import model_folder, read_json
+    from phi3_lora_plugin.model.tokenizer import load_tokenizer
+    from phi3_lora_plugin.store.adapter_folder import adapter_folder, base_of, encoding_of
+
+    source = Path(source)
+    mlx = looks_like_mlx(source)
+    folder = source if mlx else adapter_folder(source)
+    if base is not None:
+        name, revision = base, None
+    elif mlx:
+        name, revision = mlx_base(source) or "", None
+        if not name:
+            raise ExportError(f"{source} names no base model; pass --base")
+    else:
+        name, revision = base_of(folder)
+    where = model_folder(name, revision)
+    config = read_json(where / "config.json")
+    if config.get("quantization_config"):
+        raise ExportError(f"{where} is quantised; pass the unquantised base with --base")
+    if config.get("model_type") in ("llama", "mistral"):
+        convert(where, scratch / "fused-base", "phi3-base")
+        where = scratch / "fused-base"
+        config = read_json(where / "config.json")
+    adapter = folder
+    notes: tuple[str, ...] = ()
+    if mlx or _is_split(folder, config):
+        report = convert(source if mlx else folder, scratch / "adapter", "fused", base=str(where))
+        adapter, notes = scratch / "adapter", (f"the adapter's layout was converted: {report.kind} to fused",)
+    encoding = encoding_of(folder) if not mlx else {"system": "error", "template": None, "control_tokens": "escape"}
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else where)
+    try:
+        template = template_for(tokenizer, encoding.get("template"))
+    except TemplateError as error:
+        template, notes = None, (*notes, f"chat template: {error}")
+    return Adapted(_name(folder), adapter, where, name, config, tokenizer, template, encoding, folder, scratch, notes)
+
+
+def _is_split(folder: Path, config: Mapping[str, Any]) -> bool:
+    from phi3_lora_plugin.lora_files import layouts, peft_files
+    from phi3_lora_plugin.model.families import projections
+
+    found = peft_files.parts(peft_files.read_peft(folder))
+    return layouts.is_split(found.loras, projections(config))
+
+
+def _name(adapter: Path) -> str:
+    """A run's name for its checkpoints, else the folder's."""
+    resolved = adapter.resolve()
+    for folder in (resolved, *resolved.parents[:2]):
+        if (folder / "recipe.yaml").is_file():
+            return folder.name
+    return resolved.name

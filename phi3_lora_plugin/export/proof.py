@@ -1,0 +1,206 @@
+"""The same words, everywhere: an exported model in its own runtime against base and adapter in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.export.exporter import Runtime, Variant
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.export.adapted import Adapted
+
+#: How far scores may be apart in float32, as a part of the largest one.
+TOLERANCE = 1e-4
+_BATCH = 8
+
+
+class ProofError(Phi3LoraError, RuntimeError):
+    """An exported model does not give the adapter's words; says where they part. Nothing was written."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One variant against the adapter.
+
+    Attributes:
+        variant: its name, and `exact` whether it has to agree.
+        prompts: how many were compared.
+        ids_equal: on how many the runtime's template and tokenizer gave the ids of training.
+        answers_equal: on how many the greedy answer is the adapter's, token by token.
+        stopped: how many answers ended on a stop token.
+        would_stop: how many of the adapter's own answers do, within the same length.
+        difference: largest difference of the next token's scores, and `mean_difference` its average.
+        measure: what scores are, logits or log-probabilities.
+        largest: the largest score.
+        odd: the first prompt whose ids or answer differ, told for people.
+    """
+
+    variant: str
+    exact: bool
+    prompts: int
+    ids_equal: int
+    answers_equal: int
+    stopped: int
+    would_stop: int
+    difference: float
+    mean_difference: float
+    measure: str
+    largest: float
+    odd: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the variant gives the adapter's words, as far as it has to."""
+        if self.ids_equal < self.prompts:
+            return False
+        if not self.exact:
+            return True
+        return (
+            self.answers_equal == self.prompts
+            and self.stopped == self.would_stop
+            and self.difference <= TOLERANCE * max(1.0, self.largest)
+        )
+
+    def line(self) -> str:
+        """The comparison in one line, for people."""
+        ended = "" if self.would_stop == self.prompts else f" (of the adapter's own: {self.would_stop})"
+        return (
+            f"{self.variant}: {self.prompts} prompts; prompt ids equal {self.ids_equal}, greedy answers equal "
+            f"{self.answers_equal}, stopped {self.stopped}{ended}; {self.measure} differ by at most "
+            f"{self.difference:.1e}, {self.mean_difference:.1e} on average"
+        )
+
+
+class Reference:
+    """Base and adapter in transformers and PEFT, float32 on the CPU: what training made, and what must come out."""
+
+    def __init__(self, adapted: Adapted, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        from phi3_lora_plugin.chat.encode import EncodeError, prompt_ids
+
+        self.adapted, self.stops = adapted, set(adapted.stops())
+        self.prompts: list[Sequence[Mapping[str, Any]]] = []
+        self.ids: list[list[int]] = []
+        self.refused: list[str] = []
+        # What training escaped or folded is for the caller to do at a server, so such prompts are left out.
+        strict = {**adapted.encoding, "control_tokens": "error", "system": "error"}
+        for prompt in prompts:
+            try:
+                ids = prompt_ids(prompt, adapted.tokenizer, **strict)
+            except EncodeError as error:
+                self.refused.append(str(error))
+                continue
+            self.prompts.append(prompt)
+            self.ids.append(ids)
+        self._model: Any = None
+
+    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[Any]:
+        """For each row of ids: logits [len(row) - first + 1, vocabulary] from the one after `first` ids on, numpy."""
+        import torch
+
+        model = self._load()
+        found: list[Any] = []
+        with torch.inference_mode():
+            for start in range(0, len(rows), _BATCH):
+                some = rows[start : start + _BATCH]
+                ids = torch.zeros(len(some), max(map(len, some)), dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for number, row in enumerate(some):  # padded on the right, which no earlier token sees
+                    ids[number, : len(row)] = torch.tensor(row)
+                    mask[number, : len(row)] = 1
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                for number, row in enumerate(some):
+                    found.append(logits[number, firsts[start + number] - 1 : len(row)].float().numpy())
+        return found
+
+    def _load(self) -> Any:
+        from phi3_lora_plugin.model.load import load_model
+
+        if self._model is None:
+            import warnings
+
+            from peft import PeftModel
+
+            base = load_model(str(self.adapted.base), dtype="float32", device="cpu", attention="sdpa")
+            with warnings.catch_warnings():
+                # PEFT asks for a name that transformers has deprecated.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                self._model = PeftModel.from_pretrained(base, str(self.adapted.adapter)).eval()
+        return self._model
+
+
+def compare(
+    reference: Reference,
+    variant: Variant,
+    max_new_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Compare one variant on every prompt of the reference.
+
+    An answer is the adapter's greedy one if each of its tokens is the adapter's likeliest after the ones before it; one
+    forward pass over prompt and answer tells. Tokens nearer to each other than the tolerance count as equally likely.
+    """
+    with variant.open() as runtime:
+        measured = [_ask(runtime, *prompt, max_new_tokens, advance) for prompt in _pairs(reference)]
+        measure = runtime.measure
+    rows = [list(ids) + answer for ids, (_, _, answer) in zip(reference.ids, measured, strict=True)]
+    wanted = reference.logits(rows, [len(ids) for ids in reference.ids])
+    equal_ids = equal = stopped = would_stop = 0
+    worst, total, largest, odd = 0.0, 0.0, 0.0, ""
+    for number, ((got_ids, scores, answer), ids) in enumerate(zip(measured, reference.ids, strict=True)):
+        mine = wanted[number]
+        first = _as(mine[0], measure)[: len(scores)]
+        difference = abs(scores - first)
+        worst, total = max(worst, float(difference.max())), total + float(difference.mean())
+        largest = max(largest, float(abs(first).max()))
+        best = [int(row.argmax()) for row in mine]
+        near = TOLERANCE * max(1.0, float(abs(mine).max()))
+        same = all(float(row.max() - row[token]) <= near for row, token in zip(mine, answer, strict=False))
+        ends = bool(answer) and answer[-1] in reference.stops
+        early = any(token in reference.stops for token in answer[:-1])
+        would_stop += ends if same else best[len(answer) - 1 if answer else 0] in reference.stops
+        equal_ids += got_ids == ids
+        equal += same and not early
+        stopped += ends and not early
+        if not odd and got_ids != ids:
+            odd = _parted("prompt ids", got_ids, ids, reference)
+        elif not odd and (not same or early):
+            odd = _parted("answer", answer, best[: len(answer)], reference)
+    count = len(reference.ids)
+    return Comparison(
+        variant.name, variant.exact, count, equal_ids, equal, stopped, would_stop, worst, total / max(1, count),
+        measure, largest, odd,
+    )  # fmt: skip
+
+
+def _pairs(reference: Reference) -> list[tuple[Sequence[Mapping[str, Any]], list[int]]]:
+    return list(zip(reference.prompts, reference.ids, strict=True))
+
+
+def _ask(
+    runtime: Runtime,
+    messages: Sequence[Mapping[str, Any]],
+    ids: list[int],
+    max_new_tokens: int,
+    advance: Callable[[], None],
+) -> tuple[list[int], Any, list[int]]:
+    answer = (list(runtime.prompt_ids(messages)), runtime.next_scores(ids), list(runtime.answer(ids, max_new_tokens)))
+    advance()
+    return answer
+
+
+def _as(logits: Any, measure: str) -> Any:
+    """A row of logits, or its log-probabilities where the runtime gives only those."""
+    if measure == "logits":
+        return logits
+    import numpy
+
+    shifted = logits - logits.max()
+    return shifted - numpy.log(numpy.exp(shifted).sum())
+
+
+def _parted(what: str, got: Sequence[int], wanted: Sequence[int], reference: Reference) -> str:
+    tokenizer = reference.adapted.tokenizer
+    return f"{what}: {tokenizer.decode(got)!r} instead of {tokenizer.decode(wanted)!r}"

@@ -1,0 +1,1 @@
+"""Export targets, one module each; `plugins.builtin` registers them through the same hook as anybody else's."""
