@@ -108,7 +108,15 @@ def test_our_own_plugin_comes_through_its_entry_point() -> None:
     ours = next(plugin for plugin in load_plugins().plugins if plugin.name == "phi3")
     assert (ours.distribution, ours.target) == ("phi3-lora-plugin", "phi3_lora_plugin.plugins.builtin")
     assert ours.hooks == tuple(
-        sorted(["register_models", "register_dataset_adapters", "register_recipes", "trainer_callbacks"])
+        sorted(
+            [
+                "register_models",
+                "register_dataset_adapters",
+                "register_exporters",
+                "register_recipes",
+                "trainer_callbacks",
+            ]
+        )
     )
 
 
@@ -782,7 +790,7 @@ def test_the_command_speaks_json(install: Install, listing: Callable[..., tuple[
     report = json.loads(output)
     row = next(row for row in report["plugins"] if row["name"] == "good")
     assert (row["distribution"], row["version"], row["callbacks"]) == ("good-dist", "2.5", False)
-    assert row["registers"] == {"models": ["good-loader"], "dataset_adapters": ["good-rows"], "recipes": []}
+    assert row["registers"] == {"models": ["good-loader"], "dataset_adapters": ["good-rows"], "recipes": [], "exporters": []}
     ours = next(row for row in report["plugins"] if row["name"] == "phi3")
     assert ours["callbacks"] and "phi3" in ours["registers"]["models"]
     assert ["OSError: full" in failure["problem"] for failure in report["failures"]] == [True]

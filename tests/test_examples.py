@@ -62,7 +62,12 @@ def test_the_plugin_is_listed_with_what_it_registers(site: Path, tmp_path: Path)
     report = json.loads(run("-c", COMMAND, "plugins", "--json", "--strict", cwd=tmp_path, site=site))
     row = next(row for row in report["plugins"] if row["name"] == "my_plugin")
     assert (row["distribution"], row["version"], row["callbacks"]) == ("my-plugin", "0.1.0", True)
-    assert row["registers"] == {"models": [], "dataset_adapters": ["tickets"], "recipes": ["support-tickets"]}
+    assert row["registers"] == {
+        "models": [],
+        "dataset_adapters": ["tickets"],
+        "recipes": ["support-tickets"],
+        "exporters": ["help-desk"],
+    }
     assert report["failures"] == []
 
 
@@ -92,6 +97,12 @@ def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_pa
     assert len(logged) >= 3 and logged[-1] < logged[0]
     assert result["eval_loss_after"] < result["eval_loss_before"]
     assert (tmp_path / result["adapter"] / "adapter_model.safetensors").is_file()
+    # Its export target ships what was trained, proved by the same command that proves the built-in ones.
+    [export] = re.findall(r"^\$ phi3-lora (export .+)$", readme, re.MULTILINE)
+    told = json.loads(run("-c", COMMAND, *export.split(), "--prompts", "4", "--json", cwd=tmp_path, site=site))
+    assert told["comparisons"][0]["holds"] and (tmp_path / "help-desk" / "ask.py").is_file()
+    said = run("help-desk/ask.py", "Where is my parcel?", cwd=tmp_path)
+    assert said.strip()
 
 
 def test_the_host_trains_with_what_it_finds(tmp_path: Path) -> None:

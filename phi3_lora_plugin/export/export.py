@@ -110,7 +110,9 @@ def export(
         if wanted.system is None:
             wanted = replace(wanted, system=trained_system(adapted.source))
         shipped = exporter(adapted, wanted, stage)
-        comparisons, where, notes = _prove(adapted, shipped, prompts if wanted.prove else 0, max_new_tokens, say)
+        comparisons, where, notes = _prove(
+            adapted, shipped, prompts if wanted.prove else 0, max_new_tokens, wanted.context, say
+        )
         files = sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file())
         size = sum((stage / name).stat().st_size for name in files)
     commands = tuple(command.replace("{out}", shlex.quote(str(out))) for command in shipped.commands)
@@ -124,6 +126,7 @@ def _prove(
     shipped: Shipped,
     prompts: str | int | None,
     max_new_tokens: int,
+    context: int | None,
     say: Callable[[str, int | None], Any],
 ) -> tuple[tuple[Comparison, ...], str, tuple[str, ...]]:
     """(comparisons, where the prompts are from, notes) of every variant.
@@ -131,6 +134,7 @@ def _prove(
     Raises:
         ProofError: one that has to be exact is not.
     """
+    from phi3_lora_plugin.export.adapted import usual_context
     from phi3_lora_plugin.export.prompts import held_out_prompts
     from phi3_lora_plugin.export.proof import Reference, compare
 
@@ -138,7 +142,7 @@ def _prove(
         return (), "", ()
     most = prompts if isinstance(prompts, int) else _usual_prompts(adapted)
     chats, where = held_out_prompts(adapted.source, most, prompts if isinstance(prompts, str) else None)
-    reference = Reference(adapted, chats)
+    reference = Reference(adapted, chats, (context or usual_context(adapted.config)) - max_new_tokens)
     notes = [f"{len(reference.refused)} prompts left out: {reference.refused[0]}"] if reference.refused else []
     if not reference.ids:
         raise ExportError(f"no prompt of {where} can be rendered: {reference.refused[0]}")

@@ -77,7 +77,12 @@ class Comparison:
 class Reference:
     """Base and adapter in transformers and PEFT, float32 on the CPU: what training made, and what must come out."""
 
-    def __init__(self, adapted: Adapted, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    def __init__(self, adapted: Adapted, prompts: Sequence[Sequence[Mapping[str, Any]]], room: int) -> None:
+        """Render prompts; those are left out that training would refuse, or that leave no room for the answer.
+
+        Args:
+            room: tokens of prompt and answer together, beyond which runtimes and training differ by design.
+        """
         from phi3_lora_plugin.chat.encode import EncodeError, prompt_ids
 
         self.adapted, self.stops = adapted, set(adapted.stops())
@@ -91,6 +96,9 @@ class Reference:
                 ids = prompt_ids(prompt, adapted.tokenizer, **strict)
             except EncodeError as error:
                 self.refused.append(str(error))
+                continue
+            if len(ids) > room:
+                self.refused.append(f"{len(ids)} tokens and an answer do not fit into the context")
                 continue
             self.prompts.append(prompt)
             self.ids.append(ids)

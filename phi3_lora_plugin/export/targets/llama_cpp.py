@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.export.adapted import Adapted
+from phi3_lora_plugin.export.adapted import Adapted, usual_context
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.gguf_quantize import FORMS
 
+#: llama.cpp rounds its context up to a multiple of this.
+_ROUND = 256
 _SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -25,7 +27,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
             raise ExportError("llama.cpp: --quantize makes forms of the merged model; leave out --adapter")
         return _adapter(adapted, wanted, folder)
     files, variants, notes = write_merged(adapted, wanted, folder)
-    context = wanted.context or context_of(adapted)
+    context = wanted.context or usual_context(adapted.config)
     commands = [f"llama-server -m {{out}}/{name} -c {context} --jinja" for name in files]
     commands.append(f"llama-cli -m {{out}}/{files[-1]} -c {context} --jinja --temp 0 -p 'Hello'")
     return Shipped(tuple(commands), variants, notes)
@@ -40,7 +42,7 @@ def write_merged(
     """
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
-    context = wanted.context or context_of(adapted)
+    context = wanted.context or usual_context(adapted.config)
     wanted.progress("merging")
     merged = adapted.merged()
     exact = adapted.scratch / "exact.gguf"
@@ -71,7 +73,7 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     from phi3_lora_plugin.export.convert import convert
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
-    context = wanted.context or context_of(adapted)
+    context = wanted.context or usual_context(adapted.config)
     dtype = _shipped_dtype(adapted) if wanted.dtype == "auto" else wanted.dtype
     base, lora = f"base-{_SUFFIX[dtype]}.gguf", f"{adapted.name}-lora.gguf"
     exact = adapted.scratch / "exact-base.gguf"
@@ -106,25 +108,13 @@ def limits(adapted: Adapted, context: int) -> tuple[str, ...]:
             f"-c {window} or less avoids that"
         )
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if rope["rope_type"] == "longrope" and original and context > original:
+    if rope["rope_type"] == "longrope" and original and -(-context // _ROUND) * _ROUND > original:
         raise ExportError(
             f"llama.cpp takes longrope's long factors for every prompt once -c is above {original}, so short prompts "
             f"get other answers than in training (0.40 in log-probability on a small model); "
             f"pass --context {original} or less"
         )
     return tuple(found)
-
-
-def context_of(adapted: Adapted) -> int:
-    """The context to set up: the model's own length, or the part that was trained with longrope's short factors."""
-    from phi3_lora_plugin.model.families import rope_of
-
-    longest = int(adapted.config.get("max_position_embeddings") or 4096)
-    rope = rope_of(adapted.config)
-    if rope["rope_type"] != "longrope":
-        return longest
-    original = rope.get("original_max_position_embeddings") or adapted.config.get("original_max_position_embeddings")
-    return min(longest, int(original or longest))
 
 
 def _shipped_dtype(adapted: Adapted) -> str:
