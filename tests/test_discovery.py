@@ -790,7 +790,12 @@ def test_the_command_speaks_json(install: Install, listing: Callable[..., tuple[
     report = json.loads(output)
     row = next(row for row in report["plugins"] if row["name"] == "good")
     assert (row["distribution"], row["version"], row["callbacks"]) == ("good-dist", "2.5", False)
-    assert row["registers"] == {"models": ["good-loader"], "dataset_adapters": ["good-rows"], "recipes": [], "exporters": []}
+    assert row["registers"] == {
+        "models": ["good-loader"],
+        "dataset_adapters": ["good-rows"],
+        "recipes": [],
+        "exporters": [],
+    }
     ours = next(row for row in report["plugins"] if row["name"] == "phi3")
     assert ours["callbacks"] and "phi3" in ours["registers"]["models"]
     assert ["OSError: full" in failure["problem"] for failure in report["failures"]] == [True]
@@ -831,7 +836,7 @@ def test_the_docs_have_a_heading_for_every_hook_with_its_signature() -> None:
     manager = load_plugins().manager
     specs = [getattr(manager.hook, name).spec for name in vars(manager.hook) if not name.startswith("_")]
     expected = sorted(f"{spec.name}({', '.join(spec.argnames)})" for spec in specs)
-    assert len(expected) == 4
+    assert len(expected) == 5
     assert sorted(re.findall(r"^### `(.+)`$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)) == expected
 
 

@@ -17,7 +17,6 @@ from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.export.export import export
 from phi3_lora_plugin.export.exporter import ExportError, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.proof import ProofError
-from phi3_lora_plugin.model.shards import ModelFolderError
 from phi3_lora_plugin.model.tokenizer import load_tokenizer
 from phi3_lora_plugin.plugins.discovery import load_plugins
 
@@ -120,7 +119,7 @@ def test_a_full_disk_in_the_middle_leaves_what_was_there(random_adapter, tmp_pat
 def test_a_folder_with_something_in_it_is_kept(random_adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(ModelFolderError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not empty"):
         export(random_adapter, merged_target(), "note", tmp_path / "out", prompts=2)
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 

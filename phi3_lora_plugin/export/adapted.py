@@ -23,7 +23,7 @@ class Adapted:
         tokenizer: of the adapter, or of the base where the adapter has none.
         template: of the chats that were trained on; None: the tokenizer has none that is known.
         encoding: how prompts are rendered, as `prompt_ids` takes it.
-        source: what was asked to be exported, in whose run the recipe is.
+        recipe: of the run that saved it, or None.
         scratch: a folder for work in between; gone when the export ends.
         notes: what a person should know.
     """
@@ -36,7 +36,7 @@ class Adapted:
     tokenizer: Any
     template: Template | None
     encoding: Mapping[str, Any]
-    source: Path
+    recipe: Any
     scratch: Path
     notes: tuple[str, ...] = ()
     _made: dict[str, Path] = field(default_factory=dict, repr=False)
@@ -83,7 +83,7 @@ class Adapted:
 
     def stops(self) -> list[int]:
         """The ids that end an answer: the family's, and those that the base was published with."""
-        from phi3_lora_plugin.model.shards import read_json
+        from phi3_lora_plugin.model.folder import read_json
         from phi3_lora_plugin.model.tokenizer import stop_token_ids
 
         file = self.base / "generation_config.json"
@@ -117,26 +117,21 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
         scratch: an empty folder that lasts as long as the export.
 
     Raises:
-        ExportError, AdapterError, ModelFolderError, ConvertError: tells what is wrong.
+        ExportError, AdapterError, ModelError, ConvertError: tells what is wrong.
     """
     from phi3_lora_plugin.chat.templates import TemplateError, template_for
     from phi3_lora_plugin.export.convert import convert
     from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx, mlx_base
-    from phi3_lora_plugin.model.shards import model_folder, read_json
+    from phi3_lora_plugin.model.folder import model_folder, read_json
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
-    from phi3_lora_plugin.store.adapter_folder import adapter_folder, base_of, encoding_of
+    from phi3_lora_plugin.store.adapter_folder import read_adapter
 
-    source = Path(source)
     mlx = looks_like_mlx(source)
-    folder = source if mlx else adapter_folder(source)
-    if base is not None:
-        name, revision = base, None
-    elif mlx:
-        name, revision = mlx_base(source) or "", None
-        if not name:
-            raise ExportError(f"{source} names no base model; pass --base")
-    else:
-        name, revision = base_of(folder)
+    found = None if mlx else read_adapter(source)
+    folder = Path(source) if found is None else found.folder
+    name, revision = (base, None) if base else (mlx_base(folder) or "", None) if found is None else found.base
+    if not name:
+        raise ExportError(f"{folder} names no base model; pass --base")
     where = model_folder(name, revision)
     config = read_json(where / "config.json")
     if config.get("quantization_config"):
@@ -148,15 +143,18 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
     adapter = folder
     notes: tuple[str, ...] = ()
     if mlx or _is_split(folder, config):
-        report = convert(source if mlx else folder, scratch / "adapter", "fused", base=str(where))
+        report = convert(folder, scratch / "adapter", "fused", base=str(where))
         adapter, notes = scratch / "adapter", (f"the adapter's layout was converted: {report.kind} to fused",)
-    encoding = encoding_of(folder) if not mlx else {"system": "error", "template": None, "control_tokens": "escape"}
+    encoding = {"system": "error", "template": None, **(found.chat if found else {})}
+    encoding = {key: value for key, value in encoding.items() if key in ("system", "template")}
     tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else where)
     try:
         template = template_for(tokenizer, encoding.get("template"))
     except TemplateError as error:
         template, notes = None, (*notes, f"chat template: {error}")
-    return Adapted(_name(folder), adapter, where, name, config, tokenizer, template, encoding, folder, scratch, notes)
+    return Adapted(
+        _name(folder), adapter, where, name, config, tokenizer, template, encoding, _recipe(found), scratch, notes
+    )
 
 
 def _is_split(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -165,6 +163,16 @@ def _is_split(folder: Path, config: Mapping[str, Any]) -> bool:
 
     found = peft_files.parts(peft_files.read_peft(folder))
     return layouts.is_split(found.loras, projections(config))
+
+
+def _recipe(adapter: Any) -> Any:
+    """The recipe of an adapter's run; None where there is none that can be read without a plugin's presets."""
+    from phi3_lora_plugin.recipe import RecipeError
+
+    try:
+        return adapter.recipe() if adapter is not None else None
+    except RecipeError:
+        return None
 
 
 def _name(adapter: Path) -> str:

@@ -108,7 +108,7 @@ def export(
         say("reading the adapter and its base", None)
         adapted = prepare(adapter, base, scratch)
         if wanted.system is None:
-            wanted = replace(wanted, system=trained_system(adapted.source))
+            wanted = replace(wanted, system=trained_system(adapted.recipe))
         shipped = exporter(adapted, wanted, stage)
         comparisons, where, notes = _prove(
             adapted, shipped, prompts if wanted.prove else 0, max_new_tokens, wanted.context, say
@@ -141,7 +141,7 @@ def _prove(
     if not shipped.variants or prompts == 0:
         return (), "", ()
     most = prompts if isinstance(prompts, int) else _usual_prompts(adapted)
-    chats, where = held_out_prompts(adapted.source, most, prompts if isinstance(prompts, str) else None)
+    chats, where = held_out_prompts(adapted.recipe, most, prompts if isinstance(prompts, str) else None)
     reference = Reference(adapted, chats, (context or usual_context(adapted.config)) - max_new_tokens)
     notes = [f"{len(reference.refused)} prompts left out: {reference.refused[0]}"] if reference.refused else []
     if not reference.ids:

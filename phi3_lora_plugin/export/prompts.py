@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.export.exporter import ExportError
@@ -13,11 +12,11 @@ _OURS = "embedded:chats/held_out.jsonl"
 _LOOK_AT = 2000  # rows of training data that are read for their system message
 
 
-def held_out_prompts(adapter: Path, most: int, file: str | None = None) -> tuple[list[list[Message]], str]:
+def held_out_prompts(recipe: Any, most: int, file: str | None = None) -> tuple[list[list[Message]], str]:
     """(chats that each end with the user, where they are from), `most` of them at most.
 
-    They are those of `file`, else of the rows that the adapter's run held out, else of the chats that ship here. A chat
-    gives one prompt for each turn of the assistant.
+    They are those of `file`, else of the rows that the recipe (None: there is none) holds out, else of the chats that
+    ship here. A chat gives one prompt for each turn of the assistant.
 
     Raises:
         ExportError: `file` has no chat in it.
@@ -27,7 +26,6 @@ def held_out_prompts(adapter: Path, most: int, file: str | None = None) -> tuple
         if not prompts:
             raise ExportError(f"--prompts {file}: no chat with a user turn in it")
         return prompts, file
-    recipe = _recipe(adapter)
     if recipe is not None and (path := recipe.data.eval_path) is not None:
         try:
             prompts = _prompts(_chats(path, recipe.data.eval_split, recipe.data.format, recipe.data.columns), most)
@@ -38,9 +36,8 @@ def held_out_prompts(adapter: Path, most: int, file: str | None = None) -> tuple
     return _prompts(_chats(_OURS), most), _OURS
 
 
-def trained_system(adapter: Path) -> str | None:
+def trained_system(recipe: Any) -> str | None:
     """The system message that every row of the run's training data begins with; None where they differ or are gone."""
-    recipe = _recipe(adapter)
     if recipe is None or not isinstance(recipe.data.path, str):
         return None
     found: set[str | None] = set()
@@ -54,19 +51,6 @@ def trained_system(adapter: Path) -> str | None:
     except ExportError:
         return None
     return found.pop() if len(found) == 1 else None
-
-
-def _recipe(adapter: Path) -> Any:
-    """The recipe of the run that an adapter folder is in, or None."""
-    from phi3_lora_plugin.recipe import RecipeError, load_recipe
-
-    for folder in adapter.resolve().parents[:2]:
-        if (folder / "recipe.yaml").is_file():
-            try:
-                return load_recipe(folder / "recipe.yaml")
-            except RecipeError:  # of another version, or with a preset of a plugin
-                return None
-    return None
 
 
 def _chats(
