@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin.cli import main
 
-COMMAND = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()"]
+FRESH = [sys.executable, "-c", COMMAND]
 CHAT = [{"role": "user", "content": "what is the capital of france?"}, {"role": "assistant", "content": "paris."}]
 
 
@@ -145,56 +146,52 @@ def test_names_of_nothing(
     assert arguments[1] in shown and "Traceback" not in shown
 
 
-def test_json_is_the_only_line_on_stdout_and_chat_and_verify_work_on_the_result(place: Path, tmp_path: Path) -> None:
+def test_json_is_the_only_line_on_stdout_and_chat_and_verify_work_on_the_result(
+    place: Path, tmp_path: Path, warm: Warm
+) -> None:
     arguments = settings(place, tmp_path / "out", "training.max_steps=2")
-    done = subprocess.run([*COMMAND, "train", *arguments, "--json"], capture_output=True, text=True, cwd=tmp_path)
+    # A fresh process, because libraries like to speak as they are imported.
+    done = subprocess.run([*FRESH, "train", *arguments, "--json"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
     assert result["status"] == "done" and "\x1b" not in done.stdout + done.stderr
-    chat = [*COMMAND, "chat", result["output_dir"], "--prompt", "hello", "--max-new-tokens", "5", "--device", "cpu"]
-    asked = subprocess.run(chat, capture_output=True, text=True, cwd=tmp_path)
+    chat = ["chat", result["output_dir"], "--prompt", "hello", "--max-new-tokens", "5", "--device", "cpu"]
+    asked = warm.command(*chat, cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     assert "<|" not in asked.stdout
-    checked = subprocess.run(
-        [*COMMAND, "verify", result["adapter"], "--json"], capture_output=True, text=True, cwd=tmp_path
-    )
+    checked = warm.command("verify", result["adapter"], "--json", cwd=tmp_path)
     assert checked.returncode == 0 and json.loads(checked.stdout)["ok"]
     weights = tmp_path / result["adapter"] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    checked = subprocess.run([*COMMAND, "verify", result["adapter"]], capture_output=True, text=True, cwd=tmp_path)
+    checked = warm.command("verify", result["adapter"], cwd=tmp_path)
     assert checked.returncode == 1 and "adapter_model.safetensors" in checked.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number: int, place: Path, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    number: int, place: Path, tmp_path: Path, warm: Warm
+) -> None:
     arguments = settings(place, tmp_path / "a run", "training.max_steps=100000", "training.logging_steps=5")
-    process = subprocess.Popen(
-        [*COMMAND, "train", *arguments, "--no-check"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            break
-    process.send_signal(number)
-    rest = process.stdout.read()
-    assert process.wait(60) == 130, rest
+    command = ["train", *arguments, "--no-check"]
+    child = warm.start_command(tmp_path / "said", *command, cwd=tmp_path, PYTHONUNBUFFERED="1")
+    child.wait_for("\nstep 5/")
+    os.kill(child.pid, number)
+    code, said = child.wait()
+    assert code == 130, said
+    rest = said.partition("\nstep 5/")[2]
     (again,) = [line.strip() for line in rest.splitlines() if line.strip().startswith("phi3-lora train")]
     step = int(re.findall(r"stopped after step (\d+)", rest)[0])
     words = shlex.split(again)[1:]
     words = [f"training.max_steps={step + 2}" if word.startswith("training.max_steps") else word for word in words]
-    done = subprocess.run([*COMMAND, *words, "--no-check"], capture_output=True, text=True, timeout=120)
+    done = warm.command(*words, "--no-check", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"step {step}" in done.stdout and (tmp_path / "a run" / "lora" / f"step-{step + 2:08d}").is_dir()
 
 
 def test_a_signal_before_training_leaves_at_once(place: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*COMMAND, "train", *settings(place, tmp_path / "out")],
+        [*FRESH, "train", *settings(place, tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

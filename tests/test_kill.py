@@ -66,9 +66,9 @@ class Whole:
 
 def whole(warm: Warm, folder: Path) -> Whole:
     child = warm.start(folder / "said", run, str(folder / "whole"), False)
-    _wait_for(child.said, "begun")
+    child.wait_for("begun")
     began = time.monotonic()
-    _wait_for(child.said, f"announced step-{STEPS:08d}")
+    child.wait_for(f"announced step-{STEPS:08d}")
     seconds = time.monotonic() - began  # without the end of the process, where a kill would prove nothing
     code, said = child.wait()
     assert code == 0, said
@@ -85,7 +85,7 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
     for attempt in range(2 if chance.random() < 0.5 else 1):
         child = warm.start(folder / "said", run, str(out), background)
         handle = os.pidfd_open(child.pid)
-        _wait_for(child.said, "begun")
+        child.wait_for("begun")
         time.sleep(chance.uniform(0, expected.seconds))
         with suppress(ProcessLookupError):  # it was over
             signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -111,15 +111,6 @@ def kill_and_resume(warm: Warm, folder: Path, expected: Whole, background: bool,
     return f"killed {within} times before the last step was saved"
 
 
-def _wait_for(file: Path, word: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if file.exists() and word in file.read_text():
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"{word!r} did not come: {file.read_text() if file.exists() else 'nothing was said'}")
-
-
 @pytest.fixture(scope="module")
 def expected(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return whole(warm, tmp_path_factory.mktemp("whole"))
@@ -137,7 +128,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(warm
     child = warm.start(tmp_path / "said", run, str(tmp_path), False, 5000)
     handle = os.pidfd_open(child.pid)
     try:
-        _wait_for(child.said, "announced")
+        child.wait_for("announced")
         made = trainer(tmp_path, LoraCheckpoint())
         with pytest.raises(StoreBusy, match=f"process {child.pid} on "):
             made.train()

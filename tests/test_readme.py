@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_process import Warm
 
 from phi3_lora_plugin import add_lora, latest_complete, load_model, load_recipe
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()"]
 SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "training.max_steps=2"]
 
 
@@ -43,12 +41,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_commands_run_in_their_order(place: Path) -> None:
+def test_the_commands_run_in_their_order(place: Path, warm: Warm) -> None:
     shown = commands("README.md")
     assert [words[0] for words in shown] == ["recipes", "plan", "train", "chat", "verify", "data"]
     for words in shown:
         extra = SMALL if words[0] in ("plan", "train", "data") else []
-        done = subprocess.run([*COMMAND, *words, *extra], input="Hello\n", capture_output=True, text=True, cwd=place)
+        done = warm.command(*words, *extra, input="Hello\n", cwd=place)
         assert done.returncode == 0, (words, done.stderr)
         assert done.stdout.strip()
 

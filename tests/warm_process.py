@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -69,6 +70,16 @@ class Child:
     said: Path
     _warm: Warm
 
+    def wait_for(self, word: str) -> str:
+        """Return once `word` was said; gives what was said until then."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            said = self.said.read_text(encoding="utf-8", errors="replace") if self.said.exists() else ""
+            if word in said:
+                return said
+            time.sleep(0.002)
+        raise AssertionError(f"{word!r} did not come: {said or 'nothing was said'}")
+
     def wait(self) -> tuple[int, str]:
         """(exit code, negative for a signal; what it said on stdout and stderr)."""
         return int(self._warm._ask(wait=self.pid)), self.said.read_text(encoding="utf-8", errors="replace")
@@ -100,6 +111,11 @@ class Warm:
     def command(self, *arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """What `phi3-lora arguments` gives, run in `cwd`; `options` are those of `run`."""
         return self.run(COMMAND, *arguments, cwd=cwd, **options)
+
+    def start_command(self, said: Path, *arguments: str, cwd: Path, **environment: str) -> Child:
+        """Start `phi3-lora arguments` in `cwd`."""
+        said.unlink(missing_ok=True)
+        return Child(self._start(COMMAND, arguments, cwd, 600, environment, Path(os.devnull), said, said), said, self)
 
     def start(self, said: Path, function: FunctionType, *arguments: Any, **environment: str) -> Child:
         """Start `function(*arguments)` of a test module; arguments are what JSON has."""
