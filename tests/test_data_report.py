@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 from rich.console import Console
+from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.dataset import load_data
@@ -20,7 +21,6 @@ from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.report import DataReport, describe
 from phi3_lora_plugin.chat.report_view import pieces, printable, short_names, show_rows
 
-COMMAND = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()", "data", "check"]
 TOKENIZER = tiny.tokenizer()
 
 
@@ -35,8 +35,9 @@ def write(file: Path, rows: list[Any]) -> Path:
 
 
 def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`phi3-lora data check` in a fresh process, as what is said by imports and what encodings do need one."""
     return subprocess.run(
-        [*COMMAND, *arguments],
+        [sys.executable, "-c", COMMAND, "data", "check", *arguments],
         capture_output=True, encoding="utf-8", env=os.environ | {"COLUMNS": "80"} | environment, timeout=100,
     )  # fmt: skip
 
@@ -186,11 +187,13 @@ def test_data_check_as_json_and_with_a_terminal_that_knows_no_unicode(tmp_path: 
     assert done.returncode == 0 and "Traceback" not in done.stderr and "sch?n" in done.stdout
 
 
-def test_data_check_needs_no_model(tmp_path: Path) -> None:
+def test_data_check_needs_no_model(tmp_path: Path, warm: Warm) -> None:
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
     file = write(tmp_path / "a.jsonl", [chat("q")])
-    done = check("tiny-cpu", f"model.path={tmp_path / 'tokenizer'}", f"data.path={file}", "data.eval_path=null",
-                 "data.max_length=null", "--rows", "0")  # fmt: skip
+    arguments = [f"model.path={tmp_path / 'tokenizer'}", f"data.path={file}", "data.eval_path=null"]
+    done = warm.command(
+        "data", "check", "tiny-cpu", *arguments, "data.max_length=null", "--rows", "0", cwd=tmp_path, COLUMNS="80"
+    )
     assert done.returncode == 0, done.stderr
     assert "no limit on the length of rows" in done.stdout and "as the model sees them" not in done.stdout
 
@@ -207,10 +210,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_data_is_told_in_sentences_with_exit_code_2(kind: str, tmp_path: Path) -> None:
+def test_wrong_data_is_told_in_sentences_with_exit_code_2(kind: str, tmp_path: Path, warm: Warm) -> None:
     messy(tmp_path)
     override, said = WRONG[kind]
-    done = check("tiny-cpu", override.format(tmp_path), "data.eval_path=null")
+    given = ["tiny-cpu", override.format(tmp_path), "data.eval_path=null"]
+    done = warm.command("data", "check", *given, cwd=tmp_path, COLUMNS="80")
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "" and "\x1b" not in done.stderr
 

@@ -14,9 +14,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from warm_process import COMMAND, Warm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-COMMAND = "from phi3_lora_plugin.cli import main; main()"  # what the `phi3-lora` script does
+SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"  # as `python a.py` does
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: str, cwd: Path, site: Path | None = None) -> str:
-    """Run Python in `cwd` with my_plugin on the path, if asked for; return what it prints."""
+    """Run a fresh Python in `cwd` with my_plugin on the path, if asked for; return what it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(site or "")}
     environment.pop("PHI3_LORA_BLOCK_PLUGINS", None)
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
     )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_warm(warm: Warm, program: str, *arguments: str, cwd: Path, site: Path) -> str:
+    """The same for `python -c program`, forked off a process with its imports done."""
+    done = warm.run(program, *arguments, cwd=cwd, PYTHONPATH=str(site), PHI3_LORA_BLOCK_PLUGINS="")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -80,14 +88,14 @@ def test_finding_the_plugin_imports_nothing_heavy(site: Path, tmp_path: Path) ->
     assert run("-c", program, cwd=tmp_path, site=site).strip() == "[]"
 
 
-def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_path: Path) -> None:
+def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_path: Path, warm: Warm) -> None:
     readme = (EXAMPLES / "my_plugin" / "README.md").read_text(encoding="utf-8")
     [(command, program)] = re.findall(
         r"^\$ phi3-lora (train .+) data\.path=\"\$\(python -c '(.+)'\)\"$", readme, re.MULTILINE
     )
     data = run("-c", program, cwd=tmp_path, site=site).strip()
     arguments = [*command.split(), f"data.path={data}", "--json", "--samples", "0", "--no-check"]
-    output = run("-c", COMMAND, *arguments, cwd=tmp_path, site=site)
+    output = run_warm(warm, COMMAND, *arguments, cwd=tmp_path, site=site)
     result = json.loads(output.splitlines()[-1])
     folder = tmp_path / "runs" / "support-tickets"
     assert result["status"] == "done" and Path(result["output_dir"]) == Path("runs/support-tickets")
@@ -118,9 +126,9 @@ def test_the_host_trains_with_what_it_finds(tmp_path: Path) -> None:
     assert names and all("lora_" in name for name in names)
 
 
-def test_the_host_finds_the_plugin_too(site: Path, tmp_path: Path) -> None:
+def test_the_host_finds_the_plugin_too(site: Path, tmp_path: Path, warm: Warm) -> None:
     overrides = ["training.max_steps=2", "training.logging_steps=1"]
-    run(str(EXAMPLES / "host.py"), "support-tickets", *overrides, cwd=tmp_path, site=site)
+    run_warm(warm, SCRIPT, str(EXAMPLES / "host.py"), "support-tickets", *overrides, cwd=tmp_path, site=site)
     assert len(losses(tmp_path / "runs" / "support-tickets" / "loss_log.csv")) == 2
 
 
