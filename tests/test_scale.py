@@ -112,7 +112,7 @@ def test_ray_goes_on_when_a_worker_is_killed_and_gives_the_result_of_one(one: Pa
     assert process.wait(900) == 0, (one / "ray.txt").read_text()[-4000:]
     assert_equal(one, "ray")
     said = (one / "ray.txt").read_text()
-    assert "going on from" in said
+    assert "resuming from" in said
     assert "LOAD_GLOBAL" not in said  # of a fingerprint of datasets, which reads what it prints
     run = one / "ray" / "ray" / "run"  # a worker killed while Ray copies leaves a folder there that Ray does not list
     snapshot = json.loads((run / "checkpoint_manager_snapshot.json").read_text())

@@ -349,7 +349,7 @@ def test_two_ranks_that_are_killed_and_resumed_end_where_they_would_have(
     folder, found = ranks
     whole, resumed = found["ddp"], found["ddp_resumed"]
     assert [each["live"] for each in resumed] == [each["live"] for each in whole]
-    assert resumed[0]["said"] == [f"going on from {folder / 'resumed' / 'lora' / 'step-00000003'}, step 3"]
+    assert resumed[0]["said"] == [f"resuming from {folder / 'resumed' / 'lora' / 'step-00000003'}, step 3"]
     assert resumed[1]["said"] == [], "one of them says it"
     ends = [latest_complete(folder / name) for name in ("ddp", "resumed")]
     for name in (WEIGHTS, "resume/optimizer.pt", "resume/rng_state_1.pth"):

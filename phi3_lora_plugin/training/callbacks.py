@@ -171,7 +171,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         adapter_files(first, self.format)
         tokenizer = kwargs.get("processing_class")
         rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        facts = run_facts(args, model, tokenizer, rows, self.adapter) | self.facts
+        facts = run_facts(args, model, tokenizer, rows, self.adapter, kwargs.get("optimizer")) | self.facts
         if others := trained_but_not_saved(model, self.adapter):
             shown = f"{', '.join(others[:3])}{', ...' * (len(others) > 3)}"
             log.warning("%d trained parameters are no LoRA and are not in its checkpoints: %s", len(others), shown)
@@ -200,10 +200,17 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             self._judge(sick_weights(model, self._trained), control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """As at the end of a step, for who saves by epochs; take the last state before the best is loaded over it."""
+        """As at the end of a step, for who saves by epochs; take the last state before anything changes it.
+
+        A run that stops within an epoch is evaluated as if the epoch were over, which draws random numbers that the
+        run without the stop does not draw; and at the end of training the best weights are loaded over the last.
+        """
         if self.unhealthy != "ignore":
             self._judge(sick_weights(model), control)
-        if control.should_training_stop and args.load_best_model_at_end and not control.should_save:
+        if not control.should_training_stop:
+            return
+        within = not float(state.epoch or 0.0).is_integer() and state.global_step < state.max_steps
+        if within or (args.load_best_model_at_end and not control.should_save):
             self._due = state.global_step
             self._take_if_due(args, state, control, {"model": model, **kwargs})
 

@@ -1,4 +1,4 @@
-"""Go on from the newest complete checkpoint: found, checked and compared with the run at hand before the first step."""
+"""Resume from the newest complete checkpoint: found, checked and compared with the run at hand before the first step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def resumable(
     allow_drift: Sequence[str] = (),
     say: Callable[[str], Any] = log.warning,
 ) -> Iterator[str | None]:
-    """A folder that `trainer.train(resume_from_checkpoint=...)` goes on from exactly, or None to begin at the start.
+    """A folder that `trainer.train(resume_from_checkpoint=...)` resumes from exactly, or None to start at step 0.
 
     The newest checkpoint is taken of which every byte is as it was written; newer ones that are torn are named.
 
@@ -41,7 +41,7 @@ def resumable(
     Args:
         folder: the store or the run; the Trainer's output folder if not given.
         allow_drift: settings that may differ from the checkpoint's; see `run_facts.refuse_drift`.
-        say: gets a sentence for each checkpoint that is passed over, and for the one that is taken.
+        say: called with a sentence for each checkpoint that is skipped, for the one that is used, and for each changed setting.
 
     Raises:
         DriftError: the checkpoint was made with other settings; every field is named. Nothing has been trained.
@@ -61,44 +61,49 @@ def resumable(
     if trainer.args.world_size > 1:
         entry = _as_the_first_process(entry)
     if entry is None:
-        say(f"{place} holds no checkpoint to go on from: training begins at the start")
+        say(f"{place}: no checkpoint to resume from; starting at step 0")
         yield None
         return
     loader = trainer.get_train_dataloader()  # its rows: without the columns that the Trainer drops
     adapter = next((callback.adapter for callback in ours), None)
     tokenizer = getattr(trainer, "processing_class", None)
-    now = run_facts(trainer.args, trainer.model, tokenizer, getattr(loader, "dataset", None), adapter)
-    refuse_drift(entry.path, entry.manifest, now, allow_drift)
+    rows = getattr(loader, "dataset", None)
+    now = run_facts(trainer.args, trainer.model, tokenizer, rows, adapter, trainer.optimizer)
+    changed = refuse_drift(entry.path, entry.manifest, now, allow_drift)
     for callback in ours:
         callback.allow_drift = (*callback.allow_drift, *allow_drift)
-    say(f"going on from {entry.path}, step {entry.step}")
+    say(f"resuming from {entry.path}, step {entry.step}")
+    for name, (was, value) in changed.items():
+        say(f"{name}: {was!r} in the checkpoint; {value!r} from step {entry.step + 1} on")
     with TemporaryDirectory(prefix="phi3-lora-resume-") as together:
         for source in (entry.path, entry.path / RESUME):
             for file in source.iterdir():
                 if file.is_file() and file.name != MANIFEST:
                     _link(file, Path(together, file.name))
-        with _counting_epochs_on(), _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext():
+        over = _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext()
+        new = any(name.startswith(("training.", "optimizer.")) for name in changed)
+        with _counting_epochs_on(), over, _with_new_settings(trainer) if new else nullcontext():
             yield together
 
 
 def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
-    """The newest checkpoint that is whole and has what training needs to go on; says why newer ones do not."""
+    """The newest checkpoint that is whole and can be resumed from; says why newer ones cannot."""
     for store in stores_in(folder):
         for path in torn(store):
-            say(f"passed over: {path}: {'; '.join(check_folder(path).problems)}")
+            say(f"skipped {path}: {'; '.join(check_folder(path).problems)}")
         for entry in entries(store):
             report = check_folder(entry.path)
             if not report:
-                say(f"passed over: {entry.path}: {'; '.join(report.problems)}")
+                say(f"skipped {entry.path}: {'; '.join(report.problems)}")
             elif not entry.has_resume:
-                say(f"passed over: {entry.path}: holds the adapter only, not the optimizer and random state")
+                say(f"skipped {entry.path}: has the adapter only, not the optimizer and random state")
             else:
                 return entry
     return None
 
 
 def _as_the_first_process(entry: Entry | None) -> Entry | None:
-    """What the first process has found, for all: going on from different steps would go unnoticed."""
+    """What the first process has found, for all: resuming from different steps would go unnoticed."""
     import torch.distributed as dist
 
     found = [None if entry is None else str(entry.path.resolve())]
@@ -127,6 +132,19 @@ def _over(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         args.max_steps, args.num_train_epochs = length
+
+
+@contextmanager
+def _with_new_settings(trainer: Trainer) -> Iterator[None]:
+    """Settings that were changed take effect: first of all callbacks, so that ours records what is trained with."""
+    from phi3_lora_plugin.training.new_settings import NewSettings
+
+    callback = NewSettings(trainer)
+    trainer.callback_handler.callbacks.insert(0, callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
 
 
 @contextmanager

@@ -12,30 +12,46 @@ from typing import Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.fingerprint import base_fingerprint, local_folder
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
+from phi3_lora_plugin.training.settings_facts import (
+    cannot_change,
+    may_change,
+    model_facts,
+    optimizer_facts,
+    training_facts,
+)
 
 _PACKAGES = ("phi3-lora-plugin", "torch", "transformers", "peft", "trl", "accelerate")
-_SAMPLED = 64  # rows of the data, and values of each weight, that a fingerprint looks at
 #: Settings of an adapter that say where it is from and how it is used, not what it is.
 _ABOUT = ("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping")
 #: Facts that have to be the same for a resumed run to be the same run.
-_BINDING = ("base.fingerprint", "lora", "template.fingerprint", "tokenizer", "data")
+_BINDING = (
+    "base.fingerprint", "model", "lora", "template.fingerprint", "tokenizer", "data", "training", "optimizer",
+)  # fmt: skip
+_ROWS = 1000  # read at once to be hashed
 
 
 class DriftError(Phi3LoraError):
-    """The run to go on with was made with other settings; `fields` names each of them."""
+    """The run to resume was made with other settings; `fields` names each of them."""
 
     def __init__(self, checkpoint: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
         self.fields = list(differences)
-        lines = [f"{name}: {was!r} in the checkpoint, {now!r} now" for name, (was, now) in differences.items()]
+        lines, allowable = [], []
+        for name, (was, now) in differences.items():
+            never = cannot_change(name, was, now)
+            lines.append(f"{name}: {was!r} in the checkpoint, {now!r} now{f' ({never})' if never else ''}")
+            allowable += [] if never else [name]
+        advice = "Restore the old settings or start anew in another folder"
+        if allowable:
+            advice += f"; to resume with a changed setting, pass --allow-drift {allowable[0]}"
         super().__init__(
-            "\n  ".join([f"{checkpoint} cannot be gone on from with other settings:", *lines])
-            + "\nTake the old settings back, start anew in another folder, or allow it field by field "
-            f"(--allow-drift {self.fields[0]})"
+            "\n  ".join([f"{checkpoint} cannot be resumed: these settings changed:", *lines]) + f"\n{advice}"
         )
 
 
-def run_facts(args: Any, model: Any, tokenizer: Any, dataset: Any, adapter: str | None = None) -> dict[str, Any]:
-    """Base, adapter settings, template, tokenizer, data order, world size and versions of a run.
+def run_facts(
+    args: Any, model: Any, tokenizer: Any, dataset: Any, adapter: str | None = None, optimizer: Any = None
+) -> dict[str, Any]:
+    """Base, adapter and training settings, template, tokenizer, data, world size and versions of a run.
 
     Args:
         args: the Trainer's arguments.
@@ -43,13 +59,19 @@ def run_facts(args: Any, model: Any, tokenizer: Any, dataset: Any, adapter: str 
         tokenizer: the Trainer's `processing_class`, or None.
         dataset: the rows to train on, or None.
         adapter: of a PEFT model, which one; the trained one if not given.
+        optimizer: None if the Trainer makes it later, as its arguments say.
     """
+    from phi3_lora_plugin.lora.gather import unwrapped
+
     return {
         "base": base_facts(model),
+        "model": model_facts(unwrapped(model)),
         "lora": lora_facts(model, adapter),
         "template": _template(tokenizer),
         "tokenizer": _tokenizer(tokenizer),
         "data": data_facts(dataset, args),
+        "training": training_facts(args),
+        "optimizer": optimizer_facts(optimizer, args),
         "world_size": args.world_size,
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
@@ -58,7 +80,7 @@ def run_facts(args: Any, model: Any, tokenizer: Any, dataset: Any, adapter: str 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (value before, value now) for everything that has to be the same in a resumed run.
 
-    What only one side knows is passed over: an older manifest, a tokenizer that was not given.
+    What only one side knows is skipped: an older manifest, a tokenizer that was not given.
     """
     found: dict[str, tuple[Any, Any]] = {}
     for field in _BINDING:
@@ -66,29 +88,34 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         if isinstance(was, Mapping) and isinstance(is_now, Mapping):
             for name in sorted({*was, *is_now}):
                 pair = was.get(name), is_now.get(name)
-                known = field == "lora" or None not in pair  # a setting of PEFT's that is missing is at its default
+                known = field == "lora" or (name in was and name in is_now)  # PEFT's that is missing is at its default
                 if pair[0] != pair[1] and known:
                     found[f"{field}.{name}"] = _short(pair[0]), _short(pair[1])
         elif was != is_now and was is not None and is_now is not None:
             found[field.removesuffix(".fingerprint")] = _short(was), _short(is_now)
+    if "training.learning_rate" in found:
+        found.pop("optimizer.learning_rates", None)  # the same change, said twice
     return found
 
 
 def refuse_drift(
     checkpoint: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str] = ()
-) -> None:
-    """Raise `DriftError` for what differs and is not allowed to.
+) -> dict[str, tuple[Any, Any]]:
+    """Raise `DriftError` for what differs and is not allowed to; return what differs and is.
 
     Args:
         allowed: dotted fields, or the first part of some (`lora` allows `lora.r`).
     """
-    found = {
+    found = differences(before, now)
+    refused = {
         name: pair
-        for name, pair in differences(before, now).items()
-        if not any(name == field or name.startswith(f"{field}.") for field in allowed)
+        for name, pair in found.items()
+        if cannot_change(name, *pair)
+        or not (may_change(name, now) or any(name == field or name.startswith(f"{field}.") for field in allowed))
     }
-    if found:
-        raise DriftError(str(checkpoint), found)
+    if refused:
+        raise DriftError(str(checkpoint), refused)
+    return found
 
 
 def base_facts(model: Any) -> dict[str, Any]:
@@ -120,7 +147,7 @@ def lora_facts(model: Any, adapter: str | None = None) -> dict[str, Any]:
 
 
 def data_facts(dataset: Any, args: Any) -> dict[str, Any]:
-    """What the order of the data depends on: rows (their number and a sample of them), batch, seed."""
+    """What the order of the data depends on: rows (their number and a hash of all), batch, seed."""
     seed = getattr(args, "data_seed", None)
     facts: dict[str, Any] = {
         "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -133,42 +160,69 @@ def data_facts(dataset: Any, args: Any) -> dict[str, Any]:
 
 
 def _rows_digest(dataset: Any) -> str | None:
-    """sha256 over a sample of rows; None for data of which looking at a row might change something."""
+    """sha256 over all rows and, of packs, which rows are in which; None for data that reading might change."""
     rows = getattr(dataset, "rows", dataset)  # packs hold rows
+    digest = hashlib.sha256()
+    if packs := getattr(dataset, "packs", None):
+        digest.update(json.dumps(packs).encode())
     if type(rows).__module__.startswith("datasets."):
         if not hasattr(rows, "__len__"):
             return None
-        rows = rows.with_format(None)
-    elif not isinstance(rows, (list, tuple)):
+        _add_table(digest, rows)
+    elif isinstance(rows, list | tuple):
+        for row in rows:
+            plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in dict(row).items()}
+            digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    else:
         return None
-    digest = hashlib.sha256()
-    count = len(rows)
-    for index in sorted({number * (count - 1) // max(1, _SAMPLED - 1) for number in range(min(count, _SAMPLED))}):
-        row = rows[index]
-        plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in dict(row).items()}
-        digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
+def _add_table(digest: Any, rows: Any) -> None:
+    """Hash a `datasets.Dataset` by its Arrow buffers, which takes a second for a million rows.
+
+    Tables are read in pieces of the same length, and Arrow writes each piece without what lies before or behind it,
+    so that equal rows give equal bytes however the data set was cut, shuffled or loaded.
+    """
+    import pyarrow as pa
+
+    names = sorted(rows.column_names)
+    digest.update(json.dumps(names).encode())
+    for piece in rows.select_columns(names).with_format("arrow").iter(_ROWS):
+        for batch in piece.select(names).combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    digest.update(pa.schema([(name, rows.features.arrow_schema.field(name).type) for name in names]).serialize())
+
+
 def _fingerprint_in_memory(model: Any) -> str | None:
-    """sha256 over names, shapes and a sample of the values of the frozen weights; None where they are sharded."""
-    import torch
+    """sha256 over names, shapes and all values of the frozen weights; None where they are sharded."""
+    from concurrent.futures import ThreadPoolExecutor
 
     from phi3_lora_plugin.lora.gather import unwrapped
     from phi3_lora_plugin.lora_files.keys import is_lora, without_wrappers
 
-    digest = hashlib.sha256()
+    frozen = []
     for name, parameter in sorted(unwrapped(model).named_parameters(), key=lambda pair: without_wrappers(pair[0])):
         plain = without_wrappers(name).removeprefix("base_model.model.").replace(".base_layer.", ".")
         if parameter.requires_grad or is_lora(plain):
             continue
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") or parameter.is_meta:
             return None
-        flat = parameter.detach().flatten()
-        count = min(len(flat), _SAMPLED)
-        places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(1, count - 1)
-        digest.update(f"{plain} {tuple(parameter.shape)}\n".encode())
-        digest.update(json.dumps(flat[places].float().tolist()).encode())
+        frozen.append((plain, parameter))
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(4) as threads:  # hashing leaves Python's lock alone
+        for (plain, parameter), values in zip(frozen, threads.map(_values_digest, frozen), strict=True):
+            digest.update(f"{plain} {parameter.dtype} {tuple(parameter.shape)} {values}\n".encode())
+    return digest.hexdigest()
+
+
+def _values_digest(named: tuple[str, Any]) -> str:
+    """sha256 over the values of a tensor, a piece at a time: one that is expanded or on a GPU is never copied whole."""
+    import torch
+
+    digest = hashlib.sha256()
+    for piece in named[1].detach().flatten().split(1 << 22):
+        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
