@@ -135,6 +135,7 @@ def test_g23_a_loss_that_is_stuck_at_zero_stops_the_run(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_very_small_is_not_stuck() -> None:
     assert not is_zero_loss({"loss": 0.0, "grad_norm": 1e-3}) and is_zero_loss({"loss": 0.0, "grad_norm": 0.0})
+    assert not is_zero_loss({"loss": 0.0, "grad_norm": 0.0, "reward": 1.0, "rewards/format/mean": 1.0})
     assert is_zero_loss({"loss": 0.0, "grad_norm": float("nan")}) and not is_zero_loss({"eval_loss": 0.0})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
 from phi3_lora_plugin.cli import main
+from phi3_lora_plugin.training.callbacks import CheckpointError
 from phi3_lora_plugin.training.resume import newest_resumable, resumable
 from phi3_lora_plugin.training.run_facts import DriftError, base_facts
 
@@ -512,6 +514,147 @@ def test_drift_that_is_allowed_is_let_through_and_no_other(broken: Path, tmp_pat
     assert resumed.state.global_step == 6
     manifest = json.loads((latest_complete(copy) / "manifest.json").read_text())
     assert manifest["lora"]["alpha"] == 64, "what was trained with last is what the checkpoint says"
+
+
+NEW: dict[str, dict[str, Any]] = {
+    "learning_rate": {"learning_rate": 1e-3},
+    "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
+    "weight_decay": {"weight_decay": 0.1},
+    "adam_beta1": {"adam_beta1": 0.5},
+    "max_steps": {"max_steps": 9},
+}
+
+
+@pytest.mark.parametrize("what", NEW)
+def test_a_setting_that_is_allowed_to_change_takes_effect_and_is_announced(
+    what: str, broken: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(broken, copy)
+    said: list[str] = []
+    seen: list[dict[str, Any]] = []
+
+    class See(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            seen.append({key: value for key, value in optimizer.param_groups[0].items() if key != "params"})
+
+    def build(out: Path) -> Trainer:
+        made = build_with(out, training=NEW[what])
+        made.add_callback(See())
+        return made
+
+    resumed = go(build, copy, said, allow_drift=[f"training.{what}"])
+    old = json.loads((broken / "lora" / "step-00000002" / "manifest.json").read_text())["training"][what]
+    new = NEW[what][what]
+    assert said[-1] == f"training.{what}: {old!r} in the checkpoint; {new!r} from step 3 on"
+    # what a run that had these settings from the start has in the same steps
+    whole = build(tmp_path / "whole")
+    fresh = seen[:]
+    seen.clear()
+    whole.train()
+    assert fresh == seen[2:], "the settings of the optimizer, learning rate included, step by step"
+    assert resumed.state.global_step == NEW[what].get("max_steps", 6)
+    manifest = json.loads((latest_complete(copy) / "manifest.json").read_text())
+    assert manifest["training"][what] == new
+
+
+def test_a_longer_run_whose_rate_does_not_depend_on_its_length_is_announced_and_resumed(tmp_path: Path) -> None:
+    def build(out: Path, steps: int = 4) -> Trainer:
+        return trainer(out, LoraCheckpoint(every_steps=1), lr_scheduler_type="constant", max_steps=steps)
+
+    killed(build, tmp_path / "broken", 2)
+    said: list[str] = []
+    resumed = go(lambda out: build(out, 6), tmp_path / "broken", said)
+    whole = build(tmp_path / "whole", 6)
+    whole.train()
+    assert "training.max_steps: 4 in the checkpoint; 6 from step 3 on" in said
+    assert same(trained(resumed.model), trained(whole.model))
+
+
+def test_rows_of_a_data_set_are_compared_by_what_they_hold_not_by_how_they_lie(tmp_path: Path) -> None:
+    from datasets import Dataset as Rows
+    from datasets import concatenate_datasets
+
+    from phi3_lora_plugin.training.run_facts import data_facts
+
+    def digest(data: Any) -> str:
+        return data_facts(data, trainer(tmp_path, data=rows()).args)["fingerprint"]
+
+    whole = Rows.from_list(rows(2000))
+    parts = concatenate_datasets([whole.select(range(700)), whole.select(range(700, 2000))])
+    whole.save_to_disk(str(tmp_path / "saved"))
+    backwards = whole.select(range(1999, -1, -1))
+    assert digest(whole) == digest(parts) == digest(Rows.load_from_disk(str(tmp_path / "saved")))
+    assert digest(whole) == digest(backwards.select(range(1999, -1, -1))) != digest(backwards)
+    other = rows(2000)
+    other[1234]["labels"][3] += 1
+    assert digest(Rows.from_list(other)) != digest(whole)
+
+
+@pytest.mark.parametrize("saves", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("evaluates", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("how", ["signal", "exception"])
+def test_a_run_that_is_stopped_within_an_epoch_ends_as_if_it_had_not_been(
+    how: str, evaluates: str, saves: str, tmp_path: Path
+) -> None:
+    from phi3_lora_plugin.training.interrupt import StopOnSignal
+
+    strategies: dict[str, Any] = {"eval_strategy": evaluates, "save_strategy": saves, "eval_steps": 2, "save_steps": 2}
+
+    def build(out: Path, *callbacks: Any) -> Trainer:
+        return trainer(
+            out, *callbacks, LoraCheckpoint(every_steps=1), max_steps=9, evaluated=rows(8, seed=1), **strategies
+        )
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5 and how == "signal":
+                os.kill(os.getpid(), signal.SIGINT)
+            if state.global_step == 6:
+                raise Killed
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    stop = StopOnSignal()
+    stopped = build(tmp_path / "broken", Interrupt(), stop)
+    with stop:
+        if how == "signal":
+            stopped.train()
+            assert stopped.state.global_step == 5
+        else:
+            with pytest.raises(Killed):
+                stopped.train()
+    resumed = go(build, tmp_path / "broken")
+    assert_same_end(resumed, whole)
+    for pointer in ("LATEST", "BEST"):
+        ends = [tmp_path / name / "lora" / pointer for name in ("whole", "broken")]
+        assert [end.read_text() if end.exists() else None for end in ends] == [
+            ends[0].read_text() if ends[0].exists() else None
+        ] * 2
+
+
+def test_the_best_weights_of_an_adapter_with_a_name_of_its_own_are_loaded_at_the_end(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = peft_model(dropout=0.0)
+    model.add_adapter("chat", model.peft_config["default"])
+    model.set_adapter("chat")
+    options: dict[str, Any] = dict(
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True
+    )
+    made = trainer(tmp_path, LoraCheckpoint(adapter="chat"), model=model, learning_rate=1.0, **options)
+    made.train()
+    best = Path(made.state.best_model_checkpoint)
+    assert best.name != "checkpoint-6", "a rate this high ends worse than it was"
+    saved = load_file(best / "chat" / "adapter_model.safetensors")
+    now = {name.replace(".chat.", "."): value for name, value in trained(model).items() if ".chat." in name}
+    assert saved.keys() == now.keys() and same(saved, now)
+
+    shutil.rmtree(best / "chat")
+    callback = LoraCheckpoint(adapter="chat")
+    with pytest.raises(CheckpointError, match=r"load_best_model_at_end: .*chat has no adapter_model.safetensors"):
+        callback._training, callback._began_at = True, 6
+        callback.on_train_end(made.args, made.state, made.control, model=model)
 
 
 def test_the_same_settings_in_another_process_are_no_drift(broken: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from phi3_lora_plugin.lora.finite import sick_weights
 from phi3_lora_plugin.lora.gather import is_flattened, unwrapped
 from phi3_lora_plugin.lora.inventory import Inventory, inventory_of
 from phi3_lora_plugin.lora.snapshot import take, trained_but_not_saved
-from phi3_lora_plugin.lora.state import StateError, lora_names
+from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names
+from phi3_lora_plugin.lora_files.peft_files import WEIGHTS
 from phi3_lora_plugin.model.tokenizer import tokenizer_files
 from phi3_lora_plugin.store.adapter_files import FORMATS, adapter_files
 from phi3_lora_plugin.store.layout import FOLDER, FOLDER_WHEN_PUSHED, entries
@@ -258,6 +259,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         if self._run is not None and self._run.failed is not None:
             step, error = self._run.failed
             raise CheckpointError(f"step {step} could not be saved in {self._run.store}: {error}") from error
+        if self.reason is None:
+            _load_best(args, state, kwargs.get("model"), self.adapter)
 
     def _store(self, args: Any, state: Any) -> Path:
         if self.folder is not None and not state.is_hyper_param_search:
@@ -329,6 +332,27 @@ def _metric(args: Any, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         "value": float(metrics[name]),
         "greater_is_better": not name.endswith("loss") if greater is None else bool(greater),
     }
+
+
+def _load_best(args: Any, state: Any, model: Any, adapter: str | None) -> None:
+    """`load_best_model_at_end` for an adapter with a name of its own, which PEFT saves where the Trainer does not look.
+
+    Raises:
+        CheckpointError: it is not there either; the model has the last weights, not the best.
+    """
+    best, inner = state.best_model_checkpoint, unwrapped(model)
+    if not args.load_best_model_at_end or best is None or not hasattr(inner, "load_adapter"):
+        return
+    name = adapter or active_adapter(inner)
+    if name == "default":  # loaded by the Trainer
+        return
+    folder = Path(best) / name
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"load_best_model_at_end: {folder} has no {WEIGHTS}, so the model has the weights of the last step "
+            f"({state.global_step}), not of the best; load the folder that BEST names in the store of checkpoints"
+        )
+    inner.load_adapter(str(folder), name, is_trainable=True)
 
 
 def _kept_apart(model: Any) -> list[Any]:

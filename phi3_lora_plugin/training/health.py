@@ -26,7 +26,13 @@ def sick_log(logs: Mapping[str, Any], step: int) -> str | None:
 
 
 def is_zero_loss(logs: Mapping[str, Any]) -> bool:
-    """Whether a line of a Trainer's log says that the training loss was exactly 0, and not just very small."""
+    """Whether a line of a Trainer's log says that the training loss was exactly 0, and not just very small.
+
+    Trainers that learn from rewards (GRPO, RLOO, preferences) log them; there a loss of 0.0 is a batch in which all
+    answers were equally good, or far enough apart, and no sign of anything.
+    """
+    if any(name.startswith("reward") for name in logs):
+        return False
     norm = float(logs.get("grad_norm") or 0.0)
     return "loss" in logs and float(logs["loss"]) == 0.0 and not (math.isfinite(norm) and norm > 0.0)
 

@@ -48,7 +48,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Leave out an evaluation that only the early end of the epoch brings; the resumed run makes it in its place."""
+        """Skip an evaluation that only the early end of the epoch causes; the resumed run makes it in its place."""
         if self.received is not None and not float(state.epoch or 0.0).is_integer():
             control.should_evaluate = False
         return control

@@ -1,4 +1,4 @@
-"""Resume from the newest complete checkpoint: found, checked and compared with the run at hand before the first step."""
+"""Resume from the newest complete checkpoint, checked and compared with the run at hand before the first step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def resumable(
     Args:
         folder: the store or the run; the Trainer's output folder if not given.
         allow_drift: settings that may differ from the checkpoint's; see `run_facts.refuse_drift`.
-        say: called with a sentence for each checkpoint that is skipped, for the one that is used, and for each changed setting.
+        say: called with a sentence for each checkpoint that is skipped, the one that is used, and each changed setting.
 
     Raises:
         DriftError: the checkpoint was made with other settings; every field is named. Nothing has been trained.

@@ -1,7 +1,7 @@
 """The training settings that decide what a run learns, as its manifests record them.
 
 Whatever cannot change a weight (logging, saving, evaluation, places, hardware switches) is left out, so that a resumed
-run may change it freely; a setting that this list does not know is recorded, because silence would be the worse mistake.
+run may change it freely; a setting that this list does not know is recorded, as silence would be the worse mistake.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import Any
 
 #: Prefixes of `TrainingArguments` (and TRL's) that do not change what is trained.
 _HARMLESS = (
-    "_n_gpu", "batch_eval", "bf16_full_eval", "dataloader_num_workers", "dataloader_persistent", "dataloader_pin",
-    "dataloader_prefetch", "dataset_num_proc", "ddp_", "debug", "deepspeed", "disable_tqdm", "do_", "enable_jit", "eval_",
-    "eval_strategy", "fp16_full_eval", "fsdp", "full_determinism", "generation_", "gradient_checkpointing", "greater_is",
-    "hub_", "ignore_data_skip", "include_", "jit_mode", "label_names", "length_column", "liger_", "load_best", "local_rank",
-    "log_", "logging_", "metric_for", "mp_parameters", "no_cuda", "output_dir", "overwrite_output", "parallelism",
-    "past_index", "per_device_eval", "per_gpu_eval", "predict_", "prediction_loss", "project", "push_to_hub", "ray_scope",
-    "report_to", "restore_callback", "resume_from", "run_name", "save_", "skip_memory", "torch_compile", "torch_empty",
-    "torchdynamo", "tpu_", "trackio", "use_cpu", "use_ipex", "use_legacy", "use_liger", "use_mps", "warnings_",
+    "_n_gpu", "activation_", "auto_find_batch_size", "batch_eval", "bf16_full_eval", "dataloader_multi",
+    "dataloader_num_workers", "dataloader_persistent", "dataloader_pin", "dataloader_prefetch",
+    "dataset_num_proc", "ddp_", "debug", "deepspeed", "disable_tqdm", "do_", "enable_jit", "eval_",
+    "fp16_full_eval", "fsdp", "full_determinism", "generation_", "gradient_checkpointing", "greater_is", "hub_",
+    "ignore_data_skip", "include_", "jit_mode", "label_names", "length_column", "liger_", "load_best",
+    "local_rank", "log_", "logging_", "metric_for", "mp_parameters", "no_cuda", "output_dir", "overwrite_output",
+    "parallelism", "past_index", "per_device_eval", "per_gpu_eval", "predict_", "prediction_loss", "project",
+    "push_to_hub", "ray_scope", "remove_unused", "report_to", "restore_callback", "resume_from", "run_name",
+    "save_", "skip_memory", "torch_compile", "torch_empty", "torchdynamo", "tpu_", "trackio", "trust_remote",
+    "use_cache", "use_cpu", "use_ipex", "use_legacy", "use_liger", "use_mps", "warnings_",
     "data_seed", "seed",  # `data_facts` has them
 )  # fmt: skip
 #: Schedules whose rate does not depend on the length of the run.
@@ -31,9 +33,7 @@ LENGTH = ("training.max_steps", "training.num_train_epochs")
 def training_facts(args: Any) -> dict[str, Any]:
     """The settings of a Trainer's arguments that change what is trained, in JSON's types."""
     found = {
-        name: value
-        for name, value in args.to_dict().items()
-        if not name.startswith(_HARMLESS) and _is_plain(value)
+        name: value for name, value in args.to_dict().items() if not name.startswith(_HARMLESS) and _is_plain(value)
     }
     if found.get("max_steps", -1) > 0:
         found.pop("num_train_epochs", None)  # which then has no effect
