@@ -133,7 +133,7 @@ def train(
         say.print(text, markup=False, highlight=False, soft_wrap=True)  # a path may hold [brackets]
 
     plugins = plugins or load_plugins()
-    output_dir = Path(recipe.output_dir)
+    output_dir = Path(recipe.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     for note in recipe.notes:
         tell(f"note: {note}")

@@ -173,6 +173,8 @@ def test_old_and_new_name_together_are_an_error(given: dict[str, Any]) -> None:
         ({"max_steps": 1.5}, "expected a whole number, found 1.5"),
         ({"max_steps": "5"}, "expected a whole number, found text '5'"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
+        ({"max_steps": 0}, "at least 1, or -1 for no limit"),
+        ({"max_steps": -2}, "at least 1, or -1 for no limit"),
         ({"num_train_epochs": 0}, "more than 0"),
         ({"bf16": 1}, "expected true or false, found 1"),
         ({"optim": "adamw_torhc"}, "did you mean 'adamw_torch'"),

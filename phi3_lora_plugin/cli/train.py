@@ -228,7 +228,7 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
         return recipe  # rank zero decides, and fails for all
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     named = not alone or recipe.provenance.get("output_dir", "default") != "default"
-    folder = Path(recipe.output_dir)
+    folder = Path(recipe.output_dir).expanduser()
     taken = [folder, *numbered(folder)] if not named else [folder]
     runs = [path for path in taken if any((path / trace).exists() for trace in _TRACES)]
     saved = [path for path in taken if any(any(path.glob(pattern)) for pattern in _SAVED)]

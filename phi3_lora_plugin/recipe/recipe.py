@@ -89,6 +89,9 @@ class Recipe(Section):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Sections that contradict each other."""
         data, training = self.data, self.training
+        place = Path(self.output_dir).expanduser().resolve()
+        if place in (Path(place.anchor), Path.home().resolve()):
+            yield "output_dir", f"{self.output_dir} is {place}; name a folder that holds nothing but runs"
         evaluates = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
         if training.get("eval_strategy", "no") != "no" and not evaluates:
             yield "training.eval_strategy", "there is nothing to evaluate on; give data.eval_path or data.eval_fraction"

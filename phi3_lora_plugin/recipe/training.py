@@ -114,7 +114,12 @@ _LEAST: dict[str, tuple[float, bool]] = {
     "eval_steps": (0, False),
     "neftune_noise_alpha": (0, True),
     "dataloader_num_workers": (0, True),
+    "max_steps": (1, True),
+    "label_smoothing_factor": (0, True),
+    "adam_epsilon": (0, True),
 }
+# Values below the smallest that mean "not set".
+_UNSET = {"max_steps": -1}
 
 
 @dataclass
@@ -262,8 +267,11 @@ def _convert(key: str, value: Any, kinds: Kinds) -> Any:
         if not math.isfinite(number):
             raise ValueError(f"expected a finite number, found {shorten(value)}")
         least, allowed = _LEAST.get(key, (-math.inf, True))
-        if number < least or (number == least and not allowed):
-            raise ValueError(f"expected {'at least' if allowed else 'more than'} {least}, found {shorten(value)}")
+        unset = _UNSET.get(key)
+        if number != unset and (number < least or (number == least and not allowed)):
+            bound = f"{'at least' if allowed else 'more than'} {least}"
+            also = f", or {unset} for no limit" if unset is not None else ""
+            raise ValueError(f"expected {bound}{also}, found {shorten(value)}")
         return number
     if isinstance(value, bool) and "bool" in kinds:
         return value
