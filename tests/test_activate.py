@@ -100,6 +100,29 @@ def test_a_trainer_without_lora_is_left_alone(tmp_path: Path) -> None:
     assert said == ["Trainer is left alone: Phi3ForCausalLM has no LoRA"] and not (tmp_path / "lora").exists()
 
 
+def test_a_trainer_with_a_train_of_its_own_is_told_what_it_does_not_get(tmp_path: Path) -> None:
+    class Alone(Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> str:
+            return "trained in a way of its own"
+
+    class Polite(Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            return super().train(*args, **kwargs)
+
+    said: list[str] = []
+    activate(parts=["trainers"], say=said.append)
+    try:
+        for kind in (Alone, Polite):
+            made = kind(model=peft_model(), args=arguments(tmp_path, max_steps=1), train_dataset=rows())
+            made.train()
+    finally:
+        deactivate()
+    told = [sentence for sentence in said if "its own train()" in sentence]
+    assert len(told) == 1 and told[0].startswith("Alone has its own train()") and "attach(trainer)" in told[0]
+    assert any(sentence.startswith("Polite: ") for sentence in said)
+    assert Trainer.__init__.__qualname__ == "Trainer.__init__"
+
+
 def test_callbacks_are_chosen_by_name(tmp_path: Path) -> None:
     activate(parts=["trainers"], callbacks=["transformers:PrinterCallback"], say=lambda sentence: None)
     made = trainer(tmp_path, disable_tqdm=False)

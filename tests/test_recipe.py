@@ -216,7 +216,7 @@ def test_a_parents_mistake_is_shown_in_the_parents_file(tmp_path: Path) -> None:
         ("checkpoint.format=pef", "did you mean 'peft'"),
         ("seed=-1", "at least 0"),
         ("output_dir=/", "name a folder that holds nothing but runs"),
-        ("output_dir=~", "name a folder that holds nothing but runs"),
+        ("output_dir=~/", "name a folder that holds nothing but runs"),
         ("output_dir=runs/../../../../../../../../../../..", "name a folder that holds nothing but runs"),
         ("speed={los: true}", "loss, attention, lora, masters, host"),
         ("dropout=0.1", "did you mean 'lora.dropout'"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -26,12 +28,15 @@ class CallbackError(Phi3LoraError):
 def attach_to_all(
     recipe: Recipe | None, names: Sequence[str] | None, say: Callable[[str], Any] | None
 ) -> tuple[list[str], Callable[[], None]]:
-    """Wrap `Trainer.train`, which every Trainer derived from it comes by; (sentences, how to take it back)."""
+    """Wrap `Trainer.train`, which derived Trainers call; (sentences, undo).
+
+    One whose `train` never calls it gets nothing from us, and is told so as it is made.
+    """
     from transformers import Trainer
 
     plugins = load_plugins()
     wanted = _checked(names, plugins)
-    stock = Trainer.train
+    stock, stock_init = Trainer.train, Trainer.__init__
     tell = say or log.info
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,11 +50,33 @@ def attach_to_all(
     train.__doc__, train.__name__ = stock.__doc__, stock.__name__
     Trainer.train = train
 
+    @wraps(stock_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        if _trains_alone(type(self)):
+            tell(
+                f"{type(self).__name__} has its own train(), which does not call Trainer.train: no callbacks, stop "
+                "tokens or fast paths were added; call phi3_lora_plugin.attach(trainer) before trainer.train()"
+            )
+
+    Trainer.__init__ = init
+
     def undo() -> None:
         if Trainer.train is train:
             Trainer.train = stock
+        if Trainer.__init__ is init:
+            Trainer.__init__ = stock_init
 
     return [f"every Trainer gets the callbacks of {', '.join(wanted) or 'nobody'} as its training begins"], undo
+
+
+def _trains_alone(kind: type) -> bool:
+    """Whether the class that `train` comes from, in code of its own, names neither `super` nor a Trainer's `train`."""
+    code = getattr(inspect.unwrap(kind.train), "__code__", None)  # type: ignore[attr-defined]
+    home = next(each for each in kind.__mro__ if "train" in each.__dict__)
+    if code is None or home.__module__ == "transformers.trainer":
+        return False
+    return not ({"super", "train", "_inner_training_loop"} & {*code.co_names, *code.co_freevars})
 
 
 def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) -> list[TrainerCallback]:
