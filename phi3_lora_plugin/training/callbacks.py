@@ -344,9 +344,9 @@ def _load_best(args: Any, state: Any, model: Any, adapter: str | None) -> None:
     if not args.load_best_model_at_end or best is None or not hasattr(inner, "load_adapter"):
         return
     name = adapter or active_adapter(inner)
-    if name == "default":  # loaded by the Trainer
+    if name in (None, "default"):  # loaded by the Trainer
         return
-    folder = Path(best) / name
+    folder = Path(best) / str(name)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(
             f"load_best_model_at_end: {folder} has no {WEIGHTS}, so the model has the weights of the last step "

@@ -42,7 +42,7 @@ def training_facts(args: Any) -> dict[str, Any]:
 
 def model_facts(model: Any) -> dict[str, Any]:
     """Dropout rates of the base's config, and the type of its weights."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     found = {name: value for name, value in settings.items() if "drop" in name and isinstance(value, int | float)}
     dtype = getattr(model, "dtype", None)
