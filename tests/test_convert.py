@@ -22,7 +22,7 @@ from phi3_lora_plugin.export.base_layouts import BaseLayoutError, fuse_base, spl
 from phi3_lora_plugin.export.convert import ConvertError, convert
 from phi3_lora_plugin.lora_files.layouts import LayoutError
 from phi3_lora_plugin.lora_files.loralib_files import LoralibError, parse_enable_lora
-from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_peft
+from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, parts, read_peft
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.lora_files.torchtune_files import TorchtuneError
 from phi3_lora_plugin.model.folder import ModelError
@@ -301,7 +301,7 @@ def test_adapters_that_are_broken_are_refused_whatever_they_become(bases, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_torchtune_names_come_in_and_go_out(bases, tmp_path):
+def test_torchtune_names_come_in(bases, tmp_path):
     fused, _ = bases
     torch.manual_seed(0)
     config = load(fused).config
@@ -332,11 +332,6 @@ def test_torchtune_names_come_in_and_go_out(bases, tmp_path):
     delta = (merged["model.layers.1.mlp.gate_up_proj.weight"] - plain["model.layers.1.mlp.gate_up_proj.weight"])[64:]
     wanted = state[f"{name}.lora_b.weight"] @ state[f"{name}.lora_a.weight"] * 8  # w3 is "up", the second half
     torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-6)
-
-    report = convert(tmp_path / "peft", tmp_path / "back.pt", "torchtune", base=fused)
-    back = torch.load(tmp_path / "back.pt", weights_only=True)
-    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-    assert any("lora_rank 2 and lora_alpha 16" in note for note in report.notes)
 
     state["layers.0.attn.qkv.lora_a.weight"] = torch.zeros(2, 32)
     torch.save(state, tmp_path / "odd.pt")
@@ -411,24 +406,6 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.pt").exists()
 
 
-def test_mixed_ranks_go_to_torchtune_padded_and_mixed_scalings_are_refused(bases, tmp_path):
-    fused, _ = bases
-    adapter = train(
-        fused, tmp_path / "a", target_modules=FUSED, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 4}
-    )
-    report = convert(adapter, tmp_path / "a.pt", "torchtune", base=fused)
-    assert {value.shape[0] for key, value in torch.load(tmp_path / "a.pt").items() if "lora_a" in key} == {4}
-    convert(tmp_path / "a.pt", tmp_path / "back", "fused", base=fused, alpha=8)
-    same(logits(fused, tmp_path / "back"), logits(fused, adapter))
-    assert any("lora_rank 4 and lora_alpha 8" in note for note in report.notes)
-    odd = train(fused, tmp_path / "b", target_modules=FUSED, alpha_pattern={"o_proj": 5})
-    with pytest.raises(TorchtuneError, match="one rank and alpha"):
-        convert(odd, tmp_path / "b.pt", "torchtune", base=fused)
-    convert(odd, tmp_path / "b.pt", "torchtune", base=fused, uniform=True)
-    convert(tmp_path / "b.pt", tmp_path / "b2", "fused", base=fused, alpha=8)
-    same(logits(fused, tmp_path / "b2"), logits(fused, odd))
-
-
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
@@ -459,14 +436,54 @@ def test_g21_servability_flags_each_obstacle_and_nothing_else(tmp_path, settings
     assert len(problems) == 1
 
 
-def test_uniform_makes_a_mixed_adapter_servable(bases, tmp_path):
+MIXED = {
+    "fused": {"target_modules": FUSED, "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 3, "down_proj": 5}},
+    "split": {"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "alpha_pattern": {"k_proj": 3}},
+    "rslora": {"target_modules": FUSED, "use_rslora": True, "rank_pattern": {"qkv_proj": 9}},
+    "bias": {"target_modules": FUSED, "lora_bias": True, "alpha_pattern": {"o_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("to", ["peft", "fused", "split"])
+@pytest.mark.parametrize("kind", MIXED)
+def test_uniform_is_right_for_who_reads_only_r_and_lora_alpha(bases, tmp_path, kind, to):
+    fused, split = bases
+    adapter = train(split if kind == "split" else fused, tmp_path / "mixed", **MIXED[kind])
+    options = {"target_base": "microsoft/x"} if to != "peft" else {}
+    convert(adapter, tmp_path / "one", to, base=fused, uniform=True, overwrite=True, **options)
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert not {"rank_pattern", "alpha_pattern", "use_rslora"} & set(config)
+    tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {config["r"]}
+    convert(adapter, tmp_path / "plain", to, base=fused, **options)
+    plain = parts(read_peft(tmp_path / "plain")).loras
+    assert len(plain) == sum("lora_A" in key for key in tensors)
+    if kind != "split" and to == "peft":
+        same(logits(fused, tmp_path / "one"), logits(fused, adapter))
+    for lora in plain:
+        a, b = (tensors[f"base_model.model.{lora.module}.lora_{side}.weight"] for side in "AB")
+        scaling = config["lora_alpha"] / config["r"]
+        torch.testing.assert_close(b @ a * scaling, lora.delta(), rtol=1e-4, atol=1e-6)
+        if lora.bias is not None:
+            bias = tensors[f"base_model.model.{lora.module}.lora_B.bias"]
+            torch.testing.assert_close(bias * scaling, lora.bias * lora.scaling)
+
+
+def test_embeddings_that_equal_the_bases_are_dropped_on_request(bases, tmp_path):
     fused, _ = bases
-    adapter = train(fused, tmp_path / "mixed", target_modules=FUSED, alpha_pattern={"o_proj": 3})
-    report = convert(adapter, tmp_path / "one", "peft", base=fused, uniform=True, target_base="microsoft/x")
-    assert not report.notes and "alpha_pattern" not in json.loads(
-        (tmp_path / "one" / "adapter_config.json").read_text()
-    )
-    same(logits(fused, tmp_path / "one"), logits(fused, adapter))
+    adapter = train(fused, tmp_path / "a", target_modules=FUSED)
+    weights = adapter / "adapter_model.safetensors"
+    own = load_file(fused / "model.safetensors")["model.embed_tokens.weight"]
+    saved = load_file(weights) | {"base_model.model.model.embed_tokens.weight": own.half().float()}
+    save_file(saved | {"base_model.model.lm_head.weight": own + 1}, weights)
+    report = convert(adapter, tmp_path / "out", "peft", base=fused, drop_equal_embeddings=True)
+    left = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    equal = bool((own.half().float() == own).all())
+    assert any("embed_tokens" in key for key in left) is not equal and any("lm_head" in key for key in left)
+    save_file(saved | {"base_model.model.model.embed_tokens.weight": own}, weights)
+    report = convert(adapter, tmp_path / "bare", "peft", base=fused, drop_equal_embeddings=True)
+    assert any("they equal the base's: model.embed_tokens.weight" in note for note in report.notes)
+    assert not any("embed_tokens" in key for key in load_file(tmp_path / "bare" / "adapter_model.safetensors"))
 
 
 LONG = {

@@ -48,21 +48,11 @@ def test_every_preset_has_every_hosts_words_or_is_refused_with_a_reason(name: st
             with pytest.raises(RenderError, match="trains on preferences, which is not rendered"):
                 render(recipe, host)
             continue
-        if host == "torchtune" and recipe.model.path.rpartition("/")[2] not in ("Phi-3-mini-4k-instruct", "phi-4"):
-            if not recipe.model.path.startswith("embedded:"):
-                with pytest.raises(RenderError, match="torchtune has Phi-3-mini-4k-instruct and phi-4, not"):
-                    render(recipe, host)
-                continue
         made = config(name, host)
         flat = json.dumps(made)
-        rate = {"torchtune": ("optimizer", "lr")}.get(host, ("learning_rate",))
-        value = made
-        for key in rate:
-            value = value[key]
-        assert value == recipe.training["learning_rate"]
+        assert made["learning_rate"] == recipe.training["learning_rate"]
         assert recipe.output_dir in flat and f"{recipe.lora.r}" in flat
-        if host != "torchtune":
-            assert not ({"q_proj", "v_proj", "up_proj"} & set(flat.replace('"', ",").split(","))) or "MoE" in flat
+        assert not ({"q_proj", "v_proj", "up_proj"} & set(flat.replace('"', ",").split(","))) or "MoE" in flat
         for key, kept in recipe.training.items():  # nothing is lost in silence
             known = (
                 "learning_rate",
@@ -104,12 +94,10 @@ def test_what_a_recipe_says_arrives() -> None:
     assert trl["assistant_only_loss"] and "generation -%}" in Path(trl["chat_template_path"]).read_text()
 
 
-def test_slices_become_the_whole_with_a_comment_and_torchtune_keeps_them() -> None:
+def test_slices_become_the_whole_with_a_comment() -> None:
     recipe = load_recipe("phi3-mini-4k-lora", ["lora.targets=[q_proj, v_proj]"])
     text = render(recipe, "axolotl").text
     assert yaml.safe_load(text)["lora_target_modules"] == ["qkv_proj"] and "the recipe names q_proj, v_proj" in text
-    tuned = yaml.safe_load(render(recipe, "torchtune").text)["model"]
-    assert tuned["lora_attn_modules"] == ["q_proj", "v_proj"] and tuned["apply_lora_to_mlp"] is False
 
 
 def test_the_shape_of_rows_is_looked_at(tmp_path: Path) -> None:
@@ -130,7 +118,7 @@ def test_the_command_writes_what_belongs_together_and_overwrites_nothing(tmp_pat
     before = out.read_text()
     again = CliRunner().invoke(app, [*words, "seed=1"])
     assert again.exit_code == 2 and out.read_text() == before
-    with pytest.raises(RenderError, match="none of axolotl, llamafactory, trl, swift, torchtune"):
+    with pytest.raises(RenderError, match="none of axolotl, llamafactory, trl, swift"):
         render(load_recipe("tiny-cpu"), "unsloth")
     assert CliRunner().invoke(app, ["host-path", "swift"]).output.strip().endswith("phi3_lora_swift.py")
     assert CliRunner().invoke(app, ["host-path", "axolotl"]).exit_code == 2
@@ -146,8 +134,8 @@ def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path)
         pytest.skip(f"no environment for {host}; PHI3_HOST_ENVS=FOLDER names those of tools/host_matrix")
     files = []
     for name in ("tiny-cpu", "phi3-mini-4k-lora", "phi3-mini-4k-qlora"):
-        model = [] if host == "torchtune" else [f"model.path={place / 'base'}"]
-        made = render(load_recipe(name, [*model, f"data.path={place / 'chats.jsonl'}"]), host)
+        words = [f"model.path={place / 'base'}", "data.max_length=128", f"data.path={place / 'chats.jsonl'}"]
+        made = render(load_recipe(name, words), host)
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(made.text)
     done = subprocess.run(

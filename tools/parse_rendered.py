@@ -73,15 +73,6 @@ def swift(file: Path) -> str:
     return str(args.tuner_type)
 
 
-def torchtune(file: Path) -> str:
-    """As `tune validate FILE` does."""
-    from omegaconf import OmegaConf
-    from torchtune import config
-
-    config.validate(OmegaConf.load(file))
-    return "well-formed"
-
-
 def main() -> None:
     host, *names = sys.argv[1:]
     failed = False

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Target = Literal["peft", "fused", "split", "loralib", "torchtune", "gguf", "llama-base", "phi3-base"]
+Target = Literal["peft", "fused", "split", "loralib", "gguf", "llama-base", "phi3-base"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -28,7 +28,10 @@ def convert_command(
     max_shard: Annotated[str, typer.Option(help="Size of one file of a model.")] = "2GB",
     compact: Annotated[bool, typer.Option(help="Share and leave out ranks where that changes nothing.")] = True,
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="One alpha for all modules, the rest goes into B.")
+        bool, typer.Option("--uniform", help="One rank and alpha for all modules, the rest goes into B.")
+    ] = False,
+    drop_equal_embeddings: Annotated[
+        bool, typer.Option("--drop-equal-embeddings", help="Leave out saved embeddings that equal the base's.")
     ] = False,
     check: Annotated[bool, typer.Option(help="Compare the logits of converted models.")] = True,
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank that your server takes.")] = 64,
@@ -43,8 +46,8 @@ def convert_command(
     report = convert(
         src, dst, to, base=base, target_base=target_base, alpha=alpha, r=r,
         enable_lora=dict(parse_enable_lora(text) for text in enable_lora) if enable_lora else None,
-        dtype=dtype, max_shard=max_shard, compact=compact, uniform=uniform, check=check, overwrite=overwrite,
-        max_rank=max_rank,
+        dtype=dtype, max_shard=max_shard, compact=compact, uniform=uniform,
+        drop_equal_embeddings=drop_equal_embeddings, check=check, overwrite=overwrite, max_rank=max_rank,
     )  # fmt: skip
     print(json.dumps(report.as_dict()) if as_json else "\n".join(report.lines(every_row=rows)))
 

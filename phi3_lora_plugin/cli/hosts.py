@@ -12,7 +12,7 @@ import typer
 def render_command(
     recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
-    host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl, swift or torchtune.")] = "",
+    host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl or swift.")] = "",
     out: Annotated[Path | None, typer.Option("--out", help="Write it here, and what belongs beside it.")] = None,
 ) -> None:
     """Print a recipe as another host's own config, commented where we had to choose."""

@@ -16,13 +16,13 @@ from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
-from phi3_lora_plugin.model.shards import copy_tokenizer, staged
+from phi3_lora_plugin.model.shards import Weights, copy_tokenizer, staged
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.model.families import Projection
 
-TARGETS = ("peft", "fused", "split", "loralib", "torchtune", "gguf", "llama-base", "phi3-base")
-_FILES = {"loralib": (".pt", ".safetensors"), "torchtune": (".pt",), "gguf": (".gguf",)}
+TARGETS = ("peft", "fused", "split", "loralib", "gguf", "llama-base", "phi3-base")
+_FILES = {"loralib": (".pt", ".safetensors"), "gguf": (".gguf",)}
 
 
 class ConvertError(Phi3LoraError):
@@ -91,6 +91,7 @@ def convert(
     max_shard: str | int = "2GB",
     compact: bool = True,
     uniform: bool = False,
+    drop_equal_embeddings: bool = False,
     check: bool = True,
     overwrite: bool = False,
     max_rank: int = 64,
@@ -99,15 +100,16 @@ def convert(
 
     Args:
         to: `peft` keeps the modules as they are, `fused` and `split` name Phi's or Llama's projections (both PEFT),
-            `loralib` and `torchtune` write their files, `gguf` llama.cpp's (adapter or model); `llama-base` and
-            `phi3-base` convert models.
+            `loralib` writes its file, `gguf` llama.cpp's (adapter or model); `llama-base` and `phi3-base` convert
+            models.
         base: folder or cached hub id of the model; its config says where the rows of fused projections begin. None
             asks the adapter.
         target_base: what the new adapter shall name as its base, where the layout changes.
         alpha, r, enable_lora: what loralib and torchtune do not store.
         dtype: of GGUF files: auto, float32, float16, bfloat16.
         compact: share and leave out ranks where that changes nothing; see `layouts`.
-        uniform: one alpha for all modules, differences multiplied into B.
+        uniform: one rank and alpha for all modules, for servers that read only these.
+        drop_equal_embeddings: leave out embeddings and heads that were saved in full and equal the base's.
         max_rank: the rank that servers shall be able to take, for the notes.
 
     Raises:
@@ -123,14 +125,14 @@ def convert(
         raise ConvertError(f"{source}: no such file or folder, and no model in the local cache")
     if model != (to in ("llama-base", "phi3-base")) and not (model and to == "gguf"):
         what = "a model" if model else "an adapter"
-        fits = "llama-base, phi3-base, gguf" if model else ", ".join(TARGETS[:6])
+        fits = "llama-base, phi3-base, gguf" if model else ", ".join(TARGETS[:5])
         raise ConvertError(f"{source} is {what}, which becomes {fits}, not {to}")
     if model:
         return _convert_model(source, target, to, dtype, max_shard, check, overwrite)
 
     read = _read(source, base, alpha, r, enable_lora, compact)
     _refuse_broken(source, read.found)
-    config = _base_config(base or read.base, read.revision, needed=to in ("fused", "split", "torchtune", "gguf"))
+    config = _base_config(base or read.base, read.revision, needed=to in ("fused", "split", "gguf"))
     if to == "gguf" and _is_split(config):
         raise ConvertError(
             f"{base or read.base} is a split copy; llama.cpp's adapter is for the fused model: name that with --base"
@@ -142,14 +144,16 @@ def convert(
     was_split = layouts.is_split(loras, layout)
     if to in ("fused", "gguf") and was_split:
         loras, rows = layouts.split_to_fused(loras, layout, compact)
-    elif to in ("split", "torchtune"):
+    elif to == "split":
         loras, rows = layouts.fused_to_split(loras, layout, compact)
     elif not rows:
         rows = [Row(lora.module, lora.module, tuple(lora.b.shape), "kept") for lora in loras]
-    _same_update(read.found.loras, loras, layout)
     if uniform and loras:
-        loras = layouts.uniform(loras, loras[0].alpha, loras[0].rslora)
+        loras = layouts.uniform(loras)
+    _same_update(read.found.loras, loras, layout)
     found = replace(read.found, loras=tuple(loras))
+    if drop_equal_embeddings:
+        found = _without_equal_embeddings(found, model_folder(base or read.base or "", read.revision), notes)
     _refuse_full(found, to, layout)
 
     if to in ("peft", "fused", "split"):
@@ -163,16 +167,6 @@ def convert(
         )
         with _staged_file(target, overwrite) as file:
             loralib_files.write_loralib(file, tensors, sidecar)
-    elif to == "torchtune":
-        width = max(lora.rank for lora in loras)
-        tensors, told, rows = torchtune_files.to_torchtune([layouts.padded(lora, width) for lora in loras])
-        notes.append(
-            f"load it in torchtune with lora_rank {width} and lora_alpha {told:g}, which its file does not store"
-        )
-        with _staged_file(target, overwrite) as file:
-            import torch
-
-            torch.save(tensors, file)
     else:
         from phi3_lora_plugin.export.gguf import write_gguf_adapter
 
@@ -327,13 +321,22 @@ def _refuse_broken(source: Path, found: peft_files.Parts) -> None:
         )
 
 
+def _without_equal_embeddings(found: peft_files.Parts, base: Path, notes: list[str]) -> peft_files.Parts:
+    """The parts without embeddings and heads that are the base's own, bit by bit in the base's type."""
+    weights = Weights(base)
+    full = {name: tensor for name, tensor in found.full.items() if not weights.equal(name, tensor)}
+    if dropped := sorted(found.full.keys() - full.keys()):
+        notes.append(f"left out, because they equal the base's: {', '.join(dropped)}")
+    return replace(found, full=full)
+
+
 def _refuse_full(found: peft_files.Parts, to: str, layout: Sequence[Projection]) -> None:
     """Tensors trained in full go along where the target can hold them and names them the same."""
     if not found.full and not found.tokens:
         return
     names = [*found.full, *found.tokens]
     shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-    if to in ("loralib", "torchtune", "gguf"):
+    if to in ("loralib", "gguf"):
         raise ConvertError(
             f"{shown}: trained in full or by token, which {to} files do not hold; merge the adapter instead"
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.gguf_quantize import FORMS, file_type, quantize_rows, tensor_type
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
-from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
+from phi3_lora_plugin.lora_files.layouts import Lora, Row, one_alpha
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.shards import Weights
 
@@ -75,7 +75,7 @@ def write_gguf_adapter(
     if name:
         writer.add_name(name)
     rows = []
-    for (place, module), lora, own in zip(placed.items(), uniform(loras, alpha), loras, strict=True):
+    for (place, module), lora, own in zip(placed.items(), one_alpha(loras, alpha), loras, strict=True):
         folded = "" if lora.b is own.b else f", B times {own.scaling * own.rank / alpha:g}"
         for factor, tensor in (("lora_a", lora.a), ("lora_b", lora.b)):
             array, kind = _array(gguf, tensor, dtype)

@@ -90,7 +90,7 @@ def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], u
             if name not in weights:
                 problems.append(f"{module}: the base has no {name}")
                 break
-    full = {name: tensor for name, tensor in full.items() if not _same_as_base(name, tensor, weights)}
+    full = {name: tensor for name, tensor in full.items() if not weights.equal(name, tensor)}
     for name, tensor in full.items():
         place = TABLE if name == HEAD and _tied(config) and name not in weights else name
         if place not in weights:
@@ -219,16 +219,6 @@ def _expert_names(module: str, weights: Weights, config: Mapping[str, Any]) -> l
 
 def _tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", False))
-
-
-def _same_as_base(name: str, tensor: Tensor, weights: Weights) -> bool:
-    """Whether a full tensor in the adapter is only a copy of the base's, as PEFT stores next to adapted embeddings."""
-    import torch
-
-    if name not in weights or tuple(tensor.shape) != weights.shape(name):
-        return False
-    own = weights.read(name)
-    return bool(torch.equal(tensor.to(own.dtype), own))
 
 
 def _through_quantisation(weight: Tensor, kind: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -244,15 +245,24 @@ def fused_to_grouped(lora: Lora, projection: Projection) -> tuple[Lora, int, tup
     return replace(lora, a=a.contiguous(), b=b.contiguous(), alpha=scaled), r, enable
 
 
-def uniform(loras: Iterable[Lora], alpha: float, rslora: bool = False) -> list[Lora]:
-    """The same updates under one alpha: where a module's scaling differs, the ratio is multiplied into its B."""
+def one_alpha(loras: Iterable[Lora], alpha: float) -> list[Lora]:
+    """The same updates under one alpha: where a module's scaling differs from alpha / rank, it goes into the B."""
     result = []
     for lora in loras:
-        fitted = replace(lora, alpha=alpha, rslora=rslora)
-        if not math.isclose(fitted.scaling, lora.scaling, rel_tol=1e-12):
-            fitted = replace(fitted, b=lora.b * (lora.scaling / fitted.scaling))
+        fitted = replace(lora, alpha=alpha, rslora=False)
+        ratio = lora.scaling / fitted.scaling
+        if not math.isclose(ratio, 1, rel_tol=1e-12):
+            fitted = replace(fitted, b=lora.b * ratio, bias=None if lora.bias is None else lora.bias * ratio)
         result.append(fitted)
     return result
+
+
+def uniform(loras: Sequence[Lora]) -> list[Lora]:
+    """The same updates at one rank and one alpha, so that whoever reads only these two computes them right."""
+    rank = max(lora.rank for lora in loras)
+    scaling = Counter(lora.scaling for lora in loras).most_common(1)[0][0]
+    alpha = round(scaling * rank) if math.isclose(scaling * rank, round(scaling * rank), rel_tol=1e-12) else rank
+    return one_alpha([padded(lora, rank) for lora in loras], alpha)
 
 
 def padded(lora: Lora, rank: int) -> Lora:

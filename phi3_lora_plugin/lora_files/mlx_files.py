@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.lora_files.layouts import Lora, Row, padded, uniform
+from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,13 +111,13 @@ def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, drop
         problems.append("some modules have DoRA magnitudes and some have none; merge the adapter")
     if problems or not loras:
         raise MlxError("\n".join(problems) or "the adapter has no updates")
-    rank = max(lora.rank for lora in loras)
-    scale = loras[0].scaling or 1.0
+    fitted = uniform(loras)
+    rank, scale = fitted[0].rank, fitted[0].scaling
     tensors: dict[str, Tensor] = {}
     rows = []
     keys: set[str] = set()
     first = layers
-    for old, lora in zip(loras, uniform([padded(lora, rank) for lora in loras], scale * rank), strict=True):
+    for old, lora in zip(loras, fitted, strict=True):
         inside = _IN_LAYER.match(lora.module)
         keys.add(inside[3] if inside else lora.module)
         first = min(first, int(inside[2])) if inside else first

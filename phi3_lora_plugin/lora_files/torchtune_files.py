@@ -29,7 +29,7 @@ _KEY = re.compile(r"^layers\.(\d+)\.(.+)\.(lora_a\.weight|lora_b\.weight|magnitu
 
 
 class TorchtuneError(Phi3LoraError):
-    """A torchtune adapter cannot be read or written; tells everything that is wrong."""
+    """A torchtune adapter cannot be read; tells everything that is wrong."""
 
 
 def looks_like_torchtune(keys: Iterable[str]) -> bool:
@@ -69,33 +69,3 @@ def from_torchtune(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[
     if problems:
         raise TorchtuneError("\n".join(problems))
     return loras, rows
-
-
-def to_torchtune(loras: Iterable[Lora]) -> tuple[dict[str, Tensor], float, list[Row]]:
-    """(tensors, alpha, report rows) of updates of split projections.
-
-    Raises:
-        TorchtuneError: something that a torchtune adapter cannot hold.
-    """
-    ours = {name: tune for tune, name in _NAMES.items()}
-    loras = list(loras)
-    problems, rows = [], []
-    tensors: dict[str, Tensor] = {}
-    ranks = sorted({lora.rank for lora in loras})
-    scalings = sorted({lora.scaling for lora in loras})
-    if len(ranks) > 1 or len(scalings) > 1:
-        problems.append(f"torchtune builds all modules with one rank and alpha; this adapter has ranks {ranks}")
-    for lora in loras:
-        match = re.match(r"^model\.layers\.(\d+)\.(.+)$", lora.module)
-        if match is None or match[2] not in ours or lora.bias is not None:
-            problems.append(f"{lora.module}: torchtune's Phi-3 has no such adapter")
-            continue
-        path = f"layers.{match[1]}.{ours[match[2]]}"
-        tensors[f"{path}.lora_a.weight"] = lora.a.detach().clone()
-        tensors[f"{path}.lora_b.weight"] = lora.b.detach().clone()
-        if lora.magnitude is not None:
-            tensors[f"{path}.magnitude"] = lora.magnitude.detach().clone()
-        rows.append(Row(lora.module, path, tuple(lora.b.shape), "renamed"))
-    if problems:
-        raise TorchtuneError("\n".join(problems))
-    return tensors, scalings[0] * ranks[0], rows

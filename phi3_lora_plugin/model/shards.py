@@ -89,6 +89,15 @@ class Weights:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
+    def equal(self, name: str, tensor: Tensor) -> bool:
+        """Whether there is such a weight and it has these values, to its own precision."""
+        import torch
+
+        if name not in self or tuple(tensor.shape) != self.shape(name):
+            return False
+        own = self.read(name)
+        return bool(torch.equal(tensor.to(own.dtype), own))
+
 
 class ShardWriter:
     """Writes tensors in the order they come as `model-0000N-of-0000M.safetensors`, or as one file if one is enough."""

@@ -10,7 +10,7 @@ from phi3_lora_plugin.hosts.render.common import Rendered, RenderError
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
-HOSTS = ("axolotl", "llamafactory", "trl", "swift", "torchtune")
+HOSTS = ("axolotl", "llamafactory", "trl", "swift")
 
 
 def render(recipe: Recipe, host: str) -> Rendered:
