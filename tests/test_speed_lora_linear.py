@@ -10,7 +10,8 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from phi3_lora_plugin.speed.lora_linear import FusedLoraLinear, fuse_lora, restore_lora
+from phi3_lora_plugin.speed.lora_linear import FusedLoraLinear
+from phi3_lora_plugin.speed.lora_swap import fuse_lora, restore_lora
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from phi3_lora_plugin.speed.lora_linear import fuse_lora, fused_layers, restore_lora
+from phi3_lora_plugin.speed.lora_swap import fuse_lora, fused_layers, restore_lora
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_peft_s_and_the_base_is_unpacked_twice(
 ) -> None:
     model = quantised(nested, dtype)
     stock_loss, stock = step(model)
-    assert fuse_lora(model) == 8 and fused_layers(model) == (8, 0)
+    assert fuse_lora(model) == 8 and fused_layers(model) == (8, {})
     calls, real = [], bnb.functional.dequantize_4bit
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     loss, ours = step(model)
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_peft_s_and_the_base_is_unpacked_twice(
         else:
             assert torch.nn.functional.cosine_similarity(ours[name].flatten(), stock[name].flatten(), 0) > 0.99, name
     restore_lora(model)
-    assert fused_layers(model) == (0, 8)
+    assert fused_layers(model) == (0, {"not over a plain linear layer": 8})
 
 
 def test_layers_of_other_sizes_share_the_buffer_without_mixing_up() -> None:

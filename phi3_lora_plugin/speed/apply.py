@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import Trainer
 
 #: What can be switched, and what it does.
 PARTS = {
     "loss": "cross-entropy on supervised positions only, in chunks",
-    "attention": "document by document; padding left out, no mask built",
+    "attention": "documents apart, padding left out, no mask built",
     "lora": "one autograd function for a frozen projection and its LoRA",
     "masters": "adapters in float32, computed in the dtype of the base",
     "host": "parameter counts remembered, no walk over frozen modules in every step",
@@ -37,12 +38,15 @@ class Applied:
         return f"{self.part}: {'on' if self.on else 'off'} ({self.why})"
 
 
-def speed_up(model: Any, parts: str | Mapping[Any, bool] = "auto") -> tuple[Applied, ...]:
+def speed_up(
+    model: Any, parts: str | Mapping[Any, bool] = "auto", device: torch.device | None = None
+) -> tuple[Applied, ...]:
     """Apply the parts that are wanted and safe to a PEFT model; call it before a Trainer is built around the model.
 
     Args:
         model: `PeftModel`, or a transformers model with injected adapters.
         parts: "auto", "off", or {part: bool} to switch parts one by one (parts not named are as in "auto").
+        device: where the model will run, if it is not there yet; kernels are tried there.
 
     Returns:
         One line a part. Applying twice changes nothing; `slow_down` takes everything back.
@@ -50,16 +54,28 @@ def speed_up(model: Any, parts: str | Mapping[Any, bool] = "auto") -> tuple[Appl
     Raises:
         SpeedError: an unknown part.
     """
+    import torch
+
     wanted = _wanted(parts)
     base = _base(model)
-    return tuple(_APPLY[part](model, base) if wanted[part] else Applied(part, False, "switched off") for part in PARTS)
+    where = () if device is None or device.type != "cuda" else (device,)
+    done = []
+    with torch.inference_mode(False):  # what is made here is trained later
+        for part in PARTS:
+            if not wanted[part]:
+                done.append(Applied(part, False, "switched off"))
+            elif part == "attention":
+                done.append(_apply_attention(model, base, where))
+            else:
+                done.append(_APPLY[part](model, base))
+    return tuple(done)
 
 
 def slow_down(model: Any) -> None:
     """Undo `speed_up` and `accelerate_phi3`: stock forwards, classes and dtypes everywhere."""
     from phi3_lora_plugin.speed.documents import restore_documents
     from phi3_lora_plugin.speed.host import restore_host
-    from phi3_lora_plugin.speed.lora_linear import restore_lora
+    from phi3_lora_plugin.speed.lora_swap import restore_lora
     from phi3_lora_plugin.speed.loss import restore_loss
     from phi3_lora_plugin.speed.masters import restore_masters
 
@@ -78,56 +94,56 @@ def slow_down(model: Any) -> None:
 def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") -> tuple[Applied, ...]:
     """`speed_up` for a Trainer that exists already, in one line; call it before `trainer.train()`.
 
-    TRL's trainers bypass a model's forward: there the head of `SFTTrainer` itself is replaced, where that is slow. A
-    Trainer that hands logits on (`compute_metrics`, `return_outputs`) gets them; one that evaluates for the loss alone
-    does without.
+    TRL's trainers bypass a model's forward: there the head of `SFTTrainer` itself is replaced, where that is slow. The
+    loss that a plain Trainer computes in training and for `eval_loss` does without logits; whoever else asks for
+    outputs (`compute_metrics`, `return_outputs`, a `compute_loss` of one's own) gets them.
     """
+    from phi3_lora_plugin.speed.trainer_loss import follow, liger_loss, own_loss
+
     model = trainer.accelerator.unwrap_model(trainer.model)
+    base = _base(model)
     wanted = dict(_wanted(parts))
-    if trainer.optimizer is not None and wanted["masters"]:
+    left: dict[str, Applied] = {}
+
+    def leave(part: str, why: str) -> None:
+        if wanted[part]:
+            wanted[part], left[part] = False, Applied(part, False, why)
+
+    if trainer.optimizer is not None:
         # An optimizer that exists has states in the dtype of its parameters.
-        wanted["masters"] = False
-        late = Applied("masters", False, "the optimizer exists already")
-    else:
-        late = None
-    own_loss = _computes_own_loss(trainer)
-    if not own_loss or not wanted["loss"]:
-        applied = speed_up(model, wanted)
-        if applied[0].on:
-            _follow(trainer, _base(model))
-    else:
-        loss = _apply_trl_loss(trainer, model, own_loss)
-        applied = tuple(loss if one.part == "loss" else one for one in speed_up(model, wanted | {"loss": False}))
-    return tuple(late if late and one.part == "masters" else one for one in applied)
+        leave("masters", "the optimizer exists already")
+    if trainer.args.n_gpu > 1:
+        for part in ("loss", "attention", "host"):
+            leave(part, f"nn.DataParallel copies the model onto {trainer.args.n_gpu} GPUs: start one process a GPU")
+    for part, why in _sharded_later(trainer).items():
+        leave(part, why)
+    own = own_loss(trainer)
+    if wanted["loss"] and own:
+        left["loss"] = _apply_trl_loss(trainer, base, own)
+        wanted["loss"] = False
+    elif wanted["loss"] and (liger := liger_loss(trainer)):
+        leave("loss", liger)
+    applied = speed_up(model, wanted, trainer.args.device)
+    if applied[0].on:
+        follow(trainer, base)
+    return tuple(left.get(one.part, one) for one in applied)
 
 
-def _follow(trainer: Any, base: Any) -> None:
-    """Give logits to whoever asks this trainer for outputs, and to nobody else."""
-    if "_stock_compute_loss" in trainer.__dict__:
-        return
-    from functools import partial
-
-    trainer._stock_compute_loss, trainer._stock_prediction_step = trainer.compute_loss, trainer.prediction_step
-    trainer.compute_loss = partial(_compute_loss, trainer)
-    trainer.prediction_step = partial(_prediction_step, trainer)
-
-
-def _compute_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-    from phi3_lora_plugin.speed.loss import asked
-
-    base = _base(self.accelerator.unwrap_model(model))
-    if not return_outputs or base.__dict__.get("_asked") == "loss":
-        return self._stock_compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-    with asked(base, "logits"):
-        return self._stock_compute_loss(model, inputs, return_outputs=True, **kwargs)
-
-
-def _prediction_step(self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **kwargs: Any) -> Any:
-    from phi3_lora_plugin.speed.loss import asked
-
-    base = _base(self.accelerator.unwrap_model(model))
-    with asked(base, "loss" if prediction_loss_only else "logits"):
-        return self._stock_prediction_step(model, inputs, prediction_loss_only, *rest, **kwargs)
+def _sharded_later(trainer: Any) -> dict[str, str]:
+    """Part -> why it gives way to stock code in the wrappers that this trainer will put around the model."""
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        if getattr(plugin, "zero_stage", 0) == 3:
+            return {
+                "loss": f"ZeRO-3 partitions the head: {_ALL_LOGITS}",
+                "lora": "ZeRO-3 partitions parameters: PEFT's forward runs",
+            }
+    elif getattr(trainer, "is_fsdp_enabled", False):
+        plugin = trainer.accelerator.state.fsdp_plugin
+        if getattr(plugin, "fsdp_version", 1) == 1:
+            # transformers wraps with `peft.utils.other.fsdp_auto_wrap_policy`
+            return {"lora": "FSDP1 makes units of A and B, which are whole in their own forward only: PEFT's runs"}
+    return {}
 
 
 def _base(model: Any) -> Any:
@@ -145,34 +161,21 @@ def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
     return dict.fromkeys(PARTS, True) | dict(parts)
 
 
-def _computes_own_loss(trainer: Trainer) -> str | None:
-    from transformers import Trainer
-
-    if type(trainer).compute_loss is not Trainer.compute_loss:
-        return f"{type(trainer).__name__} computes the loss by itself"
-    if trainer.compute_loss_func is not None:
-        return "compute_loss_func wants logits"
-    if trainer.label_smoother is not None:
-        return "label smoothing wants logits"
-    return None
-
-
 def _apply_loss(model: Any, base: Any) -> Applied:
     from phi3_lora_plugin.speed.loss import fuse_loss, head_obstacle
 
     obstacle = head_obstacle(base)
     if obstacle is None:
         fuse_loss(base)
-    return Applied("loss", obstacle is None, obstacle or PARTS["loss"])
+    return Applied("loss", obstacle is None, f"{obstacle}: {_ALL_LOGITS}" if obstacle else PARTS["loss"])
 
 
-def _apply_trl_loss(trainer: Trainer, model: Any, own_loss: str) -> Applied:
+def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
     """The loss of a trainer that computes its own: of TRL's we know one that can be had from fewer positions."""
     if not any(parent.__module__.startswith("trl.") for parent in type(trainer).__mro__):
         return Applied("loss", False, own_loss)
     from phi3_lora_plugin.speed.trl_loss import fuse_trl_loss, trl_loss_obstacle
 
-    base = _base(model)
     obstacle = trl_loss_obstacle(trainer, base)
     if obstacle is None:
         fuse_trl_loss(base)
@@ -180,23 +183,24 @@ def _apply_trl_loss(trainer: Trainer, model: Any, own_loss: str) -> Applied:
 
 
 def _apply_lora(model: Any, base: Any) -> Applied:
-    from phi3_lora_plugin.speed.lora_linear import fuse_lora, fused_layers
+    from phi3_lora_plugin.speed.lora_swap import fuse_lora, fused_layers
 
     fuse_lora(model)
     count, others = fused_layers(model)
+    kept = "; ".join(f"{number} keep PEFT's forward: {why}" for why, number in others.items())
     if not count:
-        return Applied("lora", False, "no LoRA layer over a plain linear layer")
-    left = f", {others} other LoRA layers keep PEFT's forward" if others else ""
-    return Applied("lora", True, f"{count} layers{left}")
+        return Applied("lora", False, kept or "no LoRA layer over a plain linear layer")
+    return Applied("lora", True, f"{count} layers{'; ' if kept else ''}{kept}")
 
 
-def _apply_attention(model: Any, base: Any) -> Applied:
-    from phi3_lora_plugin.speed.documents import documents_obstacle, fuse_documents
+def _apply_attention(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+    from phi3_lora_plugin.speed.documents import attention_used, documents_obstacle, fuse_documents
 
     obstacle = documents_obstacle(base)
-    if obstacle is None:
-        fuse_documents(model, base)
-    return Applied("attention", obstacle is None, obstacle or PARTS["attention"])
+    if obstacle is not None:
+        return Applied("attention", False, obstacle)
+    fuse_documents(model, base, devices)
+    return Applied("attention", True, f"{PARTS['attention']}; {attention_used(base)}")
 
 
 def _apply_masters(model: Any, base: Any) -> Applied:
@@ -215,9 +219,10 @@ def _apply_host(model: Any, base: Any) -> Applied:
     return Applied("host", True, PARTS["host"])
 
 
+_ALL_LOGITS = "transformers computes the logits of every position"
+
 _APPLY = {
     "loss": _apply_loss,
-    "attention": _apply_attention,
     "lora": _apply_lora,
     "masters": _apply_masters,
     "host": _apply_host,

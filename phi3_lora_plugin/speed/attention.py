@@ -1,28 +1,28 @@
 """Attention over documents, one causal call each, so that no document ever sees another and no mask is built.
 
 A block-diagonal mask over a pack of S tokens costs S x S and takes SDPA off its fast kernels; one causal call a
-document costs the sum of their squares. The window of Phi-3-mini-4k (2,047 tokens) needs a mask only in documents
-that exceed it. On a GPU in half precision PyTorch's own variable-length kernel does all documents in one call.
+document costs the sum of their squares. The window of Phi-3-mini-4k (2,047 tokens) needs masks only in documents
+that exceed it. On a GPU in half precision a variable-length kernel does all documents in one call, where one is
+proved right (see `varlen_kernels`).
 """
 
 # This module registers functions with transformers; it is imported only inside functions.
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Sequence
 from contextvars import ContextVar
-from functools import cache, partial
 from typing import Any
 
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.error import Phi3LoraError
-
-log = logging.getLogger(__name__)
+from phi3_lora_plugin.speed.bounds import Documents
+from phi3_lora_plugin.speed.varlen_kernels import repeated
 
 #: The name in `AttentionInterface`. Without documents it is transformers' "sdpa", masks included.
 NAME = "phi3_documents"
+
+_LEAST_CHUNK = 512  # queries that share one mask, where documents exceed a window shorter than that
 
 
 def document_attention(
@@ -34,7 +34,7 @@ def document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    documents: Sequence[int] | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document, or transformers' SDPA where no documents are named.
@@ -42,13 +42,12 @@ def document_attention(
     Args:
         query: [1, heads, tokens, head size]; `key` and `value` have as many heads or an even share of them (GQA).
         attention_mask: None beside documents.
-        documents: first token of each document, and the end: [0, ..., tokens].
 
     Returns:
         ([1, tokens, heads, head size], None), as every attention function of transformers.
 
     Raises:
-        ValueError: a mask or a cache came along with documents, or they do not end where the tokens do.
+        Phi3LoraError: a mask or a cache came along with documents, or they do not end where the tokens do.
     """
     if documents is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -57,112 +56,82 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return stock
-    tokens = query.shape[2]
+    tokens, end = query.shape[2], documents.bounds[-1]
     if attention_mask is not None:
         raise Phi3LoraError("documents attend to themselves without attention_mask, and one came along")
-    if key.shape[2] != tokens or query.shape[0] != 1 or documents[-1] != tokens:
+    if key.shape[2] != tokens or query.shape[0] != 1 or end != tokens:
         raise Phi3LoraError(
-            f"documents end at {documents[-1]} in {query.shape[0]} row(s) of {tokens} queries and {key.shape[2]} keys; "
+            f"documents end at {end} in {query.shape[0]} row(s) of {tokens} queries and {key.shape[2]} keys; "
             "expected one row that ends there, without a cache"
         )
-    if dropout == 0.0 and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        out = _in_one_call(query, key, value, scaling, sliding_window, documents)
-        if out is not None:
-            return out, None
-    return _one_by_one(query, key, value, scaling, dropout, sliding_window, documents), None
+    windowed = sliding_window is not None and documents.longest > sliding_window
+    window = sliding_window if windowed else None
+    if torch.is_autocast_enabled(query.device.type):
+        # as autocast casts for SDPA: rotated queries and keys of a float32 base are float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    kernel = documents.kernels.kernel_for(query, windowed) if dropout == 0.0 else None
+    if kernel is not None:
+        return kernel(query, key, value, documents.limits, documents.longest, scaling, window), None
+    return one_by_one(query, key, value, documents.bounds, scaling, dropout, window), None
 
 
-def _one_by_one(
-    query: Any, key: Any, value: Any, scaling: float | None, dropout: float, window: int | None, bounds: Sequence[int]
+def one_by_one(
+    query: Any, key: Any, value: Any, bounds: Sequence[int], scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
-    """[1, tokens, heads, head size]; the twin of the kernel."""
-    parts = [
-        _causal(
-            query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], scaling, dropout, window
-        ).transpose(1, 2)
-        for start, stop in zip(bounds, bounds[1:], strict=False)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    """[1, tokens, heads, head size]; the twin of the kernels."""
+    parts = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        q, k, v = (part[:, :, start:stop] for part in (query, key, value))
+        if window is not None and stop - start > window:
+            parts += _over_the_window(q, k, v, scaling, dropout, window)
+        else:
+            parts.append(_attend(q, k, v, None, scaling, dropout))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return out.transpose(1, 2)
 
 
-def _causal(
-    query: Any, key: Any, value: Any, scaling: float | None, dropout: float, window: int | None
-) -> torch.Tensor:
-    tokens = query.shape[2]
-    mask = None
-    if window is not None and tokens > window:
+def _over_the_window(
+    query: Any, key: Any, value: Any, scaling: float | None, dropout: float, window: int
+) -> list[torch.Tensor]:
+    """One document a few queries at a time, each with the keys that some of them see: a long one has no S x S mask."""
+    tokens, step = query.shape[2], max(window, _LEAST_CHUNK)
+    parts = []
+    for start in range(0, tokens, step):
+        stop, first = min(start + step, tokens), max(0, start - window + 1)
         # transformers lets a token see the `window` last ones, itself included
-        distance = torch.arange(tokens, device=query.device)
-        distance = distance[:, None] - distance[None, :]
-        mask = (distance >= 0) & (distance < window)
+        mask = torch.ones(stop - start, stop - first, dtype=torch.bool, device=query.device)
+        mask = mask.tril(start - first).triu(start - first - window + 1)
+        inside = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
+        parts.append(_attend(*inside, mask, scaling, dropout))
+    return parts
+
+
+def _attend(query: Any, key: Any, value: Any, mask: Any, scaling: float | None, dropout: float) -> torch.Tensor:
+    """[1, heads, queries, head size]; causal unless there is a mask."""
+    causal = mask is None
+    shared = query.shape[1] != key.shape[1]
+    if shared and not _shares_keys(query, key, value, mask, dropout):
+        key, value, shared = repeated(key, query.shape[1]), repeated(value, query.shape[1]), False
+    # The argument came with torch 2.5; without shared keys it is not needed.
+    gqa = {"enable_gqa": True} if shared else {}
     return torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, **gqa
     )
 
 
-def _in_one_call(
-    query: Any, key: Any, value: Any, scaling: float | None, window: int | None, bounds: Sequence[int]
-) -> torch.Tensor | None:
-    """[1, tokens, heads, head size] from PyTorch's kernel (2.10 and later), where it is there and proved right."""
-    sizes = (query.shape[1], key.shape[1], query.shape[3], window is not None)
-    if not _kernel_is_right(str(query.device), query.dtype, *sizes):
-        return None
-    return _kernel(query, key, value, scaling, window, bounds)
+def _shares_keys(query: Any, key: Any, value: Any, mask: Any, dropout: float) -> bool:
+    """Whether a fast kernel of SDPA shares keys among heads here; where none does, it takes S x S a head.
 
-
-def _kernel(
-    query: Any, key: Any, value: Any, scaling: float | None, window: int | None, bounds: Sequence[int]
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    limits = torch.tensor(bounds, dtype=torch.int32, device=query.device)
-    longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
-    rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
-    out: torch.Tensor = varlen_attn(
-        *rows,
-        limits,
-        limits,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[None]
-
-
-@cache
-def _kernel_is_right(
-    device: str, dtype: torch.dtype, heads: int, key_heads: int, head_size: int, windowed: bool
-) -> bool:
-    """Whether the kernel is there and gives, with gradients, what one SDPA call a document gives; tried once."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-            return False
-        draw = torch.Generator(device).manual_seed(0)
-        shapes = [(1, count, 40, head_size) for count in (heads, key_heads, key_heads)]
-        inputs = [torch.randn(shape, generator=draw, device=device, dtype=dtype) for shape in shapes]
-        window, bounds = (7 if windowed else None), [0, 3, 24, 40]
-        results = []
-        for fast in (True, False):
-            with torch.enable_grad():
-                q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
-                one_call = partial(_kernel, q, k, v, None) if fast else partial(_one_by_one, q, k, v, None, 0.0)
-                out = one_call(window, bounds)
-                results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
-        return all(torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.05) for a, b in zip(*results, strict=True))
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        log.info("documents attend one by one: %s", error)
+    Flash takes no mask and memory-efficient attention no shared keys (pytorch/pytorch, `sdp_utils.cpp`).
+    """
+    if mask is not None:
         return False
+    if query.device.type != "cuda":
+        return bool(query.device.type == "cpu")
+    from torch.backends.cuda import SDPAParams, can_use_flash_attention
+
+    return bool(can_use_flash_attention(SDPAParams(query, key, value, None, dropout, True, True)))
 
 
 def register_attention() -> str:

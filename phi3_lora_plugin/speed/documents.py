@@ -1,27 +1,42 @@
-"""Training batches without their padding: rows and packs become one row of documents that attend to themselves.
+"""Batches without their padding: rows and packs become one row of documents that attend to themselves.
 
 A batch padded to its longest row spends as much on padding as on text of the same length, in every layer. Here the
 decoder sees the real tokens only, end to end, and its hidden states are put back where they belong: whatever stands
-above it (our loss, TRL's head, stock code) sees the shapes it knows.
+above it (our loss, TRL's head, stock code) sees the shapes it knows. Embeddings are made before, in the shape of the
+batch, wherever something hangs on them: NEFTune scales its noise by that shape.
 """
 
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID253
 
-from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import rope_of
+from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
+from phi3_lora_plugin.speed.bounds import Documents, PackingError, packed, refuse_mask, right_padded
+from phi3_lora_plugin.speed.varlen_kernels import Kernels
+
+__all__ = ["PackingError", "attention_used", "documents_obstacle", "fuse_documents", "restore_documents"]
 
 
-class PackingError(Phi3LoraError):
-    """A batch holds packed documents that stock code would let see each other."""
+@dataclass(frozen=True)
+class _Call:
+    """What the model that stands above the decoder was called with, as far as the decoder has to know it."""
+
+    labelled: bool = False
+    mask: Any = None
+    real: Any = None
+    """[rows, tokens] on the CPU: where `mask` has text; None if there is no such mask."""
+    trains_padding: bool = False
+    """Whether what is padding for attention is text for the loss: then its hidden states count, and stay stock's."""
 
 
 def documents_obstacle(base: Any) -> str | None:
@@ -34,37 +49,37 @@ def documents_obstacle(base: Any) -> str | None:
     return None
 
 
-def fuse_documents(model: Any, base: Any) -> None:
+def fuse_documents(model: Any, base: Any, devices: Iterable[torch.device] = ()) -> None:
     """Let the decoder of `base` take padding out and packs apart; `restore_documents` takes it back.
 
     Args:
         model: what a Trainer calls: `base` itself, or PEFT around it.
+        devices: where it will run, beside where it is; the kernels of attention are tried there, now.
     """
     decoder = base.model
-    if "_stock_forward" in decoder.__dict__:
-        return
-    decoder._stock_forward, decoder._stock_attention = decoder.forward, base.config._attn_implementation
-    decoder._keep_padding = False
-    # Where dropout draws for every position, another shape would draw others: the same losses need the same shape.
-    decoder._same_shape = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    decoder.forward = partial(_forward, decoder)
-    rotary = decoder.rotary_emb
-    rotary._documents, rotary._stock_forward = None, rotary.forward
-    rotary._original_context = _original_context(base.config)
-    rotary.forward = partial(_rotary, rotary)
-    if decoder._stock_attention == "sdpa":
-        base.set_attn_implementation(register_attention())
+    if "_stock_forward" not in decoder.__dict__:
+        decoder._stock_forward, decoder._stock_attention = decoder.forward, base.config._attn_implementation
+        decoder._call, decoder._dropouts, decoder._kernels = _Call(), None, Kernels()
+        decoder.forward = partial(_forward, decoder)
+        rotary = decoder.rotary_emb
+        rotary._documents, rotary._stock_forward = None, rotary.forward
+        rotary._original_context = _original_context(base.config)
+        rotary.forward = partial(_rotary, rotary)
+        if decoder._stock_attention == "sdpa":
+            base.set_attn_implementation(register_attention())
 
-    # `partial` and methods, not closures: a copy of the model then has hooks of its own, and it can be pickled
-    look = partial(_look, decoder)
-    tops = {id(model): model, id(base): base}.values()
-    decoder._looks = [top.register_forward_pre_hook(look, with_kwargs=True) for top in tops]
+        # `partial` and methods, not closures: a copy of the model then has hooks of its own, and it can be pickled
+        look = partial(_look, decoder)
+        tops = {id(model): model, id(base): base}.values()
+        decoder._looks = [top.register_forward_pre_hook(look, with_kwargs=True) for top in tops]
+    if base.config._attn_implementation == NAME:
+        decoder._kernels = _proved(decoder, devices)
 
 
 def restore_documents(base: Any) -> None:
     """Undo `fuse_documents`."""
-    decoder = getattr(base, "model", None)
-    if decoder is None or "_stock_forward" not in decoder.__dict__:
+    decoder = next((each for each in base.modules() if "_stock_attention" in each.__dict__), None)
+    if decoder is None:
         return
     for handle in decoder._looks:
         handle.remove()
@@ -72,27 +87,60 @@ def restore_documents(base: Any) -> None:
         base.set_attn_implementation(decoder._stock_attention)
     for module in (decoder, decoder.rotary_emb):
         del module.forward
-        for name in (
-            "_stock_forward",
-            "_stock_attention",
-            "_keep_padding",
-            "_same_shape",
-            "_looks",
-            "_documents",
-            "_original_context",
-        ):
+        for name in _OURS:
             module.__dict__.pop(name, None)
 
 
+_OURS = (
+    "_stock_forward", "_stock_attention", "_call", "_dropouts", "_kernels", "_looks", "_documents", "_original_context"
+)  # fmt: skip
+
+
+def attention_used(base: Any) -> str:
+    """Which attention runs in the fused `base`, and why not a better one."""
+    if base.config._attn_implementation != NAME:
+        return f"{base.config._attn_implementation} of transformers, as asked for"
+    return str(base.model._kernels)
+
+
+def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
+    """What `decoder` has proved already, and what holds on devices that are new."""
+    attention = next(each for each in decoder.modules() if hasattr(each, "qkv_proj") and hasattr(each, "scaling"))
+    config, known = decoder.config, decoder._kernels
+    tried = {device for device, _, _ in (*known.proved, *known.refused)}
+    places = {str(place): place for place in (*_cards(decoder), *devices)}
+    new = varlen_kernels.prove(
+        [place for name, place in places.items() if name not in tried],
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        attention.head_dim,
+        attention.scaling,
+        getattr(config, "sliding_window", None),
+    )
+    return Kernels(known.proved | new.proved, known.refused | new.refused)
+
+
+def _cards(decoder: Any) -> set[torch.device]:
+    """The GPUs that the decoder is on, or, while it is still on the CPU, the one that it will be moved to."""
+    found = {parameter.device for parameter in decoder.parameters()}
+    cards = {device for device in found if device.type == "cuda"}
+    if not cards and all(device.type == "cpu" for device in found) and torch.cuda.is_available():
+        cards.add(torch.device("cuda", torch.cuda.current_device()))
+    return cards
+
+
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
-    decoder._keep_padding = _supervised_padding(kwargs.get("labels"), kwargs.get("attention_mask"))
-
-
-def _supervised_padding(labels: Any, mask: Any) -> bool:
-    """Whether what is padding for attention is text for the loss: then its hidden states count, and stay stock's."""
-    if labels is None or mask is None or mask.shape != labels.shape:
-        return False
-    return bool(((mask == 0) & (labels != -100)).any())
+    if args:  # positional arguments by their names
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
+    if not torch.is_tensor(mask) or mask.dim() != 2 or mask.dtype.is_floating_point:
+        decoder._call = _Call(labels is not None)
+    elif labels is None or mask.shape != labels.shape:
+        decoder._call = _Call(labels is not None, mask, mask.ne(0).cpu())
+    else:  # both in one go: each transfer waits for the card
+        real, supervised = torch.stack([mask != 0, labels != -100]).cpu()
+        decoder._call = _Call(True, mask, real, bool((supervised & ~real).any()))
 
 
 def _forward(
@@ -106,6 +154,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     given = inputs_embeds if input_ids is None else input_ids
+    call, self._call = self._call, _Call()  # of this call alone: the decoder is called without its model, too
 
     def stock(**changes: Any) -> Any:
         inputs = dict(
@@ -120,28 +169,41 @@ def _forward(
 
     if given is None or past_key_values is not None or _wants_more(self, kwargs):
         return stock()
+    real = call.real if attention_mask is call.mask else None
     starts = kwargs.get("cu_seq_lens_q")
     if starts is not None or position_ids is not None:
-        bounds = _packed(given, position_ids, starts)
+        bounds = packed(given, position_ids, starts, real)
         if bounds is not None:
-            _refuse_mask(attention_mask, given)
+            refuse_mask(attention_mask, given)
             return _flat(self, given, position_ids, None, bounds, kwargs, input_ids is None, by_document=True)
         if starts is not None:
             return stock()
-    if not self.training or attention_mask is None or attention_mask.shape != given.shape[:2] or self._keep_padding:
+    if not _cacheless(self, use_cache, call.labelled) or call.trains_padding:
         return stock()
-    lengths = _right_padded(attention_mask)
-    if lengths is None:
+    rows, width = given.shape[:2]
+    if attention_mask is None:
+        lengths = [width] * rows
+    elif attention_mask.shape != given.shape[:2] or attention_mask.dtype.is_floating_point:
         return stock()
-    if min(lengths) == given.shape[1] or self._same_shape or _switches_rope(self, lengths, given.shape[1]):
+    else:
+        real = attention_mask.ne(0).cpu() if real is None else real
+        found = right_padded(real)
+        if found is None:
+            return stock()
+        lengths = found
+    full = min(lengths) == width
+    window = getattr(self.config, "sliding_window", None)
+    if full and (window is None or width <= window):
+        return stock(attention_mask=None, use_cache=False)
+    if max(lengths) == 0:
+        return stock()
+    if (self.training and _draws(self)) or _switches_rope(self, lengths, width):
         return stock(attention_mask=None, use_cache=False)
     bounds = [0]
     for length in lengths:
         if length:
             bounds.append(bounds[-1] + length)
-    if len(bounds) == 1:
-        return stock()
-    return _flat(self, given, position_ids, attention_mask.bool(), bounds, kwargs, input_ids is None)
+    return _flat(self, given, position_ids, None if full else real, bounds, kwargs, input_ids is None)
 
 
 def _wants_more(decoder: Any, kwargs: Any) -> bool:
@@ -152,43 +214,29 @@ def _wants_more(decoder: Any, kwargs: Any) -> bool:
     )
 
 
-def _packed(given: Any, position_ids: Any, starts: Any) -> list[int] | None:
-    """[documents + 1] bounds over all rows end to end, if a row holds several documents; None if each is one."""
-    rows, tokens = given.shape[:2]
-    if starts is not None:
-        bounds = [int(bound) for bound in starts.tolist()]
-        if rows != 1 or bounds[0] != 0 or bounds[-1] != tokens:
-            raise PackingError(
-                f"packed documents end at {bounds[-1]} in {rows} row(s) of {tokens} tokens; expected one row"
-            )
-        return bounds
-    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
-        return None
-    new = position_ids.diff(dim=1).ne(1)  # transformers' own sign of a new document
-    if not bool(new.any()):
-        return None
-    first = torch.ones_like(new[:, :1])
-    flat = torch.cat([first, new], dim=1).expand(rows, tokens).reshape(-1)
-    return [*flat.nonzero().flatten().tolist(), rows * tokens]
+def _cacheless(decoder: Any, use_cache: bool | None, labelled: bool) -> bool:
+    """Whether nobody wants keys and values back. Who computes a loss does not, unless they say so."""
+    if use_cache is None:
+        return decoder.training or labelled or not decoder.config.use_cache
+    return not use_cache
 
 
-def _refuse_mask(mask: Any, given: Any) -> None:
-    if mask is None:
-        return
-    raise PackingError(
-        f"attention_mask {tuple(mask.shape)} came along with documents packed into {given.shape[0]} row(s): beside it "
-        "transformers ignores where documents begin and lets them see each other; leave attention_mask out of the batch"
-    )
-
-
-def _right_padded(mask: Any) -> list[int] | None:
-    """Tokens of each row, if padding stands on the right only."""
-    if mask.dtype.is_floating_point:
-        return None
-    real = mask != 0
-    if bool((real[:, 1:] & ~real[:, :-1]).any()):
-        return None
-    return [int(count) for count in real.sum(dim=1).tolist()]
+def _draws(decoder: Any) -> bool:
+    """Whether dropout draws a number for every position: the same losses then need the same shape as stock's."""
+    if getattr(decoder.config, "attention_dropout", 0.0):
+        return True
+    parts = [part for layer in decoder.layers for block in layer.children() for part in block.children()]
+    known = decoder._dropouts
+    if known is None or len(known[0]) != len(parts) or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+        # Adapters come and go: the walk over all modules is made again when a projection is another object.
+        kinds = (torch.nn.ModuleDict, torch.nn.modules.dropout._DropoutNd)
+        holders = [module for module in decoder.modules() if isinstance(module, kinds)]
+        known = decoder._dropouts = parts, holders
+    for holder in known[1]:
+        for module in holder.values() if isinstance(holder, torch.nn.ModuleDict) else (holder,):
+            if getattr(module, "p", 0.0):
+                return True
+    return False
 
 
 def _switches_rope(decoder: Any, lengths: Sequence[int], width: int) -> bool:
@@ -213,24 +261,30 @@ def _flat(
     embedded: bool,
     by_document: bool = False,
 ) -> Any:
-    """Run the decoder on one row; `real` [rows, tokens] says which positions are text, None for all of them."""
+    """Run the decoder on one row; `real` [rows, tokens] on the CPU says which positions are text, None for all."""
     rows, tokens = given.shape[:2]
+    if not embedded and _hangs_on(decoder.embed_tokens):
+        given, embedded = decoder.embed_tokens(given), True
     if position_ids is None:
-        ends = torch.arange(tokens, device=given.device)
-        position_ids = ends[None]
-    positions = position_ids.expand(rows, tokens)
+        position_ids = torch.arange(tokens, device=given.device)[None]
+    flat = given.reshape(1, rows * tokens, *given.shape[2:])
+    positions = position_ids.expand(rows, tokens).reshape(1, -1)
+    where = None
     if real is not None:
-        flat, positions = given[real][None], positions[real][None]
-    else:
-        flat, positions = given.reshape(1, rows * tokens, *given.shape[2:]), positions.reshape(1, -1)
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        where = _to(real.flatten().nonzero().flatten(), given.device)
+        flat, positions = flat.index_select(1, where), positions.index_select(1, where)
+    documents = Documents(bounds, given.device, decoder._kernels)
     extra = {name: value for name, value in kwargs.items() if name not in _FLASH}
     if decoder.config._attn_implementation == NAME:
-        extra["documents"] = tuple(bounds)
+        extra["documents"] = documents
     else:  # a flash kernel of transformers
-        limits = torch.tensor(bounds, dtype=torch.int32, device=given.device)
-        extra |= dict(cu_seq_lens_q=limits, cu_seq_lens_k=limits, max_length_q=max(lengths), max_length_k=max(lengths))
-    decoder.rotary_emb._documents = tuple(bounds) if by_document else None
+        extra |= dict(
+            cu_seq_lens_q=documents.limits,
+            cu_seq_lens_k=documents.limits,
+            max_length_q=documents.longest,
+            max_length_k=documents.longest,
+        )
+    decoder.rotary_emb._documents = documents.bounds if by_document else None
     token = by_documents.set(True)
     try:
         outputs = decoder._stock_forward(
@@ -244,15 +298,28 @@ def _flat(
         by_documents.reset(token)
         decoder.rotary_emb._documents = None
     hidden = outputs.last_hidden_state
-    if real is None:
+    if where is None:
         hidden = hidden.view(rows, tokens, -1)
     else:
         padded = hidden.new_zeros(rows * tokens, hidden.shape[-1])
-        hidden = padded.index_copy(0, real.flatten().nonzero().flatten(), hidden[0]).view(rows, tokens, -1)
+        hidden = padded.index_copy(0, where, hidden[0]).view(rows, tokens, -1)
     return BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
 _FLASH = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "documents")
+
+
+def _hangs_on(embedding: Any) -> bool:
+    """Whether more happens at the embedding than a look-up: NEFTune's hook, an adapter, another forward."""
+    plain = type(embedding) is torch.nn.Embedding and "forward" not in embedding.__dict__
+    return not plain or bool(embedding._forward_hooks or embedding._forward_pre_hooks)
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for the device."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _rotary(self: Any, x: Any, position_ids: Any) -> Any:

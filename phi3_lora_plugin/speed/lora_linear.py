@@ -5,6 +5,7 @@ it to the adapter's float32), the scaled copy and the out-sized sums are never m
 differentiated. Only the class of PEFT's layer is swapped: parameters, keys, files, merge and resume stay PEFT's.
 
 A 4-bit weight is unpacked once in each direction, into one buffer that all layers share (see lora_linear4bit.py).
+A layer whose parameters are not whole where they lie (FSDP, ZeRO-3, DTensors) takes PEFT's forward (see shards.py).
 """
 
 # This module defines subclasses of something heavy; it is imported only inside functions.
@@ -15,7 +16,11 @@ from typing import Any
 
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
-from peft.tuners.lora.layer import LoraLayer  # noqa: TID253
+
+from phi3_lora_plugin.lora.slices import SlicedLinear
+from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
+
+_FEW = 16  # rows, up to which a pass over A and B costs more than one over them
 
 #: One block of a block-diagonal B: (first row, end of rows, first column, end of columns).
 Block = tuple[int, int, int, int]
@@ -41,7 +46,8 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
         unpack: Callable[[], Any] | None,
     ) -> Any:
         down = (x if seen is None else seen) @ a.t().to(x.dtype)
-        out = torch.nn.functional.linear(x, weight if unpack is None else unpack(), bias)
+        # A weight of another dtype (autocast) is cast again in backward: kept, it would be a copy of the whole base.
+        out = torch.nn.functional.linear(x, weight.to(x.dtype) if unpack is None else unpack(), bias)
         up = b.to(x.dtype)
         for top, bottom, left, right in blocks or ((0, b.shape[0], 0, b.shape[1]),):
             out[:, top:bottom].addmm_(down[:, left:right], up[top:bottom, left:right].t(), alpha=scaling)
@@ -62,7 +68,7 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
         grad_a = (grad_down.t() @ seen).to(a.dtype)
         grad_x = grad_seen = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight if ctx.unpack is None else ctx.unpack())
+            grad_x = grad @ (weight.to(grad.dtype) if ctx.unpack is None else ctx.unpack())
         if ctx.dropped:
             grad_seen = grad_down @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
         elif grad_x is not None:
@@ -77,14 +83,18 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
         """x [..., in] -> [..., out]."""
         adapter = single_adapter(self)
         base = self.base_layer
-        if adapter is None or args or kwargs or type(base) is not torch.nn.Linear or base.weight.requires_grad:
+        if adapter is None or args or kwargs or base.weight.requires_grad:
             return super().forward(x, *args, **kwargs)
-        weight, bias = base.weight, base.bias
+        if obstacle := linear_obstacle(base) or parts_obstacle(self, adapter):
+            say_once(f"lora: PEFT's forward runs in layers with {obstacle}")
+            return super().forward(x, *args, **kwargs)
+        bias = base.bias
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return fused(self, adapter, x, weight, bias)
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = None if bias is None else bias.to(x.dtype)
+        elif x.dtype != base.weight.dtype:
+            return super().forward(x, *args, **kwargs)
+        return fused(self, adapter, x, base.weight, bias)
 
 
 def fused(
@@ -101,11 +111,23 @@ def fused(
     rows = x.reshape(-1, x.shape[-1])
     dropped = layer.training and not isinstance(dropout, torch.nn.Identity)
     seen = dropout(x).reshape(-1, x.shape[-1]) if dropped else None
+    blocks = _rows_and_columns(lora_b)
     with torch.autocast(x.device.type, enabled=False):
+        if len(rows) <= _FEW and not torch.is_grad_enabled() and a.dtype != x.dtype and not blocks:
+            few = _few_rows(
+                rows, weight if unpack is None else unpack(), bias, a, lora_b.weight, layer.scaling[adapter]
+            )
+            return few.view(*x.shape[:-1], -1)
         out: torch.Tensor = _LoraLinear.apply(
-            rows, seen, weight, bias, a, lora_b.weight, layer.scaling[adapter], _rows_and_columns(lora_b), unpack
+            rows, seen, weight, bias, a, lora_b.weight, layer.scaling[adapter], blocks, unpack
         )
     return out.view(*x.shape[:-1], -1)
+
+
+def _few_rows(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float) -> torch.Tensor:
+    """A token or so, as in generation: the rows are cast to the adapter's dtype, and not the adapter to theirs."""
+    out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    return out.add_((x.to(a.dtype) @ a.t()) @ b.t(), alpha=scaling)
 
 
 def single_adapter(layer: Any) -> str | None:
@@ -113,13 +135,20 @@ def single_adapter(layer: Any) -> str | None:
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     adapter = layer.active_adapters[0]
-    if adapter not in layer.lora_A or adapter in layer.lora_variant:
+    if adapter not in layer.lora_A or adapter in layer.lora_variant or "_stock" in layer.__dict__:
         return None
     if not isinstance(layer.scaling[adapter], float | int):
         return None
-    if layer.lora_A[adapter].bias is not None or layer.lora_B[adapter].bias is not None:
+    if any(getattr(part[adapter], "bias", None) is not None for part in (layer.lora_A, layer.lora_B)):
         return None
     return str(adapter)
+
+
+def parts_obstacle(layer: Any, adapter: str) -> str | None:
+    """Why A and B of an adapter must not be read past their own forward; None if they may."""
+    return linear_obstacle(layer.lora_A[adapter]) or linear_obstacle(
+        layer.lora_B[adapter], (torch.nn.Linear, SlicedLinear)
+    )
 
 
 def _rows_and_columns(lora_b: Any) -> tuple[Block, ...]:
@@ -129,41 +158,3 @@ def _rows_and_columns(lora_b: Any) -> tuple[Block, ...]:
         found.append((block.start, block.stop, left, left + block.rank))
         left += block.rank
     return tuple(found)
-
-
-def fuse_lora(model: torch.nn.Module) -> int:
-    """Swap the class of every PEFT layer over a plain or 4-bit linear layer; return how many. See `restore_lora`."""
-    classes = _fused_classes()
-    layers = [module for module in model.modules() if type(module) in classes and not module.fan_in_fan_out]
-    layers = [layer for layer in layers if type(layer) is not PeftLinear or type(layer.base_layer) is torch.nn.Linear]
-    for layer in layers:
-        layer.__class__ = classes[type(layer)]
-    return len(layers)
-
-
-def fused_layers(model: torch.nn.Module) -> tuple[int, int]:
-    """(LoRA layers that are fused, LoRA layers that are not)."""
-    classes = set(_fused_classes().values())
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    count = sum(type(layer) in classes for layer in layers)
-    return count, len(layers) - count
-
-
-def restore_lora(model: torch.nn.Module) -> None:
-    """Undo `fuse_lora`."""
-    stock = {mine: theirs for theirs, mine in _fused_classes().items()}
-    for module in model.modules():
-        if type(module) in stock:
-            module.__class__ = stock[type(module)]
-
-
-def _fused_classes() -> dict[type, type]:
-    """PEFT's classes, and ours in their places; of 4-bit layers only where bitsandbytes is installed."""
-    classes: dict[type, type] = {PeftLinear: FusedLoraLinear}
-    try:
-        from peft.tuners.lora.bnb import Linear4bit
-
-        from phi3_lora_plugin.speed.lora_linear4bit import FusedLoraLinear4bit
-    except ImportError:
-        return classes
-    return classes | {Linear4bit: FusedLoraLinear4bit}

@@ -13,7 +13,8 @@ import bitsandbytes as bnb  # noqa: TID253
 import torch  # noqa: TID253
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit  # noqa: TID253
 
-from phi3_lora_plugin.speed.lora_linear import fused, single_adapter
+from phi3_lora_plugin.speed.lora_linear import fused, parts_obstacle, single_adapter
+from phi3_lora_plugin.speed.shards import say_once
 
 #: One buffer a device and dtype, as large as the largest weight met.
 _scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
@@ -29,6 +30,9 @@ class FusedLoraLinear4bit(PeftLinear4bit):  # type: ignore[misc]
         state = getattr(base.weight, "quant_state", None)
         if adapter is None or args or kwargs or not _known(base, state):
             return super().forward(x, *args, **kwargs)
+        if obstacle := parts_obstacle(self, adapter):
+            say_once(f"lora: PEFT's forward runs in layers with {obstacle}")
+            return super().forward(x, *args, **kwargs)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -42,6 +46,7 @@ def _known(base: Any, state: Any) -> bool:
     """Whether the weight is packed the way that is meant here: not yet quantised, or repacked for a CPU, it is not."""
     return (
         type(base) is bnb.nn.Linear4bit
+        and not (base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__)
         and state is not None
         and state.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not getattr(state, "packing_format_for_cpu", False)

@@ -17,8 +17,13 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
+from phi3_lora_plugin.speed.shards import shard_obstacle
+
 #: Rows of logits held at one time; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
+
+# float16 ends at 6e-8, and probabilities of a large vocabulary are smaller: their gradients are formed in this scale.
+_FLOAT16_SCALE = 256.0
 
 
 class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
@@ -34,6 +39,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         entropy: Any = torch.empty_like(losses) if stats else None
         right: Any = torch.empty_like(targets, dtype=torch.bool) if stats else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             rows, labels = hidden[chunk], targets[chunk]
@@ -48,6 +54,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 # d loss / d logits = softmax - onehot, in place of the logits that nobody needs any more
                 share = share if stats else logits.sub_(norm).exp_()
                 share[torch.arange(len(rows), device=rows.device), labels] -= 1
+                share = share if ctx.scale == 1.0 else share.mul_(ctx.scale)
                 torch.mm(share.to(weight.dtype), weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
         if stats:
@@ -57,7 +64,11 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad_losses: Any, *others: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_losses[:, None].to(gradient.dtype), None, None, None, None
+        if ctx.scale == 1.0:
+            return gradient * grad_losses[:, None].to(gradient.dtype), None, None, None, None
+        # a scaler's 65,536 is itself more than float16 holds
+        wide = gradient.float() * (grad_losses[:, None] / ctx.scale)
+        return wide.to(gradient.dtype), None, None, None, None
 
 
 def supervised_rows(
@@ -107,8 +118,13 @@ def head_obstacle(model: Any) -> str | None:
     head: Any = getattr(model, "lm_head", None)
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not a plain linear layer: an adapter or quantisation sits on it"
-    if any(parameter.requires_grad for parameter in head.parameters()):
+    # not `parameters()`: inside a unit of FSDP1 there are none
+    if any(getattr(each, "requires_grad", False) for each in (head.weight, head.bias)):
         return "the head is trained, so its own gradient is needed"
+    if obstacle := shard_obstacle(head.weight):
+        return f"the head has {obstacle}"
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__:
+        return "hooks on the head, or a forward of its own, want its logits"
     if not hasattr(model, "model") or "loss_function" not in dir(model):
         return f"{type(model).__name__} is not laid out as a causal model of transformers"
     if getattr(model.config, "model_type", None) != "phi3":
@@ -129,10 +145,19 @@ def fuse_loss(model: Any) -> None:
     model.forward = partial(_forward, model)
 
 
+def only_if_asked(model: Any) -> None:
+    """From now on leave logits out inside `asked(model, "loss")` alone: whoever else calls the model gets them."""
+    model._asked = "logits"
+
+
 def restore_loss(model: Any) -> None:
     """Undo `fuse_loss`."""
-    if model.__dict__.pop("_stock_forward", None) is not None:
-        del model.forward, model._asked
+    if "_stock_forward" not in model.__dict__:
+        return
+    if getattr(model.__dict__.get("forward"), "func", None) is _forward:
+        del model.forward, model._asked, model._stock_forward
+    else:  # someone has put another forward over ours; from here on ours hands everything through
+        model._asked = "logits"
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Whether a layer's parameters can be read where they lie: of a sharded model they are whole only in its forward."""
+
+# Imported only inside functions, like everything that is heavy.
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch  # noqa: TID253
+
+log = logging.getLogger(__name__)
+
+
+def shard_obstacle(parameter: Any, shape: tuple[int, ...] | None = None) -> str | None:
+    """Why this parameter is not whole; None if it is.
+
+    Args:
+        shape: of the whole parameter, where it is known; FSDP1 leaves a piece of another shape, or nothing.
+    """
+    if parameter is None:
+        return "a parameter that FSDP has taken away"
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "ds_tensor"):
+        return "parameters partitioned by ZeRO-3"
+    if hasattr(parameter, "full_tensor"):
+        return "parameters that are DTensors"
+    if shape is not None and tuple(parameter.shape) != shape:
+        return "parameters that are shards"
+    return None
+
+
+def linear_obstacle(layer: Any, kinds: tuple[type, ...] = (torch.nn.Linear,)) -> str | None:
+    """Why the weights of this linear layer must not be read past its forward; None if they may."""
+    if type(layer) not in kinds:
+        return wrapper_of(layer) or f"a {type(layer).__name__}"
+    if layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__:
+        return "hooks on their parts"  # of whoever counts, offloads or moves them: ZeRO-3, accelerate
+    if type(layer.weight) not in _WHOLE and not type(layer.weight).__module__.startswith("torch._subclasses"):
+        return shard_obstacle(layer.weight) or f"weights of type {type(layer.weight).__name__}"
+    return shard_obstacle(layer.weight, (layer.out_features, layer.in_features))
+
+
+@cache
+def say_once(what: str) -> None:
+    """Warn, once a process, of a fast path that gives way while a model runs, because of how it was wrapped."""
+    log.warning("speed: %s", what)
+
+
+def wrapper_of(module: Any) -> str | None:
+    """That a module is a unit of FSDP by itself; None if it is not."""
+    name = type(module).__name__
+    if name == "FullyShardedDataParallel":
+        return "units of FSDP1"
+    return "units of FSDP2" if any(each.__name__ == "FSDPModule" for each in type(module).__mro__) else None
+
+
+_WHOLE = (torch.Tensor, torch.nn.Parameter)
