@@ -182,9 +182,18 @@ def on_a_card(card: Card) -> Iterator[Card]:
         card.reads.append(_where("tolist"))
         return tensor._value.tolist() if _has_value(tensor) else torch.ones(tensor.shape, dtype=tensor.dtype).tolist()
 
+    def on_host(tensor: Any) -> Any:
+        """One read, and everything that follows from it is on the host."""
+        card.reads.append(_where("cpu"))
+        if not _has_value(tensor):
+            raise RuntimeError(f"values that nobody knows before a real step are wanted: {_where('cpu')}")
+        with _disable_current_modes():
+            return tensor._value.clone()
+
     says = mock.patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True)
+    hosted = mock.patch.object(FakeTensor, "cpu", on_host)
     lists = mock.patch.object(FakeTensor, "tolist", tolist)
     is_hopper = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
-    with says, lists, is_hopper, pinned, card.fake, card, _Made(card):
+    with says, hosted, lists, is_hopper, pinned, card.fake, card, _Made(card):
         yield card

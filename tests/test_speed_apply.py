@@ -51,6 +51,12 @@ def run(folder: Path, parts: object, data: list[dict], steps: int = 6, **argumen
     return losses, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def arguments_of(folder: Path, **changes: object) -> TrainingArguments:
+    settings = dict(output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, logging_steps=1, seed=1)
+    settings |= dict(save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
+    return TrainingArguments(**(settings | changes))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "arguments", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}], ids=str
 )
@@ -130,7 +136,7 @@ def test_packed_training_equals_padded_training_on_the_same_rows(tmp_path: Path)
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
-def test_evaluation_builds_logits_only_for_who_asks(tmp_path: Path) -> None:
+def test_evaluation_builds_logits_only_for_who_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows(8)]
     arguments = dict(output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=4)
     arguments |= dict(remove_unused_columns=False, disable_tqdm=True)
@@ -141,6 +147,13 @@ def test_evaluation_builds_logits_only_for_who_asks(tmp_path: Path) -> None:
         return {}
 
     results, calls = {}, []
+    linear = torch.nn.Linear.forward
+    # not a hook: who hangs one on the head gets its logits
+    monkeypatch.setattr(
+        torch.nn.Linear,
+        "forward",
+        lambda self, x: (calls.append(1) if self.out_features == 512 else None, linear(self, x))[1],
+    )
     for asks in (None, metrics):
         for fast in (False, True):
             model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
@@ -148,7 +161,6 @@ def test_evaluation_builds_logits_only_for_who_asks(tmp_path: Path) -> None:
             if fast:
                 accelerate_phi3(trainer)
                 calls.clear()
-                model.get_base_model().lm_head.register_forward_hook(lambda *_: calls.append(1))
             results[asks is None, fast] = trainer.evaluate()["eval_loss"]
         assert bool(calls) is (asks is not None)  # the loss alone never goes through the head as a module
         assert results[asks is None, True] == pytest.approx(results[asks is None, False], rel=1e-6)
@@ -158,7 +170,89 @@ def test_evaluation_builds_logits_only_for_who_asks(tmp_path: Path) -> None:
     _, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
     assert outputs.logits.shape == (8, 20, 512)
     assert trainer.predict(data).predictions.shape == (8, 20, 512)
-    assert model.train()(**batch).logits is None
+    assert model.train()(**batch).logits.shape == (8, 20, 512)
+    calls.clear()
+    trainer.compute_loss(model, dict(batch)).backward()
+    assert not calls
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loss_of_one_s_own_on_the_trainer_gets_logits(tmp_path: Path, when: str) -> None:
+    def own(model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        outputs = model(**inputs)
+        loss = outputs.logits.float().logsumexp(-1).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    found = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
+        trainer = Trainer(model, arguments_of(tmp_path), train_dataset=rows())  # type: ignore[arg-type]
+        if when == "before":
+            trainer.compute_loss = own
+        if fast:
+            loss = accelerate_phi3(trainer)[0]
+            assert loss.on is (when == "after")
+            if when == "before":
+                assert loss.why == "compute_loss of this trainer was replaced"
+        trainer.compute_loss = own
+        trainer.train()
+        found.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_hooks_on_the_head_see_logits_and_the_loss_stays(tmp_path: Path) -> None:
+    losses, seen = [], []
+    for hooked in (False, True):
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS)).train()
+        speed_up(model)
+        if hooked:
+            model.get_base_model().lm_head.register_forward_hook(lambda *_: seen.append(_[2].shape))
+        ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert seen == [(2, 9, 512)] and losses[1] == pytest.approx(losses[0], rel=1e-6)
+    (loss, *_) = speed_up(model)
+    assert not loss.on and "hooks on the head" in loss.why and "logits of every position" in loss.why
+
+
+def test_two_gpus_in_one_process_get_what_survives_copies_of_the_model(tmp_path: Path) -> None:
+    trainer = Trainer(
+        get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS)),
+        arguments_of(tmp_path),
+        train_dataset=rows(),  # type: ignore[arg-type]
+    )
+    trainer.args._n_gpu = 2
+    applied = {one.part: one for one in accelerate_phi3(trainer)}
+    assert [part for part, one in applied.items() if one.on] == ["lora", "masters"]
+    assert applied["attention"].why == "nn.DataParallel copies the model onto 2 GPUs: start one process a GPU"
+    replica = trainer.model._replicate_for_data_parallel()
+    assert replica.forward.__self__ is replica
+
+
+def test_liger_leaves_the_loss_to_us_unless_it_was_asked_for(tmp_path: Path) -> None:
+    for asked, on in ((None, True), ({"rope": False}, True), ({"fused_linear_cross_entropy": True}, False)):
+        model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
+        trainer = Trainer(model, arguments_of(tmp_path), train_dataset=rows())  # type: ignore[arg-type]
+        trainer.args.use_liger_kernel, trainer.args.liger_kernel_config = True, asked
+        loss = accelerate_phi3(trainer)[0]
+        assert loss.on is on
+        if on:
+            ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            assert trainer.args.liger_kernel_config == (asked or {}) | ours
+        else:
+            assert loss.why == "Liger's fused_linear_cross_entropy was asked for"
+            assert trainer.args.liger_kernel_config == asked
+
+
+def test_a_forward_that_someone_put_over_ours_stays_when_ours_goes() -> None:
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS)).train()
+    base = model.get_base_model()
+    ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    speed_up(model)
+    ours, calls = base.forward, []
+    base.forward = lambda *args, **kwargs: (calls.append(1), ours(*args, **kwargs))[1]  # as Liger does
+    slow_down(model)
+    assert model(input_ids=ids, labels=ids).logits.shape == (2, 9, 512) and calls == [1]
 
 
 def test_copies_and_pickles_of_a_fast_model_are_their_own() -> None:

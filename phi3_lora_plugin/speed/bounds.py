@@ -3,6 +3,7 @@
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch  # noqa: TID253
@@ -27,41 +28,97 @@ class Documents:
         """`bounds`: first token of each document, and the end: [0, ..., tokens]."""
         self.bounds = tuple(bounds)
         self.longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
-        limits = torch.tensor(bounds, dtype=torch.int32)
-        # From pinned memory the host does not wait for the card.
-        self.limits = limits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else limits.to(device)
+        self.limits = to_device(torch.tensor(bounds, dtype=torch.int32), device)
         self.kernels = kernels
 
 
-def packed(given: Any, position_ids: Any, starts: Any, real: torch.Tensor | None = None) -> list[int] | None:
+@dataclass(frozen=True)
+class Facts:
+    """What a batch says of itself, read to the host in one go: each read waits for the card."""
+
+    of: tuple[Any, ...] = ()
+    """The tensors that were read: labels, attention_mask, cu_seq_lens_q, position_ids."""
+    real: torch.Tensor | None = None
+    """[rows, tokens]: where attention_mask has text; None without a mask of that shape."""
+    supervised: torch.Tensor | None = None
+    """[rows, tokens]: where labels are not -100."""
+    starts: list[int] | None = None
+    """`cu_seq_lens_q`, as transformers' collators name it."""
+    positions: torch.Tensor | None = None
+    """[rows, tokens]"""
+
+    def are_of(self, mask: Any, starts: Any, positions: Any) -> bool:
+        """Whether these are the facts of these tensors, and of whichever labels."""
+        return len(self.of) == 4 and all(a is b for a, b in zip(self.of[1:], (mask, starts, positions), strict=True))
+
+    def trains_padding(self) -> bool:
+        """Whether what is padding for attention is text for the loss."""
+        if self.real is None or self.supervised is None or self.real.shape != self.supervised.shape:
+            return False
+        return bool((self.supervised & ~self.real).any())
+
+
+def facts(labels: Any, mask: Any, starts: Any, positions: Any) -> Facts:
+    """Read what there is; see `Facts`."""
+    parts: dict[str, torch.Tensor] = {}
+    if torch.is_tensor(mask) and mask.dim() == 2 and not mask.dtype.is_floating_point:
+        parts["real"] = mask != 0
+    if torch.is_tensor(labels) and labels.dim() == 2:
+        parts["supervised"] = labels != -100
+    if torch.is_tensor(starts):
+        parts["starts"] = starts
+    if torch.is_tensor(positions) and positions.dim() == 2:
+        parts["positions"] = positions
+    found: dict[str, Any] = {}
+    if len({part.device for part in parts.values()}) == 1 and len(parts) > 1:
+        together = torch.cat([part.reshape(-1).to(torch.int32) for part in parts.values()]).cpu()
+        for (name, part), flat in zip(
+            parts.items(), together.split([part.numel() for part in parts.values()]), strict=True
+        ):
+            found[name] = flat.view(part.shape)
+    else:
+        found = {name: part.cpu() for name, part in parts.items()}
+    for name in {"real", "supervised"} & set(found):
+        found[name] = found[name].bool()
+    if "starts" in found:
+        found["starts"] = found["starts"].tolist()
+    return Facts((labels, mask, starts, positions), **found)
+
+
+def packed(given: Any, known: Facts) -> list[int] | None:
     """[documents + 1] bounds over all rows end to end, if a row holds several documents; None if each is one.
 
     Args:
         given: ids [rows, tokens] or embeddings [rows, tokens, width].
-        starts: `cu_seq_lens_q` as transformers' collators name it, or None.
-        real: [rows, tokens] on the CPU: what is text. Positions that jump in padding, or at its edge, part nothing.
 
     Raises:
         PackingError: the bounds do not fit the row.
     """
     rows, tokens = given.shape[:2]
-    if starts is not None:
-        bounds = [int(bound) for bound in starts.tolist()]
+    if known.starts is not None:
+        bounds = known.starts
         if rows != 1 or bounds[0] != 0 or bounds[-1] != tokens:
             raise PackingError(
                 f"packed documents end at {bounds[-1]} in {rows} row(s) of {tokens} tokens; expected one row"
             )
         return bounds
-    if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
+    if known.positions is None or known.positions.shape[1] != tokens:
         return None
-    new = position_ids.cpu().diff(dim=1).ne(1)  # transformers' own sign of a new document
-    if real is not None and real.shape == given.shape[:2]:
-        new = new & real[:, 1:] & real[:, :-1]
+    new = known.positions.diff(dim=1).ne(1)  # transformers' own sign of a new document
+    if known.real is not None and known.real.shape == (rows, tokens):
+        new = new & known.real[:, 1:] & known.real[:, :-1]  # positions that jump in padding part nothing
     if not bool(new.any()):
         return None
     first = torch.ones_like(new[:, :1])
     flat = torch.cat([first, new], dim=1).expand(rows, tokens).reshape(-1)
     return [*flat.nonzero().flatten().tolist(), rows * tokens]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device; from pinned memory, so that the host does not wait for a card."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def refuse_mask(mask: Any, given: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,22 +20,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID25
 from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
-from phi3_lora_plugin.speed.bounds import Documents, PackingError, packed, refuse_mask, right_padded
+from phi3_lora_plugin.speed.bounds import (
+    Documents,
+    Facts,
+    PackingError,
+    facts,
+    packed,
+    refuse_mask,
+    right_padded,
+    to_device,
+)
 from phi3_lora_plugin.speed.varlen_kernels import Kernels
 
 __all__ = ["PackingError", "attention_used", "documents_obstacle", "fuse_documents", "restore_documents"]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the model that stands above the decoder was called with, as far as the decoder has to know it."""
-
-    labelled: bool = False
-    mask: Any = None
-    real: Any = None
-    """[rows, tokens] on the CPU: where `mask` has text; None if there is no such mask."""
-    trains_padding: bool = False
-    """Whether what is padding for attention is text for the loss: then its hidden states count, and stay stock's."""
 
 
 def documents_obstacle(base: Any) -> str | None:
@@ -59,10 +55,10 @@ def fuse_documents(model: Any, base: Any, devices: Iterable[torch.device] = ()) 
     decoder = base.model
     if "_stock_forward" not in decoder.__dict__:
         decoder._stock_forward, decoder._stock_attention = decoder.forward, base.config._attn_implementation
-        decoder._call, decoder._dropouts, decoder._kernels = _Call(), None, Kernels()
+        decoder._facts, decoder._dropouts, decoder._kernels = Facts(), None, Kernels()
         decoder.forward = partial(_forward, decoder)
         rotary = decoder.rotary_emb
-        rotary._documents, rotary._stock_forward = None, rotary.forward
+        rotary._long, rotary._stock_forward = None, rotary.forward
         rotary._original_context = _original_context(base.config)
         rotary.forward = partial(_rotary, rotary)
         if decoder._stock_attention == "sdpa":
@@ -92,7 +88,7 @@ def restore_documents(base: Any) -> None:
 
 
 _OURS = (
-    "_stock_forward", "_stock_attention", "_call", "_dropouts", "_kernels", "_looks", "_documents", "_original_context"
+    "_stock_forward", "_stock_attention", "_facts", "_dropouts", "_kernels", "_looks", "_long", "_original_context"
 )  # fmt: skip
 
 
@@ -133,14 +129,11 @@ def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
     if args:  # positional arguments by their names
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-    if not torch.is_tensor(mask) or mask.dim() != 2 or mask.dtype.is_floating_point:
-        decoder._call = _Call(labels is not None)
-    elif labels is None or mask.shape != labels.shape:
-        decoder._call = _Call(labels is not None, mask, mask.ne(0).cpu())
-    else:  # both in one go: each transfer waits for the card
-        real, supervised = torch.stack([mask != 0, labels != -100]).cpu()
-        decoder._call = _Call(True, mask, real, bool((supervised & ~real).any()))
+    of = tuple(kwargs.get(name) for name in ("labels", "attention_mask", "cu_seq_lens_q", "position_ids"))
+    if kwargs.get("past_key_values") is not None:
+        decoder._facts = Facts()  # a token of generation: nothing here is wanted
+    elif len(decoder._facts.of) != 4 or any(a is not b for a, b in zip(decoder._facts.of, of, strict=True)):
+        decoder._facts = facts(*of)
 
 
 def _forward(
@@ -154,7 +147,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     given = inputs_embeds if input_ids is None else input_ids
-    call, self._call = self._call, _Call()  # of this call alone: the decoder is called without its model, too
+    known, self._facts = self._facts, Facts()  # of this call alone: the decoder is called without its model, too
 
     def stock(**changes: Any) -> Any:
         inputs = dict(
@@ -169,25 +162,22 @@ def _forward(
 
     if given is None or past_key_values is not None or _wants_more(self, kwargs):
         return stock()
-    real = call.real if attention_mask is call.mask else None
     starts = kwargs.get("cu_seq_lens_q")
-    if starts is not None or position_ids is not None:
-        bounds = packed(given, position_ids, starts, real)
-        if bounds is not None:
-            refuse_mask(attention_mask, given)
-            return _flat(self, given, position_ids, None, bounds, kwargs, input_ids is None, by_document=True)
-        if starts is not None:
-            return stock()
-    if not _cacheless(self, use_cache, call.labelled) or call.trains_padding:
+    if not known.are_of(attention_mask, starts, position_ids):
+        known = facts(None, attention_mask, starts, position_ids)
+    bounds = packed(given, known)
+    if bounds is not None:
+        refuse_mask(attention_mask, given)
+        return _flat(self, given, position_ids, known, bounds, kwargs, input_ids is None, by_document=True)
+    if not _cacheless(self, use_cache, known.supervised is not None) or known.trains_padding():
         return stock()
     rows, width = given.shape[:2]
     if attention_mask is None:
         lengths = [width] * rows
-    elif attention_mask.shape != given.shape[:2] or attention_mask.dtype.is_floating_point:
+    elif known.real is None or known.real.shape != given.shape[:2]:
         return stock()
     else:
-        real = attention_mask.ne(0).cpu() if real is None else real
-        found = right_padded(real)
+        found = right_padded(known.real)
         if found is None:
             return stock()
         lengths = found
@@ -203,7 +193,7 @@ def _forward(
     for length in lengths:
         if length:
             bounds.append(bounds[-1] + length)
-    return _flat(self, given, position_ids, None if full else real, bounds, kwargs, input_ids is None)
+    return _flat(self, given, position_ids, known, bounds, kwargs, input_ids is None)
 
 
 def _wants_more(decoder: Any, kwargs: Any) -> bool:
@@ -255,13 +245,13 @@ def _flat(
     decoder: Any,
     given: Any,
     position_ids: Any,
-    real: Any,
+    known: Facts,
     bounds: list[int],
     kwargs: dict[str, Any],
     embedded: bool,
     by_document: bool = False,
 ) -> Any:
-    """Run the decoder on one row; `real` [rows, tokens] on the CPU says which positions are text, None for all."""
+    """Run the decoder on one row: of documents, each embedded as alone if `by_document`, or of rows without padding."""
     rows, tokens = given.shape[:2]
     if not embedded and _hangs_on(decoder.embed_tokens):
         given, embedded = decoder.embed_tokens(given), True
@@ -270,8 +260,8 @@ def _flat(
     flat = given.reshape(1, rows * tokens, *given.shape[2:])
     positions = position_ids.expand(rows, tokens).reshape(1, -1)
     where = None
-    if real is not None:
-        where = _to(real.flatten().nonzero().flatten(), given.device)
+    if bounds[-1] < rows * tokens and known.real is not None:
+        where = to_device(known.real.flatten().nonzero().flatten(), given.device)
         flat, positions = flat.index_select(1, where), positions.index_select(1, where)
     documents = Documents(bounds, given.device, decoder._kernels)
     extra = {name: value for name, value in kwargs.items() if name not in _FLASH}
@@ -284,7 +274,7 @@ def _flat(
             max_length_q=documents.longest,
             max_length_k=documents.longest,
         )
-    decoder.rotary_emb._documents = documents.bounds if by_document else None
+    decoder.rotary_emb._long = _long(decoder, documents, known) if by_document else None
     token = by_documents.set(True)
     try:
         outputs = decoder._stock_forward(
@@ -296,7 +286,7 @@ def _flat(
         )
     finally:
         by_documents.reset(token)
-        decoder.rotary_emb._documents = None
+        decoder.rotary_emb._long = None
     hidden = outputs.last_hidden_state
     if where is None:
         hidden = hidden.view(rows, tokens, -1)
@@ -311,30 +301,38 @@ _FLASH = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 
 def _hangs_on(embedding: Any) -> bool:
     """Whether more happens at the embedding than a look-up: NEFTune's hook, an adapter, another forward."""
-    plain = type(embedding) is torch.nn.Embedding and "forward" not in embedding.__dict__
-    return not plain or bool(embedding._forward_hooks or embedding._forward_pre_hooks)
+    if type(embedding) is not torch.nn.Embedding or "forward" in embedding.__dict__ or embedding._forward_pre_hooks:
+        return True
+    return any(getattr(hook, "__name__", "") not in _HARMLESS for hook in embedding._forward_hooks.values())
 
 
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device, without waiting for the device."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+#: Hooks of transformers and PEFT that ask for gradients of the input, whatever its shape.
+_HARMLESS = ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def _long(decoder: Any, documents: Documents, known: Facts) -> torch.Tensor | None:
+    """[tokens] whether longrope's long factors hold there, if they hold in some documents and not in others.
+
+    Stock takes them for all of a batch if one document exceeds the original context; here a document has the
+    embeddings that it has alone, whatever it is packed with.
+    """
+    limit = decoder.rotary_emb._original_context
+    if limit is None:
+        return None
+    stops = torch.tensor(documents.bounds[1:])
+    ends = stops - 1
+    if known.positions is not None:
+        tokens = documents.bounds[-1]
+        ends = known.positions.expand(tokens // known.positions.shape[1], -1).reshape(-1)[ends]
+    long = ends >= limit
+    if not bool(long.any()) or bool(long.all()):
+        return None
+    return to_device(long.repeat_interleave(torch.tensor(documents.bounds).diff()), documents.limits.device)
 
 
 def _rotary(self: Any, x: Any, position_ids: Any) -> Any:
-    """Longrope by document: stock takes long factors for all of a batch if one document exceeds the original context.
-
-    A document then has the embeddings it has alone, whatever it is packed with.
-    """
-    limit = self._original_context
-    if self._documents is None or limit is None:
+    if self._long is None:
         return self._stock_forward(x, position_ids)
-    ends = position_ids[0, [stop - 1 for stop in self._documents[1:]]]
-    counts = torch.tensor(self._documents, device=ends.device).diff()
-    long = (ends >= limit).repeat_interleave(counts)
-    if not bool(long.any()) or bool(long.all()):
-        return self._stock_forward(x, position_ids)
-    short = self._stock_forward(x, position_ids.masked_fill(long, 0))
+    short = self._stock_forward(x, position_ids.masked_fill(self._long, 0))
     both = zip(self._stock_forward(x, position_ids), short, strict=True)
-    return tuple(torch.where(long[None, :, None], mine, other) for mine, other in both)
+    return tuple(torch.where(self._long[None, :, None], mine, other) for mine, other in both)

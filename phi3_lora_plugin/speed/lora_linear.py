@@ -17,7 +17,6 @@ from typing import Any
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
-from phi3_lora_plugin.lora.slices import SlicedLinear
 from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
 
 _FEW = 16  # rows, up to which a pass over A and B costs more than one over them
@@ -146,9 +145,7 @@ def single_adapter(layer: Any) -> str | None:
 
 def parts_obstacle(layer: Any, adapter: str) -> str | None:
     """Why A and B of an adapter must not be read past their own forward; None if they may."""
-    return linear_obstacle(layer.lora_A[adapter]) or linear_obstacle(
-        layer.lora_B[adapter], (torch.nn.Linear, SlicedLinear)
-    )
+    return linear_obstacle(layer.lora_A[adapter]) or linear_obstacle(layer.lora_B[adapter])
 
 
 def _rows_and_columns(lora_b: Any) -> tuple[Block, ...]:

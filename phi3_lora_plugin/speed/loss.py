@@ -17,6 +17,7 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
+from phi3_lora_plugin.speed.bounds import to_device
 from phi3_lora_plugin.speed.shards import shard_obstacle
 
 #: Rows of logits held at one time; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
@@ -29,11 +30,16 @@ _FLOAT16_SCALE = 256.0
 class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Cross-entropy of each row [rows]; the head is frozen, so only the hidden states get a gradient.
 
-    With `stats` also, without gradient, the entropy of each row's prediction and whether it is right.
+    `index` says which rows of `hidden` are meant, each once; without it, all. With `stats` also, without gradient, the
+    entropy of each row's prediction and whether it is right.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, stats: bool) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, index: Any, stats: bool) -> Any:
+        ctx.all = len(hidden)
+        if index is not None:
+            hidden = hidden.index_select(0, index)
+        given, hidden = hidden.dtype, hidden.to(weight.dtype)
         exact = torch.promote_types(torch.float32, hidden.dtype)  # float64 stays what it is
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         entropy: Any = torch.empty_like(losses) if stats else None
@@ -56,34 +62,43 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 share[torch.arange(len(rows), device=rows.device), labels] -= 1
                 share = share if ctx.scale == 1.0 else share.mul_(ctx.scale)
                 torch.mm(share.to(weight.dtype), weight, out=gradient[chunk])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, index)
+        ctx.dtype = given
         if stats:
             ctx.mark_non_differentiable(entropy, right)
         return losses, entropy, right
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Any, *others: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
+        gradient, index = ctx.saved_tensors
         if ctx.scale == 1.0:
-            return gradient * grad_losses[:, None].to(gradient.dtype), None, None, None, None
-        # a scaler's 65,536 is itself more than float16 holds
-        wide = gradient.float() * (grad_losses[:, None] / ctx.scale)
-        return wide.to(gradient.dtype), None, None, None, None
+            gradient = gradient * grad_losses[:, None].to(gradient.dtype)
+        else:  # a scaler's 65,536 is itself more than float16 holds
+            gradient = gradient.float() * (grad_losses[:, None] / ctx.scale)
+        gradient = gradient.to(ctx.dtype)
+        if index is not None:
+            gradient = gradient.new_zeros(ctx.all, gradient.shape[1]).index_copy_(0, index, gradient)
+        return gradient, None, None, None, None, None
 
 
 def supervised_rows(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, stats: bool = False
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    stats: bool = False,
+    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(cross-entropy, entropy, whether it is right) of each row of `hidden` [rows, width] for its target [rows]."""
+    """(cross-entropy, entropy, whether it is right) of rows of `hidden` [.., width] for their targets [rows].
+
+    `index` [rows] names the rows, each once; without it they are all of `hidden`.
+    """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    else:
-        hidden = hidden.to(weight.dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         rows: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] = _SupervisedCrossEntropy.apply(
-            hidden, weight, bias, targets, stats
+            hidden, weight, bias, targets, index, stats
         )
     return rows
 
@@ -94,6 +109,7 @@ def supervised_cross_entropy(
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
+    supervised: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal cross-entropy of a frozen head, as `transformers.loss.ForCausalLMLoss` computes it from full logits.
 
@@ -102,12 +118,17 @@ def supervised_cross_entropy(
         weight: frozen head [vocabulary, hidden]; `bias` [vocabulary] likewise.
         targets: ids [...]; -100 where nothing is supervised.
         num_items: what the sum is divided by; the number of supervised positions if not given.
+        supervised: on the host, where `targets` are not -100, if that is known there; otherwise the card is asked.
 
     Returns:
         A scalar, float32 unless `hidden` is float64; 0 where nothing is supervised, with a zero gradient.
     """
-    wanted = targets.ne(-100)
-    losses, _, _ = supervised_rows(hidden[wanted], weight, targets[wanted], bias)
+    if supervised is None:
+        index = targets.ne(-100).flatten().nonzero().flatten()
+    else:
+        index = to_device(supervised.flatten().nonzero().flatten(), hidden.device)
+    wanted = targets.flatten().index_select(0, index)
+    losses, _, _ = supervised_rows(hidden.reshape(-1, hidden.shape[-1]), weight, wanted, bias, index=index)
     total = losses.sum()
     items: Any = num_items if num_items is not None else max(1, len(losses))
     return total / (items.to(total.device) if torch.is_tensor(items) else items)
@@ -199,11 +220,20 @@ def _forward(
         return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
     num_items = kwargs.pop("num_items_in_batch", None)
     shifted = kwargs.pop("shift_labels", None)
+    known = getattr(self.model, "_facts", None)  # what the part for documents has read already
     outputs = self.model(**inputs, **kwargs)
     hidden = outputs.last_hidden_state
+    supervised = None
     if shifted is None:
-        hidden, shifted = hidden[:, :-1], labels[:, 1:]
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if known is not None and known.supervised is not None and known.of[0] is labels:
+            supervised = nn.functional.pad(known.supervised[:, 1:], (0, 1))
     loss = supervised_cross_entropy(
-        hidden, self.lm_head.weight, shifted.to(hidden.device), bias=self.lm_head.bias, num_items=num_items
+        hidden,
+        self.lm_head.weight,
+        shifted.to(hidden.device),
+        bias=self.lm_head.bias,
+        num_items=num_items,
+        supervised=supervised,
     )
     return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)

@@ -29,10 +29,12 @@ def shard_obstacle(parameter: Any, shape: tuple[int, ...] | None = None) -> str 
     return None
 
 
-def linear_obstacle(layer: Any, kinds: tuple[type, ...] = (torch.nn.Linear,)) -> str | None:
+def linear_obstacle(layer: Any) -> str | None:
     """Why the weights of this linear layer must not be read past its forward; None if they may."""
-    if type(layer) not in kinds:
-        return wrapper_of(layer) or f"a {type(layer).__name__}"
+    if type(layer) is not torch.nn.Linear:
+        sliced = isinstance(layer, torch.nn.Linear) and hasattr(layer, "blocks")  # `lora.slices.SlicedLinear`
+        if (wrapper := wrapper_of(layer)) or not sliced:
+            return wrapper or f"a {type(layer).__name__}"
     if layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__:
         return "hooks on their parts"  # of whoever counts, offloads or moves them: ZeRO-3, accelerate
     if type(layer.weight) not in _WHOLE and not type(layer.weight).__module__.startswith("torch._subclasses"):
