@@ -53,7 +53,7 @@ def test_other_shapes_say_the_same(tmp_path, changes):
 def test_where_llama_cpp_computes_otherwise_it_is_refused_or_told(tmp_path):
     base = shaped_base(tmp_path / "Phi-3-long", **LONGROPE)
     made = adapter(base, tmp_path / "a")
-    with pytest.raises(ExportError, match="long factors for every prompt once -c is above 256"):
+    with pytest.raises(ExportError, match="long factors for every prompt once its context is above 256"):
         ship(made, "llama.cpp", tmp_path / "out", 2, context=512)
     assert not (tmp_path / "out").exists()
     window = shaped_base(tmp_path / "Phi-3-window", sliding_window=63)

@@ -38,9 +38,10 @@ def register_recipes(register: Callable[[str, Any], None]) -> None:
 
 @hookimpl
 def register_exporters(register: Callable[[str, Any], None]) -> None:
-    from phi3_lora_plugin.export.targets import llama_cpp
+    from phi3_lora_plugin.export.targets import llama_cpp, ollama
 
     register("llama.cpp", llama_cpp.export)
+    register("ollama", ollama.export)
 
 
 @hookimpl

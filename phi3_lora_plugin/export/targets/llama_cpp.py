@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,17 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
 
 def write_merged(
-    adapted: Adapted, wanted: Wanted, folder: Path
+    adapted: Adapted,
+    wanted: Wanted,
+    folder: Path,
+    opened: Callable[[Path], AbstractContextManager[Runtime]] | None = None,
 ) -> tuple[list[str], tuple[Variant, ...], tuple[str, ...]]:
     """(file names, variants, notes) of the merged model in every form that was asked for.
 
     The proof in float32 is on a float32 file, which is shipped only if it was asked for.
+
+    Args:
+        opened: loads a file in its runtime; None is llama.cpp's own server.
     """
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
@@ -48,24 +55,21 @@ def write_merged(
     exact = adapted.scratch / "exact.gguf"
     wanted.progress("writing GGUF")
     _, notes = write_gguf_model(exact, merged, "float32", adapted.name)
-    variants = [Variant("float32", lambda: open_gguf(exact, context))]
+    load = opened or (lambda file: open_gguf(file, context))
+    variants = [Variant("float32", partial(load, exact))]
     files = []
     for form in wanted.quantize:
         files.append(f"{adapted.name}-{form}.gguf")
         wanted.progress(f"quantising to {form}")
         write_gguf_model(folder / files[-1], merged, form, adapted.name)
-        variants.append(_measured(form, folder / files[-1], context))
+        variants.append(Variant(form, partial(load, folder / files[-1]), exact=False))
     if not files:
         dtype = _shipped_dtype(adapted) if wanted.dtype == "auto" else wanted.dtype
         files = [f"{adapted.name}-{_SUFFIX[dtype]}.gguf"]
         write_gguf_model(folder / files[0], merged, dtype, adapted.name)
         if dtype != "float32":
-            variants.append(_measured(dtype, folder / files[0], context))
+            variants.append(Variant(dtype, partial(load, folder / files[0]), exact=False))
     return files, tuple(variants), (*notes, *limits(adapted, context))
-
-
-def _measured(name: str, file: Path, context: int) -> Variant:
-    return Variant(name, lambda: open_gguf(file, context), exact=False)
 
 
 def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
@@ -105,13 +109,13 @@ def limits(adapted: Adapted, context: int) -> tuple[str, ...]:
     if window and window < min(longest, context):
         found.append(
             f"llama.cpp ignores Phi-3's sliding window of {window} tokens, so answers differ beyond it; "
-            f"-c {window} or less avoids that"
+            f"--context {window} or less avoids that"
         )
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     if rope["rope_type"] == "longrope" and original and -(-context // _ROUND) * _ROUND > original:
         raise ExportError(
-            f"llama.cpp takes longrope's long factors for every prompt once -c is above {original}, so short prompts "
-            f"get other answers than in training (0.40 in log-probability on a small model); "
+            f"llama.cpp takes longrope's long factors for every prompt once its context is above {original}, so short "
+            f"prompts get other answers than in training (0.40 in log-probability on a small model); "
             f"pass --context {original} or less"
         )
     return tuple(found)
