@@ -29,7 +29,8 @@ def build(
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
+    from benchmarks.checkpointing import recompute
+    from phi3_lora_plugin.lora.inject import add_lora
 
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype)
@@ -38,9 +39,7 @@ def build(
         # Where A and B begin changes no shape, and needs values that are not here.
         model = add_lora(model, **{name: value for name, value in lora.items() if name not in _STARTS})
     if checkpointing:
-        prepare_for_checkpointing(model)
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute(model)
     return model.train()
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import re
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Phi3Config, TrainingArguments
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as bench  # noqa: E402
-from benchmarks import parity, variants, workloads  # noqa: E402
+from benchmarks import encoding, jobs, parity, variants, workloads  # noqa: E402
+from phi3_lora_plugin.plan.dry_run import Batch, footprint  # noqa: E402
 
 
 @pytest.fixture
@@ -67,7 +71,9 @@ def test_sizes_and_rows_of_ones_own_are_measured(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(words: int) -> subprocess.CompletedProcess[str]:
-        command = f"A --pairs 1 --steps 2 --warm-up 1 --threads 1 --peers trainer-peft --data {data} --out {tmp_path}"
+        command = (
+            f"A --pairs 1 --steps 2 --warm-up 1 --threads 1 --peers trainer-peft liger --data {data} --out {tmp_path}"
+        )
         command += " --tokenizer embedded:tiny-phi3 --model num_attention_heads=4 num_key_value_heads=1"
         words_of_it = [sys.executable, "-m", "benchmarks", *command.split(), f"vocab_size={words}"]
         return subprocess.run(words_of_it, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -78,6 +84,75 @@ def test_sizes_and_rows_of_ones_own_are_measured(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert written["model"]["num_key_value_heads"] == 1 and written["data"] == str(data)
     assert written["workloads"]["A"]["ours"]["ours"]["parity"]["trainer-peft"]["ok"]
+    if find_spec("liger_kernel") is None:
+        assert "A: liger is left out: liger_kernel is not installed" in done.stdout
+        assert written["workloads"]["A"]["left_out"] == {"liger": "liger_kernel is not installed"}
+
+
+def test_in_16_bits_stock_code_says_how_far_right_runs_may_be_apart(
+    tiny_load: workloads.Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = replace(tiny_load, dtype="bfloat16")
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", load)
+    names = ("ours", bench.STOCK, *bench.OTHER_STOCK)
+    runs = {name: [measured(name, load, tmp_path / name)] for name in names}
+    result = bench._compare(runs, "bfloat16")
+    noise, parity = result["noise"], result["ours"]["ours"]["parity"][bench.STOCK]
+    apart = [bench._apart(runs[name][0], runs[bench.STOCK][0], "bfloat16") for name in bench.OTHER_STOCK]
+    assert all(0 < each["loss"] < 0.02 and 0.9 < each["cosine"] < 1 - 1e-6 for each in apart)
+    assert noise == {"loss": max(each["loss"] for each in apart), "cosine": min(each["cosine"] for each in apart)}
+    assert parity["cosine_limit"] == min(0.999, 1 - bench.NOISE * (1 - noise["cosine"]))
+    assert parity["cosine"] > 0.99 and parity["ok"] == (parity["cosine"] >= parity["cosine_limit"])
+    # as far apart as stock code from itself is parity, whatever that is; another adapter is none
+    runs["ours"] = runs[min(zip(names[2:], apart, strict=True), key=lambda each: each[1]["cosine"])[0]]
+    assert bench._compare(runs, "bfloat16")["ours"]["ours"]["parity"][bench.STOCK]["ok"]
+    runs["ours"] = [runs["ours"][0] | {"vector": runs[bench.STOCK][0]["begun"] - runs[bench.STOCK][0]["vector"]}]
+    assert not bench._compare(runs, "bfloat16")["ours"]["ours"]["parity"][bench.STOCK]["ok"]
+
+
+def test_a_run_out_of_memory_ends_itself_alone(tiny_load: workloads.Workload, tmp_path: Path) -> None:
+    job: dict[str, Any] = {key: str(tmp_path / key) for key in ("rows", "result", "vector", "folder", "log")}
+    Path(job["rows"]).write_text(json.dumps(workloads.rows(tiny_load, 1)))
+    # more than any machine has, and refused before a byte of it is touched
+    model = dict(hidden_size=2**20, num_attention_heads=2**14, vocab_size=2**22)
+    jobs.run_job("trainer-peft", job | {"workload": "tiny", "seed": 1, "steps": None, "warm_up": 1, "model": model})
+    assert json.loads(Path(job["result"]).read_text())["failed"].startswith("out of memory: ")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        jobs.run_job("trainer-peft", job | {"workload": "tiny", "seed": 1, "steps": None, "warm_up": 1,
+                                            "model": {"hidden_size": 48, "num_attention_heads": 5}})  # fmt: skip
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    chosen = bench.arguments().parse_args([])
+    assert bench._missing("trl-packed", chosen) == "trl is not installed"
+    assert bench._missing("trainer-peft", chosen) is None
+    monkeypatch.setattr(sys, "argv", ["encoding", "--rows", "20", "--pairs", "1"])
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    assert encoding.main() == 0
+    logging.disable(logging.NOTSET)
+    assert "TRL is not here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["W1", "W2", "W5"])  # W3 is W2 with shorter rows, W4 is W1 with smaller weights
+def test_a_gpu_workload_fits_its_card_by_the_dry_run(name: str) -> None:
+    """Two layers less one are a layer; the worst batch of padded stock code is the most that any variant takes."""
+    load = workloads.WORKLOADS[name]
+    lengths = [len(row["input_ids"]) for row in workloads.rows(load, 0)][: load.batch * load.steps]
+    batches = [lengths[start : start + load.batch] for start in range(0, len(lengths), load.batch)]
+    worst = max(batches, key=lambda batch: len(batch) * max(batch))
+    arguments = TrainingArguments("unused", use_cpu=True, bf16=True, report_to="none")
+    peaks = []
+    for layers in (1, 2):
+        config = Phi3Config(**(load.model | {"num_hidden_layers": layers}), pad_token_id=0)
+        found = footprint(
+            config, dict(targets="all-linear", r=load.rank, alpha=2 * load.rank), arguments,
+            Batch(tuple(worst), load.supervised), dtype=torch.bfloat16, speed="off",
+        )  # fmt: skip
+        peaks.append(max(moment.total for moment in found.moments))
+    peak = peaks[0] + (load.model["num_hidden_layers"] - 1) * (peaks[1] - peaks[0])
+    limit = 80.0 if load.memory_gb is None else load.memory_gb
+    assert peak < 0.9e9 * limit, f"{peak / 1e9:.0f} GB"
 
 
 def test_parity_runs_and_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

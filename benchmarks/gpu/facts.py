@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.jobs import out_of_memory
+
 
 class LeftOut(Exception):
     """A fact that cannot be checked here; says why."""
@@ -94,10 +96,9 @@ def check(one: Check, setup: Setup, clock: Clock) -> Fact:
         ok, said, figures = found.ok, found.said, found.figures
     except LeftOut as reason:
         ok, said = None, str(reason)
-    except torch.OutOfMemoryError as error:
-        said = f"out of memory: {str(error).splitlines()[0][:160]}"
     except Exception as error:  # one that fails must not keep the others from being checked
-        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        kind = "out of memory" if out_of_memory(error) else type(error).__name__
+        said = f"{kind}: {(str(error).splitlines() or [''])[0][:200]}"
         figures = {"traceback": traceback.format_exc(limit=-4)}
     free(setup.device)
     return Fact(one.name, ok, said, time.monotonic() - begun, figures)

@@ -32,17 +32,15 @@ def _words(setup: Setup) -> int:
 
 def first_step_recomputed(setup: Setup) -> Found:
     """The first step of all recomputes its layers, and learns what a step that keeps them learns."""
-    from phi3_lora_plugin.lora.inject import prepare_for_checkpointing
+    from benchmarks.checkpointing import recompute
     from phi3_lora_plugin.speed.apply import speed_up
 
     data = rows(setup, lengths(setup), _words(setup))
     found = []
-    for recompute in (True, False):  # recomputing first: nothing may have been tried on this model before
+    for first in (True, False):  # recomputing first: nothing may have been tried on this model before
         model = small_model(setup, setup.half, sliding_window=setup.small(9, 300))
-        if recompute:
-            prepare_for_checkpointing(model)
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        if first:
+            recompute(model)
         speed_up(model)
         found.append([step(model, [batch], setup, setup.half) for batch in (padded(data), packed(data))])
     apart = max(error(again[1], kept[1]) for again, kept in zip(*found, strict=True))
