@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
         metavar="C,C",
         help="names of plugins whose callbacks to add, or module:Class; none: no callbacks",
     )
+    parser.add_argument(
+        "--parts", metavar="P,P", help="what to activate: targets, report_to, trl, trainers; all by default"
+    )
     parser.add_argument("--quiet", action="store_true", help="do not say what was done")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT", help="path of a Python file")
@@ -84,7 +87,8 @@ def _activate(given: Any, say: Any) -> list[str]:
     level = noise.level
     noise.setLevel(logging.ERROR)
     try:
-        return activate(recipe, parts=list(PARTS), callbacks=[] if names == ["none"] else names, say=say)
+        parts = list(PARTS) if given.parts is None else [part for part in given.parts.split(",") if part]
+        return activate(recipe, parts=parts, callbacks=[] if names == ["none"] else names, say=say)
     finally:
         noise.setLevel(level)
 

@@ -24,7 +24,7 @@ CHAT = [ASK, {"role": "assistant", "content": "\n it is."}, {"role": "user", "co
         {"role": "assistant", "content": "no."}]  # fmt: skip
 
 
-@pytest.fiture
+@pytest.fixture
 def said() -> Iterator[list[str]]:
     sentences: list[str] = []
     activate(parts=list(PARTS), say=sentences.append)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.seams import ActivationError, look_up
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -31,11 +31,8 @@ TARGETS = {
     "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
+Done = tuple[list[str], Callable[[], None]]  # a sentence for each thing done, and how to take it back
 _undo: dict[str, Callable[[], None]] = {}
-
-
-class ActivationError(Phi3LoraError):
-    """A part that does not exist, or a seam that the installed library does not have any more."""
 
 
 def activate(
@@ -56,30 +53,38 @@ def activate(
         say: is called with each sentence that comes up later, when a Trainer begins; None: they go to the log.
 
     Raises:
-        ActivationError: an unknown part, or an installed library without the seam.
+        ActivationError: an unknown part, or an installed library that has changed where a part holds on to it; names
+            the library, its version and what is switched off. Nothing is activated then.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ActivationError(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    done = []
-    for part in PARTS:
-        if part not in parts or part in _undo:
-            continue
-        if part == "targets":
-            sentences, undo = _targets(recipe)
-        elif part == "report_to":
-            sentences, undo = _report_to(recipe)
-        elif part == "trl":
-            from phi3_lora_plugin.hosts.trl import exact_rows
-
-            sentences, undo = exact_rows()
-        else:
-            from phi3_lora_plugin.hosts.trainers import attach_to_all
-
-            sentences, undo = attach_to_all(recipe, callbacks, say)
-        _undo[part] = undo
-        done += sentences
+    done: list[str] = []
+    new = [part for part in PARTS if part in parts and part not in _undo]
+    try:
+        for part in new:
+            sentences, _undo[part] = _activated(part, recipe, callbacks, say)
+            done += sentences
+    except BaseException:
+        for part in new:
+            if part in _undo:
+                _undo.pop(part)()
+        raise
     return done
+
+
+def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None, say: Any) -> Done:
+    if part == "targets":
+        return _targets(recipe)
+    if part == "report_to":
+        return _report_to(recipe)
+    if part == "trl":
+        from phi3_lora_plugin.hosts.trl import exact_rows
+
+        return exact_rows()
+    from phi3_lora_plugin.hosts.trainers import attach_to_all
+
+    return attach_to_all(recipe, callbacks, say)
 
 
 def deactivate() -> None:
@@ -93,11 +98,9 @@ def active() -> tuple[str, ...]:
     return tuple(_undo)
 
 
-def _targets(recipe: Recipe | None) -> tuple[list[str], Callable[[], None]]:
+def _targets(recipe: Recipe | None) -> Done:
     """Fill PEFT's table of default targets, which has `phi` but not `phi3`; what somebody else put there stays."""
-    from peft.utils import constants
-
-    table: dict[str, Any] = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    table: dict[str, Any] = look_up("peft.targets")
     wanted, sentences = dict(TARGETS), []
     if recipe is not None and isinstance(recipe.lora.targets, list):
         named = recipe.lora.targets
@@ -120,10 +123,8 @@ def _targets(recipe: Recipe | None) -> tuple[list[str], Callable[[], None]]:
     return sentences, undo
 
 
-def _report_to(recipe: Recipe | None) -> tuple[list[str], Callable[[], None]]:
+def _report_to(recipe: Recipe | None) -> Done:
     """Register the callback under a name; hosts that pass strings create it without arguments."""
-    from transformers.integrations import integration_utils
-
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
     kind: type = LoraCheckpoint
@@ -133,6 +134,6 @@ def _report_to(recipe: Recipe | None) -> tuple[list[str], Callable[[], None]]:
             self.__dict__.update(LoraCheckpoint.from_recipe(recipe).__dict__)
 
         kind = type("LoraCheckpoint", (LoraCheckpoint,), {"__init__": as_the_recipe_says})
-    table: dict[str, Any] = integration_utils.INTEGRATION_TO_CALLBACK
+    table: dict[str, Any] = look_up("transformers.report_to")
     table[REPORT_TO] = kind
     return [f"report_to: {REPORT_TO} adds LoRA-only checkpoints"], lambda: table.pop(REPORT_TO, None)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from phi3_lora_plugin.hosts.axolotl_config import prepare
 from phi3_lora_plugin.hosts.base import phi_config
 from phi3_lora_plugin.hosts.settings import HostSettings, checkpoint_callback, read_settings
+from phi3_lora_plugin.seams import look_up
 
 log = logging.getLogger("axolotl.phi3_lora_plugin")  # below axolotl's, so that it is shown as axolotl's are
 
@@ -26,7 +26,7 @@ class Phi3LoraArgs(BaseModel):
     phi3_lora: HostSettings | None = None
 
 
-class Phi3LoraPlugin(BasePlugin):  # type: ignore[misc]
+class Phi3LoraPlugin(look_up("axolotl.plugin")):  # type: ignore[misc]
     """See the top of this file; hook by hook as axolotl calls them."""
 
     def __init__(self) -> None:

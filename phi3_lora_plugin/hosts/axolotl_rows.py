@@ -11,16 +11,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from axolotl.prompt_tokenizers import PromptTokenizingStrategy
-
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.rows import encode_rows
 from phi3_lora_plugin.hosts.settings import HostData, read_settings
+from phi3_lora_plugin.seams import look_up
 
 log = logging.getLogger("axolotl.phi3_lora_plugin")
 
 
-class ChatRows(PromptTokenizingStrategy):  # type: ignore[misc]
+class ChatRows(look_up("axolotl.rows")):  # type: ignore[misc]
     """Encodes a batch of rows; axolotl cuts or drops those longer than `sequence_len` afterwards."""
 
     def __init__(self, tokenizer: Any, data: HostData) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.base import check_targets, no_remote_code, phi_config
 from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpoint_callback, read_settings
+from phi3_lora_plugin.seams import look_up
 
 TEMPLATE = "phi3_lora"
 log = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ def run(words: Sequence[str]) -> None:
     base = args.get("model_name_or_path")
     if not base:
         raise SettingsError(f"{words[0]}: names no model_name_or_path")
-    from llamafactory.train.tuner import run_exp
-
+    run_exp = look_up("llamafactory.run")
     config = phi_config(str(base), args.get("model_revision"))
     if config is None:
         log.warning("%s is no Phi of this family; nothing is changed", base)
@@ -74,8 +74,7 @@ def _read(words: Sequence[str]) -> dict[str, Any]:
     """The config as LLaMA-Factory's own reader gives it, which looks at `sys.argv`."""
     if not words or not words[0].endswith((".yaml", ".yml", ".json")):
         raise SettingsError("expected a config file first: python -m phi3_lora_plugin.hosts.llamafactory config.yaml")
-    from llamafactory.hparams.parser import read_args
-
+    read_args = look_up("llamafactory.read")
     kept, sys.argv = sys.argv, ["llamafactory-cli", *words]
     try:
         return dict(read_args())

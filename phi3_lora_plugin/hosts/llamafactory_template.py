@@ -7,12 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llamafactory.data.template import TEMPLATES, Template, register_template
-
 from phi3_lora_plugin.hosts.pairs import conversation, encoded, pairs
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.settings import HostData
 from phi3_lora_plugin.model.tokenizer import repair_tokenizer, stop_token_ids
+from phi3_lora_plugin.seams import look_up
 
 NAME = "phi3_lora"
 log = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ _ROLES = {"function": "assistant", "observation": "tool"}
 def register(data: HostData) -> None:
     """Make `template: phi3_lora` known, encoding as `data` says; once more replaces it."""
 
-    class Phi3Template(Template):  # type: ignore[misc]
+    class Phi3Template(look_up("llamafactory.template")):  # type: ignore[misc]
         def encode_multiturn(
             self,
             tokenizer: Any,
@@ -55,5 +54,5 @@ def register(data: HostData) -> None:
         def get_stop_token_ids(self, tokenizer: Any) -> list[int]:
             return stop_token_ids(tokenizer)
 
-    TEMPLATES.pop(NAME, None)
-    register_template(name=NAME, template_class=Phi3Template)
+    look_up("llamafactory.templates").pop(NAME, None)
+    look_up("llamafactory.register")(name=NAME, template_class=Phi3Template)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from phi3_lora_plugin.seams import changed
+
 _PROBES = ("<|user|>\nSamantha<|end|>\n<|assistant|>\n It is.<|end|>\n", "Samantha", " a", "\n  b\n")
 
 
@@ -16,6 +18,7 @@ def restore(tokenizer: Any) -> list[str]:
 
     Raises:
         TokenizerError: the tokenizer's own files cannot be read; says which.
+        ActivationError: this version of transformers keeps the rules elsewhere.
     """
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
@@ -27,5 +30,7 @@ def restore(tokenizer: Any) -> list[str]:
     )
     if same:
         return []
+    if not hasattr(tokenizer, "_tokenizer"):
+        raise changed("transformers.backend", f"has no {type(tokenizer).__name__}._tokenizer")
     tokenizer._tokenizer = published
     return [f"the tokenizer was loaded as {type(tokenizer).__name__}, which gives other ids; tokenizer.json's are used"]

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from phi3_lora_plugin.hosts.trl import TrlError
+from phi3_lora_plugin.seams import look_up
 
 SCRIPTS = ("sft", "dpo")
 
 
 def run_script(name: str, arguments: Sequence[str]) -> None:
     """TRL's own script `name` with its own arguments, in this process, activated."""
-    from importlib import import_module
-
     from phi3_lora_plugin.hosts.activate import PARTS, activate
 
     if name not in SCRIPTS:
@@ -21,11 +20,11 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
     say = _say
     for sentence in activate(parts=list(PARTS), say=say):
         say(sentence)
-    script = import_module(f"trl.scripts.{name}")
+    make_parser, script = look_up(f"trl.{name}_parser"), look_up(f"trl.{name}_main")
     sys.argv = [f"phi3-lora trl {name}", *arguments]
-    parser = script.make_parser()
+    parser = make_parser()
     parsed = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
-    script.main(*parsed)
+    script(*parsed)
 
 
 def _say(sentence: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
+from phi3_lora_plugin.seams import look_up
 from phi3_lora_plugin.training.attach import attach, wrap_again
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def attach_to_all(
 
     plugins = load_plugins()
     wanted = _checked(names, plugins)
-    stock, stock_init = Trainer.train, Trainer.__init__
+    stock, stock_init = look_up("transformers.train"), Trainer.__init__
     tell = say or log.info
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +94,10 @@ def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) ->
     for name in names:
         if ":" in name:
             module, _, kind = name.partition(":")
-            found.append(getattr(import_module(module), kind)())
+            try:
+                found.append(getattr(import_module(module), kind)())
+            except (ImportError, AttributeError) as error:
+                raise CallbackError(f"callbacks: {name} cannot be made: {error}") from error
         elif name == OURS and not own:
             found.append(LoraCheckpoint())
         else:
@@ -134,7 +138,7 @@ def _described(trainer: Any, model: Any) -> Recipe:
     """What a recipe can say of a script, for the callbacks of plugins that want one."""
     from phi3_lora_plugin.recipe import Recipe
 
-    path = getattr(getattr(model, "config", None), "_name_or_path", "") or "unknown"
+    path = getattr(getattr(model, "config", None), "name_or_path", "") or "unknown"
     return Recipe.model_validate(
         {"model": {"path": path}, "output_dir": str(trainer.args.output_dir), "seed": trainer.args.seed}
     )

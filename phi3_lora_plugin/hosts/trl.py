@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.seams import look_into, look_up
 
 
 class TrlError(Phi3LoraError):
@@ -20,6 +21,8 @@ class TrlError(Phi3LoraError):
 
 def exact_rows() -> tuple[list[str], Callable[[], None]]:
     """Wrap what TRL finds templates with and, once it is imported, how `SFTTrainer` encodes; (sentences, undo)."""
+    look_into("trl.sft_rows")
+    look_into("trl.dpo_rows")
     undone = [
         _our_templates(),
         _when_imported("trl.trainer.sft_trainer", _wrap_sft),
@@ -72,8 +75,7 @@ def _marked(tokenizer: Any) -> str | None:
 def _wrap_sft(module: Any) -> Callable[[], None]:
     """Rows of messages of a Phi tokenizer come from our encoder, if masks are asked for; everything else is TRL's."""
     template = getattr(module, "get_training_chat_template", None)
-    trainer = module.SFTTrainer
-    stock = trainer._prepare_dataset
+    stock, trainer = look_up("trl.sft_rows"), module.SFTTrainer
     if template is not None:  # imported by name, perhaps before it was ours
         from trl import chat_template_utils
 
@@ -96,8 +98,7 @@ def _wrap_sft(module: Any) -> Callable[[], None]:
 
 def _wrap_dpo(module: Any) -> Callable[[], None]:
     """Preferences between chats of a Phi tokenizer come from our encoder; preferences between texts are TRL's."""
-    trainer = module.DPOTrainer
-    stock = trainer._prepare_dataset
+    stock, trainer = look_up("trl.dpo_rows"), module.DPOTrainer
 
     def _prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: Any, *others: Any, **named: Any) -> Any:
         if not _takes_pairs(module) or _marked(processing_class) is None or not _are_chats(next(iter(dataset))):

@@ -49,7 +49,7 @@ def base_of(model: Any) -> tuple[str | None, str | None]:
     """(path or hub id, commit) of the model that LoRA was put on, as far as it knows."""
     inner = unwrapped(model)
     config = getattr(inner, "config", None)
-    name = getattr(inner, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    name = getattr(inner, "name_or_path", None) or getattr(config, "name_or_path", None)
     return (str(name) if name else None), getattr(config, "_commit_hash", None)
 
 
@@ -57,7 +57,7 @@ def loralib_sidecar(model: nn.Module) -> dict[str, Any]:
     """What loralib's file does not say: kind, rank, alpha and enabled groups of each layer."""
     modules: dict[str, dict[str, Any]] = {}
     for path, layer in model.named_modules():
-        if "lora_A" not in layer._parameters or not hasattr(layer, "lora_alpha"):
+        if "lora_A" not in dict(layer.named_parameters(recurse=False)) or not hasattr(layer, "lora_alpha"):
             continue
         kind = {"MergedLinear": "merged_linear"}.get(type(layer).__name__, type(layer).__name__.lower())
         modules[without_wrappers(path)] = {"kind": kind, "r": layer.r, "alpha": layer.lora_alpha}

@@ -41,10 +41,18 @@ def all_finite(tensors: Sequence[Any]) -> bool:
     import torch
 
     full = [tensor for tensor in tensors if tensor.numel()]
-    norms: Sequence[Any] = torch._foreach_norm(full) if full else ()
+    norms: Sequence[Any] = _norms(full) if full else ()
     if len({(norm.dtype, norm.device) for norm in norms}) > 1:
         norms = [norm.float().to(norms[0].device) for norm in norms]
     return not norms or bool(torch.stack(norms).float().sum().isfinite())
+
+
+def _norms(tensors: Sequence[Any]) -> Sequence[Any]:
+    """One norm a tensor: in one kernel where this torch has it, which is private; else one after the other."""
+    import torch
+
+    together = getattr(torch, "_foreach_norm", None)
+    return [tensor.norm() for tensor in tensors] if together is None else together(tensors)
 
 
 def _agreed(sick: bool, shard: Any) -> bool:

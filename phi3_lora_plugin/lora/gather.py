@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.walk import several_processes
 from phi3_lora_plugin.lora_files.keys import without_wrappers
+from phi3_lora_plugin.seams import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +20,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         name = next((name for name in _WRAPPER_CHILDREN if name in children), None)
-        bare = not model._parameters and (len(children) == 1 or type(model).__name__ == "DeepSpeedEngine")
+        alone = len(children) == 1 or type(model).__name__ == "DeepSpeedEngine"
+        bare = alone and next(model.parameters(recurse=False), None) is None
         if name is None or not bare:
             return model
         model = children[name]
@@ -43,7 +45,7 @@ def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str
         # the shards where it has whole copies, of 16 bits perhaps.
         own = module.state_dict()
         found |= {name: own[leaf] for leaf, name in inside.items()}
-    parameters = {name: owners[name]._parameters.get(name.rpartition(".")[2]) for name in names}
+    parameters = {name: getattr(owners[name], name.rpartition(".")[2], None) for name in names}
     partitioned = [parameter for parameter in parameters.values() if is_partitioned(parameter)]
     if partitioned:
         import deepspeed  # type: ignore[import-not-found]
@@ -57,6 +59,7 @@ def plain_parameters(inner: nn.Module, names: Sequence[str]) -> dict[str, Any] |
     """The named parameters, if they are all that `gather` would give: in one process, of layers without hooks."""
     from torch import nn
 
+    require("torch.parameters", "torch.state_hooks", "torch.state_pre_hooks", "torch.save_state")
     if several_processes():
         return None
     found: dict[str, Any] = {}

@@ -128,7 +128,7 @@ def _second_names(model: nn.Module, adapter: str, found: set[str]) -> dict[str, 
     """Keys of what was trained in full under a further name that it has in the model -> the key that was found."""
     first: dict[int, str] = {}
     copies: dict[str, str] = {}
-    if not any("modules_to_save" in module._modules for _, module in model.named_modules()):
+    if not any("modules_to_save" in dict(module.named_children()) for module in model.modules()):
         return copies
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = without_wrappers(name)

@@ -9,6 +9,8 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.seams import require
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -44,6 +46,7 @@ class Structure:
 
 def structure(model: nn.Module) -> Structure:
     """The structure of a model."""
+    require("torch.parameters", "torch.modules")
     modules: list[Any] = [model]
     for module in modules:  # which grows as it goes; it ends, as a module that contains itself cannot be trained
         modules += [child for child in module._modules.values() if child is not None]

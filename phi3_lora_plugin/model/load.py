@@ -101,7 +101,7 @@ def load_model(
 
         keep_trainable_on_cpu(model)
     model.name_or_path = locate(path_or_id)
-    model.config._name_or_path = model.name_or_path
+    model.config.name_or_path = model.name_or_path
     if not (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_model_config(model.config)
     model.config.use_cache = False  # for training; generation keeps what its own config says

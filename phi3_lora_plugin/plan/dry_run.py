@@ -15,11 +15,18 @@ from typing import Any
 
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: TID253
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: TID253
 
 from phi3_lora_plugin.model.quantize import PACKED_BYTES
+from phi3_lora_plugin.seams import look_up, require
 from phi3_lora_plugin.speed.lora_linear import fused, single_adapter
+
+FakeTensor: Any = look_up("torch.fake")
+FakeTensorMode: Any = look_up("torch.fake_mode")
+_TorchDispatchMode: Any = look_up("torch.dispatch")
+_disable_current_modes: Any = look_up("torch.without_modes")
+_leaves: Any = look_up("torch.leaves")
+_ITEM: Any = look_up("torch.item")
+require("torch.storage", "torch.parameters", "torch.buffers", "transformers.attention")
 
 KINDS = ("base", "adapter", "gradients", "optimizer", "activations", "logits")
 
@@ -67,7 +74,7 @@ class Footprint:
 
 
 @dataclass
-class _Live(TorchDispatchMode):  # type: ignore[misc]
+class _Live(_TorchDispatchMode):  # type: ignore[misc]
     """Follows every storage from the operation that made it to its end."""
 
     vocabulary: int
@@ -86,7 +93,7 @@ class _Live(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        tensors = [each for each in _leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         if self.real:
             made = func(*args, **(kwargs or {}))
         elif tensors and not any(isinstance(each, FakeTensor) for each in tensors):
@@ -96,11 +103,11 @@ class _Live(TorchDispatchMode):  # type: ignore[misc]
             made = _without_values(func, args)
             if made is None:
                 made = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(made):
+        for tensor in _leaves(made):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)
         if self.now > self._best[0]:
-            self._best = (self.now, self._kinds(), func._schema.name)
+            self._best = (self.now, self._kinds(), func.name().partition(".")[0])
         return made
 
     def _see(self, tensor: Any) -> None:
@@ -140,7 +147,7 @@ class _Live(TorchDispatchMode):  # type: ignore[misc]
 
 def _without_values(func: Any, args: Any) -> Any:
     """What depends on values that are not here: hidden states at real positions are as many as there are such."""
-    if func is torch.ops.aten._local_scalar_dense.default:
+    if func is _ITEM:
         return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
     if func is torch.ops.aten.index.Tensor and args[1] and args[1][0] is not None:
         index = args[1][0]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from phi3_lora_plugin.wording import describe, nearest, shorten
 
@@ -172,20 +173,53 @@ def translate(given: Mapping[str, Any], installed: Mapping[str, Kinds] | None = 
 
 @lru_cache(maxsize=1)
 def installed_fields() -> dict[str, Kinds]:
-    """Names of the installed `TrainingArguments`' fields and what each may hold, without importing transformers."""
-    return fields_of((_transformers() / "training_args.py").read_text(encoding="utf-8"))
+    """Names of the installed `TrainingArguments`' fields and what each may hold; imports transformers only if it must.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
+    try:
+        source = (_transformers() / "training_args.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):  # compiled, zipped, moved
+        source = ""
+    return fields_of(source)
 
 
 def fields_of(source: str) -> dict[str, Kinds]:
-    """Names and kinds (`int`, `float`, `bool`, `str`, `list`, `dict`, `None`, or a class's name) of the dataclass."""
+    """Names and kinds (`int`, `float`, `bool`, `str`, `list`, `dict`, `None`, or a class's name) of the dataclass.
+
+    Where the source has no such class in a form that is known, the installed class is imported and asked.
+    """
     found: dict[str, Kinds] = {}
-    for node in ast.parse(source).body:
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        body = []
+    for node in body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                     if not line.target.id.startswith("_"):
                         found[line.target.id] = frozenset(_kinds(line.annotation))
-    return found
+    return found or _fields_of_class()
+
+
+def _fields_of_class() -> dict[str, Kinds]:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    public = [field for field in fields(TrainingArguments) if not field.name.startswith("_")]
+    return {field.name: frozenset(_kinds_of(field.type)) for field in public}
+
+
+def _kinds_of(kind: Any) -> set[str]:
+    """As `_kinds`, of a type, or of the text that it is written as."""
+    if isinstance(kind, str):
+        return _kinds(ast.parse(kind, mode="eval").body)
+    if get_origin(kind) in (Union, UnionType):
+        return set().union(*(_kinds_of(one) for one in get_args(kind)))
+    return {"None" if kind is NoneType else getattr(get_origin(kind) or kind, "__name__", str(kind))}
 
 
 def _transformers() -> Path:

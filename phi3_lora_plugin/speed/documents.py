@@ -18,6 +18,7 @@ import torch  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID253
 
 from phi3_lora_plugin.model.families import rope_of
+from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
 from phi3_lora_plugin.speed.bounds import (
@@ -39,6 +40,8 @@ def documents_obstacle(base: Any) -> str | None:
     """Why this causal model (PEFT taken off) cannot run document by document; None if it can."""
     if getattr(base.config, "model_type", None) != "phi3" or type(getattr(base, "model", None)).__name__ != "Phi3Model":
         return f"{type(base).__name__} is not Phi-3 as transformers has it"
+    if changed := obstacle("transformers.attention"):
+        return changed
     attention = base.config._attn_implementation
     if attention not in ("sdpa", NAME) and not str(attention).startswith(("flash_attention", "kernels-community/")):
         return f"attention {attention!r} was asked for"

@@ -80,7 +80,7 @@ def wrap_again(trainer: Trainer) -> bool:
         return False
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return False  # these are wrapped for evaluation as well
-    trainer.accelerator._models.clear()
+    trainer.accelerator.free_memory()  # forgets the models that it has prepared
     trainer.model._is_accelerate_prepared = False
     return True
 

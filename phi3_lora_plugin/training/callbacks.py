@@ -23,6 +23,7 @@ from phi3_lora_plugin.lora.snapshot import take, trained_but_not_saved
 from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names
 from phi3_lora_plugin.lora_files.peft_files import WEIGHTS
 from phi3_lora_plugin.model.tokenizer import tokenizer_files
+from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.store.adapter_files import FORMATS, adapter_files
 from phi3_lora_plugin.store.layout import FOLDER, FOLDER_WHEN_PUSHED, entries
 from phi3_lora_plugin.store.retention import Retention
@@ -269,7 +270,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         if state.is_hyper_param_search:
             self._trials += 1
             trial = getattr(self._trainer, "_trial", None)
-            if trial is not None:
+            if trial is not None and obstacle("transformers.trials") is None:
                 output = Path(self._trainer._get_output_dir(trial))
             else:
                 output = output / (state.trial_name or f"run-{self._trials - 1}")

@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from swift.callbacks.mapping import callbacks_map
-from swift.template.base import Template
-from swift.template.register import TEMPLATE_MAPPING, register_template
-from swift.template.template_meta import TemplateMeta
-
 from phi3_lora_plugin.chat.encode import prompt_ids
 from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.hosts.pairs import conversation, encoded
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.settings import HostSettings, checkpoint_callback, read_settings
 from phi3_lora_plugin.model.tokenizer import repair_tokenizer
+from phi3_lora_plugin.seams import look_up
 
 VARIABLE = "PHI3_LORA_SETTINGS"
 CALLBACK = "phi3_lora"
@@ -34,7 +30,7 @@ _TRAIN_ON = {"default": "assistant", "last_round": "last_turn", "all": "all"}
 log = logging.getLogger("swift")
 
 
-class Phi3Template(Template):  # type: ignore[misc]
+class Phi3Template(look_up("swift.template")):  # type: ignore[misc]
     """Ids of the published template, labels from where tokens start; what it has no words for it leaves to ms-swift."""
 
     def init_processor(self, processor: Any) -> None:
@@ -69,7 +65,7 @@ class Phi3Template(Template):  # type: ignore[misc]
 
 
 @dataclass
-class Phi3TemplateMeta(TemplateMeta):  # type: ignore[misc]
+class Phi3TemplateMeta(look_up("swift.meta")):  # type: ignore[misc]
     """The stop token is the template's own, which the tokenizer knows."""
 
     def init(self, tokenizer: Any) -> None:
@@ -91,16 +87,17 @@ def settings() -> HostSettings:
 
 def register() -> None:
     """Register all of it; once more changes nothing."""
+    look_up("swift.encode")
     if settings().masks:
         for name in TEMPLATES:
-            if name in TEMPLATE_MAPPING:
+            if name in look_up("swift.templates"):
                 meta = Phi3TemplateMeta(
                     name, [], ["{{QUERY}}"], ["\n"], suffix=["<|end|>"], system_prefix=["{{SYSTEM}}"],
                     template_cls=Phi3Template,
                 )  # fmt: skip
-                register_template(meta, exist_ok=True)
+                look_up("swift.register")(meta, exist_ok=True)
         log.info("phi3_lora: templates %s render and mask as published", ", ".join(TEMPLATES))
-    callbacks_map[CALLBACK] = _callback
+    look_up("swift.callbacks")[CALLBACK] = _callback
 
 
 def _callback(args: Any, trainer: Any) -> Any:

@@ -1,0 +1,202 @@
+"""What we patch in other libraries, and what we read of them although they do not promise it: looked up here alone.
+
+A library that has changed gives an `ActivationError` that names it, its version and what is switched off. Where a
+public way exists it is taken, and stands nowhere in this table.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, metadata
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.error import Phi3LoraError
+
+
+class ActivationError(Phi3LoraError):
+    """A part that does not exist, or a place that the installed library does not have any more."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place in another library.
+
+    Attributes:
+        library: its distribution.
+        place: `module:path`; a part that ends in `()` is called without arguments.
+        off: what does not work without it.
+        takes: names of the first parameters, for a function that is wrapped and called by position.
+    """
+
+    library: str
+    place: str
+    off: str
+    takes: tuple[str, ...] = ()
+
+
+_MODULE = "LoRA's tensors cannot be found in a model"
+_MEASURED = "phi3-lora plan cannot measure memory"
+_AXOLOTL, _FACTORY, _SWIFT = "Phi-3 in axolotl", "Phi-3 in LLaMA-Factory", "Phi-3 in ms-swift"
+_ROWS = ("self", "dataset", "processing_class", "args")
+
+SEAMS = {
+    # Patched while a process runs.
+    "peft.targets": Seam(
+        "peft",
+        "peft.utils.constants:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "default targets for phi3 and phimoe (part targets)",
+    ),
+    "transformers.report_to": Seam(
+        "transformers",
+        "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK",
+        "report_to: phi3_lora (part report_to)",
+    ),
+    "transformers.train": Seam(
+        "transformers",
+        "transformers:Trainer.train",
+        "callbacks and fast paths of every Trainer (part trainers)",
+        ("self",),
+    ),
+    "trl.sft_rows": Seam(
+        "trl", "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset", "exact masks in SFTTrainer (part trl)", _ROWS
+    ),
+    "trl.dpo_rows": Seam(
+        "trl", "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset", "chats in DPOTrainer (part trl)", _ROWS
+    ),
+    "transformers.backend": Seam(
+        "transformers", "transformers:PreTrainedTokenizerFast.backend_tokenizer", "published ids in a host's tokenizer"
+    ),
+    "trl.sft_parser": Seam("trl", "trl.scripts.sft:make_parser", "phi3-lora trl sft"),
+    "trl.sft_main": Seam("trl", "trl.scripts.sft:main", "phi3-lora trl sft"),
+    "trl.dpo_parser": Seam("trl", "trl.scripts.dpo:make_parser", "phi3-lora trl dpo"),
+    "trl.dpo_main": Seam("trl", "trl.scripts.dpo:main", "phi3-lora trl dpo"),
+    # Read, though private.
+    "torch.parameters": Seam("torch", "torch.nn:Module()._parameters", _MODULE),
+    "torch.modules": Seam("torch", "torch.nn:Module()._modules", _MODULE),
+    "torch.buffers": Seam("torch", "torch.nn:Module()._buffers", _MODULE),
+    "torch.persistent": Seam("torch", "torch.nn:Module()._non_persistent_buffers_set", _MODULE),
+    "torch.state_hooks": Seam("torch", "torch.nn:Module()._state_dict_hooks", _MODULE),
+    "torch.state_pre_hooks": Seam("torch", "torch.nn:Module()._state_dict_pre_hooks", _MODULE),
+    "torch.save_state": Seam("torch", "torch.nn:Module._save_to_state_dict", "LoRA for slices of a projection"),
+    "torch.load_state": Seam("torch", "torch.nn:Module._load_from_state_dict", "LoRA for slices of a projection"),
+    "torch.fake": Seam("torch", "torch._subclasses.fake_tensor:FakeTensor", _MEASURED),
+    "torch.fake_mode": Seam("torch", "torch._subclasses.fake_tensor:FakeTensorMode", _MEASURED),
+    "torch.dispatch": Seam("torch", "torch.utils._python_dispatch:TorchDispatchMode", _MEASURED),
+    "torch.without_modes": Seam("torch", "torch.utils._python_dispatch:_disable_current_modes", _MEASURED),
+    "torch.leaves": Seam("torch", "torch.utils._pytree:tree_leaves", _MEASURED),
+    "torch.item": Seam("torch", "torch:ops.aten._local_scalar_dense.default", _MEASURED),
+    "torch.storage": Seam("torch", "torch:UntypedStorage()._cdata", _MEASURED),
+    "transformers.attention": Seam(
+        "transformers", "transformers:PretrainedConfig()._attn_implementation", "attention by documents"
+    ),
+    "transformers.trials": Seam(
+        "transformers", "transformers:Trainer._get_output_dir", "checkpoints in a hyperparameter search"
+    ),
+    # What hosts have for plugins.
+    "axolotl.plugin": Seam("axolotl", "axolotl.integrations.base:BasePlugin", _AXOLOTL),
+    "axolotl.rows": Seam("axolotl", "axolotl.prompt_tokenizers:PromptTokenizingStrategy", _AXOLOTL),
+    "llamafactory.templates": Seam("llamafactory", "llamafactory.data.template:TEMPLATES", _FACTORY),
+    "llamafactory.template": Seam("llamafactory", "llamafactory.data.template:Template", _FACTORY),
+    "llamafactory.register": Seam("llamafactory", "llamafactory.data.template:register_template", _FACTORY),
+    "llamafactory.run": Seam("llamafactory", "llamafactory.train.tuner:run_exp", _FACTORY),
+    "llamafactory.read": Seam("llamafactory", "llamafactory.hparams.parser:read_args", _FACTORY),
+    "swift.callbacks": Seam("ms-swift", "swift.callbacks.mapping:callbacks_map", _SWIFT),
+    "swift.template": Seam("ms-swift", "swift.template.base:Template", _SWIFT),
+    "swift.encode": Seam("ms-swift", "swift.template.base:Template._encode", _SWIFT, ("self", "inputs")),
+    "swift.templates": Seam("ms-swift", "swift.template.register:TEMPLATE_MAPPING", _SWIFT),
+    "swift.register": Seam("ms-swift", "swift.template.register:register_template", _SWIFT),
+    "swift.meta": Seam("ms-swift", "swift.template.template_meta:TemplateMeta", _SWIFT),
+}
+
+
+@cache
+def require(*names: str) -> None:
+    """`look_up` all of them, once, for what is read of objects that are at hand."""
+    for name in names:
+        look_up(name)
+
+
+def look_up(name: str) -> Any:
+    """What stands at the place `name` of `SEAMS`.
+
+    Raises:
+        ActivationError: the installed library does not have it, or takes other arguments there.
+    """
+    seam = SEAMS[name]
+    module, _, path = seam.place.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part.removesuffix("()"))
+            if part.endswith("()"):
+                found = found()
+    except (ImportError, AttributeError) as error:
+        raise changed(name, f"has no {seam.place.replace(':', '.').replace('()', '')}") from error
+    if seam.takes and tuple(inspect.signature(found).parameters)[: len(seam.takes)] != seam.takes:
+        takes = ", ".join(inspect.signature(found).parameters)
+        raise changed(name, f"has {seam.place.replace(':', '.')} with other arguments ({takes})")
+    return found
+
+
+def look_into(name: str) -> None:
+    """As `look_up` of a method, but of its source where the module is not imported yet: importing it is the user's.
+
+    Raises:
+        ActivationError: as `look_up`. Nothing is raised where the library is not installed.
+    """
+    seam = SEAMS[name]
+    module, _, path = seam.place.partition(":")
+    kind, _, method = path.partition(".")
+    spec = None if module in sys.modules else _spec(module)
+    if module not in sys.modules and spec is None and _spec(module.partition(".")[0]) is None:
+        return
+    try:
+        tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")) if spec is not None else None
+        body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind] if tree else []
+        made = next(
+            one for node in body for one in node.body if isinstance(one, ast.FunctionDef) and one.name == method
+        )
+    except (OSError, ValueError, StopIteration):
+        look_up(name)  # without a source, or inherited: only the class itself knows
+        return
+    takes = tuple(argument.arg for argument in made.args.args)
+    if takes[: len(seam.takes)] != seam.takes:
+        raise changed(name, f"has {seam.place.replace(':', '.')} with other arguments ({', '.join(takes)})")
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    try:
+        return find_spec(module)
+    except (ImportError, ValueError):
+        return None
+
+
+def changed(name: str, what: str) -> ActivationError:
+    """The error for a library that is not as it was."""
+    seam = SEAMS[name]
+    try:
+        installed = f"{seam.library} {metadata.version(seam.library)} {what}"
+    except metadata.PackageNotFoundError:
+        installed = f"{seam.library} is not installed"
+    advice = "leave that part out (parts=, or --parts of phi3-lora run), or " if "(part " in seam.off else ""
+    return ActivationError(
+        f"{installed}, so this is switched off: {seam.off}; {advice}install a version that phi3-lora-plugin is tested "
+        "with (docs/hosts.md)"
+    )
+
+
+def obstacle(*names: str) -> str | None:
+    """Why one of these places cannot be used, for whoever has another way; None if all can."""
+    for name in names:
+        try:
+            look_up(name)
+        except ActivationError as error:
+            return str(error)
+    return None

@@ -1,0 +1,152 @@
+"""The places in other libraries that this package holds on to: all in one table, and what happens when one is gone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import phi3_lora_plugin
+from phi3_lora_plugin import Phi3LoraError, activate, deactivate, seams
+from phi3_lora_plugin.hosts.activate import PARTS, ActivationError, active
+from phi3_lora_plugin.recipe.training import fields_of, installed_fields
+from phi3_lora_plugin.seams import SEAMS, Seam, look_into, look_up
+
+ROOT = Path(phi3_lora_plugin.__file__).parent
+HERE = [name for name, seam in SEAMS.items() if seam.library in ("torch", "transformers", "peft", "trl")]
+#: Private names that are ours although they stand behind a dot, and of hosts' objects; guarded where they are read.
+OURS = {
+    "_all_parameters", "_asked", "_documents", "_flops_parameters", "_keep_padding", "_looks", "_narrow",
+    "_original_context", "_phi3_lora_callbacks", "_same_shape", "_stock_attention", "_stock_compute_loss",
+    "_stock_forward", "_stock_prediction_step", "_trl_forward", "_walked", "_is_accelerate_prepared",
+    "_exit",
+    "_tokenizer", "_processor_inited", "_loss_scale", "_last_lr",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def back() -> Iterator[None]:
+    yield
+    deactivate()
+    seams.require.cache_clear()
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_the_installed_libraries_have_every_place(name: str) -> None:
+    look_up(name)
+
+
+def torn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the place `name` out of its library."""
+    module, _, path = SEAMS[name].place.partition(":")
+    owner = importlib.import_module(module)
+    *parents, last = path.split(".")
+    for part in parents:
+        owner = getattr(owner, part)
+    monkeypatch.delattr(owner, last)
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if "()" not in SEAMS[name].place and name != "torch.item"])
+def test_a_place_that_is_gone_is_named_with_library_version_and_what_is_off(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn(name, monkeypatch)
+    seam = SEAMS[name]
+    with pytest.raises(ActivationError) as caught:
+        look_up(name)
+    assert f"{seam.library} {metadata.version(seam.library)} has no " in str(caught.value)
+    assert f"switched off: {seam.off}" in str(caught.value) and isinstance(caught.value, Phi3LoraError)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("peft.targets", "targets"),
+        ("transformers.report_to", "report_to"),
+        ("transformers.train", "trainers"),
+        ("trl.sft_rows", "trl"),
+        ("trl.dpo_rows", "trl"),
+    ],
+)
+def test_activation_is_refused_as_a_whole_and_goes_without_that_part(
+    name: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torn(name, monkeypatch)
+    with pytest.raises(ActivationError, match=re.escape(SEAMS[name].off)):
+        activate(parts=list(PARTS))
+    assert active() == ()
+    others = [other for other in PARTS if other != part]
+    activate(parts=others)
+    assert active() == tuple(others)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class Kind:\n    def method(self, rows, args): ...\n", None),
+        ("class Kind:\n    def method(self, args, rows): ...\n", r"with other arguments \(self, args, rows\)"),
+        ("class Kind:\n    def other(self): ...\n", "has no odd_library.Kind.method"),
+        ("class Base:\n    def method(self, rows): ...\nclass Kind(Base): ...\n", None),
+    ],
+)
+def test_a_method_is_looked_at_before_the_user_imports_its_module(
+    source: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the error would come out of the user's own import."""
+    (tmp_path / "odd_library.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(SEAMS, "odd", Seam("torch", "odd_library:Kind.method", "odd things", ("self", "rows")))
+    try:
+        if said is None:
+            look_into("odd")
+        else:
+            with pytest.raises(ActivationError, match=said):
+                look_into("odd")
+        if "Base" not in source and "other" not in source:
+            assert "odd_library" not in sys.modules
+    finally:
+        sys.modules.pop("odd_library", None)
+
+
+def test_a_library_that_is_not_there_is_not_looked_at() -> None:
+    look_into("swift.encode")
+
+
+def test_every_private_name_of_another_library_is_in_the_table() -> None:
+    known = set(re.findall(r"_\w+", " ".join(seam.place for seam in SEAMS.values()))) | OURS
+    for file in ROOT.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not re.match(r"_[a-z]", node.attr):
+                continue
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                continue
+            assigned = re.search(rf"^\s+(self\.)?{node.attr}\b.*[:=]", _all(), re.MULTILINE)
+            assert node.attr in known | defined or assigned, f"{file}:{node.lineno}: {node.attr}"
+
+
+def _all(cache: list[str] = []) -> str:  # noqa: B006
+    if not cache:
+        cache.append("\n".join(file.read_text(encoding="utf-8") for file in ROOT.rglob("*.py")))
+    return cache[0]
+
+
+@pytest.mark.parametrize("source", ["", "def (", "class TrainingArguments(Parent): pass", "x = 1\0"])
+def test_fields_that_cannot_be_read_from_the_source_come_from_the_class(source: str) -> None:
+    assert fields_of(source) == installed_fields()
+
+
+def test_all_finite_needs_no_private_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from phi3_lora_plugin.lora.finite import all_finite
+
+    monkeypatch.delattr(torch, "_foreach_norm")
+    assert all_finite([torch.ones(3), torch.zeros(2)]) and not all_finite([torch.ones(3), torch.tensor([float("nan")])])
