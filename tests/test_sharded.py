@@ -6,12 +6,11 @@ import copy
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from lora_runs import arguments, peft_model, rows, same, trained, trainer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
+from warm_process import Warm
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
 from phi3_lora_plugin.lora.inventory import expected_shapes
@@ -264,9 +264,9 @@ SCENARIOS: tuple[Callable[[Path], Any], ...] = (
 )  # fmt: skip
 
 
-def work(folder: Path) -> None:
+def work(place: str) -> None:
     """One rank: every scenario, its results into a file."""
-    results = {}
+    folder, results = Path(place), {}
     for scenario in SCENARIOS:
         results[scenario.__name__] = scenario(folder)
         torch.distributed.barrier()
@@ -280,39 +280,17 @@ def _leave(folder: Path, found: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def launch(folder: Path, function: str, *arguments: str, **variables: str) -> Ranks:
+def launch(warm: Warm, folder: Path, function: FunctionType, *arguments: str, **variables: str) -> Ranks:
     """Call a function of this module in two processes that know of each other."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"} | variables
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
-    script = "import sys; from pathlib import Path; import test_sharded as t; "
-    script += "getattr(t, sys.argv[2])(Path(sys.argv[1]), *sys.argv[3:])"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, folder, function, *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    deadline = time.monotonic() + 150
-    try:
-        said = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n\n".join(said)
+    warm.ranks(folder, function, str(folder), *arguments, **variables)
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     return folder, {name: [each[name] for each in found] for name in found[0]}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return launch(tmp_path_factory.mktemp("ranks"), "work")
+def ranks(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Ranks:
+    return launch(warm, tmp_path_factory.mktemp("ranks"), work)
 
 
 def test_two_ranks_save_what_both_have(ranks: Ranks, tmp_path: Path) -> None:
@@ -428,8 +406,9 @@ def test_g14_the_flat_vectors_of_the_older_fsdp_are_taken_apart(ranks: Ranks) ->
 # --- DeepSpeed, where it is installed ------------------------------------------------------------------------------
 
 
-def zero(folder: Path, stage: str) -> None:
+def zero(place: str, stage: str) -> None:
     """Trained by a Trainer that leaves it to DeepSpeed; then once more, with a number that is none on one rank."""
+    folder = Path(place)
     found: dict[str, Any] = {}
     plan: dict[str, Any] = {"zero_optimization": {"stage": int(stage)}, "zero_force_ds_cpu_optimizer": False}
     plan |= dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
@@ -457,9 +436,9 @@ def zero(folder: Path, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_g14_zero_is_gathered_and_learns_what_one_process_learns(stage: str, tmp_path: Path) -> None:
+def test_g14_zero_is_gathered_and_learns_what_one_process_learns(stage: str, tmp_path: Path, warm: Warm) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    folder, found = launch(tmp_path / "ranks", "zero", stage, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    folder, found = launch(warm, tmp_path / "ranks", zero, stage, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     assert found["engine"] == ["DeepSpeedEngine"] * 2 and found["cut"] == [stage == "3"] * 2
     settings = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
     trainer(tmp_path, LoraCheckpoint(), model=peft_model(dropout=0.0), **settings).train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
+from warm_process import Warm
 
 from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
 from phi3_lora_plugin.lora.slices import SlicedLinear, SliceError, apply_slices, blocks_of
@@ -388,49 +388,40 @@ def test_slices_on_a_4_bit_base(tmp_path: Path) -> None:
     assert len(fused_layers(model)) == 4 and not off_block(model).any()
 
 
-PARALLEL = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[3])
-import tiny
-from phi3_lora_plugin.lora.inject import add_lora
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+def in_parallel(folder: str, kind: str) -> None:
+    """What each of two ranks does: train on its half of each batch, and write its adapter."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
 
-rank, folder, kind = int(sys.argv[1]), sys.argv[2], sys.argv[4]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-torch.manual_seed(1)
-model = add_lora(tiny.model(num_key_value_heads=2), ["q_proj", "v_proj"], 4, 12)
-if kind == "ddp":
-    wrapped = DistributedDataParallel(model)
-else:
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    wrapped = fully_shard(model, mesh=mesh)
-optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-generator = torch.Generator().manual_seed(7)
-for _ in range(5):
-    ids = torch.randint(3, 512, (4, 12), generator=generator)[rank::2]
-    wrapped(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-state = {name: tensor.detach() for name, tensor in model.state_dict().items() if "lora_" in name}
-torch.save({n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(1)
+    model = add_lora(tiny.model(num_key_value_heads=2), ["q_proj", "v_proj"], 4, 12)
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(5):
+        ids = torch.randint(3, 512, (4, 12), generator=generator)[rank::2]
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if "lora_" in name}
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
+    torch.save(whole, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_slices_on_two_processes_equal_one(kind: str, tmp_path: Path) -> None:
-    arguments = [str(tmp_path), str(Path(__file__).parent), kind]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PARALLEL, str(rank), *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        for rank in range(2)
-    ]
-    assert [run.wait(120) for run in runs] == [0, 0]
+def test_slices_on_two_processes_equal_one(kind: str, tmp_path: Path, warm: Warm) -> None:
+    warm.ranks(tmp_path, in_parallel, str(tmp_path), kind)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
 
     torch.manual_seed(1)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
+from warm_process import Warm
 
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.lora.state import (
@@ -462,46 +460,32 @@ def test_a_submodule_that_is_called_module_keeps_its_name() -> None:
     assert (model.module.lora_A == 1).all()
 
 
-_SHARDED = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.device_mesh import init_device_mesh
-from test_state import peft_model
-from phi3_lora_plugin.lora.state import lora_state_dict, load_lora_state_dict
-dist.init_process_group("gloo")
-want = {{name: tensor.clone() for name, tensor in lora_state_dict(peft_model()).items()}}
-model = peft_model(seed=1)
-mesh = init_device_mesh("cpu", (2,))
-for layer in model.base_model.model.model.layers:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-before = lora_state_dict(model)
-single = lora_state_dict(peft_model(seed=1))
-assert before.keys() == single.keys() and all(torch.equal(before[k], single[k]) for k in before)
-assert any(hasattr(p, "full_tensor") and p.to_local().numel() < p.numel() for p in model.parameters())
-load_lora_state_dict(model, want)
-got = lora_state_dict(model)
-assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) and type(got[k]) is torch.Tensor for k in got)
-print("rank", dist.get_rank(), "same")
-"""
+def sharded() -> None:
+    """What each of two ranks does."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    want = {name: tensor.clone() for name, tensor in lora_state_dict(peft_model()).items()}
+    model = peft_model(seed=1)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    before = lora_state_dict(model)
+    single = lora_state_dict(peft_model(seed=1))
+    assert before.keys() == single.keys() and all(torch.equal(before[k], single[k]) for k in before)
+    assert any(hasattr(p, "full_tensor") and p.to_local().numel() < p.numel() for p in model.parameters())
+    load_lora_state_dict(model, want)
+    got = lora_state_dict(model)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[k], want[k]) and type(got[k]) is torch.Tensor for k in got)
+    print("rank", dist.get_rank(), "same", flush=True)
+    dist.barrier()
+    os._exit(0)  # the threads of gloo now and then abort a process that ends properly
 
 
-def test_fsdp2_shards_are_gathered_on_every_rank_and_loaded_back(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(_SHARDED.format(tests=str(Path(__file__).parent)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script], env=environment | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank, process in enumerate(ranks):
-        output, _ = process.communicate(timeout=100)
-        assert f"rank {rank} same" in output, output
+def test_fsdp2_shards_are_gathered_on_every_rank_and_loaded_back(warm: Warm, tmp_path: Path) -> None:
+    for rank, said in enumerate(warm.ranks(tmp_path, sharded)):
+        assert f"rank {rank} same" in said, said

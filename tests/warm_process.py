@@ -24,6 +24,9 @@ COMMAND = "from phi3_lora_plugin.cli import main; main()"
 
 _CALL = "import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
 
+#: Hash seed of the warm process and its forks, as sets and hashes of strings may depend on it.
+HASH_SEED = "1"
+
 _WAITS = """
 import gc, json, os, signal, sys
 tests = sys.argv[1]
@@ -92,7 +95,7 @@ class Warm:
         self._folder = TemporaryDirectory()
         self._parent = subprocess.Popen(
             [sys.executable, "-c", _WAITS, str(Path(__file__).parent)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONHASHSEED": HASH_SEED},
         )  # fmt: skip
         assert self._parent.stdout is not None and self._parent.stdout.readline() == "ready\n"
 
@@ -125,6 +128,27 @@ class Warm:
         paths = {"PYTHONPATH": str(Path(__file__).parent)}
         nothing = Path(os.devnull)
         return Child(self._start(call, (), Path.cwd(), 600, paths | environment, nothing, said, said), said, self)
+
+    def ranks(self, folder: Path, function: FunctionType, *arguments: Any, **environment: str) -> list[str]:
+        """What two processes say that call `function(*arguments)` as ranks of one group; both have to end well.
+
+        The store that they meet in is here, as with torchrun, so that no port has to be guessed.
+        """
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        environment |= {"GLOO_SOCKET_IFNAME": "lo"}
+        children = [
+            self.start(
+                folder / f"said-{rank}", function, *arguments, **environment, RANK=str(rank), LOCAL_RANK=str(rank)
+            )
+            for rank in range(2)
+        ]
+        codes, said = zip(*(child.wait() for child in children), strict=True)
+        assert codes == (0, 0), "\n\n".join(said)
+        return list(said)
 
     def _start(
         self, program: str, arguments: tuple[str, ...], cwd: Path, timeout: int, changes: dict[str, str], *files: Path
