@@ -346,7 +346,7 @@ def test_two_ranks_evaluate_save_and_load_the_best_back(ranks: Ranks) -> None:
 def test_what_one_rank_refuses_stops_both_before_the_first_step(ranks: Ranks) -> None:
     first, second = ranks[1]["refused"]
     assert first["error"].startswith("StoreBusy: ") and first["step"] == second["step"] == 0
-    assert second["error"] == f"RuntimeError: the first process stopped: {first['error']}"
+    assert second["error"] == f"CheckpointError: the first process stopped: {first['error']}"
 
 
 def test_g23_what_is_sick_on_one_rank_stops_both(ranks: Ranks) -> None:
