@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import Policy
 from phi3_lora_plugin.chat.formats import ADAPTERS, detect
+from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS, render_calls
 from phi3_lora_plugin.cli.data import check_command
 from phi3_lora_plugin.recipe.sections import DataSection
 
@@ -107,6 +108,12 @@ def test_every_snippet_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_keys_and_values_that_the_page_names_exist() -> None:
     assert set(re.findall(r"`data\.(\w+)", PAGE)) <= set(DataSection.model_fields)
+    for key, names in (("tool_format", TOOL_FORMATS), ("thoughts", ("error", "train", "context", "drop"))):
+        table = PAGE.split(f"| `data.{key}` |", 1)[1].split("\n\n", 1)[0]
+        assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == list(names)
+    for one in TOOL_FORMATS.values():
+        made = render_calls([{"name": "f", "arguments": {}}], one, re.compile("(?!)"))
+        assert f"`{made.replace('|', chr(92) + '|')}`" in PAGE
     for key in ("system", "tools", "control_tokens"):
         (values,) = re.findall(rf"^\| `data\.{key}` \| (.*?) \|", PAGE, re.M)
         for value in re.findall(r"`(\w+)`", values):

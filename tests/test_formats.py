@@ -98,7 +98,7 @@ def test_g9_sharegpt_and_openai_write_a_tool_call_differently_and_mean_the_same(
     expected = [
         {"role": "system", "content": "", "tools": '[{"name": "add"}]'},
         {"role": "user", "content": "1 and 1?"},
-        {"role": "assistant", "content": call},
+        {"role": "assistant", "content": "", "calls": [{"name": "add", "arguments": {"a": 1}}]},
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "Two."},
     ]
@@ -108,13 +108,13 @@ def test_g9_sharegpt_and_openai_write_a_tool_call_differently_and_mean_the_same(
 def test_a_call_behind_words_joins_their_turn_and_several_calls_are_a_list() -> None:
     calls = [{"function": {"name": name, "arguments": {}}} for name in "ab"]
     row = {"messages": [user | {"content": "go"}, assistant | {"content": "I look.", "tool_calls": calls}]}
-    text = 'I look.\n[{"name": "a", "arguments": {}}, {"name": "b", "arguments": {}}]'
-    assert ADAPTERS["messages"](row)[1]["content"] == text
+    made = [{"name": name, "arguments": {}} for name in "ab"]
+    assert ADAPTERS["messages"](row)[1] == assistant | {"content": "I look.", "calls": made}
     old = {"messages": [row["messages"][0], assistant | {"content": None, "function_call": {"name": "a"}}]}
-    assert ADAPTERS["messages"](old)[1]["content"] == '{"name": "a", "arguments": {}}'
-    parts = [("human", "go"), ("gpt", "I look."), ("function_call", '{"name": "a"}')]
+    assert ADAPTERS["messages"](old)[1] == assistant | {"content": "", "calls": made[:1]}
+    parts = [("human", "go"), ("gpt", "I look."), ("function_call", '{"name": "a"}'), ("tool_call", '{"name": "b"}')]
     split = {"conversations": [{"from": role, "value": text} for role, text in parts]}
-    assert ADAPTERS["sharegpt"](split) == chat("go", 'I look.\n{"name": "a"}')
+    assert ADAPTERS["sharegpt"](split)[1] == assistant | {"content": "I look.", "calls": made}
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0, "train": False}, {"weight": 0.0}])
@@ -250,13 +250,17 @@ def test_p28_whatever_a_row_holds_it_becomes_canonical_messages_or_a_row_error(r
     else:
         assert {turn["role"] for turn in made} <= {"system", "user", "assistant", "tool"}
         assert all(isinstance(turn["content"], str) for turn in made)
-        assert all(set(turn) <= {"role", "content", "train", "tools"} for turn in made)
+        known = {"role", "content", "train", "tools", "spans", "calls", "thoughts", "as_it_is"}
+        assert all(set(turn) <= known for turn in made)
         assert any(turn["role"] == "assistant" for turn in made)
     assert repr(row) == before  # rows are never written to
     detect(row), list(unread(row, name))
 
 
-@given(st.lists(st.sampled_from([*ROLES, "narrator"]), min_size=1, max_size=6))
+spoken = [role for role in ROLES if role not in ("function_call", "tool_call")]  # the others hold JSON
+
+
+@given(st.lists(st.sampled_from([*spoken, "narrator"]), min_size=1, max_size=6))
 def test_g8_no_role_and_no_text_vanishes(roles: list[str]) -> None:
     row = {"conversations": [{"from": role, "value": f"<{n}>"} for n, role in enumerate(roles)]}
     try:
@@ -315,8 +319,12 @@ def test_g9_real_chats_of_every_format_are_read_whole(shared_data: Path) -> None
     glaive = json.loads((chats / "glaive_toolcall_sharegpt.json").read_text(encoding="utf-8"))
     for row in glaive:
         made = ADAPTERS["sharegpt"](row)
-        said = [turn["content"] for turn in made if turn["role"] != "system"]
-        assert said == [item["value"] for item in row["conversations"]]
+        turns = [turn for turn in made if turn["role"] != "system"]
+        for turn, item in zip(turns, row["conversations"], strict=True):
+            if item["from"] == "function_call":
+                assert turn["content"] == "" and turn["calls"] == [json.loads(item["value"])]
+            else:
+                assert turn["content"] == item["value"] and "calls" not in turn
         assert ("tools" in made[0]) == (row["tools"] != "[]")
     for row in json.loads((chats / "fastchat_sharegpt.json").read_text(encoding="utf-8")):
         assert [turn["role"] for turn in ADAPTERS["sharegpt"](row)] == ["user", "assistant"] * (

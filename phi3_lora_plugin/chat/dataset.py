@@ -20,6 +20,7 @@ from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describ
 from phi3_lora_plugin.chat.rows import Rows, duplicates, split, to_table
 from phi3_lora_plugin.chat.sources import Found, find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
+from phi3_lora_plugin.chat.tool_formats import lost_by, tool_format
 from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class _Fate:
     dropped: list[Left] = field(default_factory=list)
     truncated: list[Left] = field(default_factory=list)
     empty: list[Left] = field(default_factory=list)
+    unreadable: list[Left] = field(default_factory=list)
+    calls: int = 0
     sources: list[SourceReport] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
@@ -194,6 +197,9 @@ def _encode_all(
         dropped=tuple(fate.dropped),
         truncated=tuple(fate.truncated),
         empty=tuple(fate.empty),
+        unreadable=tuple(fate.unreadable),
+        calls=fate.calls,
+        tool_format=tool_format(data.tool_format, template).name if fate.calls else None,
         duplicates=tuple(duplicates(train)),
         leaked=tuple(leaked),
         unread=dict(fate.unread),
@@ -236,7 +242,8 @@ def _read(
 def _encoded(
     read: Iterator[tuple[Place, Any]], tokenizer: Any, data: DataSection, limit: int | None, fate: _Fate
 ) -> Rows:
-    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens)
+    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
+    how = tool_format(data.tool_format, template_for(tokenizer, data.template).name)
     rows = Rows()
     for batch in _batches(read):
         both = isinstance(batch[0][1], Pair)
@@ -249,6 +256,12 @@ def _encoded(
                 else:
                     fate.problems.append(Problem(place, str(row)))
                 continue
+            for turn in chat.chosen if both else chat:
+                if turn.get("calls"):
+                    fate.calls += len(turn["calls"])
+                    if turn.get("train", True) and (servers := lost_by(turn["calls"], how)):
+                        why = f"{', '.join(servers)} stops at the first ], so it loses a call with a list or a bracket"
+                        fate.unreadable.append(Left(str(place), why))
             if (empty := _empty(chat.chosen if both else chat, both)) is not None:
                 fate.empty.append(Left(str(place), empty))
             if row["truncated"]:
@@ -276,7 +289,7 @@ def _empty(chat: Sequence[Mapping[str, Any]], last_only: bool) -> str | None:
     """Say which trained turns of the assistant are empty, if any."""
     turns = [(number, turn) for number, turn in enumerate(chat, 1) if turn["role"] in ("assistant", "text")]
     for number, turn in turns[-1:] if last_only else turns:
-        if turn.get("train", True) and not turn["content"].strip():
+        if turn.get("train", True) and not turn["content"].strip() and not turn.get("calls"):
             return f"turn {number}, the assistant's, is empty: it is trained to say nothing"
     return None
 

@@ -30,6 +30,8 @@ def encode(
     control_tokens: str = "error",
     template: str | None = None,
     tools: str = "error",
+    tool_format: str = "auto",
+    thoughts: str = "error",
 ) -> dict[str, list[int]]:
     """Encode one conversation.
 
@@ -44,6 +46,8 @@ def encode(
         control_tokens: "error" or "escape" (`<|end|>` becomes `< |end|>`), for control tokens in the text of a message.
         template: name of a template instead of the tokenizer's own.
         tools: "error", "text" (as user and system text) or "drop", where the template has no place for tools.
+        tool_format: how calls are written, one of `tool_formats`; "auto" is what the model's own card says.
+        thoughts: "error", "train", "context" (there, not trained) or "drop", for what was thought before an answer.
 
     Returns:
         {"input_ids": [...], "labels": [...]}; labels are -100 where nothing is trained.
@@ -52,7 +56,7 @@ def encode(
         EncodeError: nothing in it can be trained, or it has what the template would drop or mistake.
         TemplateError: the template is unknown.
     """
-    policy = Policy(train_on=train_on, system=system, tools=tools, control_tokens=control_tokens)
+    policy = Policy(train_on, system, tools, control_tokens, tool_format, thoughts)
     (row,) = encode_batch([messages], tokenizer, max_length=max_length, policy=policy, template=template)
     if isinstance(row, EncodeError):
         raise row
@@ -99,7 +103,10 @@ def encode_batch(
             labels = _of_chat(one, ids, ranges, kind, policy.train_on, stop)
             if any("spans" in turn for turn in one):
                 labels = _of_spans(labels, one, text, marked, ids, ranges, kind, tokenizer)
-            rows.append(_cut(ids, labels, max_length))
+            row = _cut(ids, labels, max_length)
+            if any("thought" in turn for turn in one) and not isinstance(row, EncodeError) and row["truncated"]:
+                row = _whole_thoughts(row, one, text, marked, kind, tokenizer)
+            rows.append(row)
     return rows
 
 
@@ -110,6 +117,8 @@ def prompt_ids(
     control_tokens: str = "error",
     template: str | None = None,
     tools: str = "error",
+    tool_format: str = "auto",
+    thoughts: str = "train",
 ) -> list[int]:
     """Ids to generate the next assistant turn from: the leading ids of the encoded conversation that goes on with it.
 
@@ -117,7 +126,10 @@ def prompt_ids(
         EncodeError: as `encode`.
     """
     kind = template_for(tokenizer, template)
-    policy = Policy(system=system, tools=tools, control_tokens=control_tokens)
+    # A model may think where its data did not: what it said a turn ago is no reason to stop.
+    policy = Policy(
+        "assistant", system, tools, control_tokens, tool_format, "train" if thoughts == "error" else thoughts
+    )
     prepared = prepare(messages, kind, policy, control_pattern(tokenizer))
     if not prepared or prepared[-1]["role"] == "assistant":
         raise EncodeError("messages", "the next turn is not the assistant's; end with a user message")
@@ -171,6 +183,18 @@ def _of_spans(
         labels[first:behind] = [label if weight else IGNORE
                                 for label, weight in zip(labels[first:behind], weights, strict=True)]  # fmt: skip
     return labels
+
+
+def _whole_thoughts(
+    row: dict[str, Any], turns: Sequence[Message], text: str, marked: Sequence[Span], kind: Template, tokenizer: Any
+) -> dict[str, Any] | EncodeError:
+    """The row, unless it was cut within a thought: a model that learns from it never stops thinking."""
+    kept = len(row["input_ids"])
+    cut = whole_texts(tokenizer).encode(text, add_special_tokens=False).offsets[kept][0]
+    for turn, (start, _) in zip(_rendered(turns, kind), marked, strict=True):
+        if start < cut < start + turn.get("thought", 0):
+            return EncodeError("truncated", f"the cut at {kept} tokens would leave a thought of the assistant open")
+    return row
 
 
 def _rendered(turns: Sequence[Message], kind: Template) -> Sequence[Message]:

@@ -11,6 +11,7 @@ from phi3_lora_plugin.chat.chatgpt import chatgpt
 from phi3_lora_plugin.chat.content import checked_text, read_text
 from phi3_lora_plugin.chat.marks import MARKS, ROW_MARKS, decisive
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
+from phi3_lora_plugin.chat.thoughts import THOUGHTS
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns, weighed
 
 Adapter = Callable[[Mapping[str, Any]], list[Message]]
@@ -31,9 +32,9 @@ _ANY = ("system", "system_prompt", "tools", "functions", *ROW_MARKS)
 OPTIONAL = {
     "messages": _ANY,
     "sharegpt": _ANY,
-    "alpaca": ("input", "history", *_ANY),
-    "prompt_completion": _ANY,
-    "query_response": ("history", *_ANY),
+    "alpaca": ("input", "history", *THOUGHTS, *_ANY),
+    "prompt_completion": (*THOUGHTS, *_ANY),
+    "query_response": ("history", *THOUGHTS, *_ANY),
     "conversation": _ANY,
     "chatgpt": ("current_node", *ROW_MARKS),
     "segments": ROW_MARKS,
@@ -59,13 +60,13 @@ def alpaca(row: Mapping[str, Any]) -> list[Message]:
     if row.get("input") is not None and (extra := read_text(row["input"], "input")):
         question = f"{question}\n{extra}" if question else extra
     answer = read_text(_column(row, "output"), "output")
-    return _whole(row, [*_history(row), *_exchange(question, answer)])
+    return _whole(row, [*_history(row), *_exchange(question, answer, row)])
 
 
 def query_response(row: Mapping[str, Any]) -> list[Message]:
     """Read ms-swift's `query` and `response`, with `system` and `history` if given."""
     question, answer = (read_text(_column(row, name), name) for name in ("query", "response"))
-    return _whole(row, [*_history(row), *_exchange(question, answer)])
+    return _whole(row, [*_history(row), *_exchange(question, answer, row)])
 
 
 def conversation(row: Mapping[str, Any]) -> list[Message]:
@@ -95,11 +96,11 @@ def prompt_completion(row: Mapping[str, Any]) -> list[Message]:
         turns = list(read_turns(_listed(row, "prompt"), "message of prompt"))
         turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
     else:
-        turns = [{"role": "user", "content": read_text(prompt, "prompt")}]
+        turns = [*read_turns([{"role": "user", "content": read_text(prompt, "prompt")}])]
     if isinstance(completion, list | tuple):
         turns += read_turns(_listed(row, "completion"), "message of completion")
     else:
-        turns.append({"role": "assistant", "content": read_text(completion, "completion")})
+        turns += _exchange("", read_text(completion, "completion"), row)[1:]
     return _whole(row, turns)
 
 
@@ -144,8 +145,11 @@ def detect(row: Mapping[str, Any]) -> list[str]:
 _EXCHANGES = (("human", "assistant"), ("input", "output"), ("query", "response"), ("user", "assistant"))
 
 
-def _exchange(question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def _exchange(question: str, answer: str, row: Mapping[str, Any] | None = None) -> list[Message]:
+    """A question and its answer, with the thoughts that have a column of their own."""
+    thoughts = {name: row[name] for name in THOUGHTS if isinstance(row.get(name), str)} if row else {}
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | thoughts]
+    return list(read_turns(messages))
 
 
 def _history(row: Mapping[str, Any]) -> list[Message]:

@@ -69,7 +69,7 @@ def _preference(row: Mapping[str, Any]) -> Pair:
         if [turn["role"] for turn in answer] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
             raise RowError(f"{name} is {roles} behind the prompt; expected one turn of the assistant")
-    if chosen[0]["content"] == rejected[0]["content"]:
+    if _said(chosen[0]) == _said(rejected[0]):
         raise RowError("chosen and rejected are the same, so there is nothing to prefer")
     before = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in prompt]
     system, tools = (row.get(name) if row.get(name) is not None else row.get(other)
@@ -153,7 +153,7 @@ def _turns(value: Any, name: str, answers: bool) -> list[Message]:
         text = read_text(value, name)
         if text.lstrip().startswith("Human:") and (turns := _dialog(text)):
             return turns
-        return [{"role": "assistant" if answers else "user", "content": text}]
+        return list(read_turns([{"role": "assistant" if answers else "user", "content": text}]))
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple) or not value:
@@ -172,4 +172,4 @@ def _dialog(text: str) -> list[Message]:
         if role == "assistant" and not said and end == len(text):
             break  # a prompt that opens the turn which it asks for
         turns.append({"role": role, "content": said})
-    return turns
+    return list(read_turns(turns))

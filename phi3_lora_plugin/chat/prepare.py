@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from phi3_lora_plugin.chat.calls import read_calls
 from phi3_lora_plugin.chat.marks import Span
+from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.templates import Template
+from phi3_lora_plugin.chat.thoughts import CLOSE, OPEN, without_tags
+from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS, ToolFormat, said_and_called, tool_format
 from phi3_lora_plugin.error import Phi3LoraError
 
 Message = Mapping[str, Any]
@@ -40,6 +44,8 @@ class Policy:
     system: str = "error"
     tools: str = "error"
     control_tokens: str = "error"
+    tool_format: str = "auto"
+    thoughts: str = "error"
 
     def __post_init__(self) -> None:
         allowed = {
@@ -47,6 +53,8 @@ class Policy:
             "system": ("error", "fold", "drop"),
             "tools": ("error", "text", "drop"),
             "control_tokens": ("error", "escape", "keep"),
+            "tool_format": ("auto", *TOOL_FORMATS),
+            "thoughts": ("error", "train", "context", "drop"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -76,6 +84,10 @@ def prepare(
                         "would end or open a turn; clean the text, or write data.control_tokens: escape",
                     )
                 _escape(turn, key, control)
+        if "calls" in turn:
+            _add_calls(turn, tool_format(policy.tool_format, kind.name), number, control)
+        if "thoughts" in turn:
+            _add_thoughts(turn, policy, number, control)
     if not kind.tools:
         turns = _without_tools(turns, kind, policy.tools)
     if not kind.system:
@@ -104,6 +116,62 @@ def _plain(message: Message, policy: Policy, control: re.Pattern[str]) -> dict[s
     return turn
 
 
+def _read_calls(message: Message, number: int) -> list[Any]:
+    """OpenAI's `tool_calls` on a message that nobody has read before."""
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    try:
+        return read_calls(list(calls), f"message {number}")
+    except RowError as error:
+        raise EncodeError("messages", str(error)) from error
+
+
+def _add_calls(turn: dict[str, Any], how: ToolFormat, number: int, control: re.Pattern[str]) -> None:
+    """Write the calls of a turn behind what it says."""
+    if missing := [token for token in how.tokens if not control.fullmatch(token)]:
+        raise EncodeError(
+            "tools",
+            f"message {number} calls a tool, and data.tool_format: {how.name} needs the token {missing[0]}, which the "
+            "tokenizer does not have",
+        )
+    said = turn["content"]
+    turn["content"] = said_and_called(said, turn.pop("calls"), how, control)
+    if "spans" in turn:
+        turn["spans"] = [*turn["spans"], (len(said), len(turn["content"]), 1.0)]
+
+
+def _add_thoughts(turn: dict[str, Any], policy: Policy, number: int, control: re.Pattern[str]) -> None:
+    """Put the thoughts of a turn before what it says, or leave them out."""
+    block = turn.pop("thoughts")
+    if policy.thoughts == "error":
+        raise EncodeError(
+            "thoughts",
+            f"message {number} (assistant) has thoughts; write data.thoughts: train (they are learned), context (they "
+            "are there and not learned) or drop",
+        )
+    if policy.thoughts == "drop":
+        return
+    if found := control.search(without_tags(block)):
+        if policy.control_tokens != "escape":
+            raise EncodeError(
+                "control_tokens",
+                f"message {number} (assistant) has the control token {found.group()} in its thoughts; clean the text, "
+                "or write data.control_tokens: escape",
+            )
+        block = control.sub(
+            lambda match: (
+                match.group() if match.group() in (OPEN, CLOSE) else f"{match.group()[0]} {match.group()[1:]}"
+            ),
+            block,
+        )
+    said = turn["content"]
+    turn["content"] = block + said
+    turn["thought"] = len(block)
+    if policy.thoughts == "context" or "spans" in turn:
+        rest = turn.get("spans") or ([(0, len(said), 1.0)] if said else [])
+        weight = 0.0 if policy.thoughts == "context" else 1.0
+        turn["spans"] = [(0, len(block), weight), *((a + len(block), b + len(block), w) for a, b, w in rest)]
+
+
 def _check_length(text: str, what: str) -> None:
     if len(text) > LONGEST:
         raise EncodeError("messages", f"{what} has {len(text):,} characters; at most {LONGEST:,} can be encoded")
@@ -113,6 +181,9 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise EncodeError("messages", f"message {number} is a {type(message).__name__}; expected role and content")
     role, content = message.get("role"), message.get("content")
+    calls = message.get("calls") or _read_calls(message, number)
+    if content is None and calls:
+        content = ""
     if role not in ROLES:
         raise EncodeError("messages", f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
@@ -126,10 +197,13 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": role, "content": content}
     if tools is not None:
         turn["tools"] = tools
-    if message.get("thoughts") is not None:
-        raise EncodeError(
-            "thoughts", f"message {number} ({role}) has thoughts (reasoning), which are not read yet; take them out"
-        )
+    thoughts = message.get("thoughts")
+    if (calls or thoughts is not None) and role != "assistant":
+        raise EncodeError("messages", f"message {number} ({role}) has calls or thoughts; only the assistant has")
+    if calls:
+        turn["calls"] = calls
+    if thoughts is not None:
+        turn["thoughts"] = thoughts
     train, weight = message.get("train"), message.get("weight")
     if not (train is None or isinstance(train, bool)):
         raise EncodeError("messages", f"message {number} ({role}) has train {train!r}; expected true or false")

@@ -66,6 +66,9 @@ class DataReport:
     duplicates: tuple[Left, ...]
     leaked: tuple[Left, ...]  # rows of eval that are also in train
     empty: tuple[Left, ...] = ()  # with a trained turn that says nothing
+    unreadable: tuple[Left, ...] = ()  # with a trained call that a server's own reader loses
+    calls: int = 0
+    tool_format: str | None = None  # of `tool_formats`, how calls are written
     unread: Mapping[str, int] = field(default_factory=dict)  # columns and message keys that nothing was made of
 
     def to_json(self) -> str:
@@ -84,7 +87,7 @@ class DataReport:
         value["files_left_out"] = tuple(value["files_left_out"])
         for name in ("train", "eval"):
             value[name] = None if value[name] is None else _part(value[name])
-        for name in ("skipped", "dropped", "truncated", "duplicates", "leaked", "empty"):
+        for name in ("skipped", "dropped", "truncated", "duplicates", "leaked", "empty", "unreadable"):
             value[name] = tuple(Left(**row) for row in value[name])
         return cls(**value)
 

@@ -8,6 +8,8 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,6 +40,13 @@ def render(report: DataReport, console: Console) -> None:
     # The one that is chosen for want of any other, and which no runtime knows of.
     why = "plain (roles as text: the base has no role tokens)" if report.template == "plain" else report.template
     line("template", [f"{why},", limit])
+    if report.tool_format is not None:
+        how = TOOL_FORMATS[report.tool_format]
+        read = f"read by {', '.join(how.readers)}" if how.readers else "which no server's strict parser reads"
+        line(
+            "tools",
+            [f"{report.calls:,} calls as {how.name}", f"({how.before or 'JSON'}...{how.after}),", *read.split()],
+        )
     for name, part in (("train", report.train), ("eval", report.eval)):
         if part is not None:
             for title, pieces in _figures(name, part):
@@ -122,6 +131,7 @@ def _fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
         ("without a trained token, left out", report.dropped),
         ("cut to the longest length", report.truncated),
         ("with an empty answer", report.empty),
+        ("with a tool call that a server cannot read", report.unreadable),
         ("given more than once and used each time", report.duplicates),
         ("to evaluate on, but also trained on", report.leaked),
     ]

@@ -1,20 +1,23 @@
 """Messages as data sets write them -> canonical turns: one vocabulary of roles, text only, a sensible order.
 
 A canonical message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. `"train": False` stands on
-one that is never trained, `"spans"` (see `marks`) on one of the assistant of which only a part is, `"thoughts"` (text)
-on one that the assistant thought before, `"tools"` (text) on a system message that declares tools. Nothing else is
-carried over.
+one that is never trained, `"spans"` (see `marks`) on one of the assistant of which only a part is, `"thoughts"` (see
+`thoughts`) on one before which it thought, `"calls"` (see `calls`) on one that calls tools, `"tools"` (text) on a
+system message that declares them. Nothing else is carried over.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
+from phi3_lora_plugin.chat.calls import calls_in, in_order, read_calls
 from phi3_lora_plugin.chat.content import Content, checked_text, read_content, read_text, with_details
 from phi3_lora_plugin.chat.marks import MESSAGE_MARKS, label_of, weight_of
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
+from phi3_lora_plugin.chat.thoughts import THOUGHTS, inline, tagged
 
 Message = dict[str, Any]
 
@@ -38,11 +41,9 @@ ROLES = {
     "ipython": "tool",
 }
 _CALLS = ("function_call", "tool_call")
-# What the assistant thought before it spoke, as OpenAI-compatible servers and Anthropic's files call it.
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Every key of a message that is read; others (`id`, `name`, `timestamp`) are counted by the report.
-KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", "function_call", *THOUGHTS,
-        *MESSAGE_MARKS)  # fmt: skip
+KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", "function_call", "tool_call_id",
+        *THOUGHTS, *MESSAGE_MARKS)  # fmt: skip
 
 
 def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]:
@@ -51,10 +52,7 @@ def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]
     for number, item in enumerate(items, 1):
         turn, is_call = _turn(item, f"{what} {number}")
         if held is not None and is_call and _joins(held, turn):
-            before = held["content"]
-            held["content"] = "\n".join(filter(None, (before, turn["content"])))
-            if "spans" in held:
-                held["spans"] = [*held["spans"], (len(before), len(held["content"]), 1.0)]
+            held["calls"] = [*held.get("calls", ()), *turn["calls"]]
             continue
         if held is not None:
             yield held
@@ -64,7 +62,7 @@ def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]
 
 
 def _joins(held: Message, turn: Message) -> bool:
-    same = held.get("train") == turn.get("train") and "spans" not in turn and "thoughts" not in turn
+    same = held.get("train") == turn.get("train") and not turn["content"] and "thoughts" not in turn
     return bool(held["role"] == "assistant" and same)
 
 
@@ -95,12 +93,13 @@ def complete(turns: list[Message], system: Any = None, tools: Any = None) -> lis
                 raise RowError("has a system column and a system message that differ; keep one")
         else:
             turns = [{"role": "system", "content": system}, *turns]
-    if (declared := _tools(tools, "row")) is not None:
+    if (declared := read_tools(tools, "row")) is not None:
         if not turns or turns[0]["role"] != "system":
             turns = [{"role": "system", "content": ""}, *turns]
         if turns[0].get("tools", declared) != declared:
             raise RowError("declares tools twice, in a column and in the system message, and they differ; keep one")
         turns = [turns[0] | {"tools": declared}, *turns[1:]]
+    turns = _matched(turns)
     before = None
     for number, turn in enumerate(turns, 1):
         role = turn["role"]
@@ -116,6 +115,28 @@ def complete(turns: list[Message], system: Any = None, tools: Any = None) -> lis
     return turns
 
 
+def _matched(turns: list[Message]) -> list[Message]:
+    """Results in the order of the calls they answer, and no ids, which no template renders."""
+    made: list[Message] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] == "tool" and number and turns[number - 1]["role"] == "tool":
+            continue  # with the first of them
+        if turn["role"] == "tool":
+            results = [*takewhile(lambda other: other["role"] == "tool", turns[number:])]
+            calls = made[-1].get("calls", []) if made else []
+            made += in_order(calls, results, f"turn {number}")
+        else:
+            made.append(turn)
+    return [_without_ids(turn) for turn in made]
+
+
+def _without_ids(turn: Message) -> Message:
+    turn = {key: value for key, value in turn.items() if key != "id"}
+    if "calls" in turn:
+        turn["calls"] = [{key: value for key, value in call.items() if key != "id"} for call in turn["calls"]]
+    return turn
+
+
 def _turn(item: Any, what: str) -> tuple[Message, bool]:
     """Return one canonical message, and whether it holds a call."""
     if not isinstance(item, Mapping):
@@ -128,29 +149,36 @@ def _turn(item: Any, what: str) -> tuple[Message, bool]:
         raise RowError(f"{what} has the unknown role {shown(name)}; known are {', '.join(ROLES)}")
     what = f"{what} ({name})"
     value = item.get("content") if item.get("content") is not None else item.get("value")
-    raw = item.get("tool_calls")
     content = Content() if value is None else read_content(value, f"content of {what}")
-    calls = _calls([*content.calls, *_listed_calls(item, raw, what)], what)
-    if calls is not None and role != "assistant":
-        raise RowError(f"{what} has tool calls, which only the assistant makes")
-    if value is None and calls is None:
+    calls = read_calls([*content.calls, *_listed_calls(item, what)], what)
+    if value is None and not calls:
         checked_text(value, f"content of {what}")
     content = with_details(content, item, what)
-    turn: Message = {"role": role, "content": "\n".join(filter(None, (content.text, calls)))}
-    turn |= _learning(item, content, what, role, len(turn["content"]))
-    if (thoughts := _thoughts(item, content, what)) is not None:
-        if role != "assistant":
-            raise RowError(f"{what} has thoughts, which only the assistant's turns have")
-        turn["thoughts"] = thoughts
+    block = _thoughts(item, content, what)
+    if role == "assistant" and content.spans is None:
+        if block is None:
+            block, content.text = inline(content.text)
+        if name.lower() in _CALLS:
+            calls += read_calls([content.text], what)
+            content.text = ""
+        elif not calls:
+            content.text, calls = calls_in(content.text)
+    if role != "assistant" and (calls or block is not None):
+        raise RowError(f"{what} has {'tool calls' if calls else 'thoughts'}, which only the assistant has")
+    turn: Message = {"role": role, "content": content.text} | _learning(item, content, what, role)
+    turn |= ({"thoughts": block} if block is not None else {}) | ({"calls": calls} if calls else {})
+    if role == "tool" and isinstance(item.get("tool_call_id"), str):
+        turn["id"] = item["tool_call_id"]
     declared = item.get("tools") if item.get("tools") is not None else item.get("functions")
-    if (tools := _tools(declared, what)) is not None:
+    if (tools := read_tools(declared, what)) is not None:
         if role != "system":
             raise RowError(f"{what} declares tools, which only a system message does")
         turn["tools"] = tools
-    return turn, calls is not None or name.lower() in _CALLS
+    return turn, bool(calls)
 
 
-def _listed_calls(item: Mapping[str, Any], calls: Any, what: str) -> list[Any]:
+def _listed_calls(item: Mapping[str, Any], what: str) -> list[Any]:
+    calls = item.get("tool_calls")
     if calls is None and item.get("function_call") is not None:
         calls = [item["function_call"]]
     if calls is not None and not isinstance(calls, list):
@@ -158,31 +186,7 @@ def _listed_calls(item: Mapping[str, Any], calls: Any, what: str) -> list[Any]:
     return calls or []
 
 
-def _calls(calls: list[Any], what: str) -> str | None:
-    """Return tool calls as JSON text, `{"name": ..., "arguments": {...}}` or a list of them; None for none."""
-    read = []
-    for call in calls:
-        if isinstance(call, str):
-            call = _from_json(call, f"{what} calls a tool with text that is not JSON")
-        inner = call.get("function") if isinstance(call, Mapping) else None
-        function = inner if isinstance(inner, Mapping) else call
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError(f"{what} calls a tool without a name: {shown(call)}")
-        arguments = function.get("arguments") if "arguments" in function else function.get("input")
-        if isinstance(arguments, str):
-            arguments = _from_json(arguments, f"{what} calls a tool with arguments that are not JSON")
-        read.append({"name": function["name"], "arguments": {} if arguments is None else arguments})
-    return _json(read[0] if len(read) == 1 else read, what) if read else None
-
-
-def _from_json(text: str, wrong: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise RowError(f"{wrong}: {shown(text)}") from None
-
-
-def _learning(item: Mapping[str, Any], content: Content, what: str, role: str, length: int) -> Message:
+def _learning(item: Mapping[str, Any], content: Content, what: str, role: str) -> Message:
     """`train` and `spans` of a canonical message, where it is not learned as a whole."""
     weight = weight_of(item, what)
     spans = content.spans
@@ -194,21 +198,24 @@ def _learning(item: Mapping[str, Any], content: Content, what: str, role: str, l
         return {"train": False}
     if spans is None or all(learned == 1 for _, _, learned in spans):
         return {}
-    rest = [(len(content.text), length, 1.0)] if length > len(content.text) else []
-    return {"spans": [*spans, *rest]}
+    return {"spans": spans}
 
 
 def _thoughts(item: Mapping[str, Any], content: Content, what: str) -> str | None:
-    """What was thought, under whichever name; the same text may stand under several."""
+    """What was thought, under whichever name, with its tags; the same text may stand under several."""
     found = [content.thoughts] if content.thoughts is not None else []
     found += [read_text(item[key], f"{key} of {what}") for key in THOUGHTS if item.get(key) not in (None, "", [])]
     if len(set(found)) > 1:
         raise RowError(f"{what} has thoughts twice, and they differ; keep one")
-    return found[0] if found else None
+    return tagged(found[0]) if found else None
 
 
-def _tools(value: Any, what: str) -> str | None:
-    """Return declared tools as the text the author wrote, or as JSON; None where there are none."""
+def read_tools(value: Any, what: str) -> str | None:
+    """Return declared tools as the text the author wrote, or as JSON; None where there are none.
+
+    Raises:
+        RowError: neither.
+    """
     if value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "[]")):
         return None
     if isinstance(value, str):

@@ -35,6 +35,8 @@ def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData, 
         control_tokens=data.control_tokens,
         template=data.template,
         tools=data.tools,
+        tool_format=data.tool_format,
+        thoughts=data.thoughts,
     )
 
 

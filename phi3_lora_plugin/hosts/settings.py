@@ -27,6 +27,8 @@ class HostData(Section):
     system: Literal["error", "fold", "drop"] = "error"
     control_tokens: Literal["error", "escape", "keep"] = "error"
     tools: Literal["error", "text", "drop"] = "error"
+    tool_format: Literal["auto", "functools", "phi4-mini", "text"] = "auto"
+    thoughts: Literal["error", "train", "context", "drop"] = "error"
     template: Text | None = None
     on_error: Literal["stop", "skip"] = "stop"
 

@@ -106,6 +106,10 @@ class DataSection(Section):
     """What to do with control tokens such as <|end|> in the text of a message; keep is for rows of plain text only."""
     tools: Literal["error", "text", "drop"] = "error"
     """What to do with tool messages where the template has no place for them."""
+    tool_format: Literal["auto", "functools", "phi4-mini", "text"] = "auto"
+    """How tool calls are written: functools[...], <|tool_call|>[...]<|/tool_call|>, or JSON; auto: as the model's card."""
+    thoughts: Literal["error", "train", "context", "drop"] = "error"
+    """What to do with what the assistant thought before an answer; context: it is there and not trained."""
     template: Text | None = None
     """Name of a chat template; None: the tokenizer's own, recognised by what it renders."""
     on_error: Literal["stop", "skip"] = "stop"

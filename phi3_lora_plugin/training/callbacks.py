@@ -126,7 +126,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
     @classmethod
     def from_sections(cls, section: Any, data: Any, facts: Mapping[str, Any] | None = None) -> LoraCheckpoint:
         """As a `checkpoint` section says; the manifests say how to ask the adapter: as `data` had it trained."""
-        chat = {"system": data.system, "control_tokens": data.control_tokens, "tools": data.tools}
+        chat = {name: getattr(data, name) for name in ("system", "control_tokens", "tools", "tool_format", "thoughts")}
         return cls(
             every_steps=section.every_steps,
             keep_last=section.keep_last,

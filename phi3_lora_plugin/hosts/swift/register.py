@@ -58,6 +58,8 @@ class Phi3Template(look_up("swift.template")):  # type: ignore[misc]
                 control_tokens=data.control_tokens,
                 template=data.template,
                 tools=data.tools,
+                tool_format=data.tool_format,
+                thoughts=data.thoughts,
             )
             return {"input_ids": ids, "labels": None, "loss_scale": None}
         train_on = _TRAIN_ON[scale.base_strategy] if data.train_on == "assistant" else data.train_on

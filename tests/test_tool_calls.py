@@ -1,0 +1,287 @@
+"""Tool calls in the form that is read back: rendered, tokenised, decoded, and parsed as the published parsers do."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from phi3_lora_plugin import load_recipe
+from phi3_lora_plugin.chat.adapt import adapted
+from phi3_lora_plugin.chat.calls import calls_in
+from phi3_lora_plugin.chat.dataset import load_data
+from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode, encode_batch, prompt_ids
+from phi3_lora_plugin.chat.formats import ADAPTERS, detect
+from phi3_lora_plugin.chat.prepare import control_pattern
+from phi3_lora_plugin.chat.row_error import RowError
+from phi3_lora_plugin.chat.templates import TEMPLATES
+from phi3_lora_plugin.chat.tool_formats import AUTO, TOOL_FORMATS, lost_by, render_calls
+from phi3_lora_plugin.cli.chat import _declared
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
+
+USER = {"role": "user", "content": "Go"}
+MINI = tiny.tokenizer(template=TEMPLATES["phi-4-mini"].text)  # without the tokens for calls
+_REAL: dict[str, Any] = {}
+
+
+def mini(shared_data: Path) -> Any:
+    if not _REAL:
+        _REAL["it"] = load_tokenizer(shared_data / "tokenizers" / "phi-4-mini")
+    return _REAL["it"]
+
+
+def calling(*calls: dict[str, Any], said: str = "") -> dict[str, Any]:
+    return {"role": "assistant", "content": said, "calls": list(calls)}
+
+
+def read(row: dict[str, Any]) -> list[dict[str, Any]]:
+    (name,) = detect(row)
+    return adapted(ADAPTERS[name], row, name)
+
+
+def said(row: dict[str, Any], tokenizer: Any) -> str:
+    """The trained text of a row, without the token that ends the turn."""
+    text = tokenizer.decode([label for label in row["labels"] if label != -100], skip_special_tokens=False)
+    assert text.endswith("<|end|>")
+    return str(text.removesuffix("<|end|>"))
+
+
+# What the servers do, as far as it decides what they read.
+
+
+def vllm(text: str) -> Any:
+    """phi4_mini_json: one search that is not greedy, and JSON of what lies between."""
+    found = re.search(r"functools\[(.*?)\]", text, re.DOTALL)
+    try:
+        return json.loads(f"[{found.group(1)}]") if found else None
+    except ValueError:
+        return None
+
+
+def json_behind(marker: str) -> Any:
+    """A decoder that stops where the value does, as those of vllm-mlx, SGLang and Foundry Local's sample."""
+
+    def parse(text: str) -> Any:
+        at = text.find(marker)
+        return None if at < 0 else json.JSONDecoder().raw_decode(text, at + len(marker))[0]
+
+    return parse
+
+
+def between_tags(text: str) -> Any:
+    """llama.cpp's and Ollama's: JSON between the two tokens."""
+    found = re.search(r"<\|tool_call\|>(.*?)<\|/tool_call\|>", text, re.DOTALL)
+    return json.loads(found.group(1)) if found else None
+
+
+def alone(text: str) -> Any:
+    value = json.loads(text)
+    return value if isinstance(value, list) else [value]
+
+
+READERS = {"functools": json_behind("functools"), "phi4-mini": between_tags, "text": alone}
+
+
+def value(draw: random.Random, depth: int = 0) -> Any:
+    kind = draw.randrange(6 if depth > 3 else 8)
+    if kind < 3:
+        some = [
+            '"',
+            "\\",
+            "\n",
+            "]",
+            "}",
+            "[{",
+            "é",
+            "日本",
+            "🙂",
+            "<|end|>",
+            "<|tool_call|>",
+            " ",
+            "a",
+            "x y",
+            "</s>",
+            "\u2028",
+        ]
+        return "".join(draw.choice(some) for _ in range(draw.randrange(5)))
+    if kind < 6:
+        return draw.choice([0, -1, 2**60, 1.5, -1e-7, 1e300, True, False, None])
+    if kind == 6:
+        return [value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return {value_name(draw): value(draw, depth + 1) for _ in range(draw.randrange(4))}
+
+
+def value_name(draw: random.Random) -> str:
+    return draw.choice(["city", "größe", "a b", '"', "x", "名", "]"])
+
+
+def generated(count: int) -> list[list[dict[str, Any]]]:
+    draw = random.Random(7)
+    names = ["weather", "get_it", "a.b"]
+
+    def call() -> dict[str, Any]:
+        arguments = {value_name(draw): value(draw) for _ in range(draw.randrange(4))}
+        return {"name": draw.choice(names), "arguments": arguments}
+
+    return [[call() for _ in range(draw.choice([1, 1, 1, 2, 3]))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_ten_thousand_calls_are_read_back_as_they_were(shared_data: Path, name: str) -> None:
+    tokenizer, all_calls = mini(shared_data), generated(10_000 if name == "functools" else 2_000)
+    lost = []
+    for start in range(0, len(all_calls), 500):
+        some = all_calls[start : start + 500]
+        rows = encode_batch([[USER, calling(*calls)] for calls in some], tokenizer, policy=Policy(tool_format=name))
+        for calls, row in zip(some, rows, strict=True):
+            text = said(row, tokenizer)
+            assert READERS[name](text) == calls
+            if name != "text":
+                assert calls_in(text) == ("", calls)
+            if name == "functools":
+                assert (vllm(text) == calls) == (not lost_by(calls, TOOL_FORMATS[name]))
+                lost += lost_by(calls, TOOL_FORMATS[name])
+    assert bool(lost) == (name == "functools") and set(lost) <= {"vLLM phi4_mini_json"}
+
+
+def test_each_form_as_it_is_published(shared_data: Path) -> None:
+    tokenizer = mini(shared_data)
+    calls = [{"name": "weather", "arguments": {"city": "Köln", "days": 2}}, {"name": "now", "arguments": {}}]
+    written = {
+        "auto": 'functools[{"name": "weather", "arguments": {"city": "Köln", "days": 2}}, '
+        '{"name": "now", "arguments": {}}]',
+        "phi4-mini": '<|tool_call|>[{"name":"weather","arguments":{"city":"Köln","days":2}},'
+        '{"name":"now","arguments":{}}]<|/tool_call|>',
+        "text": '[{"name": "weather", "arguments": {"city": "Köln", "days": 2}}, {"name": "now", "arguments": {}}]',
+    }
+    for name, text in written.items():
+        row = encode([USER, calling(*calls)], tokenizer, tool_format=name)
+        assert said(row, tokenizer) == text
+        assert ([row["input_ids"].count(number) for number in (200025, 200026)] == [1, 1]) == (name == "phi4-mini")
+        # The same calls as the model's own text, which people have in their files as well.
+        again = read({"messages": [USER, {"role": "assistant", "content": text}]})
+        assert encode(again, tokenizer, tool_format=name) == row
+        behind = encode([USER, calling(*calls, said="I look.")], tokenizer, tool_format=name)
+        assert said(behind, tokenizer) == "I look." + ("" if name == "phi4-mini" else "\n") + text
+    assert (
+        said(encode([USER, calling(calls[1])], tokenizer, tool_format="text"), tokenizer)
+        == '{"name": "now", "arguments": {}}'
+    )
+
+
+def test_auto_is_what_the_models_card_says_and_others_were_not_trained_for_tools() -> None:
+    assert set(AUTO) <= set(TEMPLATES) and AUTO == {"phi-4-mini": "functools"}
+    call = calling({"name": "f", "arguments": {}})
+    for name in ("phi-3-mini-4k", "phi-4-mini-reasoning"):
+        tokenizer = tiny.tokenizer(template=TEMPLATES[name].text)
+        assert said(encode([USER, call], tokenizer), tokenizer) == '{"name": "f", "arguments": {}}'
+    assert all(one.source for one in TOOL_FORMATS.values())
+
+
+def test_a_tokenizer_without_the_tokens_for_calls_says_so() -> None:
+    with pytest.raises(EncodeError, match=r"tool_format: phi4-mini needs the token <\|tool_call\|>"):
+        encode([USER, calling({"name": "f", "arguments": {}})], MINI, tool_format="phi4-mini")
+
+
+def test_a_control_token_in_an_argument_is_spelled_so_that_json_takes_it_back() -> None:
+    calls = [{"name": "f", "arguments": {"x": "<|end|> and <|user|>"}}]
+    text = render_calls(calls, TOOL_FORMATS["functools"], control_pattern(MINI))
+    assert "<|" not in text and json.loads(text.removeprefix("functools")) == calls
+    row = encode([USER, calling(*calls)], MINI)
+    end = MINI.convert_tokens_to_ids("<|end|>")
+    assert row["input_ids"].count(end) == 2 and json.loads(said(row, MINI).removeprefix("functools")) == calls
+
+
+def test_results_follow_their_calls_by_id_or_by_order() -> None:
+    calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in "abc"]
+    asked = {"role": "assistant", "content": None, "tool_calls": calls}
+    results = [{"role": "tool", "tool_call_id": name, "content": name.upper()} for name in "cab"]
+    end = {"role": "assistant", "content": "Done."}
+    made = read({"messages": [USER, asked, *results, end]})
+    assert [turn["content"] for turn in made] == ["Go", "", "A", "B", "C", "Done."]
+    assert all("id" not in turn and all("id" not in call for call in turn.get("calls", ())) for turn in made)
+    plain = [{"role": "tool", "content": text} for text in "xy"]
+    assert [turn["content"] for turn in read({"messages": [USER, asked, *plain, end]})[2:4]] == ["x", "y"]
+    wrong = {"role": "tool", "tool_call_id": "z", "content": "Z"}
+    with pytest.raises(RowError, match="a result for the call 'z', which it does not make"):
+        read({"messages": [USER, asked, wrong, end]})
+    with pytest.raises(RowError, match="two results for the call 'a'"):
+        read({"messages": [USER, asked, results[1], results[1], end]})
+
+
+def test_calls_in_the_shapes_of_other_tools() -> None:
+    want = [{"name": "f", "arguments": {"x": [1]}}]
+    text = '{"name": "f", "arguments": {"x": [1]}}'
+    shapes: list[dict[str, Any]] = [
+        {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": [1]}'}}]},
+        {"content": "", "tool_calls": [{"name": "f", "arguments": {"x": [1]}}]},
+        {"function_call": {"name": "f", "arguments": '{"x": [1]}'}},
+        {"content": [{"type": "tool_use", "id": "i", "name": "f", "input": {"x": [1]}}]},
+        {"content": [{"type": "tool_call", "value": text}]},
+        {"content": f"functools[{text}]"},
+        {"content": f"<|tool_call|>[{text}]<|/tool_call|>"},
+        {"content": f"<|tool_call|>{text}<|/tool_call|>"},
+    ]
+    for shape in shapes:
+        made = read({"messages": [USER, {"role": "assistant"} | shape]})
+        assert made[1]["calls"] == want and made[1]["content"] == "", shape
+    for words in ("functools[1]", "functools is a module", "functools[", 'functools[{"name": "f"}] and more'):
+        assert read({"messages": [USER, {"role": "assistant", "content": words}]})[1] == {
+            "role": "assistant",
+            "content": words,
+        }
+    with pytest.raises(RowError, match="calls a tool with text that is not JSON"):
+        read({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(x)"}]})
+    with pytest.raises(RowError, match="cannot be written as JSON"):
+        read(
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}
+        )
+
+
+def test_a_prompt_with_calls_is_the_beginning_of_the_row_that_goes_on(shared_data: Path) -> None:
+    tokenizer = mini(shared_data)
+    declared = '[{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]'
+    chat = [{"role": "system", "content": "Help.", "tools": declared}, USER, calling({"name": "now", "arguments": {}}),
+            {"role": "tool", "content": '{"t": 3}'}, {"role": "assistant", "content": "Three."}]  # fmt: skip
+    for name in ("auto", "phi4-mini"):
+        ids = encode(chat, tokenizer, tool_format=name)["input_ids"]
+        for turns in (2, 4):
+            prompt = prompt_ids(chat[:turns], tokenizer, tool_format=name)
+            assert ids[: len(prompt)] == prompt
+    text = tokenizer.decode(ids)
+    assert f"<|system|>Help.<|tool|>{declared}<|/tool|><|end|>" in text and '<|tool|>{"t": 3}<|end|>' in text
+
+
+def test_data_check_names_rows_that_a_server_cannot_read(tmp_path: Path, shared_data: Path) -> None:
+    good = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]}
+    lost = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": [1]}}]}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(lost) + "\n", encoding="utf-8")
+    for name, count in (("auto", 1), ("phi4-mini", 0)):
+        recipe = load_recipe("tiny-cpu", [f"data.path={path}", "data.eval_path=null", f"data.tool_format={name}"])
+        report = load_data(recipe, mini(shared_data), ADAPTERS).report
+        assert report.calls == 2 and len(report.unreadable) == count
+        assert report.tool_format == ("functools" if name == "auto" else name)
+        assert all(f"{path}:2" == left.place and "vLLM phi4_mini_json" in left.why for left in report.unreadable)
+        assert type(report).from_json(report.to_json()) == report
+
+
+def test_tools_of_a_file_are_declared_as_those_of_a_row(tmp_path: Path, shared_data: Path) -> None:
+    tokenizer = mini(shared_data)
+    tools = [
+        {"type": "function", "function": {"name": "now", "parameters": {"properties": {"größe": {"enum": ["a"]}}}}}
+    ]
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(tools, indent=2), encoding="utf-8")
+    row = encode(read({"messages": [USER, {"role": "assistant", "content": "b"}], "tools": tools}), tokenizer)
+    prompt = prompt_ids([{"role": "system", "content": ""} | _declared(file), USER], tokenizer)
+    assert row["input_ids"][: len(prompt)] == prompt and "größe" in tokenizer.decode(prompt)
+    file.write_text("{", encoding="utf-8")
+    with pytest.raises(Phi3LoraError, match="tools.json: is not a JSON list of tools"):
+        _declared(file)
