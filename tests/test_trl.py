@@ -33,14 +33,14 @@ def said() -> Iterator[list[str]]:
 
 
 def settings(folder: Path, **more: Any) -> dict[str, Any]:
-    common = dict(output_dir=str(folder), ma_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none")
+    common = dict(output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none")
     return common | dict(bf16=False, disable_tqdm=True, logging_steps=1, save_strategy="no") | more
 
 
 @pytest.mark.skipif(not hasattr(SFTConfig, "assistant_only_loss"), reason="this TRL has no assistant_only_loss")
 def test_sft_masks_are_those_of_our_own_encoder(said: list[str], tmp_path: Path) -> None:
     words = tiny.tokenizer(rstrip=True)
-    # A space at the end renders alike and is another tet, which TRL does not know.
+    # A space at the end renders alike and is another text, which TRL does not know.
     words.chat_template = words.chat_template.replace("{% for", "{#  #}{% for", 1)
     made = SFTTrainer(
         tiny.model(),
@@ -49,26 +49,26 @@ def test_sft_masks_are_those_of_our_own_encoder(said: list[str], tmp_path: Path)
         processing_class=words,
         peft_config=LoraConfig(r=2, task_type="CAUSAL_LM"),
     )
-    epected = encode(CHAT, tiny.tokenizer(rstrip=True))
+    expected = encode(CHAT, tiny.tokenizer(rstrip=True))
     row = made.train_dataset[0]
-    assert (list(row["input_ids"]), list(row["labels"])) == (epected["input_ids"], epected["labels"])
+    assert (list(row["input_ids"]), list(row["labels"])) == (expected["input_ids"], expected["labels"])
     made.train()
     adapter = latest_complete(tmp_path)
     assert adapter and verify(adapter)
     assert any(one.startswith("SFTTrainer: LoRA-only checkpoints") for one in said)
 
 
-ANSWERS = {"chosen": [{"role": "assistant", "content": "two."}], "rejected": [{"role": "assistant", "content": "si."}]}
+ANSWERS = {"chosen": [{"role": "assistant", "content": "two."}], "rejected": [{"role": "assistant", "content": "six."}]}
 SHAPES = {
     "messages": {"prompt": [ASK], **ANSWERS},
     "implicit": {name: [ASK, *answer] for name, answer in ANSWERS.items()},
     "sharegpt": {
         "conversations": [{"from": "human", "value": ASK["content"]}],
         "chosen": {"from": "gpt", "value": "two."},
-        "rejected": {"from": "gpt", "value": "si."},
+        "rejected": {"from": "gpt", "value": "six."},
     },
-    "alpaca": {"instruction": ASK["content"], "input": "", "chosen": "two.", "rejected": "si."},
-    "tets": {"prompt": ASK["content"], "chosen": "two.", "rejected": "si."},
+    "alpaca": {"instruction": ASK["content"], "input": "", "chosen": "two.", "rejected": "six."},
+    "texts": {"prompt": ASK["content"], "chosen": "two.", "rejected": "six."},
 }
 
 
@@ -134,6 +134,6 @@ def test_dpo_compares_answers_and_their_stop_token_only(shape: str, said: list[s
         assert row[f"{name}_ids"] == trained and words.convert_ids_to_tokens(trained)[-1] == "<|end|>"
         assert whole["input_ids"][: len(row["prompt_ids"])] == row["prompt_ids"]
     made.train()
-    assert made.state.log_history[0]["loss"] == pytest.appro(0.6931, abs=1e-3)  # the reference is the bare base
+    assert made.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the reference is the bare base
     adapter = latest_complete(tmp_path)
     assert adapter and verify(adapter) and any("DPOTrainer: speed: lora: on" in one for one in said)

@@ -107,7 +107,7 @@ class DataSection(Section):
     tools: Literal["error", "text", "drop"] = "error"
     """What to do with tool messages where the template has no place for them."""
     tool_format: Literal["auto", "functools", "phi4-mini", "text"] = "auto"
-    """How calls are written: functools[...], <|tool_call|>[...]<|/tool_call|>, or JSON; auto: as the model card says."""
+    """How calls are written: functools[...], <|tool_call|>[...]<|/tool_call|>, JSON; auto: as the model card says."""
     thoughts: Literal["error", "train", "context", "drop"] = "error"
     """What to do with what the assistant thought before an answer; context: it is there and not trained."""
     template: Text | None = None
