@@ -17,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from phi3_lora_plugin import load_lora_state_dict
 from phi3_lora_plugin.cli.convert import convert_command
+from phi3_lora_plugin.evaluate.generate import with_adapter
 from phi3_lora_plugin.export.base_layouts import BaseLayoutError, fuse_base, split_base
 from phi3_lora_plugin.export.convert import ConvertError, convert
+from phi3_lora_plugin.export.merge import merge
+from phi3_lora_plugin.inspect.inspect import inspect
 from phi3_lora_plugin.lora_files.layouts import LayoutError
 from phi3_lora_plugin.lora_files.loralib_files import LoralibError, parse_enable_lora
 from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, parts, read_peft
@@ -364,6 +368,46 @@ def test_named_and_wrapped_adapters_are_understood_or_pointed_at(bases, tmp_path
               adapter / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(PeftFilesError, match="holds several adapters"):
         read_peft(adapter)
+
+
+WRAPPED = {
+    "DDP": lambda key: f"module.{key}",
+    "DDP inside": lambda key: key.replace("base_model.model.", "base_model.model.module.", 1),
+    "FSDP": lambda key: key.replace("base_model.model.", "base_model.model._fsdp_wrapped_module.", 1),
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "checkpointed": lambda key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+    "all": lambda key: (
+        "module._orig_mod." + key.replace(".mlp.", "._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_adapter_is_the_same_to_every_reader(bases, tmp_path, kind):
+    fused, _ = bases
+    adapter = train(fused, tmp_path / "a", target_modules=FUSED)
+    raw = load_file(adapter / "adapter_model.safetensors")
+    wrapped = {WRAPPED[kind](key): value for key, value in raw.items()}
+    odd = len(wrapped.keys() - raw.keys())
+    wanted = logits(fused, adapter)
+    save_file(wrapped, adapter / "adapter_model.safetensors")
+    assert any(
+        p.what.startswith(f"{odd} keys are spelled in a way that PEFT ignores") for p in inspect(adapter).problems
+    )
+    convert(adapter, tmp_path / "clean", "peft", base=fused)
+    cleaned = load_file(tmp_path / "clean" / "adapter_model.safetensors")
+    assert cleaned.keys() == raw.keys() and all(torch.equal(cleaned[key], raw[key]) for key in raw)
+    report = merge(adapter, fused, tmp_path / "merged", check="logits")
+    assert any("brought to PEFT's names" in note for note in report.notes)
+    same(load(tmp_path / "merged")(IDS).logits, wanted)
+    same(with_adapter(load(fused), adapter)(IDS).logits, wanted)
+    target = get_peft_model(load(fused), LoraConfig(r=4, lora_alpha=8, target_modules=FUSED))
+    load_lora_state_dict(target, wrapped)
+    same(target(IDS).logits, wanted)
+    bare = {key.replace("base_model.model.", "").removesuffix(".weight"): value for key, value in wrapped.items()}
+    torch.save(bare, tmp_path / "lora.pt")
+    convert(tmp_path / "lora.pt", tmp_path / "from-loralib", "peft", base=fused, alpha=8)
+    assert load_file(tmp_path / "from-loralib" / "adapter_model.safetensors").keys() == raw.keys()
 
 
 def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path):

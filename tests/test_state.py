@@ -184,7 +184,8 @@ def test_memory_file_and_named_spellings_all_load(variant: str) -> None:
     state = lora_state_dict(source)
     named = {name.replace(".default", ".lora"): tensor for name, tensor in state.items()}
     for spelled in (state, {file_key(name): tensor for name, tensor in state.items()}, named):
-        for prefix in ("", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."):
+        for prefix in ("", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.",
+                       "_checkpoint_wrapped_module."):  # fmt: skip
             target = peft_model(seed=1, **settings)
             load_lora_state_dict(target, {prefix + key: tensor for key, tensor in spelled.items()})
             assert _equal(lora_state_dict(target), state)

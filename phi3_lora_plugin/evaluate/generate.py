@@ -39,10 +39,15 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
     from peft import PeftModel
 
+    from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, loadable
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            with loadable(adapter) as folder:
+                adapted = PeftModel.from_pretrained(model, str(folder))
+        except PeftFilesError:
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {reason}") from error

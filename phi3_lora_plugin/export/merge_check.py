@@ -69,6 +69,7 @@ def _trained_logits(source: Path, adapter: Path, ids: Any, quantize: str) -> tup
     import torch
     from peft import PeftModel
 
+    from phi3_lora_plugin.lora_files.peft_files import loadable
     from phi3_lora_plugin.model.load import load_model
 
     where = {"dtype": "float32", "device": "cpu"} if quantize == "none" else {"quantize": quantize}
@@ -78,7 +79,8 @@ def _trained_logits(source: Path, adapter: Path, ids: Any, quantize: str) -> tup
         with warnings.catch_warnings():
             # PEFT asks for a name that transformers has deprecated.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+            with loadable(adapter) as folder:
+                adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         return plain, adapted(input_ids=ids.to(model.device)).logits.float().cpu()
 
 

@@ -110,17 +110,19 @@ def _layout_problems(
     folder: Path, config: dict[str, Any], of_base: dict[str, Any] | None, keys: list[str]
 ) -> list[Problem]:
     """Names and shapes: what no loader takes, what the base does not have, and what servers refuse."""
+    from phi3_lora_plugin.lora_files.keys import PREFIX, read_key
     from phi3_lora_plugin.lora_files.layouts import unknown_modules
     from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, changes_base, parts, read_peft
     from phi3_lora_plugin.lora_files.servable import servable
 
     problems = []
-    odd = [
-        key for key in keys if key.startswith(("module.", "_orig_mod.", "_fsdp_wrapped_module.")) or ".default." in key
-    ]
-    if odd:
+    if odd := [key for key in keys if key != PREFIX + read_key(key).shared]:
         problems.append(
-            Problem(f"{len(odd)} keys have a prefix that PEFT ignores in silence, such as {odd[0]}", "convert the file")
+            Problem(
+                f"{len(odd)} keys are spelled in a way that PEFT ignores in silence, such as {odd[0]}",
+                "phi3-lora convert SRC DST --to peft",
+                here=True,
+            )
         )
     parents = {key.split(".")[-3] for key in keys if "lora_B" in key and key.count(".") > 2}
     # PhiMoE has these by name; without its base at hand, a q_proj is most likely one that Phi-3 has fused.

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.walk import several_processes
-from phi3_lora_plugin.lora_files.keys import without_wrappers
+from phi3_lora_plugin.lora_files.keys import WRAPPERS, without_wrappers
 from phi3_lora_plugin.seams import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_WRAPPER_CHILDREN = ("module", "_orig_mod", "_fsdp_wrapped_module")
+_WRAPPER_CHILDREN = ("module", *WRAPPERS)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

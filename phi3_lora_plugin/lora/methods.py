@@ -250,6 +250,7 @@ def plain_lora(model: PeftModel, adapter: str = "default") -> tuple[dict[str, Te
     from peft import get_peft_model_state_dict
 
     from phi3_lora_plugin.lora.slices import lora_layers
+    from phi3_lora_plugin.lora_files.keys import PREFIX
 
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     config = copy.deepcopy(model.peft_config[adapter])
@@ -263,7 +264,7 @@ def plain_lora(model: PeftModel, adapter: str = "default") -> tuple[dict[str, Te
             raise MethodError(
                 f"{module}: where {config.init_lora_weights} started is not known; build the model by add_lora"
             )
-        key_a, key_b = (f"base_model.model.{module}.lora_{side}.weight" for side in "AB")
+        key_a, key_b = (f"{PREFIX}{module}.lora_{side}.weight" for side in "AB")
         first_a, first_b = (tensor.to(plain[key_a]) for tensor in start)
         plain[key_a] = torch.cat([plain[key_a], first_a], dim=0)
         plain[key_b] = torch.cat([plain[key_b], -first_b], dim=1)

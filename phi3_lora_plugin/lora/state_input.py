@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.gather import gather
-from phi3_lora_plugin.lora_files.keys import without_wrappers
+from phi3_lora_plugin.lora_files.keys import bare
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,12 +32,11 @@ def copies_of_the_base(
     """
     import torch
 
-    names = {without_wrappers(name).removeprefix("base_model.model."): name for name, _ in inner.named_parameters()}
+    names = {bare(name): name for name, _ in inner.named_parameters()}
     copies = {
         key: names[plain]
         for key in unexpected
-        if (plain := re.sub(r"^(?:module\.|base_model\.model\.)+", "", without_wrappers(key))) in names
-        and plain.endswith(".base_layer.weight")
+        if (plain := bare(key)) in names and plain.endswith(".base_layer.weight")
     }
     if not copies:
         return list(unexpected), []

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+PREFIX = "base_model.model."
+#: Children that torch.compile, FSDP1 and activation checkpointing put into the middle of names.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# DDP and DeepSpeed put `module` in front only, where a layer of the model may have that name too.
+_IN_FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
 # loralib asks for `lora_` anywhere, which `explora_net.weight` has too.
 _LORA = re.compile(r"(?:^|[._])lora_|(?:^|\.)modules_to_save\.|\.trainable_tokens_delta(?:$|\.)")
 _FACTOR = re.compile(r"^(?P<path>(?:.*\.)?)(?P<part>lora_\w+)(?:\.(?P<rest>.+))?$")
@@ -34,7 +38,13 @@ class Spelling:
 @_remembered
 def without_wrappers(name: str) -> str:
     """A name without what torch.compile, FSDP1 and activation checkpointing put into the middle of it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+@_remembered
+def bare(key: str) -> str:
+    """A key of a file or state without wrappers, without `module.` and `base_model.model.` in front."""
+    return _IN_FRONT.sub("", without_wrappers(key))
 
 
 @_remembered
@@ -46,7 +56,7 @@ def is_lora(name: str) -> bool:
 @_remembered
 def spelling(name: str) -> Spelling:
     """Split a key, already without wrappers, of loralib, a PEFT model or a PEFT file."""
-    name = name.removeprefix("base_model.model.")
+    name = name.removeprefix(PREFIX)
     if match := _TOKENS.match(name):
         return Spelling(match["path"], match["adapter"])
     if match := _SAVED.match(name):
@@ -64,7 +74,7 @@ def spelling(name: str) -> Spelling:
 @_remembered
 def file_key(name: str) -> str:
     """How PEFT's files spell a parameter of a model: with `base_model.model.`, without the adapter's name."""
-    plain = name.removeprefix("base_model.model.")
+    plain = name.removeprefix(PREFIX)
     if match := _TOKENS.match(plain):
         plain = match["path"]
     elif match := _SAVED.match(plain):
@@ -76,7 +86,22 @@ def file_key(name: str) -> str:
         if match["part"] == "lora_magnitude_vector":  # once a bare parameter, and files have kept that
             rest = [each for each in rest if each != "weight"]
         plain = ".".join([match["path"] + match["part"], *rest])
-    return f"base_model.model.{plain}"
+    return f"{PREFIX}{plain}"
+
+
+@_remembered
+def read_key(key: str) -> Spelling:
+    """A key of any file as PEFT's files spell it, but without `base_model.model.`, and the adapter that it names."""
+    plain = bare(key)
+    name = file_key(plain).removeprefix(PREFIX)
+    weight = ".weight" if name.endswith((".lora_A", ".lora_B")) else ""  # which loralib leaves out
+    return Spelling(name + weight, spelling(plain).adapter)
+
+
+def factor_of(name: str) -> str | None:
+    """The module that a tensor named as by `read_key` is a factor of, or None."""
+    match = re.match(r"(.+)\.lora_(?:embedding_)?[AB](?:\.(?:weight|bias))?$", name)
+    return match[1] if match else None
 
 
 @dataclass
@@ -119,12 +144,8 @@ class Index:
         ]
 
     def _spelled(self, key: str) -> Spelling:
-        plain = without_wrappers(key)
-        found = spelling(plain)
-        while found.shared not in self.names and plain.startswith("module."):  # of DDP, of DeepSpeed
-            plain = plain.removeprefix("module.")
-            found = spelling(plain)
-        return found
+        found = spelling(without_wrappers(key))
+        return found if found.shared in self.names else spelling(bare(key))
 
     def _pick(self, candidates: Mapping[str | None, str], adapter: str | None, alone: bool) -> str | None:
         if adapter in candidates:

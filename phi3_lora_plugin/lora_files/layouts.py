@@ -261,7 +261,8 @@ def uniform(loras: Sequence[Lora]) -> list[Lora]:
     """The same updates at one rank and one alpha, so that whoever reads only these two computes them right."""
     rank = max(lora.rank for lora in loras)
     scaling = Counter(lora.scaling for lora in loras).most_common(1)[0][0]
-    alpha = round(scaling * rank) if math.isclose(scaling * rank, round(scaling * rank), rel_tol=1e-12) else rank
+    whole = round(scaling * rank)
+    alpha = whole if whole and math.isclose(scaling * rank, whole, rel_tol=1e-12) else rank
     return one_alpha([padded(lora, rank) for lora in loras], alpha)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora_files.keys import bare
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
 
 if TYPE_CHECKING:
@@ -99,10 +100,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            tensors: dict[str, Tensor] = load_file(file)
+            return _bare_names(load_file(file), file)
         except SafetensorError as error:
             raise LoralibError(f"{file} is cut off or damaged: {error}") from error
-        return tensors
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle's own errors, whatever is in the file
@@ -112,7 +112,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         loaded = loaded["adapter"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise LoralibError(f"{file}: expected a mapping of names to tensors, as lora.lora_state_dict gives it")
-    return loaded
+    return _bare_names(loaded, file)
+
+
+def _bare_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    named = {bare(key): tensor for key, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise LoralibError(f"{file}: keys that differ in their prefixes alone mean the same tensor; save it unwrapped")
+    return named
 
 
 def from_loralib(

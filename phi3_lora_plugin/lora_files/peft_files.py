@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora_files.keys import PREFIX, factor_of, read_key
 from phi3_lora_plugin.lora_files.layouts import Lora
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +34,6 @@ _KNOWN = {
 }  # fmt: skip
 # Starting points that take something out of the base's weights, which the adapter then needs taken out again.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.)+|(?:_orig_mod\.|_fsdp_wrapped_module\.)")
-_FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)([^.]+))?(?:\.(weight|bias))?$")
-_MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.(?!weight$)([^.]+))?(?:\.weight)?$")
 
 
 class PeftFilesError(Phi3LoraError):
@@ -94,34 +95,41 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         problems.append("fan_in_fan_out is set, but every projection of Phi stores its weight as (out, in)")
     if problems:
         raise PeftFilesError(f"{folder / CONFIG}:\n" + "\n".join(f"  {problem}" for problem in problems))
-    raw = _weights(folder)
     tensors: dict[str, Tensor] = {}
-    names = set()
-    renamed = 0
-    for key, tensor in raw.items():
-        plain = _WRAPPERS.sub("", key)
-        plain = plain.removeprefix("base_model.model.")
-        renamed += key != f"base_model.model.{plain}"
-        match = _FACTOR.match(plain)
-        magnitude = _MAGNITUDE.match(plain)
-        if match:
-            module, embedding, factor, name, kind = match.groups()
-            names.add(name)
-            plain = f"{module}.lora_{embedding or ''}{factor}" + (f".{kind or 'weight'}" if not embedding else "")
-        elif magnitude:
-            names.add(magnitude[2])
-            plain = f"{magnitude[1]}.lora_magnitude_vector"
-        if plain in tensors:
+    adapters, renamed = set(), 0
+    for key, tensor in _weights(folder).items():
+        read = read_key(key)
+        renamed += key != PREFIX + read.shared
+        adapters.add(read.adapter)
+        if read.shared in tensors:
             raise PeftFilesError(
-                f"{folder}: {key!r} and another key both mean {plain!r}; the file holds several adapters"
+                f"{folder}: {key!r} and another key both mean {read.shared!r}; the file holds several adapters"
             )
-        tensors[plain] = tensor
-    if len(named := names - {None}) > 1:
-        raise PeftFilesError(
-            f"{folder}: the file holds several adapters ({', '.join(sorted(named))}); save one at a time"
-        )
+        tensors[read.shared] = tensor
+    if len(named := adapters - {None}) > 1:
+        raise PeftFilesError(f"{folder}: the file holds several adapters ({listed(sorted(named))}); save one at a time")
     notes = (f"{renamed} keys were brought to PEFT's names (prefixes, adapter name)",) if renamed else ()
     return PeftAdapter(config, tensors, folder, notes)
+
+
+@contextmanager
+def loadable(folder: Path) -> Iterator[Path]:
+    """The adapter folder for PEFT's own loader, which skips keys with prefixes in silence: if it has any, a copy.
+
+    Raises:
+        PeftFilesError: the weights are missing or damaged.
+    """
+    from safetensors.torch import save_file
+
+    weights = _weights(folder)
+    named = {PREFIX + read_key(key).shared: tensor.contiguous() for key, tensor in weights.items()}
+    if named.keys() == weights.keys():
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        save_file(named, Path(copy, WEIGHTS), metadata={"format": "pt"})
+        shutil.copyfile(folder / CONFIG, Path(copy, CONFIG))
+        yield Path(copy)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -158,7 +166,7 @@ def parts(adapter: PeftAdapter) -> Parts:
         )
     loras: list[Lora] = []
     left = dict(adapter.tensors)
-    for module in dict.fromkeys(match[1] for key in adapter.tensors if (match := _FACTOR.match(key))):
+    for module in dict.fromkeys(module for key in adapter.tensors if (module := factor_of(key))):
         embedding = f"{module}.lora_embedding_A" in left or f"{module}.lora_embedding_B" in left
         a = left.pop(f"{module}.lora_embedding_A" if embedding else f"{module}.lora_A.weight", None)
         b = left.pop(f"{module}.lora_embedding_B" if embedding else f"{module}.lora_B.weight", None)
@@ -288,7 +296,7 @@ def peft_tensors(found: Parts) -> dict[str, Tensor]:
     """The tensors of `found` by the names under which PEFT saves them, sorted."""
     tensors: dict[str, Tensor] = {}
     for lora in found.loras:
-        path = f"base_model.model.{lora.module}"
+        path = f"{PREFIX}{lora.module}"
         tensors[f"{path}.lora_embedding_A" if lora.embedding else f"{path}.lora_A.weight"] = lora.a
         tensors[f"{path}.lora_embedding_B" if lora.embedding else f"{path}.lora_B.weight"] = lora.b
         if lora.magnitude is not None:
@@ -296,9 +304,9 @@ def peft_tensors(found: Parts) -> dict[str, Tensor]:
         if lora.bias is not None:
             tensors[f"{path}.lora_B.bias"] = lora.bias
     for name, tensor in found.full.items():
-        tensors[f"base_model.model.{name}"] = tensor
+        tensors[f"{PREFIX}{name}"] = tensor
     for module, (_, rows) in found.tokens.items():
-        tensors[f"base_model.model.{module}.token_adapter.trainable_tokens_delta"] = rows
+        tensors[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
     # An A that several slices share is one tensor in memory and has to be several in the file.
     return {name: tensors[name].detach().clone().contiguous() for name in sorted(tensors)}
 

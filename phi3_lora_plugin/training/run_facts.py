@@ -199,11 +199,11 @@ def _fingerprint_in_memory(model: Any) -> str | None:
     from concurrent.futures import ThreadPoolExecutor
 
     from phi3_lora_plugin.lora.gather import unwrapped
-    from phi3_lora_plugin.lora_files.keys import is_lora, without_wrappers
+    from phi3_lora_plugin.lora_files.keys import bare, is_lora
 
     frozen = []
-    for name, parameter in sorted(unwrapped(model).named_parameters(), key=lambda pair: without_wrappers(pair[0])):
-        plain = without_wrappers(name).removeprefix("base_model.model.").replace(".base_layer.", ".")
+    for name, parameter in sorted(unwrapped(model).named_parameters(), key=lambda pair: bare(pair[0])):
+        plain = bare(name).replace(".base_layer.", ".")
         if parameter.requires_grad or is_lora(plain):
             continue
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") or parameter.is_meta:
