@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.seams import obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -59,11 +60,14 @@ def speed_up(
     wanted = _wanted(parts)
     base = _base(model)
     where = () if device is None or device.type != "cuda" else (device,)
+    changed = obstacle("torch.hooks", "torch.pre_hooks", "torch.backward_hooks")
     done = []
     with torch.inference_mode(False):  # what is made here is trained later
         for part in PARTS:
             if not wanted[part]:
                 done.append(Applied(part, False, "switched off"))
+            elif changed:
+                done.append(Applied(part, False, changed))
             elif part == "attention":
                 done.append(_apply_attention(model, base, where))
             else:
