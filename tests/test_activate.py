@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 from transformers import PhimoeConfig, PhimoeForCausalLM, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from warm_process import Warm
 
 from phi3_lora_plugin import activate, attach, deactivate, latest_complete, load_recipe
 from phi3_lora_plugin.hosts.activate import PARTS, ActivationError, active
@@ -175,9 +174,9 @@ def test_attach_leaves_other_models_tokens_alone(tmp_path: Path) -> None:
     assert words.pad_token == "<|endoftext|>" and latest_complete(tmp_path)
 
 
-def test_activating_imports_no_trl() -> None:
+def test_activating_imports_no_trl(warm: Warm, tmp_path: Path) -> None:
     code = "import sys; from phi3_lora_plugin import activate; activate(); print('trl' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert warm.run(code, cwd=tmp_path).stdout == "False\n"
 
 
 def test_the_snippets_of_the_page_run(tmp_path: Path) -> None:

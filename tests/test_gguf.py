@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -352,7 +350,7 @@ def test_models_that_llama_cpp_does_not_know_are_refused(base, tmp_path):
         convert(copy, tmp_path / "m.gguf", "gguf")
 
 
-def test_without_the_gguf_package_the_error_names_the_extra(base, tmp_path):
+def test_without_the_gguf_package_the_error_names_the_extra(base, tmp_path, warm):
     adapter = train(base, tmp_path / "adapter")
     script = f"""
 import sys
@@ -363,7 +361,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = warm.run(script, cwd=tmp_path)
     assert 'pip install "phi3-lora-plugin[gguf]"' in done.stdout, done.stderr[-1500:]
     assert not (tmp_path / "x.gguf").exists()
 

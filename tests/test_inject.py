@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
+from warm_process import HASH_SEED, Warm
 
 from phi3_lora_plugin.lora.inject import (
     CoverageRow,
@@ -133,21 +134,23 @@ def test_options_reach_peft_by_their_names(tmp_path: Path) -> None:
     assert saved["rank_pattern"] == {"o_proj": 2}
 
 
-def test_g22_the_saved_config_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+def test_g22_the_saved_config_does_not_depend_on_the_hash_seed(tmp_path: Path, warm: Warm) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import tiny\n"
         "from phi3_lora_plugin.lora.inject import add_lora\n"
         "add_lora(tiny.model(), 'all-linear', 4, 8, exclude_modules=['o_proj']).save_pretrained(sys.argv[2])"
     )
-    written = []
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)],
-            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        written.append((folder / "adapter_config.json").read_bytes())
+    arguments = [str(Path(__file__).parent), str(tmp_path / HASH_SEED)]
+    done = warm.run(
+        f"import os; assert os.environ['PYTHONHASHSEED'] == '{HASH_SEED}'\n{code}", *arguments, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    fresh = subprocess.run(
+        [sys.executable, "-c", code, arguments[0], str(tmp_path / "77")],
+        env=os.environ | {"PYTHONHASHSEED": "77"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert fresh.returncode == 0, fresh.stderr
+    written = [(tmp_path / seed / "adapter_config.json").read_bytes() for seed in (HASH_SEED, "77")]
     assert written[0] == written[1]
 
 

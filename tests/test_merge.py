@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -368,7 +366,7 @@ def test_shards_are_indexed_and_none_is_larger_than_said(base, tmp_path):
         merge(adapter, tmp_path / "out", tmp_path / "never")
 
 
-def test_memory_stays_near_one_shard(tmp_path):
+def test_memory_stays_near_one_shard(tmp_path, warm):
     """A 330 MB model in 20 MB shards: the peak grows by far less than the model."""
     large = tiny.model(hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8)
     large.save_pretrained(tmp_path / "base", max_shard_size="100MB")
@@ -383,7 +381,7 @@ before = peak()
 report = merge(sys.argv[1] + "/adapter", sys.argv[1] + "/base", sys.argv[1] + "/out", max_shard="20MB", check="modules")
 print(report.total_bytes // 1024, peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = warm.run(script, str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     model, grown = map(int, done.stdout.split()[-2:])
     assert model > 290_000 and grown < model / 3, (model, grown)

@@ -21,6 +21,7 @@ from lora_runs import peft_model, rows, same, trained, trainer
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from warm_process import Warm
 
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
 from phi3_lora_plugin.cli import main
@@ -657,26 +658,23 @@ def test_the_best_weights_of_an_adapter_with_a_name_of_its_own_are_loaded_at_the
         callback.on_train_end(made.args, made.state, made.control, model=model)
 
 
-def test_the_same_settings_in_another_process_are_no_drift(broken: Path, tmp_path: Path) -> None:
-    """Hashes, sets and orders that depend on the process would show here."""
-    script = (
-        "import sys; from pathlib import Path; from test_resume import build_with\n"
-        "from phi3_lora_plugin.training.resume import resumable\nmade = build_with(Path(sys.argv[1]))\n"
-        "with resumable(made, say=print): pass"
-    )
-    paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
-    environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, "-c", script, broken], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
+def resume_only(place: str) -> None:
+    """Compare with what is there, and leave."""
+    with resumable(build_with(Path(place)), say=print):
+        pass
+
+
+def test_the_same_settings_in_another_process_are_no_drift(broken: Path, warm: Warm, tmp_path: Path) -> None:
+    """Hashes, sets and orders that depend on the process would show here: the other one has another hash seed."""
+    code, said = warm.start(tmp_path / "said", resume_only, str(broken)).wait()
+    assert code == 0 and "resuming from" in said, said
 
 
 # --- the command line --------------------------------------------------------------------------------------------
 
-COMMAND = [sys.executable, "-c", "from phi3_lora_plugin.cli import main; main()", "train"]
-
 
 def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.base(tmp_path / "base", hidden_size=16, intermediate_size=32)
     words = "fox dog apples basket paris france jumps lazy".split()
@@ -689,8 +687,7 @@ def test_the_command_goes_on_with_a_killed_run_and_says_what_it_passed_over(
     ]  # fmt: skip
 
     def run(out: str, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [*COMMAND, *settings, f"output_dir={tmp_path / out}", *more]
-        return subprocess.run(command, capture_output=True, text=True, timeout=100)
+        return warm.command("train", *settings, f"output_dir={tmp_path / out}", *more, cwd=tmp_path)
 
     whole = run("whole")
     assert whole.returncode == 0, whole.stderr

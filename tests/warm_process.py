@@ -24,8 +24,8 @@ COMMAND = "from phi3_lora_plugin.cli import main; main()"
 
 _CALL = "import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
 
-#: Hash seed of the warm process and its forks, as sets and hashes of strings may depend on it.
-HASH_SEED = "1"
+#: Hash seed of the warm process and its forks: not the one of this process, so that what depends on it shows.
+HASH_SEED = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
 
 _WAITS = """
 import gc, json, os, signal, sys
@@ -153,7 +153,7 @@ class Warm:
     def _start(
         self, program: str, arguments: tuple[str, ...], cwd: Path, timeout: int, changes: dict[str, str], *files: Path
     ) -> int:
-        environment = os.environ | changes
+        environment = os.environ | {"PYTHONHASHSEED": HASH_SEED} | changes
         return int(
             self._ask(
                 program=program, arguments=arguments, cwd=str(cwd), timeout=timeout, environment=environment,
