@@ -83,13 +83,32 @@ class Adapted:
 
     def stops(self) -> list[int]:
         """The ids that end an answer: the family's, and those that the base was published with."""
-        from phi3_lora_plugin.model.folder import read_json
         from phi3_lora_plugin.model.tokenizer import stop_token_ids
+
+        ids = [each for each in self.published_stops() if each != self.tokenizer.pad_token_id]
+        return stop_token_ids(self.tokenizer, ids)
+
+    def published_stops(self) -> list[int]:
+        """The ids at which a server stops that goes by the base's own files alone."""
+        from phi3_lora_plugin.model.folder import read_json
 
         file = self.base / "generation_config.json"
         published = (read_json(file) if file.is_file() else self.config).get("eos_token_id")
-        ids = [] if published is None else [published] if isinstance(published, int) else list(published)
-        return stop_token_ids(self.tokenizer, [each for each in ids if each != self.tokenizer.pad_token_id])
+        return [] if published is None else [published] if isinstance(published, int) else list(published)
+
+    def other_template(self) -> tuple[str, ...]:
+        """A note where a server that takes the base's tokenizer would render chats in another way than training did."""
+        from phi3_lora_plugin.chat.templates import TemplateError, template_for
+        from phi3_lora_plugin.model.tokenizer import TokenizerError, load_tokenizer
+
+        try:
+            of_base = template_for(load_tokenizer(self.base))
+        except (TemplateError, TokenizerError):
+            of_base = None
+        if self.template is None or of_base == self.template:
+            return ()
+        theirs = "none that is known" if of_base is None else of_base.name
+        return (f"the base's own chat template is {theirs}, training used {self.template.name}: ship it with --merged",)
 
 
 def unmarked(template: Template) -> str:

@@ -199,6 +199,16 @@ def _ask(
     return answer
 
 
+def scored(logits: Any, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
+    """What `Runtime.log_probabilities` gives, out of logits [len(ids), vocabulary] of all of `ids`, numpy."""
+    found, likeliest = [], []
+    for place in range(first, len(ids)):
+        row = _as(logits[place - 1], "log-probabilities")
+        found.append(float(row[ids[place]]))
+        likeliest.append(int(row.argmax()) == ids[place])
+    return found, likeliest
+
+
 def _as(logits: Any, measure: str) -> Any:
     """A row of logits, or its log-probabilities where the runtime gives only those."""
     if measure == "logits":
