@@ -54,12 +54,14 @@ class Card(TorchDispatchMode):
             on_card = self.device.type != "cpu" and torch.device(kwargs.get("device") or "cpu") == self.device
             made = _by_values(func, args, kwargs)
             if on_card:
-                self.copies += [_where("copy")] if tensors else []
+                self.copies += [_where("copy")] if tensors and not kwargs.get("non_blocking") else []
                 made = tree_map_only(torch.Tensor, self.placed, made)
             return made
         if _reads(func, args, kwargs):
             self.reads.append(_where(func.overloadpacket.__name__))
-            if known:
+            if known and func.overloadpacket is torch.ops.aten._to_copy:
+                made = _by_values(func, args, kwargs)  # on the host now
+            elif known:
                 made = tree_map_only(torch.Tensor, self.placed, _by_values(func, args, kwargs))
             else:
                 made = _guess(func, args, kwargs)

@@ -146,11 +146,14 @@ def items(inputs: dict[str, Any]) -> int:
     return max(1, int(inputs["labels"][:, 1:].ne(-100).sum()))
 
 
-def fast(model: Any, parts: Any, device: Any = "cpu") -> Any:
-    """`speed_up` as on a card whose kernels were proved right: whether they are needs values."""
-    from phi3_lora_plugin.speed import documents, varlen_kernels
+def fast(model: Any, parts: Any, device: torch.device) -> Any:
+    """`speed_up` as on a card whose kernels are right. Whether they are takes values, so it is not tried here."""
+    from phi3_lora_plugin.speed import varlen_kernels
     from phi3_lora_plugin.speed.apply import speed_up
 
-    there = mock.patch.object(documents, "_cards", lambda decoder: {torch.device(device)})
-    with there, mock.patch.object(varlen_kernels, "_fault", lambda *case: None):
+    prove = varlen_kernels.prove
+    with (
+        mock.patch.object(varlen_kernels, "_fault", lambda *case: None),
+        mock.patch.object(varlen_kernels, "prove", lambda devices, *sizes: prove([device], *sizes)),
+    ):
         return speed_up(model, parts)

@@ -87,6 +87,7 @@ def test_the_host_never_waits_inside_a_layer() -> None:
         on_card(recipe, one, layers=1)
         on_card(recipe, three, layers=3)
         assert Counter(one.reads) == Counter(three.reads), name
+        assert Counter(one.copies) == Counter(three.copies), name
 
 
 def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
@@ -104,6 +105,7 @@ def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
         assert ids[real].tolist() == [3, 5, 7] and len(card.reads) == 6
         assert weights.masked_fill(real, 0.0).shape == (2, 3) and len(card.reads) == 6
         assert weights.sum().item() == 1.0 and len(card.reads) == 7  # nobody knows, but somebody asked
+        assert torch.equal(real.sum(1).cpu(), torch.tensor([2, 1])) and len(card.reads) == 8
         ids += 1
         assert ids.max().item() == 8
         with pytest.raises(RuntimeError, match="values that nobody knows"):
