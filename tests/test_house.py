@@ -26,9 +26,7 @@ def picture() -> list[set[str]]:
     lines: list[set[str]] = []
     for arrow in drawn.splitlines()[1:]:
         ends = [{re.match(r"\w+", box.strip())[0] for box in end.split(" & ")} for end in arrow.split(" --> ")]  # type: ignore[index]
-        assert len(ends) == 2 and (not lines or lines[-1] == ends[0]), (
-            f"{arrow!r} starts elsewhere"
-        )
+        assert len(ends) == 2 and (not lines or lines[-1] == ends[0]), f"{arrow!r} starts elsewhere"
         lines += ends if not lines else ends[1:]
     return lines
 

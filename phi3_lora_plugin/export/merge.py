@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.export.merge_check import check_written, compare_logits, fits, quantization_loss
-from phi3_lora_plugin.export.merge_plan import MergeError, VerificationError, merged_tensors, plan_merge
+from phi3_lora_plugin.export.merge_module import MergeError
+from phi3_lora_plugin.export.merge_plan import VerificationError, merged_tensors, plan_merge
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.export.merge_plan import MergeError
+from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,3 +137,7 @@ def _inject(root: Any, config: Mapping[str, Any], module: str, tensors: Mapping[
             f"unexpected: {result.unexpected_keys}"
         )
     return layer
+
+
+class MergeError(Phi3LoraError):
+    """This adapter cannot be merged into this base as asked; tells every reason, and nothing was written."""

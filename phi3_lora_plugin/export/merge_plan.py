@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.export.merge_module import MergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.model.shards import Weights
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-
-
-class MergeError(Phi3LoraError):
-    """This adapter cannot be merged into this base as asked; tells every reason, and nothing was written."""
 
 
 class VerificationError(Phi3LoraError, RuntimeError):
