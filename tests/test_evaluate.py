@@ -237,7 +237,7 @@ def test_a_damaged_adapter_is_the_same_error_everywhere_before_a_model_is_loaded
     told = set()
     for function in (
         lambda: find_target(str(folder), [], lambda name: None),
-        lambda: chat_command(folder, prompt="hello"),
+        lambda: chat_command(str(folder), prompt="hello"),
         lambda: merge(folder, None, tmp_path / "merged"),
         lambda: convert(folder, tmp_path / "converted", "peft"),
     ):

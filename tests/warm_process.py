@@ -83,9 +83,13 @@ class Child:
             time.sleep(0.002)
         raise AssertionError(f"{word!r} did not come: {said or 'nothing was said'}")
 
+    def code(self) -> int:
+        """Its exit code, negative for a signal, once it has ended."""
+        return int(self._warm._ask(wait=self.pid))
+
     def wait(self) -> tuple[int, str]:
         """(exit code, negative for a signal; what it said on stdout and stderr)."""
-        return int(self._warm._ask(wait=self.pid)), self.said.read_text(encoding="utf-8", errors="replace")
+        return self.code(), self.said.read_text(encoding="utf-8", errors="replace")
 
 
 class Warm:
@@ -115,10 +119,12 @@ class Warm:
         """What `phi3-lora arguments` gives, run in `cwd`; `options` are those of `run`."""
         return self.run(COMMAND, *arguments, cwd=cwd, **options)
 
-    def start_command(self, said: Path, *arguments: str, cwd: Path, **environment: str) -> Child:
-        """Start `phi3-lora arguments` in `cwd`."""
-        said.unlink(missing_ok=True)
-        return Child(self._start(COMMAND, arguments, cwd, 600, environment, Path(os.devnull), said, said), said, self)
+    def start_command(self, said: Path, *arguments: str, cwd: Path, typed: bool = False, **environment: str) -> Child:
+        """Start `phi3-lora arguments` in `cwd`; with `typed`, `said` is a terminal that is also its input."""
+        if not typed:
+            said.unlink(missing_ok=True)
+        files = (said if typed else Path(os.devnull), said, said)
+        return Child(self._start(COMMAND, arguments, cwd, 600, environment, *files), said, self)
 
     def start(self, said: Path, function: FunctionType, *arguments: Any, **environment: str) -> Child:
         """Start `function(*arguments)` of a test module; arguments are what JSON has."""

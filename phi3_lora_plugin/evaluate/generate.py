@@ -1,32 +1,15 @@
-"""Answers from a model with an adapter on it: load the pair, stream text, stop at the right token."""
+"""Text from a model with an adapter on it, streamed, and stopped at the right token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.store.adapter_folder import Adapter, AdapterError
+from phi3_lora_plugin.store.adapter_folder import AdapterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def load_adapter(adapter: Adapter, base: str | None = None, **options: Any) -> tuple[PreTrainedModel, Any]:
-    """(model with the adapter on it, tokenizer), ready to generate.
-
-    Args:
-        adapter: from `read_adapter`.
-        base: base model, where the one that the adapter names is not at its old place.
-        options: as `load_model` takes them (dtype, attention, quantize, device).
-    """
-    from phi3_lora_plugin.model.load import load_model
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
-
-    name, revision = (base, None) if base else adapter.base
-    model = load_model(name, revision=revision, **options)
-    tokenizer = load_tokenizer(adapter.folder if (adapter.folder / "tokenizer.json").is_file() else name)
-    return with_adapter(model, adapter.folder), tokenizer
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -63,36 +46,51 @@ def stream(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     **encoding: Any,
-) -> Iterator[str]:
+) -> Generator[str]:
     """Pieces of the next assistant turn as they are made; greedy at temperature 0.
 
-    `encoding` is what `prompt_ids` takes (system, control_tokens, template), which has to be as in training.
+    Closing the iterator, or an exception in the loop over it, ends the generation after the token at hand: a thread
+    that still computes while the interpreter leaves would abort the process.
+
+    Args:
+        top_p: sample from the most likely tokens that together have this probability; no effect at temperature 0.
+        encoding: what `prompt_ids` takes (system, control_tokens, template), which has to be as in training.
     """
-    from threading import Thread
+    from threading import Event, Thread
 
     import torch
-    from transformers import TextIteratorStreamer
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
     from phi3_lora_plugin.chat.encode import prompt_ids
 
     ids = torch.tensor([prompt_ids(messages, tokenizer, **encoding)], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    halt = Event()
+
+    class Halted(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return torch.full((len(ids),), halt.is_set(), device=ids.device)
 
     def work() -> None:
         try:
             generate_ids(
-                model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer
-            )
+                model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                streamer=streamer, stopping_criteria=StoppingCriteriaList([Halted()]),
+            )  # fmt: skip
         except BaseException as error:  # carried over to the reader of the stream, who would wait forever otherwise
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        halt.set()
+        thread.join()
     if failure:
         raise failure[0]
 
@@ -112,12 +110,15 @@ def generate_ids(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     **options: Any,
 ) -> Any:
     """Token ids [batch, prompt + new] of one call to `generate` that stops at the family's stop tokens."""
     import torch
 
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     with torch.inference_mode():
         return model.generate(
             input_ids=ids,

@@ -61,15 +61,18 @@ class Adapter:
         return load_recipe(self.recipe_file, overrides, find) if self.recipe_file else None
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, check: bool = True) -> Adapter:
     """The adapter that `path` means and what lies beside it; without its weights, and before any model is loaded.
+
+    Args:
+        check: that every file is the one that the manifest lists.
 
     Raises:
         AdapterError: see `adapter_folder`; or its files are not those that its manifest lists.
         PeftFilesError: adapter_config.json is damaged.
     """
     folder = adapter_folder(path)
-    if problems := damage(folder):
+    if check and (problems := damage(folder)):
         raise AdapterError(
             f"{folder} is damaged:\n"
             + "".join(f"  {problem}\n" for problem in problems)
