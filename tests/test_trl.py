@@ -82,7 +82,7 @@ def test_preferences_are_read_in_every_shape_of_chats(shape: str) -> None:
     ("row", "message"),
     [
         ({"prompt": [ASK], "chosen": "a"}, "no column 'rejected', only prompt, chosen"),
-        ({"chosen": [ASK], "rejected": ANSWERS["chosen"]}, "do not begin alike"),
+        ({"chosen": [ASK], "rejected": ANSWERS["chosen"]}, "differ from their first turn on"),
         ({"prompt": [ASK], "messages": [ASK], **ANSWERS}, "prompt twice, as prompt and messages"),
         ({"prompt": [ASK], "chosen": "a", "rejected": "a"}, "the same"),
         ({"prompt": [ASK], "chosen": [*ANSWERS["chosen"], ASK], "rejected": "a"}, "assistant, user behind the prompt"),

@@ -107,8 +107,8 @@ def _with_chosen(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _whole(turns: list[Message]) -> bool:
-    """Whether turns are more than an answer."""
-    return len(turns) > 1 or turns[0]["role"] != "assistant"
+    """Whether turns are a chat from its beginning, and not an answer."""
+    return bool(turns[0]["role"] != "assistant")
 
 
 def _parted(

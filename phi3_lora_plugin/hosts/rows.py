@@ -54,7 +54,8 @@ def _messages(row: Mapping[str, Any], data: HostData) -> list[Message] | RowErro
         renamed = rename(row, data.columns, data.ignore)
         name = data.format
         if name == "auto":
-            fits = detect(renamed)
+            # A host's rows are chats: plain text among them would be trained without a template, unless asked for.
+            fits = [fit for fit in detect(renamed) if fit not in ("text", "segments")]
             if len(fits) != 1:
                 known = "; ".join(f"{kind} has {', '.join(columns)}" for kind, columns in REQUIRED.items())
                 raise RowError(f"its columns {', '.join(row)} fit {' and '.join(fits) or 'no format'}: {known}")
