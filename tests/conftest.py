@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -64,6 +67,21 @@ def warm() -> Iterator[Warm]:
     """A process to fork others off, which have torch, transformers, peft and datasets imported already."""
     with Warm() as process:
         yield process
+
+
+@pytest.fixture
+def reload_in_fork(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that reloads an adapter with plain PEFT at the end of a run gets a fork, not a fresh interpreter.
+
+    `test_train`, README.md and `--json` have it in a fresh one, which proves that it needs nothing of ours.
+    """
+    from phi3_lora_plugin.training import reload_check
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-c"]
+        return warm.run(*command[2:], cwd=Path.cwd())
+
+    monkeypatch.setattr(reload_check, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(autouse=True)

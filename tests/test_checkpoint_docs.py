@@ -33,6 +33,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", DOC, re.DOTALL)
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_every_snippet_and_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"model": peft_model(), "args": arguments(Path("out")), "rows": rows()}

@@ -63,6 +63,7 @@ def log_probability(model: Any, row: dict[str, list[int]]) -> torch.Tensor:
     return logits.gather(1, labels.clamp(min=0)[:, None])[:, 0][labels != -100].sum()
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj, down_proj]"])
 def test_a_run_learns_and_its_loss_is_that_of_the_paper(targets: str, place: Path, tmp_path: Path) -> None:
     run = recipe(place, tmp_path / "run", f"lora.targets={targets}")

@@ -103,6 +103,7 @@ def test_the_adapter_opens_with_nothing_but_transformers_and_peft(place: Path, t
     assert int(done.stdout) == result.trainable_parameters
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 @pytest.mark.parametrize("how", ["training.bf16=true", "model.dtype=bfloat16"])
 def test_sixteen_bits_are_no_reason_to_doubt_an_adapter(how: str, place: Path, tmp_path: Path) -> None:
     """Mixed precision rounds in training only; rounding grows with the logits, here of some hundreds."""
