@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.lora.gather import plain_parameters, unwrapped, whole_shape
+from phi3_lora_plugin.lora.gather import plain_parameters, unwrapped
 from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names, wrapped_lora_names
-from phi3_lora_plugin.lora.walk import Structure, several_processes, structure, walked_once
+from phi3_lora_plugin.lora.walk import Structure, parameter_shapes, several_processes, structure, walked_once
 from phi3_lora_plugin.lora_files.keys import file_key, is_lora, without_wrappers
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def expected_shapes(model: nn.Module, adapter: str | None, names: Sequence[str])
         names: those that were found; the model's own are added to them.
     """
     inner = unwrapped(model)
-    parameters = {without_wrappers(name): parameter for name, parameter in inner.named_parameters()}
-    shapes = {name: tuple(whole_shape(parameters[name])) for name in names if name in parameters}
+    parameters = {without_wrappers(name): shape for name, shape in parameter_shapes(inner).items()}
+    shapes = {name: tuple(parameters[name]) for name in names if name in parameters}
     for path, layer in inner.named_modules():
         path = without_wrappers(path)
         for name, shape in _layer_shapes(layer, adapter).items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.gather import gather, is_flattened, is_partitioned, sharded_like, unwrapped, whole_shape
 from phi3_lora_plugin.lora.state_input import copies_of_the_base, no_numbers
+from phi3_lora_plugin.lora.walk import parameter_shapes
 from phi3_lora_plugin.lora_files.keys import index_of, is_lora, spelling, without_wrappers
 from phi3_lora_plugin.seams import require
 
@@ -192,7 +193,7 @@ def _check_bias(bias: str) -> None:
 def _state_names(model: nn.Module) -> list[str]:
     """Parameters once each, and persistent buffers that belong to LoRA; in the order of the model."""
     require("torch.buffers", "torch.persistent")
-    names = [name for name, _ in model.named_parameters()]
+    names = list(parameter_shapes(model))
     for prefix, module in model.named_modules():
         names += [
             f"{prefix}.{name}" if prefix else name

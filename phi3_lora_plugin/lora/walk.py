@@ -44,6 +44,23 @@ class Structure:
         return self.facts == facts and all(map(is_, self.parameters, parameters))
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, Any]:
+    """Parameter -> shape, once each; those of a unit that FSDP1 has made one flat vector under their own names.
+
+    With `use_orig_params=False` that vector is the only parameter of a unit, and knows what is in it.
+    """
+    shapes: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        inside = getattr(parameter, "_fqns", None)
+        if inside is None:
+            shapes[name] = getattr(parameter, "ds_shape", parameter.shape)
+        else:
+            unit = name.rpartition(".")[0]
+            named = (f"{unit}.{each}" if unit else each for each in inside)
+            shapes |= dict(zip(named, parameter._shapes, strict=True))
+    return shapes
+
+
 def structure(model: nn.Module) -> Structure:
     """The structure of a model."""
     require("torch.parameters", "torch.modules")

@@ -167,8 +167,9 @@ def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
 
 def _apply_loss(model: Any, base: Any) -> Applied:
     from phi3_lora_plugin.speed.loss import fuse_loss, head_obstacle
+    from phi3_lora_plugin.speed.shards import in_units
 
-    obstacle = head_obstacle(base)
+    obstacle = head_obstacle(base, in_units(model))
     if obstacle is None:
         fuse_loss(base)
     return Applied("loss", obstacle is None, f"{obstacle}: {_ALL_LOGITS}" if obstacle else PARTS["loss"])

@@ -82,9 +82,9 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
         """x [..., in] -> [..., out]."""
         adapter = single_adapter(self)
         base = self.base_layer
-        if adapter is None or args or kwargs or base.weight.requires_grad:
+        if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        if obstacle := linear_obstacle(base) or parts_obstacle(self, adapter):
+        if obstacle := linear_obstacle(base) or parts_obstacle(self, adapter) or _trained(base):
             say_once(f"lora: PEFT's forward runs in layers with {obstacle}")
             return super().forward(x, *args, **kwargs)
         bias = base.bias
@@ -141,6 +141,10 @@ def single_adapter(layer: Any) -> str | None:
     if any(getattr(part[adapter], "bias", None) is not None for part in (layer.lora_A, layer.lora_B)):
         return None
     return str(adapter)
+
+
+def _trained(base: Any) -> str | None:
+    return "a base that is trained, or in one unit of FSDP with what is" if base.weight.requires_grad else None
 
 
 def parts_obstacle(layer: Any, adapter: str) -> str | None:

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 from peft.tuners.lora.layer import LoraLayer  # noqa: TID253
 
 from phi3_lora_plugin.speed.lora_linear import FusedLoraLinear
-from phi3_lora_plugin.speed.shards import shard_obstacle, wrapper_of
+from phi3_lora_plugin.speed.shards import in_units, shard_obstacle, wrapper_of
 
 
 def fuse_lora(model: torch.nn.Module) -> int:
@@ -29,7 +29,7 @@ def fuse_lora(model: torch.nn.Module) -> int:
 def fused_layers(model: torch.nn.Module) -> tuple[int, dict[str, int]]:
     """(LoRA layers whose fused forward will run, why it will not in others -> how many)."""
     fused = tuple(_fused_classes().values())
-    units = _unshards(model)
+    units = in_units(model)
     count, others = 0, Counter[str]()
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
@@ -63,11 +63,6 @@ def _obstacle(layer: Any, units: bool) -> str | None:
         if not units and (obstacle := shard_obstacle(part.weight)):
             return obstacle
     return None
-
-
-def _unshards(model: torch.nn.Module) -> bool:
-    """Whether units of FSDP make parameters whole before they are used."""
-    return any(wrapper_of(module) for module in model.modules())
 
 
 def _fused_classes() -> dict[type, type]:

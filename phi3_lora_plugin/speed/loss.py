@@ -18,7 +18,7 @@ from torch import nn  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
 from phi3_lora_plugin.speed.bounds import to_device
-from phi3_lora_plugin.speed.shards import shard_obstacle
+from phi3_lora_plugin.speed.shards import say_once, shard_obstacle, wrapper_of
 
 #: Rows of logits held at one time; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
@@ -134,15 +134,21 @@ def supervised_cross_entropy(
     return total / (items.to(total.device) if torch.is_tensor(items) else items)
 
 
-def head_obstacle(model: Any) -> str | None:
-    """Why the loss of this causal model (PEFT taken off) cannot come from hidden states; None if it can."""
+def head_obstacle(model: Any, units: bool = False) -> str | None:
+    """Why the loss of this causal model (PEFT taken off) cannot come from hidden states; None if it can.
+
+    Args:
+        units: whether units of FSDP will make the head whole before it is used, if it is in shards now.
+    """
     head: Any = getattr(model, "lm_head", None)
+    if wrapper := wrapper_of(head):
+        return f"the head is among the {wrapper}"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not a plain linear layer: an adapter or quantisation sits on it"
     # not `parameters()`: inside a unit of FSDP1 there are none
     if any(getattr(each, "requires_grad", False) for each in (head.weight, head.bias)):
         return "the head is trained, so its own gradient is needed"
-    if obstacle := shard_obstacle(head.weight):
+    if not units and (obstacle := shard_obstacle(head.weight, (head.out_features, head.in_features))):
         return f"the head has {obstacle}"
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__:
         return "hooks on the head, or a forward of its own, want its logits"
@@ -216,7 +222,10 @@ def _forward(
     )
     some = torch.is_tensor(logits_to_keep) or logits_to_keep != 0
     wanted = self._asked == "logits" or not (self.training or self._asked == "loss")
-    if labels is None or wanted or some or head_obstacle(self):
+    if labels is None or wanted or some:
+        return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
+    if obstacle := head_obstacle(self):
+        say_once(f"loss: transformers computes the logits of every position: {obstacle}")
         return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
     num_items = kwargs.pop("num_items_in_batch", None)
     shifted = kwargs.pop("shift_labels", None)

@@ -42,6 +42,11 @@ def linear_obstacle(layer: Any) -> str | None:
     return shard_obstacle(layer.weight, (layer.out_features, layer.in_features))
 
 
+def in_units(model: Any) -> bool:
+    """Whether units of FSDP make parameters whole before they are used."""
+    return any(wrapper_of(module) for module in model.modules())
+
+
 @cache
 def say_once(what: str) -> None:
     """Warn, once a process, of a fast path that gives way while a model runs, because of how it was wrapped."""
