@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from phi3_lora_plugin.chat.pack import PackedCollator
 from phi3_lora_plugin.speed import documents, varlen_kernels
 from phi3_lora_plugin.speed.apply import slow_down, speed_up
-from phi3_lora_plugin.speed.attention import one_by_one
+from phi3_lora_plugin.speed.sdpa import one_by_one
 
 CPU = torch.device("cpu")
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch  # noqa: TID253
 
+from phi3_lora_plugin.speed.sdpa import repeated
+
 #: What the kernels take: both formats of 16 bits. Others have no such kernel.
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -126,12 +128,6 @@ def prove(
     return made
 
 
-def repeated(part: torch.Tensor, heads: int) -> torch.Tensor:
-    """Keys or values [rows, key heads, tokens, size], each once for each of its query heads [.., heads, ..]."""
-    rows, own, tokens, size = part.shape
-    return part[:, :, None].expand(rows, own, heads // own, tokens, size).reshape(rows, heads, tokens, size)
-
-
 def _installed(shared: bool) -> tuple[list[Kernel], list[str]]:
     """(kernels, best first; what is missing)."""
     kernels, missing = [], []
@@ -152,7 +148,7 @@ def _fault(
     kernel: Kernel, device: Any, dtype: Any, heads: int, key_heads: int, head_size: int, scaling: float, windowed: bool
 ) -> str | None:
     """What is wrong with this kernel here; None if it gives what one call a document gives, gradients included."""
-    from phi3_lora_plugin.speed.attention import one_by_one
+    from phi3_lora_plugin.speed.sdpa import one_by_one
 
     try:
         with ExitStack() as stack:
