@@ -230,7 +230,7 @@ def build_unsloth(load: Workload, seed: int, folder: Path) -> Any:
 
 def measure(variant: str, job: dict[str, Any]) -> dict[str, Any]:
     """Train and report: losses, tokens (padding not counted) a second, peak memory, and the adapter as one vector."""
-    load, warm_up = WORKLOADS[job["workload"]], job["warm_up"]
+    load, warm_up = Workload(**job["load"]) if "load" in job else WORKLOADS[job["workload"]], job["warm_up"]
     load = replace(load, model=load.model | job["model"], steps=job["steps"] or load.steps)
     if load.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

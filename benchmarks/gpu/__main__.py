@@ -46,6 +46,7 @@ def main() -> int:
     """Check what was asked for; 0 only if nothing failed."""
     chosen = arguments().parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "CI": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer takes every card it sees
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before the first allocation
     import torch
 

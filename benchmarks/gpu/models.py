@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -52,20 +52,23 @@ def small_model(setup: Setup, dtype: torch.dtype, oracle: bool = False, **change
         vocab_size=setup.small(300, 4000),
         max_position_embeddings=8192,
     )
-    base = _base(setup, sizes | changes, torch.float32).to(dtype)
+    base = random_base(setup, sizes | changes, torch.float32).to(dtype)
     return with_lora(base.float() if oracle else base, setup, 4, random=True)
 
 
-def _base(setup: Setup, sizes: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import Phi3Config, Phi3ForCausalLM
+def random_base(setup: Setup, sizes: Any, dtype: torch.dtype) -> Any:
+    """A model with these fields of `Phi3Config`, or of this config, made on the device and in `dtype` at once."""
+    from transformers import Phi3Config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     fixed = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa", use_cache=False)
+    config = Phi3Config(**(sizes | fixed)) if isinstance(sizes, dict) else sizes
     torch.manual_seed(setup.seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with setup.device:
-            return Phi3ForCausalLM(Phi3Config(**(dict(sizes) | fixed)))
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     finally:
         torch.set_default_dtype(before)
 
