@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
-from phi3_lora_plugin.training.rows import feed, first_batches
+from phi3_lora_plugin.training.rows import feed, first_batches, require_weighted_loss
 
 Tell = Callable[[str], None]
 
@@ -173,8 +173,11 @@ def train(
         callbacks=[progress, stop, *callbacks],  # in this order: what a callback of ours raises comes last
         optimizers=(_optimizer(model, arguments, recipe), None),
     )
-    for applied in accelerate_phi3(trainer, recipe.speed):
-        tell(f"speed: {applied}")
+    applied = accelerate_phi3(trainer, recipe.speed)
+    for one in applied:
+        tell(f"speed: {one}")
+    if "weights" in data.train.column_names:
+        require_weighted_loss(applied, arguments)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         if hasattr(callback, "bind"):

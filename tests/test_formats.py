@@ -184,7 +184,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [hi, ok, ok]}, "turns 2 and 3 are both of role assistant"),
     ("messages", {"messages": [hi, {"role": "system", "content": "s"}, ok]}, "turn 2 is a system message"),
     ("messages", {"messages": [hi, {"role": "tool", "content": "t"}, ok]}, "turn 2 is a tool's answer"),
-    ("messages", {"messages": [hi, ok | {"weight": 0.5}]}, r"weight of message 2 .* a number \(0.5\); expected 0 or 1"),
+    (
+        "messages",
+        {"messages": [hi, ok | {"weight": -0.5}]},
+        r"weight of message 2 .* a number \(-0.5\); expected a number from 0",
+    ),
     ("messages", {"messages": [hi, ok | {"train": "no"}]}, "expected true or false"),
     ("messages", {"messages": [hi, ok | {"train": True, "weight": 0}]}, "train: true and weight: 0; leave one out"),
     ("messages", {"messages": [hi | {"weight": 1}, ok]}, "is marked as trained, which only the assistant's turns are"),
@@ -250,7 +254,7 @@ def test_p28_whatever_a_row_holds_it_becomes_canonical_messages_or_a_row_error(r
     else:
         assert {turn["role"] for turn in made} <= {"system", "user", "assistant", "tool"}
         assert all(isinstance(turn["content"], str) for turn in made)
-        known = {"role", "content", "train", "tools", "spans", "calls", "thoughts", "as_it_is"}
+        known = {"role", "content", "train", "weight", "tools", "spans", "calls", "thoughts", "as_it_is"}
         assert all(set(turn) <= known for turn in made)
         assert any(turn["role"] == "assistant" for turn in made)
     assert repr(row) == before  # rows are never written to

@@ -32,13 +32,13 @@ def encode(
     tools: str = "error",
     tool_format: str = "auto",
     thoughts: str = "error",
-) -> dict[str, list[int]]:
+) -> dict[str, Any]:
     """Encode one conversation.
 
     Args:
         messages: `{"role", "content"}`, roles system, user, assistant and tool; `"train": False` on what is not to be
-            trained, `"spans"` ([first, behind, 0 or 1] over all its characters) where a part of it is not, `"tools"`
-            (text) on a system message. A single message of the role text is no chat and stands without a template.
+            trained, `"weight"` and `"spans"` ([first, behind, weight] over all its characters) where it is more or
+            less, `"tools"` (text) on a system message. A single message of the role text stands without a template.
         tokenizer: from `load_tokenizer`, or any fast tokenizer of the family.
         max_length: ids beyond it are cut on the right.
         train_on: "assistant" (each of its turns), "last_turn" (its last), or "all" (what anybody says, never headers).
@@ -50,7 +50,8 @@ def encode(
         thoughts: "error", "train", "context" (there, not trained) or "drop", for what was thought before an answer.
 
     Returns:
-        {"input_ids": [...], "labels": [...]}; labels are -100 where nothing is trained.
+        {"input_ids": [...], "labels": [...]}; labels are -100 where nothing is trained. Where it is not all trained
+        alike, also {"weights": [...]}, what the loss of each token is multiplied by.
 
     Raises:
         EncodeError: nothing in it can be trained, or it has what the template would drop or mistake.
@@ -60,7 +61,7 @@ def encode(
     (row,) = encode_batch([messages], tokenizer, max_length=max_length, policy=policy, template=template)
     if isinstance(row, EncodeError):
         raise row
-    return {"input_ids": row["input_ids"], "labels": row["labels"]}
+    return {name: row[name] for name in ("input_ids", "labels", "weights") if name in row}
 
 
 def encode_batch(
@@ -73,7 +74,8 @@ def encode_batch(
     """Encode many conversations with one render and one call of the tokenizer; a failure takes its row's place.
 
     Returns:
-        For each conversation `{"input_ids", "labels", "truncated": bool}`, or the `EncodeError` of `encode`.
+        For each conversation `{"input_ids", "labels", "truncated": bool}`, maybe with "weights", or the `EncodeError`
+        of `encode`.
 
     Raises:
         TemplateError: the template is unknown.
@@ -96,14 +98,16 @@ def encode_batch(
         if isinstance(one, EncodeError):
             rows.append(one)
         elif _is_text(one):
-            ids, weights = encode_text(one[0], tokenizer, kind)
-            rows.append(_cut(ids, _labels(ids, weights), max_length))
+            ids, much = encode_text(one[0], tokenizer, kind)
+            rows.append(_cut(ids, _labels(ids, much), max_length, much))
         else:
             text, marked, (ids, ranges) = next(tokenised)
             labels = _of_chat(one, ids, ranges, kind, policy.train_on, stop)
-            if any("spans" in turn for turn in one):
-                labels = _of_spans(labels, one, text, marked, ids, ranges, kind, tokenizer)
-            row = _cut(ids, labels, max_length)
+            weights: list[float] = []
+            if any("spans" in turn or "weight" in turn for turn in one):
+                weights = _weights(one, text, marked, ids, ranges, kind, tokenizer)
+                labels = _labels(labels, weights)
+            row = _cut(ids, labels, max_length, weights)
             if any("thought" in turn for turn in one) and not isinstance(row, EncodeError) and row["truncated"]:
                 row = _whole_thoughts(row, one, text, marked, kind, tokenizer)
             rows.append(row)
@@ -158,8 +162,7 @@ def _of_chat(
     return labels
 
 
-def _of_spans(
-    labels: list[int],
+def _weights(
     turns: Sequence[Message],
     text: str,
     marked: Sequence[Span],
@@ -167,22 +170,26 @@ def _of_spans(
     ranges: Sequence[Span],
     kind: Template,
     tokenizer: Any,
-) -> list[int]:
-    """The labels without what the spans of a turn leave out; its stop token stays."""
-    encoding = whole_texts(tokenizer).encode(text, add_special_tokens=False)
-    if encoding.ids != ids:
-        raise AssertionError("a text has other ids when it is tokenised alone")
-    labels = list(labels)
+) -> list[float]:
+    """How much each token is to be learned, as the marks on turns and on their spans say; a stop token as its turn."""
+    weights = [1.0] * len(ids)
+    offsets: list[Span] | None = None
     for turn, (start, _), (first, behind) in zip(_rendered(turns, kind), marked, ranges, strict=True):
+        much = turn.get("weight", 1.0)
+        weights[first:behind] = [much] * (behind - first)
         if "spans" not in turn:
             continue
-        said, offsets = turn["content"], encoding.offsets[first:behind]
+        if offsets is None:
+            encoding = whole_texts(tokenizer).encode(text, add_special_tokens=False)
+            offsets = encoding.offsets
+            if encoding.ids != ids:
+                raise AssertionError("a text has other ids when it is tokenised alone")
+        said = turn["content"]
         if text[start : start + len(said)] != said:
             raise AssertionError(f"template {kind.name} does not render the content of a turn as it is")
-        weights = token_weights(turn["spans"], said, offsets, start, start + len(said))
-        labels[first:behind] = [label if weight else IGNORE
-                                for label, weight in zip(labels[first:behind], weights, strict=True)]  # fmt: skip
-    return labels
+        found = token_weights(turn["spans"], said, offsets[first:behind], start, start + len(said))
+        weights[first:behind] = [much * weight for weight in found]
+    return weights
 
 
 def _whole_thoughts(
@@ -210,18 +217,21 @@ def _labels(ids: list[int], weights: list[float]) -> list[int]:
     return [token if weight else IGNORE for token, weight in zip(ids, weights, strict=True)]
 
 
-def _cut(ids: list[int], labels: list[int], max_length: int | None) -> dict[str, Any] | EncodeError:
-    """The row within `max_length`, if anything in it is trained."""
+def _cut(ids: list[int], labels: list[int], max_length: int | None, weights: list[float]) -> Any:
+    """The row within `max_length`, if anything in it is trained; with `weights` if not all of that is trained alike."""
     if labels.count(IGNORE) == len(labels):
         return EncodeError("untrained", "no turn in it is to be trained")
     truncated = max_length is not None and len(ids) > max_length
     if truncated:
-        length, ids, labels = len(ids), ids[:max_length], labels[:max_length]
+        length, ids, labels, weights = len(ids), ids[:max_length], labels[:max_length], weights[:max_length]
         if labels.count(IGNORE) == len(labels):
             return EncodeError(
                 "truncated", f"nothing that is trained is left of its {length} tokens within {max_length}"
             )
-    return {"input_ids": ids, "labels": labels, "truncated": truncated}
+    row: dict[str, Any] = {"input_ids": ids, "labels": labels, "truncated": truncated}
+    if any(weight != 1 for label, weight in zip(labels, weights, strict=False) if label != IGNORE):
+        row["weights"] = [weight if label != IGNORE else 0.0 for label, weight in zip(labels, weights, strict=True)]
+    return row
 
 
 def _tokens(tokenizer: Any) -> dict[str, Any]:

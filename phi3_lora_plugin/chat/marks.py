@@ -22,6 +22,8 @@ MESSAGE_MARKS = (*MARKS, "train_detail")
 #: Everything that is read of a row for this.
 ROW_MARKS = (*MARKS, "label")
 
+#: No weight may be larger; one of a thousand is a mistake.
+HEAVIEST = 1000
 _NUMBERS = ("weight", "loss_weight")
 _WORDS = frozenset(
     "weight weights loss losses train trained trainable training untrained mask masks masked label labels learn "
@@ -35,10 +37,10 @@ _DEEPEST = 8  # levels of unread values that are looked through
 
 
 def weight_of(item: Mapping[str, Any], what: str) -> float | None:
-    """How much `item` is to be learned by its own marks, 0 or 1; None where it has none.
+    """How much `item` is to be learned by its own marks, from 0 on; None where it has none.
 
     Raises:
-        RowError: a value that is neither, or two marks that contradict each other.
+        RowError: a value that says neither yes nor no nor how much, or two marks that contradict each other.
     """
     found: dict[str, float] = {}
     for name in MARKS:
@@ -157,9 +159,13 @@ def _usual(name: str, value: Any) -> bool:
 def _number(name: str, value: Any, what: str) -> float:
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "0", "1", "0.0", "1.0"):
         value = value.strip().lower() in ("true", "1", "1.0")  # a column of a CSV file
+    if isinstance(value, str) and name in _NUMBERS and re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", value):
+        value = float(value)
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return float(value)
-    expected = "0 or 1" if name in _NUMBERS else "true or false"
+    if name in _NUMBERS and isinstance(value, int | float) and 0 < value < HEAVIEST:
+        return float(value)
+    expected = f"a number from 0 to {HEAVIEST}" if name in _NUMBERS else "true or false"
     raise RowError(f"{name} of {what} is {shown(value)}; expected {expected}")
 
 

@@ -76,18 +76,25 @@ class PackedCollator:
     """
 
     def __call__(self, examples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """One batch: input_ids, labels, position_ids [1, tokens]; cu_seq_lens_q/k [documents + 1]; max_length_q/k."""
+        """One batch: input_ids, labels, position_ids [1, tokens]; cu_seq_lens_q/k [documents + 1]; max_length_q/k.
+
+        Where rows have `weights`, also loss_weights [1, tokens].
+        """
         import torch
 
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
+        weights: list[float] = []
+        weighted = False
         bounds = [0]
         for example in examples:
             for row in example.get("rows", [example]):
                 ids += row["input_ids"]
                 # The first token of a document would be predicted from the last one of the document before.
                 labels += [-100, *row["labels"][1:]]
+                weighted = weighted or "weights" in row
+                weights += row.get("weights", [1.0] * len(row["input_ids"]))
                 positions += range(len(row["input_ids"]))
                 bounds.append(len(ids))
         limits = torch.tensor(bounds, dtype=torch.int32)
@@ -100,4 +107,4 @@ class PackedCollator:
             "cu_seq_lens_k": limits,
             "max_length_q": longest,
             "max_length_k": longest,
-        }
+        } | ({"loss_weights": torch.tensor([weights], dtype=torch.float32)} if weighted else {})

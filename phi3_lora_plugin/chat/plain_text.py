@@ -19,17 +19,15 @@ def encode_text(turn: Mapping[str, Any], tokenizer: Any, kind: Template) -> tupl
     text = turn["content"]
     encoding = whole_texts(tokenizer).encode(text, add_special_tokens=False)
     ids = list(encoding.ids)
-    if turn.get("train") is False:
-        weights = [0.0] * len(ids)
-    elif turn.get("spans"):
-        weights = token_weights(turn["spans"], text, encoding.offsets, 0, len(text))
-    else:
-        weights = [1.0] * len(ids)
+    much = 0.0 if turn.get("train") is False else turn.get("weight", 1.0)
+    weights = [much] * len(ids)
+    if turn.get("spans"):
+        weights = [much * weight for weight in token_weights(turn["spans"], text, encoding.offsets, 0, len(text))]
     if turn.get("as_it_is"):
         return ids, weights
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and "bos_token" in kind.text and ids[:1] != [begin]:
         ids, weights = [begin, *ids], [0.0, *weights]
     if end is not None and ids[-1:] != [end]:
-        ids, weights = [*ids, end], [*weights, 0.0 if turn.get("train") is False else 1.0]
+        ids, weights = [*ids, end], [*weights, much]
     return ids, weights

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from phi3_lora_plugin.chat.calls import read_calls
-from phi3_lora_plugin.chat.marks import Span
+from phi3_lora_plugin.chat.marks import HEAVIEST, Span
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.templates import Template
 from phi3_lora_plugin.chat.thoughts import CLOSE, OPEN, without_tags
@@ -19,6 +19,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
+_OF_TEXT = ("role", "content", "train", "weight", "spans", "as_it_is")
 LONGEST = 10_000_000  # characters of one message: far beyond any context, far below what a tokenizer dies of
 
 
@@ -98,7 +99,7 @@ def prepare(
 
 
 def _plain(message: Message, policy: Policy, control: re.Pattern[str]) -> dict[str, Any]:
-    turn = {key: value for key, value in message.items() if key in ("role", "content", "train", "spans", "as_it_is")}
+    turn = {key: value for key, value in message.items() if key in _OF_TEXT}
     if not isinstance(turn.get("content"), str):
         raise EncodeError("messages", "the text is not text")
     _check_length(turn["content"], "the text")
@@ -207,10 +208,14 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
     train, weight = message.get("train"), message.get("weight")
     if not (train is None or isinstance(train, bool)):
         raise EncodeError("messages", f"message {number} ({role}) has train {train!r}; expected true or false")
-    if weight not in (None, 0, 1):
-        raise EncodeError("messages", f"message {number} ({role}) has weight {weight!r}; expected 0 or 1")
+    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < HEAVIEST):
+        raise EncodeError(
+            "messages", f"message {number} ({role}) has weight {weight!r}; expected a number from 0 to {HEAVIEST}"
+        )
     if train is False or weight == 0:
         turn["train"] = False
+    elif weight not in (None, 1):
+        turn["weight"] = float(weight)
     if message.get("spans") is not None:
         turn["spans"] = checked_spans(message["spans"], content, f"message {number} ({role})")
     return turn
@@ -223,19 +228,15 @@ def checked_spans(spans: Any, content: str, what: str) -> list[Span]:
         EncodeError: they do not.
     """
     at = 0
-    for one in spans if isinstance(spans, list | tuple) else [None]:
-        if (
-            not isinstance(one, list | tuple)
-            or len(one) != 3
-            or one[0] != at
-            or not at < one[1]
-            or one[2] not in (0, 1)
-        ):
-            raise EncodeError("messages", f"{what} has spans that are not [first, behind, 0 or 1] from {at} on")
+    given: list[Any] = list(spans) if isinstance(spans, list | tuple) else [None]
+    for one in given:
+        good = isinstance(one, list | tuple) and len(one) == 3 and one[0] == at < one[1] and 0 <= one[2] < HEAVIEST
+        if not good:
+            raise EncodeError("messages", f"{what} has spans that are not [first, behind, weight] from {at} on")
         at = one[1]
     if at != len(content):
         raise EncodeError("messages", f"{what} has spans up to character {at}, while its text has {len(content)}")
-    return [(first, behind, float(weight)) for first, behind, weight in spans]
+    return [(first, behind, float(weight)) for first, behind, weight in given]
 
 
 def _escape(turn: dict[str, Any], key: str, control: re.Pattern[str]) -> None:

@@ -22,6 +22,7 @@ class Rows:
 
     ids: array[int] = field(default_factory=lambda: array("i"))
     labels: array[int] = field(default_factory=lambda: array("i"))
+    weights: dict[int, array[float]] = field(default_factory=dict)  # by row; of others all that is trained counts as 1
     cuts: list[int] = field(default_factory=list)  # of pairs: where the rejected chat begins, behind the chosen one
     groups: list[bytes] = field(default_factory=list)  # of pairs: rows with the same prompt are of one group
     about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
@@ -34,11 +35,15 @@ class Rows:
         self.labels += labels
         trained = len(labels) - row["labels"].count(IGNORE)
         self.about.append((place, len(ids), trained, self.roles.setdefault(roles, roles)))
+        extra = b""
+        if "weights" in row:
+            self.weights[len(self.about) - 1] = array("f", row["weights"])
+            extra = self.weights[len(self.about) - 1].tobytes()
         if "cut" in row:
             self.cuts.append(row["cut"])
             prompt = ids[: next(index for index, label in enumerate(labels) if label != IGNORE)]
             self.groups.append(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest())
-        self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
+        self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes() + extra, digest_size=16).digest())
 
 
 def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows] | None:
@@ -59,6 +64,8 @@ def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows] | None:
         stop = start + about[1]
         part.ids += rows.ids[start:stop]
         part.labels += rows.labels[start:stop]
+        if number in rows.weights:
+            part.weights[len(part.about)] = rows.weights[number]
         part.about.append(about)
         part.digests.append(digest)
         part.cuts += rows.cuts[number : number + 1]
@@ -85,6 +92,11 @@ def to_table(rows: Rows) -> pyarrow.Table:
     offsets = np.cumsum([0, *(length for _, length, _, _ in rows.about)], dtype=np.int64)
     columns = [pa.LargeListArray.from_arrays(offsets, pa.array(np.array(c, np.int32))) for c in (rows.ids, rows.labels)]
     table = pa.table(columns, names=["input_ids", "labels"])
+    if rows.weights:
+        flat = np.array(rows.labels, np.int32).__ne__(IGNORE).astype(np.float32)
+        for number, weights in rows.weights.items():
+            flat[offsets[number] : offsets[number + 1]] = weights
+        table = table.append_column("weights", pa.LargeListArray.from_arrays(offsets, pa.array(flat)))
     return table.append_column("cut", pa.array(rows.cuts, pa.int32())) if rows.cuts else table
 
 

@@ -1,9 +1,10 @@
 """Messages as data sets write them -> canonical turns: one vocabulary of roles, text only, a sensible order.
 
-A canonical message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. `"train": False` stands on
-one that is never trained, `"spans"` (see `marks`) on one of the assistant of which only a part is, `"thoughts"` (see
-`thoughts`) on one before which it thought, `"calls"` (see `calls`) on one that calls tools, `"tools"` (text) on a
-system message that declares them. Nothing else is carried over.
+A canonical message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. `"train": False` stands
+on one that is never trained, `"weight"` on one that is trained more or less, `"spans"` (see `marks`) on one of the
+assistant of which only a part is, `"thoughts"` (see `thoughts`) on one before which it thought, `"calls"` (see
+`calls`) on one that calls tools, `"tools"` (text) on a system message that declares them. Nothing else is carried
+over.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]
 
 
 def _joins(held: Message, turn: Message) -> bool:
-    same = held.get("train") == turn.get("train") and not turn["content"] and "thoughts" not in turn
+    same = (
+        all(held.get(mark) == turn.get(mark) for mark in ("train", "weight"))
+        and not turn["content"]
+        and "thoughts" not in turn
+    )
     return bool(held["role"] == "assistant" and same)
 
 
@@ -76,9 +81,15 @@ def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
         raise RowError(
             "has label: false, an answer that is not to be learned (KTO); leave such rows out with data.on_error: skip"
         )
-    if weight_of(row, "row") != 0:
+    weight = weight_of(row, "row")
+    if weight is None or weight == 1:
         return turns
-    return [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
+    changed = []
+    for turn in turns:
+        if turn["role"] in ("assistant", "text") and turn.get("train", True):
+            turn = turn | ({"train": False} if weight == 0 else {"weight": weight * turn.get("weight", 1.0)})
+        changed.append(turn)
+    return changed
 
 
 def complete(turns: list[Message], system: Any = None, tools: Any = None) -> list[Message]:
@@ -196,9 +207,10 @@ def _learning(item: Mapping[str, Any], content: Content, what: str, role: str) -
         return {} if weight is None and spans is None else {"train": False}
     if weight == 0 or (spans and not any(learned for _, _, learned in spans)):
         return {"train": False}
-    if spans is None or all(learned == 1 for _, _, learned in spans):
-        return {}
-    return {"spans": spans}
+    made: Message = {} if weight in (None, 1) else {"weight": weight}
+    if spans is not None and any(learned != 1 for _, _, learned in spans):
+        made["spans"] = spans
+    return made
 
 
 def _thoughts(item: Mapping[str, Any], content: Content, what: str) -> str | None:

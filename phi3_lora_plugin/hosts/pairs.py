@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phi3_lora_plugin.chat.encode import IGNORE, encode
+from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, encode
 from phi3_lora_plugin.hosts.settings import HostData
 
 
@@ -27,7 +27,7 @@ def conversation(
 
 def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData, train_on: str | None = None) -> Any:
     """`{"input_ids", "labels"}` as `phi3_lora.data` says; `train_on` if given wins over it."""
-    return encode(
+    row = encode(
         turns,
         tokenizer,
         train_on=train_on or data.train_on,
@@ -38,6 +38,9 @@ def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData, 
         tool_format=data.tool_format,
         thoughts=data.thoughts,
     )
+    if "weights" in row:
+        raise EncodeError("messages", "has a weight between 0 and 1, which the loss of this host does not honour")
+    return row
 
 
 def pairs(input_ids: Sequence[int], labels: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -35,7 +35,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostDat
     good = [messages for messages in read if not isinstance(messages, RowError)]
     policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
     encoded = iter(encode_batch(good, tokenizer, policy=policy, template=data.template))
-    results = [one if isinstance(one, RowError) else next(encoded) for one in read]
+    results = [one if isinstance(one, RowError) else _unweighted(next(encoded)) for one in read]
     wrong = [(number, one) for number, one in enumerate(results, 1) if isinstance(one, (RowError, EncodeError))]
     if wrong and data.on_error == "stop":
         more = len(wrong) - _LISTED
@@ -47,6 +47,12 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostDat
         for one in results
         if not isinstance(one, (RowError, EncodeError))
     ]
+
+
+def _unweighted(row: Any) -> Any:
+    if isinstance(row, dict) and "weights" in row:
+        return EncodeError("messages", "has a weight between 0 and 1, which the loss of this host does not honour")
+    return row
 
 
 def _messages(row: Mapping[str, Any], data: HostData) -> list[Message] | RowError:

@@ -110,6 +110,7 @@ def supervised_cross_entropy(
     bias: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
     supervised: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal cross-entropy of a frozen head, as `transformers.loss.ForCausalLMLoss` computes it from full logits.
 
@@ -118,6 +119,8 @@ def supervised_cross_entropy(
         weight: frozen head [vocabulary, hidden]; `bias` [vocabulary] likewise.
         targets: ids [...]; -100 where nothing is supervised.
         num_items: what the sum is divided by; the number of supervised positions if not given.
+        weights: [...], what the cross-entropy of each position is multiplied by; `num_items` counts positions all the
+            same, so that half a weight is half a part of the loss, in whichever batch it comes.
         supervised: on the host, where `targets` are not -100, if that is known there; otherwise the card is asked.
 
     Returns:
@@ -129,6 +132,8 @@ def supervised_cross_entropy(
         index = to_device(supervised.flatten().nonzero().flatten(), hidden.device)
     wanted = targets.flatten().index_select(0, index)
     losses, _, _ = supervised_rows(hidden.reshape(-1, hidden.shape[-1]), weight, wanted, bias, index=index)
+    if weights is not None:
+        losses = losses * weights.to(losses).flatten().index_select(0, index)
     total = losses.sum()
     items: Any = num_items if num_items is not None else max(1, len(losses))
     return total / (items.to(total.device) if torch.is_tensor(items) else items)
@@ -221,7 +226,10 @@ def _forward(
         use_cache=use_cache,
     )
     some = torch.is_tensor(logits_to_keep) or logits_to_keep != 0
+    weights = kwargs.pop("loss_weights", None)
     wanted = self._asked == "logits" or not (self.training or self._asked == "loss")
+    if weights is not None and labels is not None and (wanted or some or head_obstacle(self)):
+        return _stock_weighted(self, labels, weights, kwargs.pop("num_items_in_batch", None), inputs | kwargs)
     if labels is None or wanted or some:
         return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
     if obstacle := head_obstacle(self):
@@ -244,5 +252,17 @@ def _forward(
         bias=self.lm_head.bias,
         num_items=num_items,
         supervised=supervised,
+        weights=None if weights is None else nn.functional.pad(weights[:, 1:], (0, 1)),
     )
     return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
+
+
+def _stock_weighted(self: Any, labels: Any, weights: Any, num_items: Any, inputs: dict[str, Any]) -> Any:
+    """The stock forward with a weighted loss from its logits, which transformers has none of."""
+    outputs = self._stock_forward(**inputs)
+    logits = outputs.logits[:, :-1].float().flatten(0, 1)
+    targets = labels[:, 1:].flatten().to(logits.device)
+    losses = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    items = num_items if num_items is not None else targets.ne(-100).sum().clamp(min=1)
+    outputs.loss = (losses * weights[:, 1:].flatten().to(losses)).sum() / items
+    return outputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,30 @@ def feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, 
 
         return rows, PairCollator(tokenizer.pad_token_id)
     if not recipe.data.packing:
-        return rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
+        padded = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
+        return rows, WeightedCollator(padded)
     packs = pack(lengths(rows), longest)
     return _Packs(rows, packs), PackedCollator()
+
+
+@dataclass(frozen=True)
+class WeightedCollator:
+    """A collator that pads on the right, and `loss_weights` of rows that have `weights`: float32, 0 where it pads."""
+
+    inner: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        """One batch."""
+        import torch
+
+        if not any("weights" in row for row in rows):
+            return self.inner(rows)
+        batch = self.inner([{name: value for name, value in row.items() if name != "weights"} for row in rows])
+        width = batch["labels"].shape[1]
+        known = [row.get("weights", [1.0] * len(row["labels"])) for row in rows]
+        weights = [[*row, *[0.0] * (width - len(row))] for row in known]
+        batch["loss_weights"] = torch.tensor(weights, dtype=torch.float32)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,23 @@ def first_batches(rows: Any, tokenizer: Any, device: Any, size: int = 8, count: 
     from transformers import DataCollatorForSeq2Seq
 
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    rows = rows.select_columns(["input_ids", "labels"])
     chosen = [rows[index] for index in range(min(len(rows), size * count))]
     made = [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
     return [{key: value.to(device) for key, value in batch.items()} for batch in made]
+
+
+def require_weighted_loss(applied: Sequence[Any], arguments: Any) -> None:
+    """Rows with weights need a loss that multiplies by them.
+
+    Raises:
+        DataError: the loss of this run is somebody else's; says whose.
+    """
+    from phi3_lora_plugin.chat.dataset import DataError
+
+    loss = next(one for one in applied if one.part == "loss")
+    why = f"speed.loss is off ({loss.why})" if not loss.on else None
+    if arguments.label_smoothing_factor:
+        why = "training.label_smoothing_factor computes the loss from all logits"
+    if why is not None:
+        raise DataError([f"rows have weights between 0 and 1, which nothing would honour: {why}"])
