@@ -115,7 +115,7 @@ def train(
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.rows import lengths
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
-    from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
+    from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing, prepare_for_loss_scaling
     from phi3_lora_plugin.model.families import row_limit, straddles
     from phi3_lora_plugin.speed.apply import accelerate_phi3
     from phi3_lora_plugin.store.checkpoint import latest_complete
@@ -159,6 +159,8 @@ def train(
     arguments = _arguments(recipe, data.eval is not None)
     if checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
+    if arguments.fp16:
+        prepare_for_loss_scaling(model)
 
     stop, progress = StopOnSignal(), ProgressReport(say)
     callbacks = [*plugins.callbacks(recipe), *callbacks]

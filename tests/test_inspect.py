@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from phi3_lora_plugin.inspect.inspect import InspectError, Problem, inspect, lines
-from phi3_lora_plugin.inspect.model import parameters
+from phi3_lora_plugin.model.base_size import parameters
 from phi3_lora_plugin.model.tokenizer import save_tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.inspect.findings import Problem, Trainable
+from phi3_lora_plugin.model.base_size import parameters, weight_shapes
 from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
@@ -57,39 +59,6 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
     found["parameters"] = parameters(config)
     found["trainable"] = _presets(config)
     return found
-
-
-def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a checkpoint has to hold; experts stacked, as transformers 5 holds them."""
-    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
-    moe = config.get("model_type") == "phimoe"
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    norms = ["weight", "bias"] if moe else ["weight"]
-    for layer in range(int(config["num_hidden_layers"])):
-        at = f"model.layers.{layer}"
-        for each in projections(config):
-            shape = (each.out_features, each.in_features)
-            if each.experts:
-                shapes[f"{at}.{each.path}"] = (each.experts, *shape)
-            else:
-                shapes[f"{at}.{each.path}.weight"] = shape
-                if moe and config.get("attention_bias"):
-                    shapes[f"{at}.{each.path}.bias"] = shape[:1]
-        if moe:
-            shapes[f"{at}.mlp.router.weight"] = (int(config["num_local_experts"]), hidden)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {f"{at}.{name}.{part}": (hidden,) for part in norms}
-    shapes |= {f"model.norm.{part}": (hidden,) for part in norms}
-    if not config.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = (vocabulary, hidden)
-    if moe and config.get("lm_head_bias"):
-        shapes["lm_head.bias"] = (vocabulary,)
-    return shapes
-
-
-def parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of the whole model."""
-    return sum(_count(shape) for shape in weight_shapes(config).values())
 
 
 def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
@@ -254,12 +223,5 @@ def _held_bytes(config: Mapping[str, Any], held: str) -> int:
     total = 0.0
     for name, shape in weight_shapes(config).items():
         linear = "_proj.weight" in name
-        total += _count(shape) * (PACKED_BYTES.get(held, each) if linear else each)
+        total += prod(shape) * (PACKED_BYTES.get(held, each) if linear else each)
     return round(total)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    size = 1
-    for each in shape:
-        size *= each
-    return size

@@ -122,6 +122,18 @@ def prepare_for_checkpointing(model: PreTrainedModel | PeftModel) -> None:
     model.config.use_cache = False
 
 
+def prepare_for_loss_scaling(model: PreTrainedModel | PeftModel) -> None:
+    """Hold every trained float16 parameter in float32, modules saved as a whole included; adapters are so already.
+
+    Mixed precision in float16 scales the loss, and torch's GradScaler refuses to unscale float16 gradients.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()
+
+
 def _config_fields(
     model: PreTrainedModel, plan: TargetPlan, dropout: float, init: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:

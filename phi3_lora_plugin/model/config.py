@@ -17,9 +17,13 @@ def read_config(path: Path) -> Any:
         UnsupportedModel: not a model of the family.
         RopeError: rotary settings that no revision has.
     """
+    return native_config(read_json(path), str(path))
+
+
+def native_config(given: dict[str, Any], where: str) -> Any:
+    """The native config object of what a config.json says; `where` is for errors, which are those of `read_config`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    given = read_json(path)
     try:
         recognise(given)
         repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}
@@ -30,7 +34,7 @@ def read_config(path: Path) -> Any:
     except (UnsupportedModel, RopeError):
         raise
     except Exception as error:  # sizes that are none; the native class checks its fields by errors of its own
-        raise ModelError(f"{path} does not describe a model: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{where} does not describe a model: {type(error).__name__}: {error}") from error
 
 
 def _old_layout(config: dict[str, Any]) -> dict[str, Any]:

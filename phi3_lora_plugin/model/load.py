@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.embedded import locate
+from phi3_lora_plugin.model.base_size import size_of_files
 from phi3_lora_plugin.model.config import read_config
-from phi3_lora_plugin.model.folder import ModelError, model_folder
+from phi3_lora_plugin.model.device import Device, read_device
+from phi3_lora_plugin.model.folder import SINGLE, ModelError, model_folder, weight_files
+from phi3_lora_plugin.model.precision import Precision, precision_of
 from phi3_lora_plugin.model.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
@@ -51,7 +57,7 @@ def load_model(
 
     Args:
         path_or_id: folder, `embedded:NAME`, or hub id; `revision` goes with a hub id.
-        dtype: of the frozen weights; "auto" is bfloat16 on hardware that computes in it, else float32.
+        dtype: of the frozen weights; "auto" is decided by `model.precision` from the device and the size of the base.
         attention: "auto" is sdpa. An implementation that cannot run here gives way to sdpa, and the log says so.
         quantize: "nf4" (QLoRA, arXiv 2305.14314: 4-bit, double quantisation) or "int8" through bitsandbytes.
         device: "auto" is the accelerator if there is one. In a distributed run the host places the model.
@@ -67,8 +73,11 @@ def load_model(
 
     folder = model_folder(path_or_id, revision, download=True)
     config = read_config(folder / "config.json")
-    place = _device(device)
-    kind = weights_dtype(dtype, place)
+    place = read_device(device)
+    precision = precision_of(dtype, place, folder, quantize)
+    for note in precision.notes:
+        log.warning("%s", note)
+    kind = precision.torch_dtype
     options: dict[str, Any] = {"dtype": kind, "attn_implementation": _attention(attention, place, kind)}
     if quantize != "none":
         from phi3_lora_plugin.model.quantize import quantization_config
@@ -76,10 +85,13 @@ def load_model(
         options["quantization_config"] = quantization_config(quantize, kind)
     if (map_ := _device_map(place, quantize)) is not None:
         options["device_map"] = map_
+    native = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            str(folder), config=config, output_loading_info=True, **options
-        )
+        with _weights_to_convert(folder, place, precision, quantize) as weights:
+            source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
+            if weights is not None:
+                source = {"pretrained_model_name_or_path": None, "state_dict": weights}
+            model, info = native.from_pretrained(**source, config=config, output_loading_info=True, **options)
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -96,7 +108,7 @@ def load_model(
             f"{folder} lacks {len(missing)} weights, which would be random numbers: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}; fetch the model again"
         )
-    if quantize == "nf4" and place == "cpu":
+    if quantize == "nf4" and place.kind == "cpu":
         from phi3_lora_plugin.model.quantize import keep_trainable_on_cpu
 
         keep_trainable_on_cpu(model)
@@ -104,6 +116,8 @@ def load_model(
     model.config.name_or_path = model.name_or_path
     if not (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_model_config(model.config)
+    elif weights is not None:  # loaded without its folder
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
     model.config.use_cache = False  # for training; generation keeps what its own config says
     if (folder / "tokenizer.json").is_file():
         set_stop_tokens(model, load_tokenizer(folder))
@@ -140,43 +154,70 @@ def set_stop_tokens(model: Any, tokenizer: Any, repair: bool = True) -> list[str
     return done
 
 
-def _device(device: str) -> str:
-    import torch
+@contextmanager
+def _weights_to_convert(
+    folder: Path, place: Device, precision: Precision, quantize: str
+) -> Iterator[dict[str, Any] | None]:
+    """Tensors to be read one by one where each is converted on the CPU; None where the files are better mapped.
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device: cuda, but torch sees no CUDA device; write auto or cpu")
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator.type if accelerator else "cpu"
-    return device
+    transformers maps the files. That is free while weights keep their dtype; once they are converted, the pages of
+    the files stay in memory beside the result until loading ends: 1.5 times the weights for bfloat16 to float32.
+    """
+    import inspect
+
+    from safetensors import safe_open
+
+    saved = size_of_files(folder)
+    mapped = place.kind != "cpu" or saved is None or (saved.dtype == precision.weights and quantize == "none")
+    # `backend` came with safetensors 0.8; transformers takes tensors that are not read yet since 5.
+    can = "backend" in inspect.signature(safe_open).parameters and find_spec("transformers.core_model_loading")
+    if mapped or not can:
+        yield None
+        return
+    places = weight_files(folder)
+    names = [SINGLE] if places is None else sorted(set(places.values()))
+    with ExitStack() as stack:
+        # One tensor at a time: four threads with buffers of their own take a tenth more than the result.
+        stack.enter_context(_environment("HF_DEACTIVATE_ASYNC_LOAD", "1"))
+        opened = [stack.enter_context(safe_open(folder / name, framework="pt", backend="pread")) for name in names]
+        yield {key: file.get_slice(key) for file in opened for key in file.keys()}
 
 
-def weights_dtype(dtype: str, place: str) -> Any:
-    """The torch dtype that a recipe's `model.dtype` means on "cpu" or "cuda"."""
-    import torch
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if place == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
 
-
-def _attention(attention: str, place: str, dtype: Any) -> str:
+def _attention(attention: str, place: Device, dtype: Any) -> str:
     import torch
     from transformers.utils import is_flash_attn_2_available
 
     if not attention.startswith("flash_attention"):
         return "sdpa" if attention == "auto" else attention
-    if place == "cuda" and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available():
+    if place.flash and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available():
         return attention
-    why = "needs a CUDA device" if place != "cuda" else "needs the package flash-attn and 16-bit weights"
+    why = "needs the package flash-attn and 16-bit weights"
+    if not place.flash:
+        why = "needs a CUDA device" if place.kind != "cuda" else "needs a card of compute capability 8.0 or more"
     log.warning("attention %s %s; sdpa is used instead", attention, why)
     return "sdpa"
 
 
-def _device_map(place: str, quantize: str) -> dict[str, Any] | None:
-    """Where to put the model; a distributed run places it itself, unless its weights are packed."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return {"": int(os.environ.get("LOCAL_RANK", "0"))} if quantize != "none" and place != "cpu" else None
-    return None if place == "cpu" and quantize == "none" else {"": place}
+def _device_map(place: Device, quantize: str) -> dict[str, Any] | None:
+    """Where to put the model; a distributed run places it itself, unless its weights are packed.
+
+    A card is given by its index: Trainer takes {"": "cuda"} for a model that is spread over several devices.
+    """
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if place.kind == "cpu":
+        return None if quantize == "none" or many else {"": "cpu"}
+    if many and quantize == "none":
+        return None
+    return {"": place.kind if place.kind == "mps" else int(os.environ.get("LOCAL_RANK", "0"))}

@@ -97,12 +97,10 @@ class Recipe(Section):
             yield "training.eval_strategy", "there is nothing to evaluate on; give data.eval_path or data.eval_fraction"
         if self.preference.on:
             yield from self._preference_conflicts()
-        if self.model.device == "cuda" and training.get("use_cpu"):
-            yield "training.use_cpu", "contradicts model.device: cuda"
+        if self.model.device not in ("auto", "cpu") and training.get("use_cpu"):
+            yield "training.use_cpu", f"contradicts model.device: {self.model.device}"
         if training.get("bf16") and training.get("fp16"):
             yield "training.fp16", "given beside training.bf16; keep one"
-        if self.model.dtype == "float16" and training.get("fp16"):
-            yield "training.fp16", "mixed precision needs float32 or bfloat16 weights; write model.dtype: float32"
 
     def _preference_conflicts(self) -> Iterator[tuple[str, str]]:
         data, lora = self.data, self.lora

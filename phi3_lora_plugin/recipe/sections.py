@@ -65,13 +65,14 @@ class ModelSection(Section):
     loader: Text = "phi3"
     """Name of a registered model loader (`phi3-lora plugins` lists them)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the frozen weights; auto: bfloat16 where the hardware computes in it, else float32."""
+    """Type of the frozen weights; auto: bfloat16 where the hardware computes in it, else float16; on a CPU float32, or
+    the model's own 16 bits from 1B parameters on."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention implementation; auto is sdpa, and one that cannot run here gives way to it with a warning."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """nf4 is QLoRA's 4-bit type with double quantisation, int8 is LLM.int8(); both need the extra `qlora`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """Where to train: auto takes the accelerator if there is one; mps is an Apple GPU, xpu an Intel one."""
 
 
 class DataSection(Section):

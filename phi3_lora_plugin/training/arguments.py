@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.device import Device, read_device
+from phi3_lora_plugin.model.precision import precision_for
 from phi3_lora_plugin.recipe.training import installed_fields
 
 if TYPE_CHECKING:
@@ -14,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def training_arguments(
-    recipe: Recipe, has_eval: bool = False, kind: type[TrainingArguments] | None = None, **ours: Any
+    recipe: Recipe,
+    has_eval: bool = False,
+    kind: type[TrainingArguments] | None = None,
+    device: Device | None = None,
+    **ours: Any,
 ) -> TrainingArguments:
     """Return the installed transformers' `TrainingArguments` for a recipe.
 
@@ -23,12 +29,13 @@ def training_arguments(
     Args:
         has_eval: whether there are rows to evaluate on; without them nothing is evaluated.
         kind: class to make, one derived from `TrainingArguments`; itself if not given.
+        device: to train on; what `model.device` means here if not given.
         ours: more arguments, as the installed class names them.
     """
     from transformers import TrainingArguments
 
     given = dict(recipe.training)
-    settings = _defaults(recipe) | given
+    settings = _defaults(recipe, device or read_device(recipe.model.device)) | given
     if not has_eval:
         settings["eval_strategy"] = "no"
     elif "eval_strategy" not in given:
@@ -52,10 +59,8 @@ def checkpoints_activations(arguments: TrainingArguments) -> bool:
     )
 
 
-def _defaults(recipe: Recipe) -> dict[str, Any]:
-    import torch
-
-    cpu = recipe.model.device == "cpu" or not torch.accelerator.is_available()
+def _defaults(recipe: Recipe, device: Device) -> dict[str, Any]:
+    cpu = device.kind == "cpu"
     defaults: dict[str, Any] = {
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
@@ -66,7 +71,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # it shows a NaN loss as 0.0
         "label_names": ["labels"],
         "remove_unused_columns": False,  # rows are encoded and have no others
-        "dataloader_pin_memory": not cpu,
+        "dataloader_pin_memory": device.kind in ("cuda", "xpu"),
         "ddp_find_unused_parameters": False,  # every LoRA tensor takes part in every step
         "disable_tqdm": True,
         # A padded token is not a trained one; older classes can only count both.
@@ -75,20 +80,8 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
         else True,
     }
     if not {"bf16", "fp16"} & set(recipe.training):
-        defaults |= _precision(recipe.model.dtype, cpu)
+        defaults |= precision_for(recipe.model, device).arguments
     return defaults
-
-
-def _precision(dtype: str, cpu: bool) -> dict[str, bool]:
-    """Mixed precision that the weights and the hardware agree on; adapters stay float32 in any case."""
-    import torch
-
-    if cpu:
-        return {"bf16": dtype == "bfloat16"}
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype in ("auto", "bfloat16") and native:
-        return {"bf16": True}
-    return {"fp16": dtype in ("auto", "float16") and torch.cuda.is_available()}
 
 
 class BatchError(Phi3LoraError):

@@ -1,0 +1,53 @@
+"""Sizes of the models that Microsoft has published, so that plans and `inspect` answer before anything is downloaded.
+
+`published.json` has of each config.json on the hub what its sizes follow from. The numbers of longrope are not among
+them: no size depends on their values, and loading takes them from the model itself.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from phi3_lora_plugin.model.folder import ModelError, find_config
+
+
+def published_config(name: str) -> dict[str, Any] | None:
+    """What the config.json of a hub id says about sizes; None for one that is not known. Upper and lower case are one.
+
+    Factors of longrope are all 1.0 here but for a first one that tells two members of the family from one another.
+    """
+    known = _published().get(name.lower())
+    if known is None:
+        return None
+    config = json.loads(json.dumps(known))
+    if (rope := config.get("rope_scaling")) is not None:
+        size = config["hidden_size"] // config["num_attention_heads"]
+        count = int(size * config.get("partial_rotary_factor", 1.0)) // 2
+        for key in ("short_factor", "long_factor"):
+            first = rope.get(key, [])
+            rope[key] = [*first, *[1.0] * (count - len(first))]
+    return dict(config)
+
+
+def planning_config(name: str, revision: str | None = None) -> Path | dict[str, Any]:
+    """The config.json of a model: its file where that is here, else what is known of the published one.
+
+    Raises:
+        ModelError: neither is here.
+    """
+    try:
+        return find_config(name, revision)
+    except ModelError:
+        if (known := published_config(name)) is None:
+            raise
+        return known
+
+
+@cache
+def _published() -> dict[str, dict[str, Any]]:
+    text = (files("phi3_lora_plugin.model") / "published.json").read_text(encoding="utf-8")
+    return {name.lower(): config for name, config in json.loads(text).items()}
