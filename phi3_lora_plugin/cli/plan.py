@@ -40,12 +40,14 @@ def plan_command(
     run = read()
 
     from phi3_lora_plugin.model.config import read_config
-    from phi3_lora_plugin.model.folder import find_config
-    from phi3_lora_plugin.plan.plan import Plan, encoded_lengths, plan, size
+    from phi3_lora_plugin.model.published import read_planning_config
+    from phi3_lora_plugin.plan.feed import encoded_lengths
+    from phi3_lora_plugin.plan.machine import size
+    from phi3_lora_plugin.plan.plan import Plan, plan
     from phi3_lora_plugin.plan.view import lines
 
     room = size(memory) if memory is not None else None
-    native = read_config(config or find_config(run.model.path, run.model.revision))
+    native = read_config(config) if config else read_planning_config(run.model.path, run.model.revision)
     lengths = None
     if run.data.path is not None:
         lengths = encoded_lengths(run, plugins.adapters(run.data.format), native)

@@ -47,6 +47,14 @@ def planning_config(name: str, revision: str | None = None) -> Path | dict[str, 
         return known
 
 
+def read_planning_config(name: str, revision: str | None = None) -> Any:
+    """`planning_config` as the native config object; raises also as `read_config`."""
+    from phi3_lora_plugin.model.config import native_config, read_config
+
+    found = planning_config(name, revision)
+    return native_config(found, name) if isinstance(found, dict) else read_config(found)
+
+
 @cache
 def _published() -> dict[str, dict[str, Any]]:
     text = (files("phi3_lora_plugin.model") / "published.json").read_text(encoding="utf-8")

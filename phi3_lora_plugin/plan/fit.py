@@ -46,7 +46,7 @@ class _Settings:
 
 
 def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | None:
-    """The fastest settings whose peak is at most `room` bytes; None if there are none.
+    """The fastest settings that fit into `room` bytes; None if there are none.
 
     Quantisation changes the model that is trained, so it is tried only where nothing else fits. Else the order is by
     time: packing where padding is a tenth of the tokens or more, no activation computed twice, large micro-batches.
@@ -60,7 +60,7 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
     def tried(settings: _Settings) -> Fit | None:
         overrides = settings.overrides(start)
         made = replan(overrides) if overrides else now
-        return Fit(overrides, made) if made.peak <= room else None
+        return Fit(overrides, made) if made.fits_into(room) else None
 
     for quantize in dict.fromkeys((now.quantize, "nf4")):
         found: list[tuple[float, Fit]] = []

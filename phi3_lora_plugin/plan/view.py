@@ -23,14 +23,15 @@ def lines(plan: Plan) -> Sequence[str]:
         f"at the worst    {plan.when}",
     ]
     parts = {
-        "CUDA context" if plan.device == "cuda" else "the program": plan.program,
+        "context" if plan.device in ("cuda", "xpu") else "the program": plan.program,
         "base": plan.base,
         "adapter": plan.adapter,
         "gradients": plan.gradients,
         "optimizer": plan.optimizer,
         "activations": plan.activations,
         "logits": plan.logits,
-        "held by malloc": plan.held,
+        "workspaces": plan.workspaces,
+        "allocator": plan.allocator,
     }
     told += [f"  {name:<14}{human(count):>10}" for name, count in parts.items() if count]
     told.append(f"  {'in all':<14}{human(plan.peak):>10}")
@@ -39,11 +40,12 @@ def lines(plan: Plan) -> Sequence[str]:
         told.append(f"steps           of up to {plan.tokens_per_step:,} tokens; give data.path to know how many")
     else:
         told.append(f"steps           {plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all")
-    if plan.device == "cuda":
-        told.append("note            counted from shapes; not measured on a GPU, whose allocator keeps a little more")
+    if plan.device != "cpu":
+        told.append("note            counted from shapes; allocator and workspaces are assumed, not measured on a GPU")
     if plan.fits is None:
-        told.append("fits            --memory 24GB says into what")
+        told.append("fits            unknown; pass --memory 24GB")
     else:
         word = "yes" if plan.fits else "NO"
-        told.append(f"fits            {word}: {human(plan.peak)} of {human(plan.memory or 0)}")
+        free = f", {human(plan.margin)} of it left free" if plan.margin else ""
+        told.append(f"fits            {word}: {human(plan.peak)} of {human(plan.memory or 0)}{free}")
     return told

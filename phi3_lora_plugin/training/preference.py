@@ -28,7 +28,7 @@ def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
     if not hasattr(DPOTrainer, "compute_ref_log_probs"):  # came with the columns that the collator below makes
         raise PreferenceError("preference.loss needs a newer TRL: pip install 'trl>=1.0'")
     section = recipe.preference
-    ours = {
+    ours: dict[str, Any] = {
         "beta": section.beta,
         "loss_type": [section.loss],
         "label_smoothing": section.label_smoothing,

@@ -1,0 +1,168 @@
+"""What a machine has, and what it takes beside the tensors that a program asks for."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.device import KINDS, Device, elsewhere, read_device
+from phi3_lora_plugin.model.folder import ModelError
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+#: What CUDA and its kernels take on a card before the first tensor. Read from published figures, not measured.
+CONTEXT = 500_000_000
+#: cuBLAS' workspace for each thread that multiplies: PyTorch's default from Hopper on, and before
+#: (docs.pytorch.org, "CUDA semantics"). The forward pass is one thread, the backward pass another.
+_WORKSPACE_HOPPER, _WORKSPACE = 32 << 20, 8320 << 10
+_THREADS = 2
+#: Share of what comes and goes (all but the frozen weights) that an allocator holds beyond it, in pieces that do not
+#: fit. PyTorch's own for cards by segments of 2 and 20 MiB, and with `expandable_segments`; glibc's on a CPU by the
+#: runs in docs/plan.md. Those of cards are assumed until a run on a card corrects them.
+_SLACK, _SLACK_EXPANDABLE, _SLACK_CPU = 0.08, 0.02, 0.08
+#: Share of a card's memory that a plan leaves free: a desktop, the driver, and what the plan does not know of.
+_MARGIN = 0.04
+#: macOS lets the GPU have about three quarters of the memory (`recommendedMaxWorkingSetSize` of Metal).
+_MARGIN_MPS = 0.25
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class PlanError(Phi3LoraError):
+    """A plan that cannot be made as asked; says what would make it possible."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device takes beside tensors.
+
+    Attributes:
+        program: bytes before the first tensor: the process itself, or a card's context.
+        workspaces: bytes that kernels keep for themselves.
+        slack: share of what comes and goes that the allocator holds beyond it.
+        margin: share of the memory to leave free.
+    """
+
+    device: Device
+    program: int
+    workspaces: int = 0
+    slack: float = 0.0
+    margin: float = 0.0
+
+
+def planned_device(recipe: Recipe, wanted: str) -> Device:
+    """The device that a plan is for: as it is here, or as most of its kind are.
+
+    Raises:
+        PlanError: not a device.
+    """
+    if wanted not in ("auto", *KINDS):
+        raise PlanError(f"device: {wanted!r} is not a device; available: auto, {', '.join(KINDS)}")
+    wanted = recipe.model.device if wanted == "auto" else wanted
+    try:
+        return read_device(wanted)
+    except ModelError:
+        return elsewhere(wanted)
+
+
+def machine(device: Device, program: int | None = None) -> Machine:
+    """What `device` takes; the size of this process is measured if it counts and is not given."""
+    if device.kind == "cpu":
+        return Machine(device, program_bytes() if program is None else program, slack=_SLACK_CPU)
+    if device.kind == "mps":  # one memory for both
+        return Machine(device, program_bytes() if program is None else program, slack=_SLACK, margin=_MARGIN_MPS)
+    before_hopper = device.capability is not None and device.capability < (9, 0)
+    expandable = "expandable_segments:true" in " ".join(
+        os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    ).lower().replace(" ", "")
+    return Machine(
+        device,
+        CONTEXT if program is None else program,
+        _THREADS * (_WORKSPACE if before_hopper else _WORKSPACE_HOPPER),
+        _SLACK_EXPANDABLE if expandable else _SLACK,
+        _MARGIN,
+    )
+
+
+def size(text: str) -> int:
+    """Bytes of `24GB`, `24 GiB`, `500MB`; a bare number is bytes.
+
+    Raises:
+        PlanError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text.lower())
+    unit = "" if not found else found[2] if found[2].endswith("b") else f"{found[2]}b"
+    if not found or unit not in _UNITS or float(found[1]) == 0:
+        raise PlanError(f"memory: {text!r} is not a size; write 24GB, 16GiB or 500MB")
+    return int(float(found[1]) * _UNITS[unit])
+
+
+def memory_of(recipe: Recipe, device: Device) -> int | None:
+    """What there is: the card here, else the one that the recipe names; this machine's memory on the CPU."""
+    if device.kind == "cpu":
+        return system_memory()
+    import torch
+
+    if device.kind == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    if device.kind == "xpu" and torch.xpu.is_available():
+        return int(torch.xpu.get_device_properties(0).total_memory)
+    if device.kind == "mps" and torch.backends.mps.is_available():
+        return system_memory()
+    found = re.match(r"\d+ GB(?! of RAM)", recipe.about.memory or "")
+    return size(found[0]) if found else None
+
+
+def system_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this process is in."""
+    import psutil
+
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else ""
+    total = int(psutil.virtual_memory().total)
+    return min(total, int(allowed)) if allowed.isdigit() else total
+
+
+@cache
+def program_bytes() -> int:
+    """Resident bytes of this process once it has trained something tiny: libraries, threads, nothing of a model."""
+    import tempfile
+
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainingArguments, set_seed
+
+    from phi3_lora_plugin.lora.inject import add_lora
+
+    state = torch.get_rng_state()
+    set_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=256)
+    model = add_lora(
+        Phi3ForCausalLM(Phi3Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)), "o_proj", 4, 8
+    )
+    rows = [{"input_ids": [5] * 64, "labels": [5] * 64} for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"output_dir": folder, "max_steps": 2, "per_device_train_batch_size": 2}
+        settings |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        trainer = Trainer(model, TrainingArguments(**settings, logging_steps=10), train_dataset=rows)
+        trainer.remove_callback(_printer())
+        trainer.train()
+    torch.set_rng_state(state)
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _printer() -> Any:
+    from transformers import PrinterCallback
+
+    return PrinterCallback

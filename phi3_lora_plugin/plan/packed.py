@@ -1,0 +1,66 @@
+"""Stands for bitsandbytes' 4-bit and 8-bit layers on tensors without storage: as many bytes, the same temporaries."""
+
+# This module defines subclasses of something heavy; it is imported only inside functions.
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # noqa: TID253
+from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
+
+from phi3_lora_plugin.model.quantize import PACKED_BYTES
+from phi3_lora_plugin.speed.lora_linear import fused, single_adapter
+
+
+def pack_weights(model: Any, quantize: str, compute: Any) -> None:
+    """Give the projections of a model packed weights of "nf4" or "int8" that are multiplied in `compute`."""
+    for layer in model.model.layers:
+        for module in list(layer.modules()):
+            if type(module) is torch.nn.Linear:
+                module.__class__ = _PackedLinear
+                module.compute = compute
+                size = int(module.weight.numel() * PACKED_BYTES[quantize])
+                module.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+
+
+def fuse_packed(model: Any) -> None:
+    """What `speed.lora` does with 4-bit layers."""
+    for module in model.modules():
+        if type(module) is PeftLinear and type(module.base_layer) is _PackedLinear:
+            module.__class__ = _FusedPackedLinear
+
+
+class _PackedFunction(torch.autograd.Function):  # type: ignore[misc]
+    """A frozen linear map whose weight is unpacked for every use, as bitsandbytes does; keeps the packed one only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, shape: tuple[int, int]) -> Any:
+        ctx.save_for_backward(weight)
+        ctx.shape = shape
+        return torch.nn.functional.linear(x, x.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad @ grad.new_empty(ctx.shape), None, None
+
+
+class _PackedLinear(torch.nn.Linear):  # type: ignore[misc]
+    compute: Any = torch.float32
+
+    def forward(self, x: Any) -> Any:
+        out = _PackedFunction.apply(x.to(self.compute), self.weight, (self.out_features, self.in_features))
+        return out.to(x.dtype).clone()  # PEFT clones what a 4-bit layer gives before it adds to it
+
+
+class _FusedPackedLinear(PeftLinear):  # type: ignore[misc]
+    """Stands for `FusedLoraLinear4bit`."""
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        base, adapter = self.base_layer, single_adapter(self)
+        if adapter is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+
+        def unpack() -> Any:  # must not know x: what it knows stays alive until the backward pass
+            return torch.empty((base.out_features, base.in_features), dtype=base.compute)
+
+        return fused(self, adapter, x.to(base.compute), base.weight, base.bias, unpack).to(x.dtype)
