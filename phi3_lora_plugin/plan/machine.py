@@ -23,9 +23,11 @@ CONTEXT = 500_000_000
 _WORKSPACE_HOPPER, _WORKSPACE = 32 << 20, 8320 << 10
 _THREADS = 2
 #: Share of what comes and goes (all but the frozen weights) that an allocator holds beyond it, in pieces that do not
-#: fit. PyTorch's own for cards by segments of 2 and 20 MiB, and with `expandable_segments`; glibc's on a CPU by the
-#: runs in docs/plan.md. Those of cards are assumed until a run on a card corrects them.
-_SLACK, _SLACK_EXPANDABLE, _SLACK_CPU = 0.08, 0.02, 0.08
+#: fit: PyTorch's own for cards, without and with `expandable_segments`. Assumed until a run on a card corrects it.
+_SLACK, _SLACK_EXPANDABLE = 0.08, 0.02
+#: The same of glibc's malloc, and the bytes of small pieces that it keeps once they were there: chosen by the runs in
+#: docs/plan.md.
+_SLACK_CPU, _PIECES_CPU = 0.08, 80_000_000
 #: Share of a card's memory that a plan leaves free: a desktop, the driver, and what the plan does not know of.
 _MARGIN = 0.04
 #: macOS lets the GPU have about three quarters of the memory (`recommendedMaxWorkingSetSize` of Metal).
@@ -45,6 +47,7 @@ class Machine:
         program: bytes before the first tensor: the process itself, or a card's context.
         workspaces: bytes that kernels keep for themselves.
         slack: share of what comes and goes that the allocator holds beyond it.
+        pieces: bytes that it holds of small pieces, if as many came and went.
         margin: share of the memory to leave free.
     """
 
@@ -52,6 +55,7 @@ class Machine:
     program: int
     workspaces: int = 0
     slack: float = 0.0
+    pieces: int = 0
     margin: float = 0.0
 
 
@@ -73,7 +77,7 @@ def planned_device(recipe: Recipe, wanted: str) -> Device:
 def machine(device: Device, program: int | None = None) -> Machine:
     """What `device` takes; the size of this process is measured if it counts and is not given."""
     if device.kind == "cpu":
-        return Machine(device, program_bytes() if program is None else program, slack=_SLACK_CPU)
+        return Machine(device, program_bytes() if program is None else program, 0, _SLACK_CPU, _PIECES_CPU)
     if device.kind == "mps":  # one memory for both
         return Machine(device, program_bytes() if program is None else program, slack=_SLACK, margin=_MARGIN_MPS)
     before_hopper = device.capability is not None and device.capability < (9, 0)
@@ -85,7 +89,7 @@ def machine(device: Device, program: int | None = None) -> Machine:
         CONTEXT if program is None else program,
         _THREADS * (_WORKSPACE if before_hopper else _WORKSPACE_HOPPER),
         _SLACK_EXPANDABLE if expandable else _SLACK,
-        _MARGIN,
+        margin=_MARGIN,
     )
 
 

@@ -177,7 +177,8 @@ def _peak(takes: Machine, workspaces: int, moment: Moment) -> int:
 
 def _held(takes: Machine, moment: Moment) -> int:
     """Bytes that the allocator holds in pieces; frozen weights come once and stay."""
-    return round(takes.slack * (moment.total - moment.bytes["base"]))
+    comes = moment.total - moment.bytes["base"]
+    return round(takes.slack * comes) + min(takes.pieces, comes)
 
 
 def _attention_copies(config: Any, tokens: int, itemsize: int) -> int:
