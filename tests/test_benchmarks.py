@@ -136,21 +136,17 @@ def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W5"])  # W3 is W2 with shorter rows, W4 is W1 with smaller weights
 def test_a_gpu_workload_fits_its_card_by_the_dry_run(name: str) -> None:
-    """Two layers less one are a layer; the worst batch of padded stock code is the most that any variant takes."""
+    """The worst batch of padded stock code is the most that any variant takes."""
     load = workloads.WORKLOADS[name]
     lengths = [len(row["input_ids"]) for row in workloads.rows(load, 0)][: load.batch * load.steps]
     batches = [lengths[start : start + load.batch] for start in range(0, len(lengths), load.batch)]
     worst = max(batches, key=lambda batch: len(batch) * max(batch))
     arguments = TrainingArguments("unused", use_cpu=True, bf16=True, report_to="none")
-    peaks = []
-    for layers in (1, 2):
-        config = Phi3Config(**(load.model | {"num_hidden_layers": layers}), pad_token_id=0)
-        found = footprint(
-            config, dict(targets="all-linear", r=load.rank, alpha=2 * load.rank), arguments,
-            Batch(tuple(worst), load.supervised), dtype=torch.bfloat16, speed="off",
-        )  # fmt: skip
-        peaks.append(max(moment.total for moment in found.moments))
-    peak = peaks[0] + (load.model["num_hidden_layers"] - 1) * (peaks[1] - peaks[0])
+    found = footprint(
+        Phi3Config(**load.model, pad_token_id=0), dict(targets="all-linear", r=load.rank, alpha=2 * load.rank),
+        arguments, Batch(tuple(worst), load.supervised), dtype=torch.bfloat16, mixed="bf16", speed="off",
+    )  # fmt: skip
+    peak = max(moment.total for moment in found.moments)
     limit = 80.0 if load.memory_gb is None else load.memory_gb
     assert peak < 0.9e9 * limit, f"{peak / 1e9:.0f} GB"
 

@@ -154,7 +154,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     assert "lacks 1 weights, which would be random numbers" in message(partial)
     assert "mismatch" in message(edit(base("shape"), intermediate_size=96)).lower()
     (base("json") / "config.json").write_text("<html>")
-    assert "config.json cannot be read" in message(tmp_path / "json")
+    assert "config.json is not JSON" in message(tmp_path / "json")
     assert "remote code" in message(edit(base("small"), model_type="phi3small"), UnsupportedModel)
     bad = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}
     assert "short_factor has 3 numbers; expected 4" in message(

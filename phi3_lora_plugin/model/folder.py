@@ -83,9 +83,9 @@ def weight_files(folder: Path) -> dict[str, str] | None:
     if (folder / SINGLE).is_file():
         return None
     pickled = sorted(entry.name for entry in folder.glob("*.bin"))
-    advice = "".join(
-        f"; {name} is a pickle, which can execute code and is not read: convert it to safetensors" for name in pickled[:1]
-    )
+    advice = ""
+    if pickled:
+        advice = f"; {pickled[0]} is a pickle, which can execute code and is not read: convert it to safetensors"
     raise ModelError(f"{folder} has no {SINGLE}; it holds {_contents(folder)}{advice}")
 
 
