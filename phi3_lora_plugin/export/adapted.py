@@ -23,7 +23,8 @@ class Adapted:
         tokenizer: of the adapter, or of the base where the adapter has none.
         template: of the chats that were trained on; None: the tokenizer has none that is known.
         encoding: how prompts are rendered, as `prompt_ids` takes it.
-        recipe: of the run that saved it, or None.
+        recipe: of the run that saved it, or None; `recipe_file` is its file.
+        manifest: of the checkpoint; {} of an adapter that something else saved.
         scratch: a folder for work in between; gone when the export ends.
         notes: what a person should know.
     """
@@ -37,6 +38,8 @@ class Adapted:
     template: Template | None
     encoding: Mapping[str, Any]
     recipe: Any
+    recipe_file: Path | None
+    manifest: Mapping[str, Any]
     scratch: Path
     notes: tuple[str, ...] = ()
     _made: dict[str, Path] = field(default_factory=dict, repr=False)
@@ -54,16 +57,13 @@ class Adapted:
     def base_float32(self) -> Path:
         """The base in float32 with the trained chat template, for runtimes that put the adapter on themselves."""
         from phi3_lora_plugin.export.merge import portable_config, write_generation_config
-        from phi3_lora_plugin.model.shards import ShardWriter, Weights, write_json
+        from phi3_lora_plugin.export.recast import recast
+        from phi3_lora_plugin.model.shards import write_json
 
         if "base" not in self._made:
             folder = self.scratch / "base"
             folder.mkdir()
-            weights, writer = Weights(self.base), ShardWriter(folder, "2GB")
-            for name in weights:
-                tensor = weights.read(name)
-                writer.add(name, tensor.float() if tensor.is_floating_point() else tensor)
-            writer.close()
+            recast(self.base, folder, "float32")
             settings = portable_config(self.config)
             settings["dtype" if "dtype" in settings else "torch_dtype"] = "float32"
             write_json(folder / "config.json", settings)
@@ -172,8 +172,9 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
     except TemplateError as error:
         template, notes = None, (*notes, f"chat template: {error}")
     return Adapted(
-        _name(folder), adapter, where, name, config, tokenizer, template, encoding, _recipe(found), scratch, notes
-    )
+        _name(folder), adapter, where, name, config, tokenizer, template, encoding, _recipe(found),
+        found.recipe_file if found else None, found.manifest if found else {}, scratch, notes,
+    )  # fmt: skip
 
 
 def _is_split(folder: Path, config: Mapping[str, Any]) -> bool:

@@ -117,6 +117,9 @@ def export(
         size = sum((stage / name).stat().st_size for name in files)
     commands = tuple(command.replace("{out}", shlex.quote(str(out))) for command in shipped.commands)
     unproven = "" if comparisons else shipped.unproven or "--prompts 0"
+    if shipped.after is not None:
+        say(f"pushing {out}", None)
+        notes = (*notes, f"pushed: {shipped.after(out)}")
     every = (*adapted.notes, *shipped.notes, *notes)
     return ExportReport(out, target, tuple(files), size, comparisons, where, commands, every, unproven)
 

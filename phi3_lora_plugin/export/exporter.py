@@ -63,12 +63,14 @@ class Shipped:
         variants: what to compare with the adapter.
         notes: what else a person should know, above all where the runtime differs from training.
         unproven: why nothing is compared, where `variants` is empty.
+        after: called with the folder once it is proved and has its name; what it returns is reported.
     """
 
     commands: tuple[str, ...]
     variants: tuple[Variant, ...] = ()
     notes: tuple[str, ...] = ()
     unproven: str = ""
+    after: Callable[[Path], str] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from phi3_lora_plugin.export.adapted import Adapted, usual_context
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.gguf_quantize import FORMS
+from phi3_lora_plugin.export.recast import shipped_dtype
 
 #: llama.cpp rounds its context up to a multiple of this.
 _ROUND = 256
@@ -64,7 +65,7 @@ def write_merged(
         write_gguf_model(folder / files[-1], merged, form, adapted.name)
         variants.append(Variant(form, partial(load, folder / files[-1]), exact=False))
     if not files:
-        dtype = _shipped_dtype(adapted) if wanted.dtype == "auto" else wanted.dtype
+        dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
         files = [f"{adapted.name}-{_SUFFIX[dtype]}.gguf"]
         write_gguf_model(folder / files[0], merged, dtype, adapted.name)
         if dtype != "float32":
@@ -78,7 +79,7 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
     context = wanted.context or usual_context(adapted.config)
-    dtype = _shipped_dtype(adapted) if wanted.dtype == "auto" else wanted.dtype
+    dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
     base, lora = f"base-{_SUFFIX[dtype]}.gguf", f"{adapted.name}-lora.gguf"
     exact = adapted.scratch / "exact-base.gguf"
     wanted.progress("writing GGUF")
@@ -119,13 +120,6 @@ def limits(adapted: Adapted, context: int) -> tuple[str, ...]:
             f"pass --context {original} or less"
         )
     return tuple(found)
-
-
-def _shipped_dtype(adapted: Adapted) -> str:
-    from phi3_lora_plugin.model.shards import Weights
-
-    weights = Weights(adapted.base)
-    return {"F16": "float16", "BF16": "bfloat16"}.get(weights.dtype(next(iter(weights))), "float32")
 
 
 @contextmanager

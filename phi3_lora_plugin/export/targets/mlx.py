@@ -12,6 +12,7 @@ from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted, usual_context
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
+from phi3_lora_plugin.export.recast import recast, shipped_dtype
 
 FORMS = ("8bit", "6bit", "4bit")
 
@@ -84,13 +85,13 @@ def _merged(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     shutil.copytree(adapted.merged(), exact)
     write_json(exact / "config.json", mlx_config(adapted.config) | {"dtype": "float32"})
     variants = [Variant("float32", partial(open_mlx, exact, None))] if wanted.prove else []
-    dtype = _shipped_dtype(adapted) if wanted.dtype == "auto" else wanted.dtype
+    dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
     name = wanted.quantize[0] if wanted.quantize else dtype
     wanted.progress(f"writing {name}")
     if wanted.quantize:
         _quantize(exact, folder, int(name.removesuffix("bit")), dtype)
     else:
-        _recast(exact, folder, dtype)
+        recast(exact, folder, dtype)
     if name != "float32" and wanted.prove:
         variants.append(Variant(name, partial(open_mlx, folder, None), exact=False))
     commands = ("mlx_lm.generate --model {out} --prompt 'Hello' --temp 0", "mlx_lm.server --model {out}")
@@ -118,23 +119,6 @@ def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _recast(source: Path, folder: Path, dtype: str) -> None:
-    """Copy a float32 folder with weights of another type."""
-    import torch
-
-    from phi3_lora_plugin.model.folder import read_json
-    from phi3_lora_plugin.model.shards import ShardWriter, Weights, write_json
-
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith("model"):
-            shutil.copyfile(file, folder / file.name)
-    weights, writer = Weights(source), ShardWriter(folder, "2GB")
-    for name in weights:
-        writer.add(name, weights.read(name).to(getattr(torch, dtype)))
-    writer.close()
-    write_json(folder / "config.json", read_json(source / "config.json") | {"dtype": dtype})
-
-
 def _quantize(source: Path, folder: Path, bits: int, dtype: str) -> None:
     """mlx-lm's own quantiser, in groups that divide every row."""
     import mlx.core as mx
@@ -147,13 +131,6 @@ def _quantize(source: Path, folder: Path, bits: int, dtype: str) -> None:
     group = 64 if all(length % 64 == 0 for length in rows) else 32
     model, config = quantize_model(model, config, group, bits)
     save(folder, source, model, tokenizer, config)
-
-
-def _shipped_dtype(adapted: Adapted) -> str:
-    from phi3_lora_plugin.model.shards import Weights
-
-    weights = Weights(adapted.base)
-    return {"F16": "float16", "BF16": "bfloat16"}.get(weights.dtype(next(iter(weights))), "float32")
 
 
 @contextmanager
