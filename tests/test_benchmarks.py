@@ -174,7 +174,8 @@ def test_every_command_of_the_page_is_one_that_the_benchmarks_take() -> None:
         if words[:2] == ["make", "bench"]:
             words = ["python", "-m", "benchmarks", *shlex.split(words[2].removeprefix("BENCH=") if words[2:] else "")]
         assert words[:2] == ["python", "-m"], line
-        name = words[2] if "." in words[2] else f"{words[2]}.__main__"
+        package = (ROOT / words[2].replace(".", "/")).is_dir()
+        name = f"{words[2]}.__main__" if package else words[2]
         importlib.import_module(name).arguments().parse_args(words[3:])
 
 

@@ -106,8 +106,8 @@ def check(one: Check, setup: Setup, clock: Clock) -> Fact:
 
 def free(device: torch.device) -> None:
     """Give back what nobody holds any more."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
