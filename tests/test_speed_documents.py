@@ -170,3 +170,83 @@ def test_another_attention_that_was_asked_for_stays() -> None:
     (attention,) = [one for one in speed_up(model) if one.part == "attention"]
     assert not attention.on and attention.why == "attention 'eager' was asked for"
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 7}, {}], ids=["window", "no window"])
+def test_rows_without_padding_attend_by_document_only_where_they_exceed_the_window(changes: dict[str, Any]) -> None:
+    """Stock builds a dense mask over a window, and flash kernels take none."""
+    model = lora(**changes)
+    full = padded(rows((20, 20, 20)), more=0)
+    for batch in (full, {key: part for key, part in full.items() if key != "attention_mask"}):
+        assert equal(model, batch) == [60]
+        masks = spied(model, batch)
+        assert masks == ([False] if changes else [True]), "whether transformers was asked for a mask"
+
+
+def spied(model: torch.nn.Module, batch: dict[str, Any]) -> list[bool]:
+    """For one call with the fast paths: whether the decoder came with rows as they are, and not as one."""
+    speed_up(model)
+    seen: list[bool] = []
+    layer = model.get_base_model().model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0] == 3))
+    step(model, batch)
+    hook.remove()
+    slow_down(model)
+    return seen
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 7, "num_key_value_heads": 2}, LONGROPE], ids=str)
+def test_an_evaluation_leaves_padding_out_too(changes: dict[str, Any]) -> None:
+    model, data = lora(**changes).eval(), rows()
+    layer = model.get_base_model().model.layers[0]
+    seen: list[Any] = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    batch = padded(data)
+    with torch.no_grad():
+        stock = model(**batch)
+        speed_up(model)
+        ours = model(**batch)
+        assert seen == [(5, 43), (1, sum(LENGTHS))]
+        assert ours.loss.item() == pytest.approx(stock.loss.item(), rel=1e-6)
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(ours.logits[real], stock.logits[real])
+        # who scores tokens and says that no cache is wanted
+        unlabelled = {key: part for key, part in batch.items() if key != "labels"}
+        scored = model(**unlabelled, use_cache=False)
+        assert seen[-1] == (1, sum(LENGTHS)) and scored.past_key_values is None
+        # who may want the cache gets it
+        model.config.use_cache = True
+        assert model(**unlabelled).past_key_values is not None and seen[-1] == (5, 43)
+        assert model(**batch, use_cache=True).past_key_values is not None and seen[-1] == (5, 43)
+
+
+def test_dropout_that_comes_later_is_seen() -> None:
+    model, batch = lora(), padded(rows())
+    speed_up(model)
+    layer = model.get_base_model().model.layers[0]
+    seen: list[Any] = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    step(model, batch)
+    model.add_adapter("other", LoraConfig(r=2, lora_dropout=0.5, target_modules=["down_proj"]))
+    model.set_adapter("other")
+    model.train()
+    step(model, batch)
+    assert seen == [(1, sum(LENGTHS)), (5, 43)]
+
+
+def test_positions_that_jump_in_padding_are_no_pack() -> None:
+    model, batch = lora(), padded(rows())
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
+    assert equal(model, batch) == [sum(LENGTHS)]
+
+
+def test_a_decoder_that_is_called_without_its_model_knows_nothing_of_the_last_batch() -> None:
+    model, batch = lora(), padded(rows())
+    speed_up(model)
+    batch["labels"] = batch["input_ids"]  # padding that is trained
+    step(model, batch)
+    decoder = model.get_base_model().model.eval()
+    other = padded(rows((9, 4)))
+    with torch.no_grad():
+        alone = decoder(input_ids=other["input_ids"], attention_mask=other["attention_mask"], use_cache=False)
+    assert alone.last_hidden_state[1, 4:].abs().max() == 0, "padding was left out"

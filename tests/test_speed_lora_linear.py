@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import tiny
@@ -150,3 +151,49 @@ def test_the_frozen_weight_is_never_differentiated_nor_changed() -> None:
     for name, parameter in model.named_parameters():
         if name in before:
             assert parameter.grad is None and torch.equal(parameter, before[name]), name
+
+
+def test_a_float32_base_under_autocast_is_not_kept_a_second_time_in_16_bits() -> None:
+    model = lora()
+    fuse_lora(model)
+    saved: list[tuple[torch.dtype, torch.Size]] = []
+    tokens = ids()
+    weights = {p.shape for name, p in model.named_parameters() if "base_layer" in name}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append((tensor.dtype, tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+    kept = [dtype for dtype, shape in saved if shape in weights]
+    assert kept and set(kept) == {torch.float32}
+    loss.backward()
+
+
+def test_a_token_of_generation_casts_no_adapter() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = lora().to(torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    shapes = {p.shape for name, p in model.named_parameters() if "lora_" in name}
+    shapes |= {torch.Size(reversed(shape)) for shape in shapes}
+    tokens = ids()[:1, :9]
+    with torch.no_grad():
+        want = model(input_ids=tokens).logits
+    fuse_lora(model)
+    casts: list[Any] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].shape in shapes:
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Casts():
+        got = model(input_ids=tokens).logits
+    assert not casts
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

@@ -123,3 +123,25 @@ def test_bfloat16_stays_close_to_stock() -> None:
     fuse_loss(model.get_base_model())
     ours_loss, _ = gradients(model, inputs)
     assert ours_loss == pytest.approx(stock_loss, abs=2e-2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 256.0])
+def test_float16_keeps_gradients_that_are_smaller_than_float16(scale: float) -> None:
+    """One word of 200,000 is wrong by 1e-7: what stock code keeps by scaling the loss is kept here too."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(8, 16, generator=draw) * 3, torch.randn(3000, 16, generator=draw)
+    targets = torch.matmul(hidden, weight.T).argmax(-1)  # as sure as a trained model: small gradients
+    errors = []
+    exact = hidden.double().requires_grad_()
+    torch.nn.functional.cross_entropy(exact @ weight.double().T, targets, reduction="sum").backward()
+    for ours in (True, False):
+        half = hidden.half().requires_grad_()
+        if ours:
+            loss = supervised_cross_entropy(half, weight.half(), targets, num_items=1)
+        else:
+            logits = torch.nn.functional.linear(half, weight.half()).float()
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        (loss * scale).backward()
+        assert half.grad.isfinite().all()
+        errors.append((half.grad.double() / scale - exact.grad).norm() / exact.grad.norm())
+    assert errors[0] < 0.02 and errors[0] <= errors[1] * 1.5
