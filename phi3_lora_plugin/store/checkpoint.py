@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.store.disk_writes import Content, DiskWrites, sync_folder
+from phi3_lora_plugin.store.disk_writes import Content, DiskWrites, make_folder, sync_folder
 from phi3_lora_plugin.store.layout import (
+    AGAIN,
     BEST,
     LATEST,
     Entry,
+    again,
     beside,
     earlier,
     entries,
@@ -32,7 +34,15 @@ from phi3_lora_plugin.store.layout import (
     torn,
 )
 from phi3_lora_plugin.store.lock import StoreLock, held
-from phi3_lora_plugin.store.manifest import MANIFEST, RESUME, Report, check_folder, render_manifest
+from phi3_lora_plugin.store.manifest import (
+    CHECKPOINT,
+    MANIFEST,
+    RESUME,
+    Report,
+    check_folder,
+    parse_manifest,
+    render_manifest,
+)
 from phi3_lora_plugin.store.retention import Retention, by_metric, doomed
 
 log = logging.getLogger(__name__)
@@ -103,39 +113,41 @@ def write_checkpoint(
         delete: how a folder goes that nobody sees any more; what a crash leaves of it is swept by the next run.
 
     Raises:
-        OSError: no space, no permission, a failing disk; the store is as before and holds nothing unfinished.
+        OSError: no space, no permission, a failing disk, with the path; the store is as before and holds nothing
+            unfinished. Where only pointers or old checkpoints could not be dealt with, that is logged.
         StoreBusy: another run is writing into the store.
-        ValueError: no files, or names that are paths.
+        Phi3LoraError: no files, names that are paths, or facts that a manifest cannot hold.
     """
     wrong = [name for name in files if Path(name).name != name or name in (MANIFEST, RESUME)]
     if not files or wrong:
         raise Phi3LoraError(f"a checkpoint is made of files with plain names, got {wrong or 'none'}")
     store = Path(store)
-    store.mkdir(parents=True, exist_ok=True)
-    lock = None if held(store) else StoreLock(store)
+    make_folder(store)
+    lock = held(store)
+    own = StoreLock(store) if lock is None else None
     staging, latest = beside(store, step_name(step)), beside(store, LATEST)
     try:
-        if lock is not None:
-            sweep(store)
+        if own is not None:
+            recover(store)
+        elif lock is not None:
+            lock.renew()
         shutil.rmtree(staging, ignore_errors=True)
         latest.unlink(missing_ok=True)
-        final = store / step_name(step)
         facts = {**(facts or {}), "step": step} | ({"metric": dict(metric)} if metric else {})
         _stage(staging, files, facts, resume or {}, latest)
-        _publish(store, staging, final, latest)
-        found = entries(store)
-        goes = doomed(found, retention)
-        _point_at_best(store, [entry for entry in found if entry.path not in goes])
-        for path in goes:
-            _discard(path, store, delete)
+        final = _publish(store, staging, store / step_name(step))
+        try:
+            _clean_up(store, latest, retention, delete)
+        except OSError as error:  # what was to be saved is saved
+            log.warning("%s is saved, but what belongs to it could not be done: %s", final, error)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):
-            latest.unlink()
         raise
     finally:
-        if lock is not None:
-            lock.release()
+        with suppress(OSError):
+            latest.unlink()
+        if own is not None:
+            own.release()
     return final
 
 
@@ -157,30 +169,79 @@ def _stage(
         theirs = {name: disk.write(inside / name, content) for name, content in resume.items()}
         ours = {name: disk.write(folder / name, content) for name, content in files.items()}
         disk.write(latest, f"{step_name(facts['step'])}\n".encode())
-        disk.write(folder / MANIFEST, _manifest(facts, ours))
+        manifest = _manifest(facts, ours)
+        disk.write(folder / MANIFEST, manifest)
         if resume:
-            disk.write(inside / MANIFEST, _manifest({"step": facts["step"]}, theirs))
+            state = {"step": facts["step"], CHECKPOINT: parse_manifest(manifest)["sha256"]}
+            disk.write(inside / MANIFEST, _manifest(state, theirs))
     if resume:
         sync_folder(inside)
     sync_folder(folder)
 
 
 def _manifest(facts: Mapping[str, Any], files: Mapping[str, Future[dict[str, Any]]]) -> bytes:
-    return render_manifest({**facts, "files": {name: file.result() for name, file in files.items()}})
+    raw = render_manifest({**facts, "files": {name: file.result() for name, file in files.items()}})
+    parse_manifest(raw)
+    return raw
 
 
-def _publish(store: Path, staging: Path, final: Path, latest: Path) -> None:
-    """Give a finished folder its name. What has that name goes aside first, and stays there if it is worth keeping."""
-    aside, worth = None, False
+def _publish(store: Path, staging: Path, final: Path) -> Path:
+    """Give a finished folder its name, down to the disk.
+
+    Where another folder has that name, the new one gets a second name first, so that at no moment an older step is the
+    newest; the old one is deleted, or kept in `earlier-N/` if it has another adapter.
+    """
+    first = again(final) if final.exists() else final
+    if first != final and first.exists():
+        shutil.rmtree(put_away(first, store))
+    os.rename(staging, first)
+    try:
+        sync_folder(store)
+        if first != final:
+            _take_over(store, first, final)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; {first.name} is written, but may not survive a power cut", str(store)
+        ) from error
+    return final
+
+
+def recover(store: Path) -> None:
+    """Finish what a dead process left half done, and delete its leftovers. Call it with the store locked."""
+    for path in sorted(store.iterdir()) if store.is_dir() else ():
+        if path.name.endswith(AGAIN) and path.is_dir() and check_folder(path, resume=False):
+            _take_over(store, path, path.with_name(path.name.removesuffix(AGAIN)))
+    sweep(store)
+
+
+def _take_over(store: Path, new: Path, final: Path) -> None:
+    """Give `new` the name of `final`, which is a checkpoint of the same step."""
+    old = None
     if final.exists():
-        same = (final / MANIFEST).is_file() and _bytes_of(staging) == _bytes_of(final)
-        worth = not same and bool(check_folder(final, resume=False))
-        aside = set_aside(store, [final])
-    os.rename(staging, final)
-    os.replace(latest, store / LATEST)
+        if _bytes_of(new) != _bytes_of(final) and check_folder(final, resume=False):
+            set_aside(store, [final])
+        else:
+            old = put_away(final, store)
+    os.rename(new, final)
     sync_folder(store)
-    if aside is not None and not worth:
-        shutil.rmtree(put_away(aside, store))
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _bytes_of(folder: Path) -> bytes | None:
+    return (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else None
+
+
+def _clean_up(store: Path, latest: Path, retention: Retention, delete: Callable[[Path], Any]) -> None:
+    """Point `LATEST` and `BEST`, and then delete old checkpoints."""
+    os.replace(latest, store / LATEST)
+    found = entries(store)
+    goes = doomed(found, retention)
+    _point_at_best(store, [entry for entry in found if entry.path not in goes])
+    if goes:  # or a power cut could leave a pointer to what is deleted
+        sync_folder(store)
+    for path in goes:
+        _discard(path, store, delete)
 
 
 def _discard(path: Path, store: Path, delete: Callable[[Path], Any]) -> None:
@@ -188,10 +249,6 @@ def _discard(path: Path, store: Path, delete: Callable[[Path], Any]) -> None:
         delete(put_away(path, store))
     except OSError as error:
         log.warning("%s could not be deleted: %s", path, error)
-
-
-def _bytes_of(folder: Path) -> bytes:
-    return (folder / MANIFEST).read_bytes()
 
 
 def _point_at_best(store: Path, found: Sequence[Entry]) -> None:

@@ -86,14 +86,26 @@ def write_file(path: Path, content: Content) -> dict[str, Any]:
 
 def sync_folder(folder: Path) -> None:
     """Make names inside a folder last through a power cut, where the system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
-            raise
-    finally:
-        os.close(handle)
+    with _named(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
+                raise
+        finally:
+            os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, so that their names last as well; nothing is synced where all are there."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
 
 
 def _beside(function: Callable[[], dict[str, Any]], thread: bool = True) -> Future[dict[str, Any]]:

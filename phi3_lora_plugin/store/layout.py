@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 LATEST, BEST = "LATEST", "BEST"
 #: Where a store lies in an output folder. A push to the hub leaves out what begins with `_`.
 FOLDER, FOLDER_WHEN_PUSHED = "lora", "_lora"
+#: Behind the name of a checkpoint that was saved again, until it takes that name over.
+AGAIN = ".again"
 _OURS = re.compile(r"^\..+\.(?:tmp|old)-(?P<pid>\d+)-(?P<host>.+)$")
 _EARLIER = re.compile(r"^earlier-(\d+)$")
 
@@ -50,13 +52,14 @@ def entries(store: Path) -> list[Entry]:
         except ManifestError:
             continue
         found.append(Entry(folder, int(manifest["step"]), manifest))
-    return sorted(found, key=lambda entry: entry.step, reverse=True)
+    return sorted(found, key=lambda entry: (entry.step, entry.path.name.endswith(AGAIN)), reverse=True)
 
 
 def torn(store: Path) -> list[Path]:
     """Folders that are named as checkpoints are but whose manifest is missing or damaged."""
     good = {entry.path for entry in entries(store)}
-    return sorted(folder for folder in _folders(store) if folder not in good and re.match(r"step-\d+$", folder.name))
+    named = (folder for folder in _folders(store) if re.match(r"step-\d+(\.again)?$", folder.name))
+    return sorted(folder for folder in named if folder not in good)
 
 
 def earlier(store: Path) -> list[Path]:
@@ -84,8 +87,13 @@ def beside(store: Path, name: str, kind: str = "tmp") -> Path:
     return store / f".{name}.{kind}-{os.getpid()}-{socket.gethostname()}"
 
 
+def again(path: Path) -> Path:
+    """The name of a checkpoint that was saved again while the one that it replaces is still there."""
+    return path.with_name(path.name + AGAIN)
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a small file in place of another; a reader sees the one or the other."""
+    """Put a small file in place of another; a reader sees the one or the other. The folder is not synced."""
     temporary = beside(path.parent, path.name)
     try:
         write_file(temporary, content)
@@ -93,7 +101,6 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def put_away(path: Path, store: Path) -> Path:
@@ -138,9 +145,11 @@ def sweep(store: Path) -> list[str]:
 
 
 def _folders(store: Path) -> list[Path]:
-    if not store.is_dir():
+    try:
+        inside = [path for path in store.iterdir() if not path.name.startswith(".") and path.name != RESUME]
+    except OSError:
         return []
-    return [path for path in store.iterdir() if not path.name.startswith(".") and path.name != RESUME and path.is_dir()]
+    return [path for path in inside if os.path.isdir(path)]
 
 
 def _alive(pid: int, host: str) -> bool:

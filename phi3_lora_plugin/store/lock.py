@@ -52,13 +52,27 @@ class StoreLock:
             self._handle = _lock(self.store / NAME)
         _HELD[self.store] = self
 
+    def renew(self) -> None:
+        """Take the lock again if its file was deleted, by whom ever; call it before each write.
+
+        Raises:
+            StoreBusy: another run took the store meanwhile.
+        """
+        if self._handle is None or _is_at(self._handle, self.store / NAME):
+            return
+        log.warning("%s was deleted while this run was writing into the folder; it is made again", self.store / NAME)
+        lost, self._handle = self._handle, None
+        os.close(lost)
+        self._handle = _lock(self.store / NAME)
+
     def release(self) -> None:
         """Let others write. Doing it twice does no harm."""
         if _HELD.get(self.store) is self:
             del _HELD[self.store]
         if self._handle is not None:
             try:
-                (self.store / NAME).unlink(missing_ok=True)
+                if _is_at(self._handle, self.store / NAME):  # not the one of somebody who came later
+                    (self.store / NAME).unlink(missing_ok=True)
             except OSError as error:  # the file alone keeps nobody out
                 log.debug("the lock file could not be deleted: %s", error)
             finally:
@@ -85,9 +99,9 @@ def holder_of(store: Path) -> object:
     return lock.holder if lock is not None and lock.thread is threading.current_thread() else None
 
 
-def held(store: Path) -> bool:
-    """Whether this process has the lock of a store."""
-    return store.resolve() in _HELD
+def held(store: Path) -> StoreLock | None:
+    """The lock that this process has of a store; None if it has none."""
+    return _HELD.get(store.resolve())
 
 
 def _lock(path: Path) -> int | None:
@@ -110,14 +124,19 @@ def _lock(path: Path) -> int | None:
                 log.warning("the file system has no locks: nothing keeps a second run out of %s", path.parent)
                 return None
             raise
-        try:
-            current = os.stat(path).st_ino == os.fstat(handle).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:
+        if _is_at(handle, path):
             _sign(handle)
             return handle
         os.close(handle)  # the one who had it deleted the file in between: there is a new one
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that a path names."""
+    try:
+        there, ours = os.stat(path), os.fstat(handle)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _sign(handle: int) -> None:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.small_file import BadFile, open_regular, parse_json, read_small
+from phi3_lora_plugin.wording import shorten
 
 MANIFEST = "manifest.json"
 RESUME = "resume"
+#: In the manifest of a state to resume from: the hash in the manifest of the checkpoint that it belongs to.
+CHECKPOINT = "checkpoint"
 FORMAT = 1
+#: Bytes that a manifest has at most; one of an adapter has 2,000.
+LIMIT = 4_000_000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+#: Facts that others read, and what they are.
+_KINDS: Mapping[str, type] = {"base": dict, "chat": dict, "quantize": str, "notes": list}
+_SPOKEN: Mapping[type, str] = {dict: "a mapping", str: "text", list: "a list"}
 
 
 class ManifestError(Phi3LoraError):
@@ -54,43 +66,88 @@ def render_manifest(content: Mapping[str, Any]) -> bytes:
     return _dump({**body, "sha256": digest}).encode()
 
 
+def parse_manifest(raw: bytes) -> dict[str, Any]:
+    """What the bytes of a manifest say; raises `ManifestError` as `read_manifest` does."""
+    _check(MANIFEST, raw)
+    return dict(json.loads(raw))
+
+
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
         ManifestError: there is none, or a byte of it is not as it was written.
     """
-    path = folder / name
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ManifestError(f"{name}: missing, so the folder was never finished, or is none of ours") from error
-    except OSError as error:
-        raise ManifestError(f"{name}: cannot be read: {error.strerror or error}") from error
+    raw = _raw(folder, name)
     _check(name, raw)
     return dict(json.loads(raw))
+
+
+def _raw(folder: Path, name: str = MANIFEST) -> bytes:
+    try:
+        return read_small(folder / name, LIMIT)
+    except FileNotFoundError as error:
+        raise ManifestError(f"{name}: missing, so the folder was never finished, or is none of ours") from error
+    except BadFile as error:
+        raise ManifestError(f"{name}: {error}") from error
 
 
 @lru_cache(maxsize=256)
 def _check(name: str, raw: bytes) -> None:
     """Raise what is wrong with the bytes of a manifest; a run asks at each save, of all that it keeps."""
     try:
-        content = json.loads(raw)
-    except ValueError as error:
-        raise ManifestError(f"{name}: is not JSON (cut off or damaged): {error}") from error
+        content = parse_json(raw)
+    except BadFile as error:
+        raise ManifestError(f"{name}: {error} (cut off or damaged)") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ManifestError(f"{name}: is not the manifest of a checkpoint")
-    if content.get("format") != FORMAT:
-        raise ManifestError(f"{name}: has format {content.get('format')!r}, and {FORMAT} is what is understood here")
-    outside = [file for file in content["files"] if Path(file).is_absolute() or ".." in Path(file).parts]
-    if outside:
-        raise ManifestError(f"{name}: lists files outside its folder: {', '.join(outside[:3])}")
+    if content.get("format") != FORMAT or isinstance(content["format"], bool):
+        raise ManifestError(f"{name}: has format {shorten(content.get('format'))}; only {FORMAT} is understood here")
+    if problems := list(_misfits(content)):
+        raise ManifestError(f"{name}: {'; '.join(problems[:3])}")
     try:
         unchanged = render_manifest(content) == raw
-    except ValueError:  # NaN, which Python reads and no manifest has
+    except (ValueError, RecursionError):  # NaN, or half of a character, which Python reads and no manifest has
         unchanged = False
     if not unchanged:
         raise ManifestError(f"{name}: was changed after it was written")
+
+
+def _misfits(content: Mapping[str, Any]) -> Iterator[str]:
+    """What of a manifest is not as every manifest of ours has it."""
+    if not _is_count(content.get("step")):
+        yield f"step is {shorten(content.get('step'))}, expected a whole number"
+    if not content["files"]:
+        yield "lists no files"
+    for file, entry in content["files"].items():
+        if not file or len(file) > 255 or "\0" in file or Path(file).name != file:
+            yield f"lists files outside its folder: {shorten(file)[1:-1]}"
+        elif (
+            not isinstance(entry, dict)
+            or not _is_count(entry.get("bytes"))
+            or not isinstance(entry.get("sha256"), str)
+            or not _SHA256.fullmatch(entry["sha256"])
+        ):
+            yield f"{shorten(file)} is listed as {shorten(entry)}, expected bytes and sha256"
+    metric = content.get("metric")
+    if metric is not None and not (
+        isinstance(metric, dict)
+        and isinstance(metric.get("name"), str)
+        and isinstance(metric.get("greater_is_better"), bool)
+        and isinstance(metric.get("value"), int | float)
+        and not isinstance(metric["value"], bool)
+        and abs(metric["value"]) <= sys.float_info.max
+    ):
+        yield f"metric is {shorten(metric)}, expected name, a finite value and greater_is_better"
+    if content.get(CHECKPOINT) is not None and not _SHA256.fullmatch(str(content[CHECKPOINT])):
+        yield f"{CHECKPOINT} is {shorten(content[CHECKPOINT])}, expected a sha256"
+    for name, kind in _KINDS.items():
+        if content.get(name) is not None and not isinstance(content[name], kind):
+            yield f"{name} is {shorten(content[name])}, expected {_SPOKEN[kind]}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def check_folder(folder: Path, resume: bool = True) -> Report:
@@ -103,7 +160,12 @@ def check_folder(folder: Path, resume: bool = True) -> Report:
     inside = folder / RESUME
     if resume and inside.is_dir():
         try:
-            listed = read_manifest(inside)["files"]
+            state = read_manifest(inside)
+            listed = state["files"]
+            if state["step"] != content["step"]:
+                raise ManifestError(f"{MANIFEST}: is of step {state['step']}, not of step {content['step']}")
+            if state.get(CHECKPOINT) not in (None, content["sha256"]):
+                raise ManifestError(f"{MANIFEST}: is of another checkpoint of step {state['step']}")
             files |= {f"{RESUME}/{name}": _check_file(inside / name, entry) for name, entry in listed.items()}
         except ManifestError as error:
             files[f"{RESUME}/{MANIFEST}"] = str(error).removeprefix(f"{MANIFEST}: ")
@@ -115,7 +177,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     """{"bytes", "sha256"} of a file, as a manifest lists it."""
     digest = hashlib.sha256()
     size = 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
             size += len(piece)

@@ -13,9 +13,9 @@ from typing import Any
 from phi3_lora_plugin.lora.snapshot import Snapshot
 from phi3_lora_plugin.store.adapter_files import adapter_files, reload_files
 from phi3_lora_plugin.store.background import Writer
-from phi3_lora_plugin.store.checkpoint import newest_complete, write_checkpoint
-from phi3_lora_plugin.store.disk_writes import Content
-from phi3_lora_plugin.store.layout import entries, set_aside, sweep
+from phi3_lora_plugin.store.checkpoint import newest_complete, recover, write_checkpoint
+from phi3_lora_plugin.store.disk_writes import Content, make_folder
+from phi3_lora_plugin.store.layout import entries, set_aside
 from phi3_lora_plugin.store.lock import StoreLock, holder_of
 from phi3_lora_plugin.store.retention import Retention
 
@@ -47,10 +47,10 @@ class CheckpointRun:
 
     def open(self, background: bool) -> None:
         """Lock the store and sweep it. Raises `StoreBusy` if another run has it, OSError if it cannot be written."""
-        self.store.mkdir(parents=True, exist_ok=True)
+        make_folder(self.store)
         end_left_over(self.store)
         self._lock = StoreLock(self.store, holder=self)
-        sweep(self.store)
+        recover(self.store)
         self._writer, self._cleaner = Writer(background), Writer(not background)
         self._writer.catch_sigterm()
 
