@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.formats import ADAPTERS, Adapter
+from phi3_lora_plugin.chat.mixture import sources_of
 from phi3_lora_plugin.chat.report import DataReport
 from phi3_lora_plugin.chat.sources import Found
 
@@ -55,9 +56,12 @@ def find_entry(
     here = [file for some in files for file in some or ()]
     if folder is None or not all(files) or sum(file.stat().st_size for file in here) < WORTH:
         return None
-    used = _adapters(recipe.data.format, adapters)
-    if used is None:
-        return None
+    used = []
+    for wanted in sorted({settings.format for _, settings, _ in sources_of(recipe.data)} | {recipe.data.format}):
+        some = _adapters(wanted, adapters)
+        if some is None:
+            return None
+        used += some
     from phi3_lora_plugin.chat.templates import template_fingerprint
     from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.chat.adapt import Reading, conversations
 from phi3_lora_plugin.chat.cache import find_entry, read_entry, write_entry
-from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import Adapter
-from phi3_lora_plugin.chat.pairs import encode_pairs, read_pairs
-from phi3_lora_plugin.chat.preferences import Pair
+from phi3_lora_plugin.chat.mixture import counts, draw, sources_of
+from phi3_lora_plugin.chat.parts import Fate, Part, encoded, read_part
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
-from phi3_lora_plugin.chat.report import DataReport, Left, SourceReport, describe
-from phi3_lora_plugin.chat.rows import Rows, duplicates, split, to_table
-from phi3_lora_plugin.chat.sources import Found, find_sources
+from phi3_lora_plugin.chat.report import DataReport, Left, MixtureReport, describe
+from phi3_lora_plugin.chat.rows import Rows, duplicates, joined, split, to_table
+from phi3_lora_plugin.chat.sources import find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
-from phi3_lora_plugin.chat.tool_formats import lost_by, tool_format
+from phi3_lora_plugin.chat.tool_formats import tool_format
 from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
     from phi3_lora_plugin.recipe.sections import DataSection
 
-_BATCH = 256  # conversations rendered and tokenised in one go; more keep the garbage collector busier
-_CHARACTERS = 20_000_000  # of one batch at most, so that a few long rows do not fill the memory
 _LISTED = 50  # problems that an error spells out; `problems` has them all
 _PLACES = 8  # rows that an error names for one and the same problem
 
@@ -57,31 +52,6 @@ class Data:
     eval: Dataset | None
     report: DataReport
     cached: Path | None = None  # the entry that it was read from, if it was encoded before
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where the rows to train on, or those to evaluate on, come from."""
-
-    key: str  # of the recipe, for errors
-    found: Found
-    most: int | None  # rows to read
-
-
-@dataclass
-class _Fate:
-    """What happened to rows that are not used as they stand, and how the sources were read."""
-
-    problems: list[Problem] = field(default_factory=list)
-    dropped: list[Left] = field(default_factory=list)
-    truncated: list[Left] = field(default_factory=list)
-    empty: list[Left] = field(default_factory=list)
-    unreadable: list[Left] = field(default_factory=list)
-    calls: int = 0
-    sources: list[SourceReport] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    unread: Counter[str] = field(default_factory=Counter)
-    read: int = 0
 
 
 def load_data(
@@ -111,18 +81,28 @@ def load_data(
     except TemplateError as error:
         text = str(error)
         raise DataError([text if text.startswith("data.template") else f"data.template: {text}"]) from error
-    wanted: list[tuple[str, Any, str | None, int | None]] = [("data.path", data.path, data.split, data.max_rows)]
-    if data.eval_path is not None:
-        wanted.append(("data.eval_path", data.eval_path, data.eval_split, None))
-    elif data.eval_split is not None:
-        wanted.append(("data.eval_split", data.path, data.eval_split, None))
-    parts: list[_Part] = []
+    parts: list[Part] = []
     unreadable: list[str] = []
-    for key, path, which, most in wanted:
+
+    def want(key: str, path: Any, settings: DataSection, which: str | None, most: int | None, source: Any) -> None:
         try:
-            parts.append(_Part(key, find_sources(path, which, key), most))
+            parts.append(Part(key, find_sources(path, which, key), settings, most, source))
         except SourceError as error:
-            unreadable += error.problems
+            unreadable.extend(error.problems)
+
+    for path, settings, source in sources_of(data):
+        want("data.path", path, settings, settings.split, data.max_rows, source)
+    if data.eval_path is not None:
+        want("data.eval_path", data.eval_path, data, data.eval_split, None, None)
+    elif data.eval_split is not None:
+        for path, settings, _ in sources_of(data):
+            want("data.eval_split", path, settings, data.eval_split, None, None)
+    names = [source.name for part in parts if part.key == "data.path" for source in part.found.sources]
+    unreadable += [
+        f"data.path: {name}: named twice, so its rows would count twice"
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
     found = [part.found for part in parts]
     entry = find_entry(recipe, tokenizer, adapters, limit, found) if cache and not unreadable else None
     if entry is not None and (kept := read_entry(entry)) is not None:
@@ -136,7 +116,7 @@ def load_data(
 
 def _encode_all(
     recipe: Recipe,
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     unreadable: list[str],
     tokenizer: Any,
     adapters: Mapping[str, Adapter],
@@ -144,12 +124,12 @@ def _encode_all(
     limit: int | None,
 ) -> tuple[dict[str, pyarrow.Table], DataReport]:
     """Tables by part ("train", "eval") and the report; raises with all that is wrong, `unreadable` included."""
-    data, fate = recipe.data, _Fate()
-    encoded: list[Rows] = []
+    data, fate = recipe.data, Fate()
+    rows: dict[str, list[tuple[Part, Rows]]] = {part.key: [] for part in parts}
     for part in parts:
         try:
-            read = _read(part, data, adapters, fate, recipe.preference.on)
-            encoded.append(_encoded(read, tokenizer, data, limit, fate))
+            read = read_part(part, adapters, fate, recipe.preference.on)
+            rows[part.key].append((part, encoded(read, tokenizer, data, limit, fate)))
         except SourceError as error:
             if part.key == "data.path":
                 unreadable += error.problems
@@ -165,11 +145,13 @@ def _encode_all(
     if unreadable or (fate.problems and data.on_error == "stop"):
         advice = ["repair them, or leave them out with data.on_error: skip"] if fate.problems else []
         raise DataError([*unreadable, *_grouped(fate.problems), *advice])
-    for part, rows in zip(parts, encoded, strict=True):
-        if not rows.about:
-            raise DataError([f"{part.key}: no row is left to use", *_why_none(fate, limit)])
-    train = encoded[0]
-    held_out = encoded[1] if len(encoded) > 1 else None
+    for key, some in rows.items():
+        for part, found in some:
+            if not found.about and (part.source is not None or len(some) == 1):
+                of = f" of {part.source.path}" if part.source is not None else ""
+                raise DataError([f"{key}: no row{of} is left to use", *_why_none(fate, limit)])
+    train, mixture = _mixed(rows.pop("data.path"), recipe.seed)
+    held_out = next((joined([found for _, found in some]) for some in rows.values()), None)
     if data.eval_fraction:
         halves = split(train, data.eval_fraction, recipe.seed)
         if halves is None:
@@ -187,6 +169,7 @@ def _encode_all(
     )
     report = DataReport(
         sources=tuple(fate.sources),
+        mixture=mixture,
         files_left_out=tuple(fate.left_out),
         template=template,
         max_length=limit,
@@ -207,91 +190,26 @@ def _encode_all(
     return {"train": to_table(train)} | ({} if held_out is None else {"eval": to_table(held_out)}), report
 
 
-def _read(
-    part: _Part, data: DataSection, adapters: Mapping[str, Adapter], fate: _Fate, pairs: bool
-) -> Iterator[tuple[Place, Any]]:
-    """Conversations of one part, or pairs of them, from the top; what is wrong with rows goes into `fate`."""
-    fate.left_out += part.found.left_out
-    left = part.most
-    broken: list[str] = []
-    for source in part.found.sources:
-        reading = Reading(source.name)
-        try:
-            items: Iterator[Any] = (
-                read_pairs(source, reading, data.columns, data.ignore)
-                if pairs
-                else conversations(source, reading, data.format, data.columns, adapters, data.ignore)
-            )
-            for item in islice(items, left):
-                if isinstance(item, Problem):
-                    fate.problems.append(item)
-                else:
-                    yield item
-        except SourceError as error:
-            broken += error.problems
-        fate.sources.append(SourceReport(reading.name, reading.format, reading.because, reading.rows))
-        fate.unread.update(reading.unread)
-        fate.read += reading.rows
-        left = None if left is None else left - reading.rows
-        if left is not None and left <= 0:
-            break
-    if broken:
-        raise SourceError(broken)
-
-
-def _encoded(
-    read: Iterator[tuple[Place, Any]], tokenizer: Any, data: DataSection, limit: int | None, fate: _Fate
-) -> Rows:
-    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
-    how = tool_format(data.tool_format, template_for(tokenizer, data.template).name)
-    rows = Rows()
-    for batch in _batches(read):
-        both = isinstance(batch[0][1], Pair)
-        encode_all = encode_pairs if both else encode_batch
-        encoded = encode_all([chat for _, chat in batch], tokenizer, limit, policy, data.template)
-        for (place, chat), row in zip(batch, encoded, strict=True):
-            if isinstance(row, EncodeError):
-                if row.reason in ("untrained", "truncated"):
-                    fate.dropped.append(Left(str(place), str(row)))
-                else:
-                    fate.problems.append(Problem(place, str(row)))
-                continue
-            for turn in chat.chosen if both else chat:
-                if turn.get("calls"):
-                    fate.calls += len(turn["calls"])
-                    if turn.get("train", True) and (servers := lost_by(turn["calls"], how)):
-                        why = f"{', '.join(servers)} stops at the first ], so it loses a call with a list or a bracket"
-                        fate.unreadable.append(Left(str(place), why))
-            if (empty := _empty(chat.chosen if both else chat, both)) is not None:
-                fate.empty.append(Left(str(place), empty))
-            if row["truncated"]:
-                fate.truncated.append(Left(str(place), f"longer than {limit} tokens; its end was cut off"))
-            rows.add(str(place), row, tuple(message["role"] for message in (chat.chosen if both else chat)))
-    return rows
-
-
-def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, Any]]]:
-    """Batches of conversations or pairs, of so many and, where they are long, of so many characters."""
-    batch: list[tuple[Place, Any]] = []
-    size = 0
-    for item in read:
-        chats = (item[1].chosen, item[1].rejected) if isinstance(item[1], Pair) else (item[1],)
-        batch.append(item)
-        size += sum(len(turn["content"]) for chat in chats for turn in chat)
-        if len(batch) == _BATCH or size > _CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _empty(chat: Sequence[Mapping[str, Any]], last_only: bool) -> str | None:
-    """Say which trained turns of the assistant are empty, if any."""
-    turns = [(number, turn) for number, turn in enumerate(chat, 1) if turn["role"] in ("assistant", "text")]
-    for number, turn in turns[-1:] if last_only else turns:
-        if turn.get("train", True) and not turn["content"].strip() and not turn.get("calls"):
-            return f"turn {number}, the assistant's, is empty: it is trained to say nothing"
-    return None
+def _mixed(parts: Sequence[tuple[Part, Rows]], seed: int) -> tuple[Rows, tuple[MixtureReport, ...]]:
+    """The rows to train on, of a mixture as much of each source as it says, and what that is."""
+    sources = [part.source for part, _ in parts if part.source is not None]
+    if not sources:
+        return joined([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1], ()
+    taken = counts([len(rows.about) for _, rows in parts], sources)
+    drawn = [draw(rows, count, seed, number)
+             for number, ((_, rows), count) in enumerate(zip(parts, taken, strict=True))]  # fmt: skip
+    told = [
+        MixtureReport(
+            path=source.path if isinstance(source.path, str) else ", ".join(source.path),
+            weight=source.weight,
+            rows=len(rows.about),
+            taken=len(some.about),
+            tokens=sum(length for _, length, _, _ in some.about),
+            trained_tokens=sum(trained for _, _, trained, _ in some.about),
+        )
+        for source, (_, rows), some in zip(sources, parts, drawn, strict=True)
+    ]
+    return joined(drawn), tuple(told)
 
 
 def _grouped(problems: Sequence[Problem]) -> list[str]:
@@ -309,7 +227,7 @@ def _grouped(problems: Sequence[Problem]) -> list[str]:
     return lines
 
 
-def _why_none(fate: _Fate, limit: int | None) -> list[str]:
+def _why_none(fate: Fate, limit: int | None) -> list[str]:
     counts = []
     if fate.problems:
         counts.append(f"{len(fate.problems):,} malformed: {fate.problems[0]}")

@@ -23,6 +23,18 @@ class SourceReport:
 
 
 @dataclass(frozen=True)
+class MixtureReport:
+    """One source of a mixture: the rows that could be used, and those that were taken."""
+
+    path: str
+    weight: float | None
+    rows: int
+    taken: int
+    tokens: int
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
 class Left:
     """A row that is not as it was, or not there at all: where it stands and what happened."""
 
@@ -65,6 +77,7 @@ class DataReport:
     truncated: tuple[Left, ...]
     duplicates: tuple[Left, ...]
     leaked: tuple[Left, ...]  # rows of eval that are also in train
+    mixture: tuple[MixtureReport, ...] = ()
     empty: tuple[Left, ...] = ()  # with a trained turn that says nothing
     unreadable: tuple[Left, ...] = ()  # with a trained call that a server's own reader loses
     calls: int = 0
@@ -84,6 +97,7 @@ class DataReport:
         """Return the report that `to_json` wrote; raises `KeyError`, `TypeError` or `ValueError` for anything else."""
         value = json.loads(text)
         value["sources"] = tuple(SourceReport(**source) for source in value["sources"])
+        value["mixture"] = tuple(MixtureReport(**source) for source in value["mixture"])
         value["files_left_out"] = tuple(value["files_left_out"])
         for name in ("train", "eval"):
             value[name] = None if value[name] is None else _part(value[name])

@@ -34,6 +34,10 @@ def render(report: DataReport, console: Console) -> None:
         line("data", [f"{source.name}:", *read.split()])
     if more := report.sources[_SHOWN:]:
         line("", [f"and {sum(source.rows for source in more):,} rows", f"from {len(more):,} more sources"])
+    trained = max(1, sum(part.trained_tokens for part in report.mixture))
+    for title, part in zip(chain(["mixture"], repeat("")), report.mixture, strict=False):
+        share = f"{100 * part.trained_tokens / trained:.1f}% of what is trained"
+        line(title, [f"{part.path}:", f"{part.taken:,} of {part.rows:,} rows,", f"{part.tokens:,} tokens,", share])
     if report.files_left_out:
         line("left out", [*_listed(report.files_left_out), "(of another split)"])
     limit = f"at most {report.max_length:,} tokens a row" if report.max_length else "rows of any length"
@@ -47,9 +51,9 @@ def render(report: DataReport, console: Console) -> None:
             "tools",
             [f"{report.calls:,} calls as {how.name}", f"({how.before or 'JSON'}...{how.after}),", *read.split()],
         )
-    for name, part in (("train", report.train), ("eval", report.eval)):
-        if part is not None:
-            for title, pieces in _figures(name, part):
+    for name, some in (("train", report.train), ("eval", report.eval)):
+        if some is not None:
+            for title, pieces in _figures(name, some):
                 line(title, pieces)
     if report.unread:
         line("not used", _listed([f"{name} ({count:,})" for name, count in report.unread.items()]))

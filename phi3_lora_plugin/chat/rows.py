@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,21 +57,38 @@ def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows] | None:
         return None
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     chosen = set(random.Random(seed).sample(distinct, count))
-    train, held_out = Rows(), Rows()
-    start = 0
-    for number, (about, digest) in enumerate(zip(rows.about, rows.digests, strict=True)):
-        part = held_out if keys[number] in chosen else train
-        stop = start + about[1]
-        part.ids += rows.ids[start:stop]
-        part.labels += rows.labels[start:stop]
+    numbers = range(len(rows.about))
+    return take(rows, [n for n in numbers if keys[n] not in chosen]), take(
+        rows, [n for n in numbers if keys[n] in chosen]
+    )
+
+
+def take(rows: Rows, numbers: Sequence[int]) -> Rows:
+    """The rows with these numbers, in this order."""
+    starts = [0]
+    for _, length, _, _ in rows.about:
+        starts.append(starts[-1] + length)
+    part = Rows()
+    for number in numbers:
+        part.ids += rows.ids[starts[number] : starts[number + 1]]
+        part.labels += rows.labels[starts[number] : starts[number + 1]]
         if number in rows.weights:
             part.weights[len(part.about)] = rows.weights[number]
-        part.about.append(about)
-        part.digests.append(digest)
+        part.about.append(rows.about[number])
+        part.digests.append(rows.digests[number])
         part.cuts += rows.cuts[number : number + 1]
         part.groups += rows.groups[number : number + 1]
-        start = stop
-    return train, held_out
+    return part
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of several parts, one after the other."""
+    whole = Rows()
+    for part in parts:
+        whole.weights |= {number + len(whole.about): weights for number, weights in part.weights.items()}
+        for name in ("ids", "labels", "cuts", "groups", "about", "digests"):
+            getattr(whole, name).extend(getattr(part, name))
+    return whole
 
 
 def duplicates(rows: Rows) -> Iterator[Left]:

@@ -163,13 +163,15 @@ def _unregistered(recipe: Recipe, pick: Callable[[str, str], Any]) -> list[Probl
 
 def _missing_data(recipe: Recipe) -> list[Problem]:
     """Local data that is not there or cannot be read; of hub ids, only a run can tell."""
+    from phi3_lora_plugin.chat.mixture import sources_of
     from phi3_lora_plugin.chat.readers import SourceError
     from phi3_lora_plugin.chat.sources import find_sources
     from phi3_lora_plugin.recipe.yaml_file import Problem
 
     problems = []
     data = recipe.data
-    for key, path, split in (("path", data.path, data.split), ("eval_path", data.eval_path, data.eval_split)):
+    wanted: list[tuple[str, Any, str | None]] = [("path", path, own.split) for path, own, _ in sources_of(data)]
+    for key, path, split in [*wanted, ("eval_path", data.eval_path, data.eval_split)]:
         if path is None:
             continue
         try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phi3_lora_plugin.error import Phi3LoraError
 
@@ -75,11 +75,26 @@ class ModelSection(Section):
     """Where to train: auto takes the accelerator if there is one; mps is an Apple GPU, xpu an Intel one."""
 
 
+class MixtureSource(Section):
+    """One source of a mixture, an entry of the list `data.path`; what it leaves out is as the rest of `data` says."""
+
+    path: OneOrMore
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
+    """Share of the mixture, relative to the other sources; 1 where only others have one."""
+    max_rows: Count | None = None
+    """Rows to take at most, drawn by `seed`."""
+    format: Text | None = None
+    columns: dict[str, Text] | None = None
+    ignore: list[Text] | None = None
+    split: Text | None = None
+
+
 class DataSection(Section):
     """The rows, how they become chats, and how chats become tokens."""
 
-    path: OneOrMore | None = None
-    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say."""
+    path: Text | Annotated[list[Text | dict[str, Any]], Field(min_length=1)] | None = None
+    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say. Mappings
+    in a list (path, weight, max_rows, format, columns, ignore, split) are the sources of a mixture."""
     format: Text = "auto"
     """messages, sharegpt, alpaca, prompt_completion, query_response, conversation, chatgpt, segments, text, a plugin's
     name, or auto."""
@@ -119,10 +134,34 @@ class DataSection(Section):
     """Train on this many rows at most, from the top."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Rows for evaluation come from one place."""
+        """Rows for evaluation come from one place; a mixture says of each source what it takes of it."""
+        entries = self.path if isinstance(self.path, list) else []
+        wrong = [
+            f"source {number}: {message}"
+            for number, entry in enumerate(entries, 1)
+            for message in (_wrong_source(entry) if isinstance(entry, dict) else ())
+        ]
+        if wrong:
+            yield "path", "; ".join(wrong)
+        if self.max_rows is not None and any(isinstance(entry, dict) for entry in entries):
+            yield "max_rows", "has no effect on a mixture; write max_rows into its sources"
         if self.eval_fraction and (self.eval_path is not None or self.eval_split is not None):
             other = "eval_path" if self.eval_path is not None else "eval_split"
             yield "eval_fraction", f"given beside data.{other}; write data.eval_fraction: 0, or drop data.{other}"
+
+
+def _wrong_source(entry: dict[str, Any]) -> list[str]:
+    try:
+        MixtureSource.model_validate(entry)
+    except ValidationError as error:
+        said = []
+        for one in error.errors():
+            name = str(one["loc"][0])
+            known = ", ".join(MixtureSource.model_fields)
+            unknown = one["type"] == "extra_forbidden"
+            said.append(f"unknown key {name!r}; available: {known}" if unknown else f"{name}: {one['msg']}")
+        return list(dict.fromkeys(said))
+    return []
 
 
 class LoraSection(Section):

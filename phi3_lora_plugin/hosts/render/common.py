@@ -206,7 +206,7 @@ def rows(recipe: Recipe, evaluation: bool = False) -> Rows | None:
     from phi3_lora_plugin.embedded import locate
 
     data = recipe.data
-    named = data.path if not evaluation else data.eval_path
+    named: Any = data.path if not evaluation else data.eval_path
     if evaluation and named is None and data.eval_split is not None:
         named = data.path
     if named is None:
@@ -215,6 +215,8 @@ def rows(recipe: Recipe, evaluation: bool = False) -> Rows | None:
         if len(named) > 1:
             raise RenderError(f"data.path: {len(named)} paths; render one of them, and add the others by hand")
         named = named[0]
+        if not isinstance(named, str):
+            raise RenderError("data.path: a mixture of sources; render one of them, and add the others by hand")
     path = locate(named)
     local = Path(path).exists()
     split = (data.eval_split or data.split) if evaluation else data.split

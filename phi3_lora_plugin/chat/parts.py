@@ -1,0 +1,145 @@
+"""The rows of one source, or of several that are read alike -> encoded rows, and the fate of those that are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.chat.adapt import Reading, conversations
+from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
+from phi3_lora_plugin.chat.formats import Adapter
+from phi3_lora_plugin.chat.pairs import encode_pairs, read_pairs
+from phi3_lora_plugin.chat.preferences import Pair
+from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
+from phi3_lora_plugin.chat.report import Left, SourceReport
+from phi3_lora_plugin.chat.rows import Rows
+from phi3_lora_plugin.chat.sources import Found
+from phi3_lora_plugin.chat.templates import template_for
+from phi3_lora_plugin.chat.tool_formats import lost_by, tool_format
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe.sections import DataSection, MixtureSource
+
+_BATCH = 256  # conversations rendered and tokenised in one go; more keep the garbage collector busier
+_CHARACTERS = 20_000_000  # of one batch at most, so that a few long rows do not fill the memory
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are read alike, to train on or to evaluate on, and where they come from."""
+
+    key: str  # of the recipe, for errors
+    found: Found
+    data: DataSection  # how they are read
+    most: int | None = None  # rows to read
+    source: MixtureSource | None = None  # what of them goes into a mixture
+
+
+@dataclass
+class Fate:
+    """What happened to rows that are not used as they stand, and how the sources were read."""
+
+    problems: list[Problem] = field(default_factory=list)
+    dropped: list[Left] = field(default_factory=list)
+    truncated: list[Left] = field(default_factory=list)
+    empty: list[Left] = field(default_factory=list)
+    unreadable: list[Left] = field(default_factory=list)
+    calls: int = 0
+    sources: list[SourceReport] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    read: int = 0
+
+
+def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, pairs: bool) -> Iterator[tuple[Place, Any]]:
+    """Conversations of one part, or pairs of them, from the top; what is wrong with rows goes into `fate`.
+
+    Raises:
+        SourceError: a source that cannot be read at all, once the others are read.
+    """
+    data = part.data
+    fate.left_out += part.found.left_out
+    left = part.most
+    broken: list[str] = []
+    for source in part.found.sources:
+        reading = Reading(source.name)
+        try:
+            items: Iterator[Any] = (
+                read_pairs(source, reading, data.columns, data.ignore)
+                if pairs
+                else conversations(source, reading, data.format, data.columns, adapters, data.ignore)
+            )
+            for item in islice(items, left):
+                if isinstance(item, Problem):
+                    fate.problems.append(item)
+                else:
+                    yield item
+        except SourceError as error:
+            broken += error.problems
+        fate.sources.append(SourceReport(reading.name, reading.format, reading.because, reading.rows))
+        fate.unread.update(reading.unread)
+        fate.read += reading.rows
+        left = None if left is None else left - reading.rows
+        if left is not None and left <= 0:
+            break
+    if broken:
+        raise SourceError(broken)
+
+
+def encoded(
+    read: Iterator[tuple[Place, Any]], tokenizer: Any, data: DataSection, limit: int | None, fate: Fate
+) -> Rows:
+    """Conversations or pairs as rows; those that have nothing to train, or cannot be encoded, go into `fate`."""
+    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
+    how = tool_format(data.tool_format, template_for(tokenizer, data.template).name)
+    rows = Rows()
+    for batch in _batches(read):
+        both = isinstance(batch[0][1], Pair)
+        encode_all = encode_pairs if both else encode_batch
+        encoded = encode_all([chat for _, chat in batch], tokenizer, limit, policy, data.template)
+        for (place, chat), row in zip(batch, encoded, strict=True):
+            if isinstance(row, EncodeError):
+                if row.reason in ("untrained", "truncated"):
+                    fate.dropped.append(Left(str(place), str(row)))
+                else:
+                    fate.problems.append(Problem(place, str(row)))
+                continue
+            for turn in chat.chosen if both else chat:
+                if turn.get("calls"):
+                    fate.calls += len(turn["calls"])
+                    if turn.get("train", True) and (servers := lost_by(turn["calls"], how)):
+                        why = f"{', '.join(servers)} stops at the first ], so it loses a call with a list or a bracket"
+                        fate.unreadable.append(Left(str(place), why))
+            if (empty := _empty(chat.chosen if both else chat, both)) is not None:
+                fate.empty.append(Left(str(place), empty))
+            if row["truncated"]:
+                fate.truncated.append(Left(str(place), f"longer than {limit} tokens; its end was cut off"))
+            rows.add(str(place), row, tuple(message["role"] for message in (chat.chosen if both else chat)))
+    return rows
+
+
+def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, Any]]]:
+    """Batches of conversations or pairs, of so many and, where they are long, of so many characters."""
+    batch: list[tuple[Place, Any]] = []
+    size = 0
+    for item in read:
+        chats = (item[1].chosen, item[1].rejected) if isinstance(item[1], Pair) else (item[1],)
+        batch.append(item)
+        size += sum(len(turn["content"]) for chat in chats for turn in chat)
+        if len(batch) == _BATCH or size > _CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _empty(chat: Sequence[Mapping[str, Any]], last_only: bool) -> str | None:
+    """Say which trained turns of the assistant are empty, if any."""
+    turns = [(number, turn) for number, turn in enumerate(chat, 1) if turn["role"] in ("assistant", "text")]
+    for number, turn in turns[-1:] if last_only else turns:
+        if turn.get("train", True) and not turn["content"].strip() and not turn.get("calls"):
+            return f"turn {number}, the assistant's, is empty: it is trained to say nothing"
+    return None
