@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
-from phi3_lora_plugin.training.rows import feed, first_batches, require_weighted_loss
+from phi3_lora_plugin.training.rows import first_batches, require_weighted_loss
 
 Tell = Callable[[str], None]
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import Trainer, TrainerCallback
 
+    from phi3_lora_plugin.evaluate.answers import Question
     from phi3_lora_plugin.recipe import Recipe
 
 _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -114,6 +115,8 @@ def train(
 
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.rows import lengths
+    from phi3_lora_plugin.evaluate.answers import questions
+    from phi3_lora_plugin.evaluate.generate import stop_ids
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing, prepare_for_loss_scaling
     from phi3_lora_plugin.model.families import row_limit, straddles
@@ -124,6 +127,7 @@ def train(
     from phi3_lora_plugin.training.callbacks import CheckpointError
     from phi3_lora_plugin.training.health import HealthError
     from phi3_lora_plugin.training.interrupt import StopOnSignal
+    from phi3_lora_plugin.training.objective import objective_of
     from phi3_lora_plugin.training.progress import ProgressReport
 
     started = time.monotonic()
@@ -156,7 +160,8 @@ def train(
     set_seed(recipe.seed)  # A depends on the seed alone, not on how the model was loaded
     model = add_lora(model, **options)
     say.print(render_coverage(coverage(model)))
-    arguments = _arguments(recipe, data.eval is not None)
+    objective = objective_of(recipe)
+    arguments = objective.arguments(recipe, data.eval is not None)
     if checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
     if arguments.fp16:
@@ -164,8 +169,8 @@ def train(
 
     stop, progress = StopOnSignal(), ProgressReport(say)
     callbacks = [*plugins.callbacks(recipe), *callbacks]
-    rows, collator = feed(data.train, recipe, tokenizer, longest)
-    trainer = _trainer_class(recipe)(
+    rows, collator = objective.feed(data.train, recipe, tokenizer, longest)
+    trainer = objective.trainer(
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -194,8 +199,10 @@ def train(
     wrap_again(trainer)
     if before is not None:
         tell(f"held-out loss before training: {before:.4f}")
-    questions = _questions(data.eval, tokenizer, samples)
-    answers_before = _answers(model, tokenizer, questions)
+    asked = questions(data.eval or (), tokenizer, stop_ids(model, tokenizer), samples)
+    if samples and data.eval and not asked:
+        tell("note: no held-out row has a whole answer to ask for")
+    answers_before = _answers(model, tokenizer, asked)
     try:
         with stop:
             _run(trainer, recipe, resume, allow_drift, tell)
@@ -203,7 +210,7 @@ def train(
         raise TrainingError(str(error)) from error
     interrupted = stop.received is not None
     after = None if interrupted else _eval_loss(trainer)
-    answers_after = [""] * len(questions) if interrupted else _answers(model, tokenizer, questions)
+    answers_after = [""] * len(asked) if interrupted else _answers(model, tokenizer, asked)
 
     adapter = latest_complete(output_dir)
     difference = None
@@ -229,61 +236,20 @@ def train(
         base_bytes=sum(p.numel() * p.element_size() for n, p in base.named_parameters() if "lora_" not in n),
         reload_difference=difference,
         samples=tuple(
-            Sample(question.prompt, question.expected, was, now)
-            for question, was, now in zip(questions, answers_before, answers_after, strict=True)
+            Sample(tokenizer.decode(each.ids, skip_special_tokens=True).strip(), each.expected, was, now)
+            for each, was, now in zip(asked, answers_before, answers_after, strict=True)
         ),
     )
 
 
-@dataclass(frozen=True)
-class _Question:
-    ids: list[int]
-    prompt: str
-    expected: str
-
-
-def _questions(rows: Any, tokenizer: Any, count: int) -> list[_Question]:
-    """The first turns of the first `count` held-out rows: everything before the first trained token, and that turn."""
-    found = []
-    for row in rows.select(range(min(count, len(rows)))) if rows is not None else ():
-        ids, labels = list(row["input_ids"]), list(row["labels"])
-        start = next(index for index, label in enumerate(labels) if label != -100)
-        stop = next((index for index in range(start, len(labels)) if labels[index] == -100), len(labels))
-        prompt = tokenizer.decode(ids[:start], skip_special_tokens=True).strip()
-        found.append(
-            _Question(ids[:start], prompt, tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip())
-        )
-    return found
-
-
-def _answers(model: Any, tokenizer: Any, questions: Sequence[_Question]) -> list[str]:
+def _answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
     from phi3_lora_plugin.evaluate.answers import answer
 
-    return [said.text for said in answer(model, tokenizer, [question.ids for question in questions], 48)]
+    return [said.text for said in answer(model, tokenizer, [question.ids for question in asked], 48)]
 
 
 def _eval_loss(trainer: Trainer) -> float | None:
     return None if trainer.eval_dataset is None else float(trainer.evaluate()["eval_loss"])
-
-
-def _arguments(recipe: Recipe, has_eval: bool) -> Any:
-    from phi3_lora_plugin.training.arguments import training_arguments
-
-    if not recipe.preference.on:
-        return training_arguments(recipe, has_eval)
-    from phi3_lora_plugin.training.preference import preference_arguments
-
-    return preference_arguments(recipe, has_eval)
-
-
-def _trainer_class(recipe: Recipe) -> Any:
-    from transformers import Trainer
-
-    if not recipe.preference.on:
-        return Trainer
-    from phi3_lora_plugin.training.preference import PreferenceTrainer
-
-    return PreferenceTrainer
 
 
 def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], tell: Tell) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from phi3_lora_plugin.inspect.inspect import InspectError, Problem, inspect, lines
 from phi3_lora_plugin.model.base_size import parameters
 from phi3_lora_plugin.model.tokenizer import save_tokenizer
+from phi3_lora_plugin.recipe import load_recipe
+from phi3_lora_plugin.recipe.layers import shipped_names
 
 TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
 
@@ -57,6 +59,46 @@ def test_a_clean_model_has_no_problem_and_says_what_it_is(tmp_path: Path) -> Non
     assert any("<|end|>" in stop for stop in found.stop_tokens)
     told = "\n".join(lines(found))
     assert "(q_proj 0:32, k_proj 32:64, v_proj 64:96)" in told and "problems     none" in told
+
+
+def test_a_published_model_is_offered_its_own_presets_only(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("phi-3-medium-4k-instruct", "phi-3-mini-128k-instruct"):
+        (tmp_path / "config.json").write_text((shared_data / "configs" / f"{name}.json").read_text())
+        found = {preset for row in inspect(tmp_path).trainable for preset in row.presets}
+        bases = {preset: load_recipe(preset).model.path.lower() for preset in shipped_names()}
+        assert found == {preset for preset, base in bases.items() if base == f"microsoft/{name}"} != set()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ({"quant_method": "fp8"}, "(fp8)"),
+    ],
+)
+def test_a_quantised_base_is_named_in_its_folder_and_under_its_adapter(tmp_path: Path, given: dict, said: str) -> None:
+    base = clean(tmp_path)
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": given}))
+    assert said in whats(inspect(base).problems)
+    on = adapter(tmp_path / "adapter")
+    path = on / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    assert said in whats(inspect(on).problems)
+
+
+def test_embeddings_in_an_adapter_are_named_with_their_size(tmp_path: Path) -> None:
+    base, on = clean(tmp_path), adapter(tmp_path / "adapter")
+    path, file = on / "adapter_config.json", on / "adapter_model.safetensors"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    saved = load_file(file)
+    save_file(saved | {"base_model.model.model.embed_tokens.weight": torch.ones(512, 32)}, file)
+    found = inspect(on)
+    assert found.adapter["embeddings"] == ["model.embed_tokens 512 x 32"]
+    assert "model.embed_tokens.weight: saved in full" in whats(found.problems)
+    save_file(saved | {"base_model.model.lm_head.weight": torch.ones(520, 32)}, file)
+    assert "lm_head.weight has 520 rows, its base 512" in whats(inspect(on).problems)
 
 
 def test_presets_say_the_parameters_that_they_really_train(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_lora_plugin.recipe import yaml_file as recipe_yaml
 from phi3_lora_plugin.recipe.yaml_file import MAX_NODES, dump, dump_line, parse, parse_value, read_file
 
 
@@ -224,16 +223,3 @@ def test_what_is_written_reads_back_here_and_elsewhere(data: dict[str, object]) 
     assert yaml.safe_load(dump(data)) == data
     for value in data.values():
         assert parse(f"key: {dump_line(value)}", "r.yaml").data == {"key": value}
-
-
-@pytest.mark.parametrize("text", [
-    *(file.read_text(encoding="utf-8") for file in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))),
-    "a: [1, 2e-4, yes, ~, 0x1f, '7', \"x\\ty\"]\nb: &x {c: *y}\n", "a: &x [1]\nb: *x\n", "a: |\n  two\n  lines\n",
-    "--- a\n--- b\n", "a: b: c", "a: 'never closed", "a:\n\tb: 1\n", "[" * 2000, "a: \x07", "", "# nothing\n",
-])  # fmt: skip
-def test_the_fast_reader_says_what_the_slow_one_says(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe_yaml._composed.cache_clear()
-    fast = recipe_yaml.parse(text, "f.yaml")
-    monkeypatch.setattr(recipe_yaml, "_FastLoader", None)
-    recipe_yaml._composed.cache_clear()
-    assert fast == recipe_yaml.parse(text, "f.yaml")

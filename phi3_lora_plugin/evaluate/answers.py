@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class Answer:
 
 
 def questions(
-    rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], most: int
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], most: int
 ) -> list[Question]:
     """The last trained turn of each of the first `most` rows, and all that stands before it.
 
@@ -39,12 +39,12 @@ def questions(
     before it; a row without a whole one is left out.
 
     Args:
-        rows: as `encode` gives them, with the assistant's turns trained and nobody else's.
+        rows: as `encode` gives them, with the assistant's turns trained and nobody else's; of pairs the chosen chat.
         stops: the tokens that end a turn.
     """
     found = []
     for number, row in zip(range(most), rows, strict=False):
-        ids, labels = list(row["input_ids"]), list(row["labels"])
+        ids, labels = (list(row[name])[: row.get("cut")] for name in ("input_ids", "labels"))
         behind = next((at for at in range(len(ids), 0, -1) if labels[at - 1] in stops), 0)
         start = next((at for at in range(behind, 0, -1) if labels[at - 1] == IGNORE), 0)
         if start:

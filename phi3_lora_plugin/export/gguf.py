@@ -17,6 +17,7 @@ from phi3_lora_plugin.export.gguf_quantize import FORMS, file_type, quantize_row
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, one_alpha
 from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import Weights
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ def write_gguf_model(
     gguf = _gguf()
     folder = model_folder(source)
     config = read_json(folder / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    if method := quantized_by(config):
         raise GGUFError(f"{folder} is quantised by {method}; export the unquantised model")
     arch = _architecture(gguf, config)
     weights = Weights(folder)

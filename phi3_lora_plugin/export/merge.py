@@ -11,6 +11,7 @@ from phi3_lora_plugin.export.merge_check import check_written, compare_logits, f
 from phi3_lora_plugin.export.merge_module import MergeError
 from phi3_lora_plugin.export.merge_plan import VerificationError, merged_tensors, plan_merge
 from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
 
 __all__ = [
@@ -117,8 +118,7 @@ def merge(
     peft = read_peft(folder)
     source = model_folder(*((base, None) if base else found.base))
     config = read_json(source / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
+    if method := quantized_by(config):
         raise MergeError(
             f"{source} is quantised ({method}): adding to rounded weights and rounding them again loses much of the "
             "adapter; merge onto the unquantised base, with --base"

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.inspect.findings import Problem
-from phi3_lora_plugin.inspect.model import AGAIN, LFS, PULL, header_of
+from phi3_lora_plugin.inspect.model import AGAIN, LFS, PULL, header_of, quantised
 from phi3_lora_plugin.model.families import Projection, UnsupportedModel, projections, recognise
 
 _OLDER = "take an older checkpoint"
+_IN_FULL = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
 _SHOWN = 3  # of a kind that are spelled out
 
 
@@ -40,6 +41,7 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         problems.append(Problem("names no base model", "write base_model_name_or_path into adapter_config.json"))
     of_base = _config_of(base, config.get("revision"), problems) if base else None
     if of_base is not None:
+        problems += quantised(of_base)
         family = recognise(of_base)
         found |= {"family": f"{family.name} ({family.title})", "projections": projections(of_base)}
     if "adapter_model.safetensors" not in files:
@@ -56,6 +58,7 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         problems.append(Problem(f"adapter_model.safetensors {wrong}", PULL if wrong == LFS else _OLDER))
         return found
     about["tensors"] = len(shapes)
+    problems += _embedding_problems(shapes, of_base, about)
     problems += _tensor_problems(folder, list(shapes))
     problems += _layout_problems(folder, config, of_base, list(shapes))
     return found
@@ -84,6 +87,26 @@ def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict
         )
         return None
     return config
+
+
+def _embedding_problems(
+    shapes: dict[str, tuple[int, ...]], of_base: dict[str, Any] | None, about: dict[str, Any]
+) -> list[Problem]:
+    """Embeddings and heads that are saved in full: how large they are goes into `about`."""
+    from phi3_lora_plugin.lora_files.keys import read_key
+
+    problems = []
+    found = {name: shape for key, shape in shapes.items() if (name := read_key(key).shared).endswith(_IN_FULL)}
+    rows = of_base["vocab_size"] if of_base else None
+    for name, shape in found.items():
+        about.setdefault("embeddings", []).append(f"{name.rpartition('.')[0]} {' x '.join(map(str, shape))}")
+        if rows is not None and shape[0] != rows:
+            what = f"{name} has {shape[0]} rows, its base {rows}: the vocabulary was resized in training"
+            problems.append(Problem(what, "resize the base in the same way before the adapter is put on it"))
+    if found and not problems:
+        fix = "phi3-lora convert SRC DST --to peft --drop-equal-embeddings, where they were not trained"
+        problems.append(Problem(f"{', '.join(found)}: saved in full, which servers do not load", fix))
+    return problems
 
 
 def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:

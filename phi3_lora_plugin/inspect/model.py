@@ -15,10 +15,12 @@ from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
     projections,
+    published_as,
     recognise,
     repair_rope,
     row_limit,
 )
+from phi3_lora_plugin.model.quantize import quantized_by
 
 LFS = "is a Git LFS pointer, not the weights"
 PULL = "run git lfs pull"
@@ -94,8 +96,17 @@ def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
     return shapes, None if end == size else f"is cut off or damaged: it has {size:,} bytes instead of {end:,}"
 
 
+def quantised(config: Mapping[str, Any]) -> list[Problem]:
+    """That weights are quantised, and by what; nothing where they are not."""
+    method = quantized_by(config)
+    if method is None:
+        return []
+    fix = "take the unquantised model, and model.quantize: nf4 or int8 to train on it in less memory"
+    return [Problem(f"weights are quantised ({method}): training and merging need other libraries or fail", fix)]
+
+
 def _config_problems(config: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+    problems = quantised(config)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
     if kind in ("su", "yarn"):
@@ -189,14 +200,20 @@ def _generation_problems(
 
 
 def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
-    """What each of this package's presets would train here, one line for each set of targets, rank and precision."""
+    """What each of this model's presets would train, one line for each set of targets, rank and precision.
+
+    Sizes that nobody published have none of their own: then all presets are of use that can be.
+    """
     from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
     from phi3_lora_plugin.recipe import load_recipe
     from phi3_lora_plugin.recipe.layers import shipped_names
 
+    family = recognise(config)
     rows: dict[tuple[str, int, str], Trainable] = {}
     for name in shipped_names():
         recipe = load_recipe(name)
+        if family.templates and published_as(recipe.model.path) != family:
+            continue
         lora = recipe.lora
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
         usual = "bfloat16" if recipe.model.dtype == "auto" else recipe.model.dtype

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from phi3_lora_plugin.model.folder import ModelError
 
 #: Bytes a weight: 4 bits and, double quantised, 0.127 bits of scales (QLoRA, arXiv 2305.14314, section 3); 8 bits.
 PACKED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+
+
+def quantized_by(config: Mapping[str, Any]) -> str | None:
+    """What the weights of a model folder are quantised by and to, such as `gptq, 4 bits`; None: they are not."""
+    given = config.get("quantization_config")
+    if not given:
+        return None
+    said = given if isinstance(given, Mapping) else {}
+    bits = said.get("bits") or (4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else None)
+    return f"{said.get('quant_method', 'an unnamed method')}{f', {bits} bits' if bits else ''}"
 
 
 def quantization_config(kind: str, compute: Any) -> Any:

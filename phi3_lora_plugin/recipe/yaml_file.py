@@ -61,11 +61,6 @@ _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"<<$"), ["<"])
 
 
-_FastLoader: Any = None
-if yaml.__with_libyaml__:
-    _FastLoader = type("_FastLoader", (yaml.CSafeLoader,), {"yaml_implicit_resolvers": _Loader.yaml_implicit_resolvers})
-
-
 def read_file(path: Path | Traversable) -> Document:
     """Read a recipe file; whatever is wrong with the file itself comes back as a problem, never as an exception."""
     name = str(path)
@@ -155,20 +150,12 @@ def dump_line(value: Any) -> str:
 
 @lru_cache(maxsize=64)
 def _composed(text: str) -> tuple[yaml.Node, ...]:
-    """The documents of a text as nodes, which nobody changes: parents of many recipes are read over and over.
-
-    By libyaml where it is there, ten times as fast; what it refuses is read again for the words of the slow one.
-    """
-    if text.isascii() and _FastLoader is not None:
-        try:
-            return tuple(_compose(text, _FastLoader))
-        except yaml.YAMLError:
-            pass
+    """The documents of a text as nodes, which nobody changes: parents of many recipes are read over and over."""
     return tuple(_compose(text))
 
 
-def _compose(text: str, kind: Any = _Loader) -> Iterator[yaml.Node]:
-    loader = kind(text)
+def _compose(text: str) -> Iterator[yaml.Node]:
+    loader = _Loader(text)
     try:
         while loader.check_node():
             node = loader.get_node()

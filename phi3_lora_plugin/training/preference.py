@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer  # noqa: TID253
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
+from phi3_lora_plugin.training.objective import Objective
 
 
 class PreferenceError(Phi3LoraError):
@@ -79,6 +80,13 @@ class PairCollator:
             "attention_mask": _padded([[1] * len(ids) for ids, _ in chats], width, 0),
             "completion_mask": _padded([[int(label != -100) for label in labels] for _, labels in chats], width, 0),
         }
+
+
+def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, PairCollator]:
+    return rows, PairCollator(tokenizer.pad_token_id)
+
+
+OBJECTIVE = Objective(PreferenceTrainer, preference_arguments, _feed)
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:

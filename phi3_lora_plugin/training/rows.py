@@ -1,4 +1,4 @@
-"""Rows for a Trainer: padded, packed, or in pairs."""
+"""Chats for a Trainer: padded, or packed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ if TYPE_CHECKING:
 
 
 def feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, Any]:
-    """(rows, collator): rows padded on the right batch by batch, pairs too, or packs that attend row by row."""
+    """(rows, collator): rows padded on the right batch by batch, or packs that attend row by row."""
     from transformers import DataCollatorForSeq2Seq
 
     from phi3_lora_plugin.chat.pack import PackedCollator, pack
     from phi3_lora_plugin.chat.rows import lengths
 
-    if recipe.preference.on:
-        from phi3_lora_plugin.training.preference import PairCollator
-
-        return rows, PairCollator(tokenizer.pad_token_id)
     if not recipe.data.packing:
         padded = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=8)
         return rows, WeightedCollator(padded)

@@ -1,0 +1,41 @@
+"""What a run learns from, chats or pairs of answers, and what it takes to train on that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from phi3_lora_plugin.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to train.
+
+    Attributes:
+        trainer: the class of the Trainer.
+        arguments: its arguments for (recipe, whether there are rows to evaluate on).
+        feed: (rows, collator) for (encoded rows, recipe, tokenizer, tokens of the longest row).
+    """
+
+    trainer: type[Trainer]
+    arguments: Callable[[Recipe, bool], TrainingArguments]
+    feed: Callable[[Any, Recipe, Any, int], tuple[Any, Any]]
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """The objective that a recipe names."""
+    if recipe.preference.on:
+        from phi3_lora_plugin.training.preference import OBJECTIVE
+
+        return OBJECTIVE
+    from transformers import Trainer
+
+    from phi3_lora_plugin.training.arguments import training_arguments
+    from phi3_lora_plugin.training.rows import feed
+
+    return Objective(Trainer, training_arguments, feed)
