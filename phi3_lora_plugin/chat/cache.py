@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from phi3_lora_plugin.chat.formats import ADAPTERS, Adapter
 from phi3_lora_plugin.chat.mixture import sources_of
 from phi3_lora_plugin.chat.report import DataReport
 from phi3_lora_plugin.chat.sources import Found
+from phi3_lora_plugin.model.new_files import new_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -118,7 +118,7 @@ def write_entry(entry: Path, tables: Mapping[str, pyarrow.Table], report: DataRe
     staging = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=entry.parent))
+        staging = new_folder(entry.parent, ".writing-")
         for name, table in tables.items():
             with pyarrow.ipc.new_file(str(staging / f"{name}.arrow"), table.schema) as file:
                 file.write_table(table)

@@ -31,7 +31,7 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
                 adapted = PeftModel.from_pretrained(model, str(folder))
         except PeftFilesError:
             raise
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {reason}") from error
     if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:

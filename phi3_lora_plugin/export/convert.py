@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
+from phi3_lora_plugin.model.new_files import new_folder
 from phi3_lora_plugin.model.shards import Weights, copy_tokenizer, staged
 
 if TYPE_CHECKING:
@@ -395,7 +395,7 @@ def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
     if target.exists() and not overwrite:
         raise ModelError(f"{target} exists; name another file, or say --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    stage = new_folder(target.parent, f".{target.name}.", ".tmp")
     try:
         yield stage / target.name
         for file in sorted(stage.iterdir(), key=lambda file: file.name == target.name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.export.exporter import Exporter, ExportError, Shipped, Wanted
 from phi3_lora_plugin.export.proof import Comparison, ProofError
+from phi3_lora_plugin.model.new_files import new_folder
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.export.adapted import Adapted
@@ -177,7 +177,7 @@ def _scratch(out: Path) -> Iterator[Path]:
     """A folder for work in between, on the disk that has to hold the result anyway; gone in the end."""
     import shutil
 
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".work", dir=out.absolute().parent))
+    folder = new_folder(out.absolute().parent, f".{out.name}.", ".work")
     try:
         yield folder
     finally:

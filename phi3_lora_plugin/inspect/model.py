@@ -91,7 +91,7 @@ def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
             end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             return {}, f"is damaged: its header cannot be read ({error})"
     return shapes, None if end == size else f"is cut off or damaged: it has {size:,} bytes instead of {end:,}"
 

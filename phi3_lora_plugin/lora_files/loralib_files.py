@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import bare
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
+from phi3_lora_plugin.model.new_files import save_tensors
+from phi3_lora_plugin.small_file import BadFile, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,22 +69,25 @@ def sidecar_of(file: Path) -> Path | None:
 def read_settings(path: Path) -> Settings:
     """Settings from a sidecar; `r`/`lora_r`, `alpha`/`lora_alpha`, `dropout`/`lora_dropout` are all understood."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise LoralibError(f"{path} is not JSON: {error}") from error
+        data = read_json(path)
+    except BadFile as error:
+        raise LoralibError(f"{path} {error}") from error
     if not isinstance(data, dict):
         raise LoralibError(f"{path}: expected a mapping, got {type(data).__name__}")
     flags = data.get("enable_lora") or {}
     if isinstance(flags, list):
         flags = {"": flags}  # as people write it who have one kind of MergedLinear
-    return Settings(
-        alpha=data.get("alpha", data.get("lora_alpha")),
-        r=data.get("r", data.get("lora_r")),
-        dropout=float(data.get("dropout") or data.get("lora_dropout") or 0.0),
-        enable_lora={name: tuple(bool(flag) for flag in each) for name, each in flags.items()},
-        modules=data.get("modules"),
-        base=data.get("base") or data.get("base_model_name_or_path"),
-    )
+    try:
+        return Settings(
+            alpha=data.get("alpha", data.get("lora_alpha")),
+            r=data.get("r", data.get("lora_r")),
+            dropout=float(data.get("dropout") or data.get("lora_dropout") or 0.0),
+            enable_lora={name: tuple(bool(flag) for flag in each) for name, each in flags.items()},
+            modules=data.get("modules"),
+            base=data.get("base") or data.get("base_model_name_or_path"),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise LoralibError(f"{path}: dropout or enable_lora has a value that it cannot have: {error}") from error
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -265,9 +270,7 @@ def write_loralib(file: Path, tensors: Mapping[str, Tensor], sidecar: Mapping[st
     import torch
 
     if file.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     else:
         torch.save(dict(tensors), file)
     file.with_name(f"{file.name}.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
+from phi3_lora_plugin.model.new_files import save_tensors
+from phi3_lora_plugin.small_file import BadFile, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,8 +105,6 @@ def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, drop
     Raises:
         MlxError: embeddings, DoRA beside plain LoRA, biases.
     """
-    from safetensors.torch import save_file
-
     problems = [f"{lora.module}: {what}; merge it" for lora in loras for what in _unfit(lora)]
     dora = {lora.magnitude is not None for lora in loras}
     if len(dora) > 1:
@@ -133,7 +133,7 @@ def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, drop
         "model": model,
         "num_layers": layers - first,
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "mlx"})
+    save_tensors(tensors, folder / WEIGHTS, "mlx")
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return rows
 
@@ -146,7 +146,7 @@ def _unfit(lora: Lora) -> list[str]:
 def _config(folder: Path) -> Mapping[str, Any]:
     """adapter_config.json, or nothing where there is none that can be read."""
     try:
-        told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = read_json(folder / CONFIG)
+    except BadFile:
         return {}
     return told if isinstance(told, Mapping) else {}

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import PREFIX, factor_of, read_key
 from phi3_lora_plugin.lora_files.layouts import Lora
+from phi3_lora_plugin.model.new_files import save_tensors
+from phi3_lora_plugin.small_file import BadFile, read_json
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -119,15 +121,13 @@ def loadable(folder: Path) -> Iterator[Path]:
     Raises:
         PeftFilesError: the weights are missing or damaged.
     """
-    from safetensors.torch import save_file
-
     weights = _weights(folder)
     named = {PREFIX + read_key(key).shared: tensor.contiguous() for key, tensor in weights.items()}
     if named.keys() == weights.keys():
         yield folder
         return
     with TemporaryDirectory() as copy:
-        save_file(named, Path(copy, WEIGHTS), metadata={"format": "pt"})
+        save_tensors(named, Path(copy, WEIGHTS))
         shutil.copyfile(folder / CONFIG, Path(copy, CONFIG))
         yield Path(copy)
 
@@ -140,9 +140,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"; it has the adapters {', '.join(below)} inside: name one of these folders" if below else ""
         raise PeftFilesError(f"{folder} is no PEFT adapter: {CONFIG} is missing{hint}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise PeftFilesError(f"{path} is not JSON: {error}") from error
+        config = read_json(path)
+    except BadFile as error:
+        raise PeftFilesError(f"{path} {error}") from error
     if not isinstance(config, dict):
         raise PeftFilesError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
     return config
@@ -313,9 +313,7 @@ def peft_tensors(found: Parts) -> dict[str, Tensor]:
 
 def write_peft(folder: Path, config: Mapping[str, Any], found: Parts) -> None:
     """Write the two adapter files into `folder`, which exists; equal input gives equal bytes."""
-    from safetensors.torch import save_file
-
-    save_file(peft_tensors(found), folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(peft_tensors(found), folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

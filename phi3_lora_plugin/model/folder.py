@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.small_file import BadFile
+from phi3_lora_plugin.small_file import read_json as read_json_file
 from phi3_lora_plugin.wording import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -92,11 +93,9 @@ def weight_files(folder: Path) -> dict[str, str] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises ModelError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+        data = read_json_file(path)
+    except BadFile as error:
+        raise ModelError(f"{path} {error}") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data

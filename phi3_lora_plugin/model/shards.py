@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.model.folder import INDEX, SINGLE, ModelError, read_json, weight_files
+from phi3_lora_plugin.model.new_files import new_folder, save_tensors
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -132,10 +132,8 @@ class ShardWriter:
         return count
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
         if self._open:
-            save_file(self._open, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+            save_tensors(self._open, self.folder / f"shard-{len(self._shards)}")
             self._shards.append(list(self._open))
             self._open, self._open_bytes = {}, 0
 
@@ -171,14 +169,13 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise ModelError(f"{target} is not empty; name another place, or say --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    stage = new_folder(target.parent, f".{target.name}.", ".tmp")
     try:
-        stage.chmod(0o755)
         yield stage
         _sync(stage)
         old = None
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            old = new_folder(target.parent, f".{target.name}.", ".old")
             target.rename(old / "was")
         stage.rename(target)
         if old:
