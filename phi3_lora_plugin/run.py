@@ -7,9 +7,11 @@ tracebacks. What was done for it is said on stderr. Also for `accelerate launch 
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
     given = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     code = None if given.module else _read(parser, given.script)
 
+    interrupted: list[bool] = []
+    atexit.register(_end_by_the_signal, interrupted)  # before any library's: exit handlers run in reverse
     say = _quiet if given.quiet or os.environ.get("RANK", "0") != "0" else _say
     try:
         for sentence in _activate(given, say):
@@ -52,12 +56,28 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
         parser.exit(error.exit_code, f"{type(error).__name__}: {error}\n")
     _show_only_own_frames()
     sys.argv = [given.script, *given.args]
-    if code is None:
-        sys.path[0] = os.getcwd()
-        runpy.run_module(given.script, run_name="__main__", alter_sys=True)
-        return
-    sys.path[0] = str(Path(given.script).resolve().parent)
-    exec(code, _become_main(os.path.abspath(given.script)).__dict__)
+    try:
+        if code is None:
+            sys.path[0] = os.getcwd()
+            runpy.run_module(given.script, run_name="__main__", alter_sys=True)
+            return
+        sys.path[0] = str(Path(given.script).resolve().parent)
+        exec(code, _become_main(os.path.abspath(given.script)).__dict__)
+    except KeyboardInterrupt:
+        interrupted.append(True)
+        raise
+
+
+def _end_by_the_signal(interrupted: list[bool]) -> None:
+    """End a script that Ctrl-C ended by SIGINT, as Python does.
+
+    Python forgets why it ends, and exits with 1, where an exit handler runs code of its own, as torch._dynamo's does.
+    """
+    if interrupted and os.name == "posix":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _read(parser: argparse.ArgumentParser, script: str) -> CodeType:

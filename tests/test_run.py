@@ -58,13 +58,15 @@ trainer = Trainer(model, training_args, train_dataset=data, eval_dataset=data, p
 trainer.evaluate()
 trainer.train()
 trainer.save_model()
-print("finished", trainer.state.global_step, sum(float(p.abs().sum()) for p in model.parameters() if p.requires_grad))
+total = sum(float(p.abs().sum()) for p in model.parameters() if p.requires_grad)
+sys.stdout.write(f"finished {trainer.state.global_step} {total}\\n")  # at once: two processes share the pipe
 trainer.accelerator.end_training()
 """
 
 
 def call(*command: str, where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    alone = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "ACCELERATE_USE_CPU": "true"}
+    # Unbuffered, two processes that print at the same moment would write into each other's lines.
+    alone = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": ""}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=where, env=os.environ | alone | environment, timeout=900
     )
@@ -118,7 +120,7 @@ def test_a_trainer_script_for_other_models_trains_phi3(place: Path) -> None:
 
 def test_two_processes_run_it_too_and_speak_once(place: Path) -> None:
     ours = call(
-        str(BIN / "accelerate"), "launch", "--config_file", str(CONFIG), "--main_process_port", "0",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0",
         "-m", "phi3_lora_plugin.run", "train.py", "base", "--output_dir", "two", "--use_cpu", "--max_steps", "2",
         "--per_device_train_batch_size", "2", "--report_to", "none", where=place,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
+from warm_process import Warm
 
 from phi3_lora_plugin import load_recipe, verify
 from phi3_lora_plugin.hosts.ray import Cluster, RayError, read_settings
@@ -67,20 +68,25 @@ def test_settings_of_ray_are_checked_all_at_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """The folder of a run of one process."""
     folder = tmp_path_factory.mktemp("scale")
     (folder / "r.yaml").write_text(RECIPE, encoding="utf-8")
-    start(folder, "one").wait(900)
+    code, said = warm.start_command(folder / "one.txt", *command("one"), cwd=folder).wait()
+    assert code == 0, said
     return folder
 
 
+def command(name: str, *options: str) -> list[str]:
+    return ["train", "r.yaml", f"output_dir={name}", "--samples", "0", "--no-check", *options]
+
+
 def start(folder: Path, name: str, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    command = launcher or (str(BIN / "phi3-lora"),)
-    given = ["train", "r.yaml", f"output_dir={name}", "--samples", "0", "--no-check", *options]
+    program = launcher or (str(BIN / "phi3-lora"),)
     with (folder / f"{name}.txt").open("wb") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PHI3_LORA_CACHE": "off"}
-        return subprocess.Popen([*command, *given], cwd=folder, stdout=said, stderr=said, env=environment)
+        given = [*program, *command(name, *options)]
+        return subprocess.Popen(given, cwd=folder, stdout=said, stderr=said, env=environment)
 
 
 def assert_equal(folder: Path, name: str) -> None:
@@ -96,8 +102,8 @@ def assert_equal(folder: Path, name: str) -> None:
 
 def test_two_processes_of_accelerate_give_the_result_of_one(one: Path) -> None:
     config = str(DOCS / "accelerate" / "ddp-cpu.yaml")
-    launcher = (str(BIN / "accelerate"), "launch", "--config_file", config, "--main_process_port", "0", "-m",
-                "phi3_lora_plugin.cli")  # fmt: skip
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0",
+                "-m", "phi3_lora_plugin.cli")  # fmt: skip
     assert start(one, "two", "--same-batch", launcher=launcher).wait(900) == 0, (one / "two.txt").read_text()[-4000:]
     assert_equal(one, "two")
 
