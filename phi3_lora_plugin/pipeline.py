@@ -277,11 +277,11 @@ def _check(model: Any, adapter: Path, recipe: Recipe, ids: Sequence[int], tell: 
     from phi3_lora_plugin.training.reload_check import reload_check
 
     if recipe.model.quantize != "none":
-        tell("the reload was not checked: the base is quantised; phi3-lora verify checks the files")
+        tell("reload not checked: the base is quantised; phi3-lora verify checks the files")
         return None
     parameters = model.num_parameters()
     if parameters > 1_000_000_000:
-        tell(f"the reload was not checked: a second copy of {parameters / 1e9:.1f}B parameters may not fit")
+        tell(f"reload not checked: a second copy of {parameters / 1e9:.1f}B parameters may not fit")
         return None
     check = reload_check(model, adapter, locate(recipe.model.path), recipe.model.revision, ids[:256])
     return check.largest_difference

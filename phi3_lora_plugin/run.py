@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
         help="names of plugins whose callbacks to add, or module:Class; none: no callbacks",
     )
     parser.add_argument(
-        "--parts", metavar="P,P", help="what to activate: targets, report_to, trl, trainers; all by default"
+        "--parts", metavar="P,P", help="parts to activate: targets, report_to, trl, trainers (default: all)"
     )
-    parser.add_argument("--quiet", action="store_true", help="do not say what was done")
+    parser.add_argument("--quiet", action="store_true", help="do not print what was activated")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")
     parser.add_argument("script", metavar="SCRIPT", help="path of a Python file")
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="what the script is called with")
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="arguments for the script")
     given = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     code = None if given.module else _read(parser, given.script)
 

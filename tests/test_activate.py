@@ -88,7 +88,7 @@ def test_every_trainer_is_attached_to_as_it_trains_and_trains_the_same(tmp_path:
     assert same(trained(made[0].model), trained(made[1].model))
     difference = max((trained(alone.model)[name] - value).abs().max() for name, value in trained(made[0].model).items())
     assert difference < 1e-5
-    assert said.count("Trainer: LoRA-only checkpoints are written beside the Trainer's own") == 2
+    assert said.count("Trainer: LoRA-only checkpoints are saved next to the Trainer's own") == 2
     assert any(sentence.startswith("Trainer: speed: lora: on") for sentence in said)
 
 
@@ -96,7 +96,7 @@ def test_a_trainer_without_lora_is_left_alone(tmp_path: Path) -> None:
     said: list[str] = []
     activate(parts=["trainers"], say=said.append)
     Trainer(tiny.model(hidden_size=16, intermediate_size=32), arguments(tmp_path), train_dataset=rows()).train()
-    assert said == ["Trainer is left alone: Phi3ForCausalLM has no LoRA"] and not (tmp_path / "lora").exists()
+    assert said == ["Trainer unchanged: Phi3ForCausalLM has no LoRA"] and not (tmp_path / "lora").exists()
 
 
 def test_a_trainer_with_a_train_of_its_own_is_told_what_it_does_not_get(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_callbacks_are_chosen_by_name(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_with_what_there_is() -> None:
-    with pytest.raises(CallbackError, match="callbacks: phi4 is no plugin with callbacks; there are .*phi3"):
+    with pytest.raises(CallbackError, match="callbacks: phi4 is not a plugin with callbacks; available: .*phi3"):
         activate(parts=["trainers"], callbacks=["phi4"])
-    with pytest.raises(ActivationError, match="unknown part trainer; there are targets, "):
+    with pytest.raises(ActivationError, match="unknown part trainer; available: targets, "):
         activate(parts=["trainer"])
     assert active() == ()
 
@@ -142,7 +142,7 @@ def test_attach_says_which_split_names_peft_has_passed_over(tmp_path: Path) -> N
     model = peft_model(target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
     said = attach(trainer(tmp_path, model=model), speed="off")
     assert any(
-        "q_proj, v_proj have no LoRA: this model has them inside qkv_proj" in one and "WARNING" in one for one in said
+        "q_proj, v_proj got no LoRA: this model fuses them into qkv_proj" in one and "WARNING" in one for one in said
     )
 
 
@@ -157,7 +157,7 @@ def test_attach_changes_no_pad_token_of_rows_that_are_padded(tmp_path: Path) -> 
         made = Trainer(peft_model(), arguments(tmp_path / name), train_dataset=data, processing_class=words)
         said = attach(made, speed="off")
         assert (words.pad_token == "<|endoftext|>") == kept
-        assert any("are padded with <|endoftext|> already" in sentence for sentence in said) == kept
+        assert any("are already padded with <|endoftext|>" in sentence for sentence in said) == kept
         stops = words.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
         assert set(stops) <= set(made.model.generation_config.eos_token_id)
 
@@ -169,7 +169,7 @@ def test_attach_leaves_other_models_tokens_alone(tmp_path: Path) -> None:
     sizes = dict(vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), LoraConfig(r=2, task_type="CAUSAL_LM"))
     made = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows(), processing_class=words)
-    assert attach(made) == ["LoRA-only checkpoints are written beside the Trainer's own"]
+    assert attach(made) == ["LoRA-only checkpoints are saved next to the Trainer's own"]
     made.train()
     assert words.pad_token == "<|endoftext|>" and latest_complete(tmp_path)
 

@@ -383,7 +383,7 @@ def test_a_second_run_in_the_same_store_is_refused_until_the_first_is_gone(tmp_p
     )
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(StoreBusy, match=f"being written by another run .process {other.pid} on "):
+    with pytest.raises(StoreBusy, match=f"in use by another run .process {other.pid} on "):
         write(tmp_path, 1)
     assert latest_complete(tmp_path) is None
     other.kill()

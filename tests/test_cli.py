@@ -201,7 +201,7 @@ def test_a_signal_before_training_leaves_at_once(place: Path, tmp_path: Path) ->
     assert process.stdout.readline().startswith("recipe ")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    assert (process.returncode, "before anything was saved" in said) == (130, True), said
+    assert (process.returncode, "nothing was saved" in said) == (130, True), said
     assert "Traceback" not in said
 
 

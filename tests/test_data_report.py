@@ -195,7 +195,7 @@ def test_data_check_needs_no_model(tmp_path: Path, warm: Warm) -> None:
         "data", "check", "tiny-cpu", *arguments, "data.max_length=null", "--rows", "0", cwd=tmp_path, COLUMNS="80"
     )
     assert done.returncode == 0, done.stderr
-    assert "no limit on the length of rows" in done.stdout and "as the model sees them" not in done.stdout
+    assert "no limit on row length" in done.stdout and "as the model sees them" not in done.stdout
 
 
 WRONG = {

@@ -375,7 +375,7 @@ def test_blocked_names_are_never_imported(install: Install, monkeypatch: pytest.
 
 def test_our_own_plugin_can_be_blocked(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHI3_LORA_BLOCK_PLUGINS", "phi3")
-    with pytest.raises(PluginError, match="(?s)there is: none.*blocked by PHI3_LORA_BLOCK_PLUGINS: phi3"):
+    with pytest.raises(PluginError, match="(?s)available: none.*blocked by PHI3_LORA_BLOCK_PLUGINS: phi3"):
         load_plugins().pick("models", "phi3")
 
 
@@ -602,7 +602,7 @@ def test_what_is_not_there_is_said_with_what_is_and_what_failed(install: Install
     assert "no model loader is named 'god-loader'; did you mean 'good-loader'?" in said
     with pytest.raises(PluginError, match="'GOOD-LOADER'; did you mean 'good-loader'"):
         plugins.pick("models", "GOOD-LOADER")
-    assert "there is: good-loader, phi3" in said
+    assert "available: good-loader, phi3" in said
     assert "plugin 'broken' (broken-dist 1.0" in said and "ValueError: the reason" in said
 
 

@@ -172,7 +172,7 @@ def test_a_run_its_checkpoint_and_its_recipe_are_the_same_adapter(run: Path) -> 
     on_test = measured(run / "out", wanted=Wanted(data=str(run / "test.jsonl"), answers=2, max_new_tokens=4))
     assert (alone.base_figures, alone.tokens) == (on_test.base_figures, on_test.tokens)
     untrained = measured(run / "mine.yaml", f"output_dir={run / 'other'}")
-    assert untrained.adapter is None and "the base alone" in untrained.notes[0]
+    assert untrained.adapter is None and "the base model only" in untrained.notes[0]
     assert untrained.base_figures == from_run.base_figures
 
 
@@ -191,12 +191,12 @@ def test_a_foreign_adapter_finds_its_base_and_may_have_one_elsewhere(run: Path, 
     given = Wanted(data=str(run / "test.jsonl"), answers=0)
     found = measured(tmp_path, wanted=given)
     assert found.adapter_figures == measured(run / "out", wanted=given).adapter_figures
-    with pytest.raises(DataError, match="holds out no rows to evaluate on; give some with --data"):
+    with pytest.raises(DataError, match="holds out no rows to evaluate on; pass some with --data"):
         measured(tmp_path)
     config = tmp_path / "adapter_config.json"
     moved = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
     config.write_text(json.dumps(moved))
-    with pytest.raises(AdapterError, match="gone, which is not there any more; give its base with --base"):
+    with pytest.raises(AdapterError, match="gone, which no longer exists; pass its base with --base"):
         measured(tmp_path, wanted=given)
     assert measured(tmp_path, wanted=given, base=str(run / "base")).adapter_figures == found.adapter_figures
 
@@ -208,10 +208,10 @@ def test_another_base_is_told_or_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="was trained on .*base, not on"):
         measured(run / "mine.yaml", f"model.path={other}")
     narrow = tiny.base(tmp_path / "narrow", hidden_size=16)
-    with pytest.raises(AdapterError, match="does not go onto"):
+    with pytest.raises(AdapterError, match="does not fit"):
         measured(run / "out", wanted=Wanted(answers=0), base=str(narrow))
     shallow = tiny.base(tmp_path / "shallow", num_hidden_layers=3)
-    with pytest.raises(AdapterError, match="does not go onto .*missing adapter keys"):
+    with pytest.raises(AdapterError, match="does not fit .*missing adapter keys"):
         measured(run / "out", wanted=Wanted(answers=0), base=str(shallow))
 
 
@@ -282,9 +282,9 @@ def test_wrong_input_is_named_before_anything_is_measured(run: Path, tmp_path: P
     for words, reason in [
         ((run / "out", "--data", tmp_path / "no.jsonl"), "--data: .*no.jsonl: no such file"),
         ((run / "out", "--data", write(tmp_path / "plain.jsonl", plain), "--gsm8k"), "no number behind '####'"),
-        ((tmp_path,), "holds no LoRA adapter"),
+        ((tmp_path,), "has no LoRA adapter"),
         ((run / "out", "--lm-eval-args=3"), "--lm-eval-args: expected a mapping"),
-        ((run / "out", "--save-answers", tmp_path / "no" / "file"), "there is no folder"),
+        ((run / "out", "--save-answers", tmp_path / "no" / "file"), "no such folder"),
     ]:
         told = invoke(*words)
         assert isinstance(told.exception, ValueError) and type(told.exception).__module__.startswith(

@@ -272,7 +272,7 @@ def test_a_tokenizer_alone_says_whose_template_it_has(tmp_path: Path) -> None:
 def test_nothing_to_look_at_is_said(tmp_path: Path) -> None:
     with pytest.raises(InspectError, match="no such folder"):
         inspect(tmp_path / "nowhere")
-    with pytest.raises(InspectError, match="it holds nothing"):
+    with pytest.raises(InspectError, match="found: nothing"):
         inspect(tmp_path)
 
 

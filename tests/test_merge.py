@@ -187,7 +187,9 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
             merge(adapter, tied, tmp_path / "out")
         report = merge(adapter, tied, tmp_path / f"{name}-out", untie=True)
         config = json.loads((tmp_path / f"{name}-out" / "config.json").read_text())
-        assert config["tie_word_embeddings"] is False and any("are now apart" in note for note in report.notes)
+        assert config["tie_word_embeddings"] is False and any(
+            "untied head and embeddings" in note for note in report.notes
+        )
         # PEFT's own merge of `table` moves the head as well; what was trained is its forward pass before merging.
         with torch.inference_mode():
             adapted = PeftModel.from_pretrained(load(tied), str(adapter)).eval()(input_ids=IDS).logits
@@ -401,7 +403,7 @@ def test_the_command_says_what_it_checked(base, tmp_path):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
     told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out3")])
-    assert isinstance(told.exception, AdapterError) and "names no base model" in str(told.exception)
+    assert isinstance(told.exception, AdapterError) and "records no base model" in str(told.exception)
     assert CliRunner().invoke(app, [str(adapter), str(tmp_path / "o"), "--dtype", "int3"]).exit_code == 2
 
 

@@ -203,8 +203,8 @@ def test_a_parents_mistake_is_shown_in_the_parents_file(tmp_path: Path) -> None:
         ("lora=8", "lora: expected a mapping, found 8"),
         ("lora.loraplus_lr_ratio=0.5", "at least 1"),
         ("lora.loftq_config={loftq_bits: 4}", "lora.init: loftq"),
-        ("lora.rank=8", "there are r, alpha, dropout"),
-        ("optimiser=x", "there are extends, model, data"),
+        ("lora.rank=8", "available: r, alpha, dropout"),
+        ("optimiser=x", "available: extends, model, data"),
         ("model.path=3", "quote it"),
         ("model.revision=1234567", "quote it"),
         ("model.device=gpu", "one of auto, cpu, cuda"),
@@ -250,7 +250,7 @@ def test_an_error_across_sections_needs_no_other_error_to_be_gone(minimal: Path)
     assert "contradicts" in problems(minimal, ["model.device=cuda", "training.use_cpu=true"])[0]
     both = problems(minimal, ["data.eval_fraction=0.1", "data.eval_split=test"])
     assert both == [
-        "override data.eval_fraction=0.1: data.eval_fraction: given beside data.eval_split; write "
+        "override data.eval_fraction=0.1: data.eval_fraction: set together with data.eval_split; write "
         "data.eval_fraction: 0, or drop data.eval_split"
     ]
 
@@ -299,7 +299,7 @@ def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no such file" in problems("../nowhere")[0]
     assert "folder" in problems(tmp_path)[0]
     for name in ("a b", "", ".hidden", "a:b", "a\nb"):
-        assert "is not the name of a recipe" in problems(name)[0]
+        assert "is not a recipe name" in problems(name)[0]
 
 
 def test_a_preset_extends_by_name_only(tmp_path: Path) -> None:
@@ -317,8 +317,8 @@ def test_a_preset_extends_by_name_only(tmp_path: Path) -> None:
     assert load_recipe("good", find=find).model.path == "base"
     assert load_recipe(outside, find=find).model.path == "secret"
     for recipe in ("nosy", "rude", mine):
-        assert "is not the name of a recipe" in problems(recipe, find=find)[0]
-    assert "is not the name of a recipe" in problems(write(tmp_path, "my.yaml", "extends: ../x\n"), find=find)[0]
+        assert "is not a recipe name" in problems(recipe, find=find)[0]
+    assert "is not a recipe name" in problems(write(tmp_path, "my.yaml", "extends: ../x\n"), find=find)[0]
 
 
 def test_a_circle_and_an_unknown_parent_show_the_chain(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_circle_and_an_unknown_parent_show_the_chain(tmp_path: Path) -> None:
     assert circle[1].startswith(f"{b}:2: lora.r")  # and the rest is checked all the same
     assert "circle" in problems(self_made)[0]
     unknown, rank = problems(orphan)
-    assert unknown.startswith(f"{orphan}:2: extends: orphan -> nobody-knows: there is no recipe called")
+    assert unknown.startswith(f"{orphan}:2: extends: orphan -> nobody-knows: no recipe named")
     assert rank.startswith(f"{orphan}:3: lora.r")
     assert "expected the name of one recipe" in problems(odd)[0]
     assert len(problems(odd)) == 1

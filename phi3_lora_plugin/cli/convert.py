@@ -15,29 +15,27 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 def convert_command(
     src: Annotated[Path, typer.Argument(help="Adapter folder or file, checkpoint, run, or model folder.")],
-    dst: Annotated[Path, typer.Argument(help="Folder or file to write.")],
-    to: Annotated[Target, typer.Option(help="What to make of it; see docs/export.md.")],
-    base: Annotated[
-        str | None, typer.Option(help="Model folder or cached hub id, where the adapter names none.")
+    dst: Annotated[Path, typer.Argument(help="Output folder or file.")],
+    to: Annotated[Target, typer.Option(help="Output format; see docs/export.md.")],
+    base: Annotated[str | None, typer.Option(help="Base model, if the adapter records none.")] = None,
+    target_base: Annotated[str | None, typer.Option(help="Base model to record in the new adapter.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora_alpha for loralib and torchtune files.")] = None,
+    r: Annotated[int | None, typer.Option(help="Expected r of a loralib file.")] = None,
+    enable_lora: Annotated[
+        list[str] | None, typer.Option(help="Groups, for example qkv_proj=T,F,T; repeatable.")
     ] = None,
-    target_base: Annotated[str | None, typer.Option(help="Base that the new adapter shall name.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="lora_alpha of a loralib or torchtune file.")] = None,
-    r: Annotated[int | None, typer.Option(help="r of a loralib file, to be checked.")] = None,
-    enable_lora: Annotated[list[str] | None, typer.Option(help="As qkv_proj=T,F,T; repeatable.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Of GGUF files.")] = "auto",
-    max_shard: Annotated[str, typer.Option(help="Size of one file of a model.")] = "2GB",
-    compact: Annotated[bool, typer.Option(help="Share and leave out ranks where that changes nothing.")] = True,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="One rank and alpha for all modules, the rest goes into B.")
-    ] = False,
+    dtype: Annotated[DType, typer.Option(help="GGUF data type.")] = "auto",
+    max_shard: Annotated[str, typer.Option(help="Maximum size of each model file.")] = "2GB",
+    compact: Annotated[bool, typer.Option(help="Drop ranks that change nothing.")] = True,
+    uniform: Annotated[bool, typer.Option("--uniform", help="One rank and alpha for all modules.")] = False,
     drop_equal_embeddings: Annotated[
-        bool, typer.Option("--drop-equal-embeddings", help="Leave out saved embeddings that equal the base's.")
+        bool, typer.Option("--drop-equal-embeddings", help="Drop saved embeddings equal to the base's.")
     ] = False,
     check: Annotated[bool, typer.Option(help="Compare the logits of converted models.")] = True,
-    max_rank: Annotated[int, typer.Option(min=1, help="Largest rank that your server takes.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    max_rank: Annotated[int, typer.Option(min=1, help="Maximum rank your server accepts.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing output.")] = False,
     rows: Annotated[bool, typer.Option("--rows", help="Report every row.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Convert an adapter or a model: loralib, PEFT, torchtune, fused and split projections, GGUF."""
     from phi3_lora_plugin.export.convert import convert
@@ -54,19 +52,17 @@ def convert_command(
 
 def merge_command(
     adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the merged model into.")],
-    base: Annotated[str | None, typer.Option(help="Unquantised base, where it is not as the adapter says.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Of the written weights; auto is the base's.")] = "auto",
-    max_shard: Annotated[str, typer.Option(help="Size of one file, and about the memory needed.")] = "2GB",
-    check: Annotated[bool, typer.Option(help="Compare the logits with PEFT's, if the model fits into memory.")] = True,
-    untie: Annotated[bool, typer.Option("--untie", help="Write tied head and embeddings apart.")] = False,
+    out: Annotated[Path, typer.Argument(help="Output folder for the merged model.")],
+    base: Annotated[str | None, typer.Option(help="Unquantised base, if it moved.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Dtype to save in; auto keeps the base's.")] = "auto",
+    max_shard: Annotated[str, typer.Option(help="Maximum size of each file.")] = "2GB",
+    check: Annotated[bool, typer.Option(help="Compare logits with PEFT's, if memory allows.")] = True,
+    untie: Annotated[bool, typer.Option("--untie", help="Untie head and embeddings.")] = False,
     quantized: Annotated[
-        Literal["auto", "none", "nf4", "int8"], typer.Option(help="How the base was quantised in training.")
+        Literal["auto", "none", "nf4", "int8"], typer.Option(help="Base quantisation used in training.")
     ] = "auto",
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Merge onto the values that the quantised base had.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Merge onto the dequantised base.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing output.")] = False,
 ) -> None:
     """Fold an adapter into its base, shard by shard, and check the result before it is done."""
     from phi3_lora_plugin.export.merge import VerificationError, merge

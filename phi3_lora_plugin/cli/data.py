@@ -10,10 +10,10 @@ import typer
 
 
 def check_command(
-    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "tiny-cpu",
+    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As data.path=x.")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Encoded rows to show, trained tokens marked.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as one line of JSON.")] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Encoded rows to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
     """Read and encode the data of a recipe and report on it; needs the tokenizer, not the model."""
     from rich.console import Console
@@ -42,13 +42,15 @@ def check_command(
     try:
         config = read_config(find_config(run.model.path, run.model.revision, download=True)).to_dict()
     except ModelError as error:  # a tokenizer alone is enough to look at data
-        console.print(f"note: no limit on the length of rows, because the model's config is not at hand: {error}")
+        console.print(f"note: no limit on row length: the model's config was not found: {error}")
         longest = run.data.max_length
     else:
         longest = row_limit(run.data.max_length, config)
     data = load_data(run, tokenizer, plugins.adapters(run.data.format), max_length=longest, cache=True)
     if data.cached is not None:
-        console.print(f"note: encoded by an earlier run, kept in {data.cached} (PHI3_LORA_CACHE=off: encode again)")
+        console.print(
+            f"note: using rows encoded by an earlier run, cached in {data.cached} (PHI3_LORA_CACHE=off disables this)"
+        )
     if as_json:
         print(data.report.to_json())
         return

@@ -22,19 +22,21 @@ class EvalOptionError(Phi3LoraError):
 
 
 def eval_command(
-    what: Annotated[str, typer.Argument(help="Adapter, checkpoint, run or model folder; or preset or YAML file.")],
+    what: Annotated[str, typer.Argument(help="Adapter, run or model folder, preset or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As data.format=x.")] = None,
-    data: Annotated[str | None, typer.Option(help="Rows to evaluate on; else those that the recipe holds out.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it is not where the adapter says.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows, from the top.")] = None,
-    answers: Annotated[int, typer.Option(min=0, help="Questions to generate answers to; 0: none.")] = 20,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one pass.")] = 8,
-    gsm8k: Annotated[bool, typer.Option("--gsm8k", help="Compare the numbers behind '####' too.")] = False,
-    save_answers: Annotated[Path | None, typer.Option(help="File for questions and answers, a line each.")] = None,
-    lm_eval: Annotated[str | None, typer.Option(help="Tasks of the lm-evaluation-harness, by comma.")] = None,
-    lm_eval_args: Annotated[str, typer.Option(help="What its simple_evaluate takes, as '{limit: 100}'.")] = "{}",
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, nothing else on stdout.")] = False,
+    data: Annotated[str | None, typer.Option(help="Evaluation data; default: held-out rows.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it moved since training.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many rows.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Number of answers to generate.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    gsm8k: Annotated[bool, typer.Option("--gsm8k", help="Also compare the numbers after '####'.")] = False,
+    save_answers: Annotated[Path | None, typer.Option(help="Save questions and answers as JSONL.")] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")] = None,
+    lm_eval_args: Annotated[
+        str, typer.Option(help="Arguments for simple_evaluate, for example '{limit: 100}'.")
+    ] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")] = False,
 ) -> None:
     """Loss, perplexity, token accuracy and scores of generated answers: the base against the adapter."""
     from rich.console import Console
@@ -46,7 +48,7 @@ def eval_command(
     plugins = load_plugins()
     task_options = _mapping(lm_eval_args)
     if save_answers is not None and not save_answers.absolute().parent.is_dir():
-        raise EvalOptionError(f"--save-answers: there is no folder {save_answers.absolute().parent}")
+        raise EvalOptionError(f"--save-answers: no such folder: {save_answers.absolute().parent}")
     target = find_target(what, overrides or (), lambda name: plugins.pick("recipes", name), base)
 
     from phi3_lora_plugin.evaluate.evaluate import Wanted, evaluate, write_answers

@@ -15,7 +15,7 @@ def export_command(
     adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder; an MLX adapter too.")],
     to: Annotated[str, typer.Option(help="Target; `phi3-lora plugins` lists them, docs/deploy.md describes them.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: NAME-TARGET in this folder.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it is not where the adapter says.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it moved since training.")] = None,
     merged: Annotated[
         bool | None, typer.Option("--merged/--adapter", help="Ship the merged model, or the adapter next to its base.")
     ] = None,
@@ -30,7 +30,7 @@ def export_command(
         str | None, typer.Option(help="How many held-out prompts to compare on, or a file of chats; 0: none.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per compared answer.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
     """Export an adapter to Ollama, llama.cpp, ONNX, MLX, vLLM, OpenVINO or the hub, and prove that it says the same."""

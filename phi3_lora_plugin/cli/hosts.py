@@ -10,10 +10,10 @@ import typer
 
 
 def render_command(
-    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
     host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl or swift.")] = "",
-    out: Annotated[Path | None, typer.Option("--out", help="Write it here, and what belongs beside it.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output file; related files go next to it.")] = None,
 ) -> None:
     """Print a recipe as another host's own config, commented where we had to choose."""
     from phi3_lora_plugin.hosts.render.render import render
@@ -25,11 +25,11 @@ def render_command(
     if out is None:
         print(made.text, end="")
         if made.beside:
-            print(f"--out FILE also writes {', '.join(made.beside)}, which it needs beside it", file=sys.stderr)
+            print(f"--out FILE also writes {', '.join(made.beside)} next to it", file=sys.stderr)
         return
     taken = [str(path) for path in (out, *(out.parent / name for name in made.beside)) if path.exists()]
     if taken:
-        print(f"{', '.join(taken)}: there already; nothing is written", file=sys.stderr)
+        print(f"{', '.join(taken)}: already exists; nothing was written", file=sys.stderr)
         raise typer.Exit(2)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(made.text, encoding="utf-8")

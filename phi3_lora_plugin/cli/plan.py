@@ -14,17 +14,13 @@ import typer
 
 
 def plan_command(
-    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "tiny-cpu",
+    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What there is, as 24GB; what this machine has if left out.")
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda (it need not be here), or auto: where train would run.")
-    ] = "auto",
-    config: Annotated[Path | None, typer.Option(help="The model's config.json, if model.path is not here.")] = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Propose the fastest settings that fit, as overrides.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Memory limit, for example 24GB; default: this machine's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda (need not be present) or auto.")] = "auto",
+    config: Annotated[Path | None, typer.Option(help="Model config.json, if model.path is missing.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Print overrides for the fastest settings that fit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Say what a run takes: parameters, memory part by part, steps. Exit code 1: it does not fit."""
     from phi3_lora_plugin.plugins.discovery import load_plugins
@@ -63,7 +59,7 @@ def plan_command(
     from phi3_lora_plugin.plan.fit import fit as find_fit
 
     if made.memory is None:
-        print("--fit needs to know into what: add --memory 24GB", file=sys.stderr)
+        print("--fit needs a memory limit: pass --memory", file=sys.stderr)
         raise typer.Exit(2)
     found = find_fit(made, replan, made.memory)
     if as_json:
@@ -71,9 +67,11 @@ def plan_command(
         print(json.dumps({"plan": asdict(made), "fit": shown}))
     elif found is None:
         print("\n".join(lines(made)))
-        print("nothing fits    not even single rows in 4 bits: shorten data.max_length, or take a smaller model")
+        print("does not fit, even at batch size 1 in 4-bit: lower data.max_length or use a smaller model")
     else:
         print("\n".join(lines(found.plan)))
-        print("the fastest settings that fit:" if found.overrides else "it is as fast as it can be within this memory:")
+        print(
+            "the fastest settings that fit:" if found.overrides else "these settings are already the fastest that fit:"
+        )
         print(f"  {shlex.join(['phi3-lora', 'train', recipe, *(overrides or ()), *found.overrides])}")
     raise typer.Exit(1 if found is None else 0)

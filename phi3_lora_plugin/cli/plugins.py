@@ -15,7 +15,7 @@ from phi3_lora_plugin.plugins.registry import BLOCK, KINDS
 
 def plugins_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything failed; for CI.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if anything failed.")] = False,
 ) -> None:
     """List each plugin with its distribution, its version and what it registers, and what failed and why."""
     with warnings.catch_warnings():

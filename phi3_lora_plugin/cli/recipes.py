@@ -47,13 +47,13 @@ def recipes_command(as_json: AsJson = False) -> None:
             else:
                 print("  " + "  ".join(_cell(row, column).ljust(widths.get(column, 0)) for column in columns).rstrip())
         print()
-    print("phi3-lora show NAME [--resolved] prints one; phi3-lora train NAME data.path=YOUR_CHATS runs it")
+    print("phi3-lora show NAME [--resolved] prints one; phi3-lora train NAME data.path=FILE runs it")
 
 
 def show_command(
-    name: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")],
+    name: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
     overrides: Overrides = None,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Merged, with where each value came from.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Show merged values and their sources.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print a recipe: as it was written, or with --resolved (or overrides) as it would run."""
@@ -74,7 +74,7 @@ def show_command(
 
 
 def validate_command(
-    files: Annotated[list[str], typer.Argument(help="YAML files or names of presets, and overrides for all of them.")],
+    files: Annotated[list[str], typer.Argument(help="YAML files or presets, then overrides.")],
     as_json: AsJson = False,
 ) -> None:
     """Check recipes in full, down to the loader, format and files they name; exit code 2 if anything is wrong."""

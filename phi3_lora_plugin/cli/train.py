@@ -34,24 +34,21 @@ class OutputDirError(Phi3LoraError):
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "tiny-cpu",
+    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     allow_drift: Annotated[
-        list[str] | None, typer.Option(help="A setting that may differ from the checkpoint's; repeatable.")
+        list[str] | None, typer.Option(help="Setting allowed to differ on resume; repeatable.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer before and after.")] = 3,
-    check: Annotated[bool, typer.Option(help="Reload the adapter with plain PEFT afterwards and compare.")] = True,
+    samples: Annotated[int, typer.Option(min=0, help="Held-out prompts to answer before and after training.")] = 3,
+    check: Annotated[bool, typer.Option(help="Reload with plain PEFT and compare.")] = True,
     ray: Annotated[
-        list[str] | None, typer.Option("--ray", metavar="KEY=VALUE", help="Run on Ray: num_workers=2; repeatable.")
+        list[str] | None,
+        typer.Option("--ray", metavar="KEY=VALUE", help="Run on Ray, for example num_workers=2; repeatable."),
     ] = None,
-    same_batch: Annotated[
-        bool, typer.Option("--same-batch", help="Divide the batch among the processes: the result of one.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only the end.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One line of JSON at the end, nothing else on stdout.")
-    ] = False,
+    same_batch: Annotated[bool, typer.Option("--same-batch", help="Split the batch across processes.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the final report.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")] = False,
 ) -> None:
     """Train a LoRA adapter by a recipe; without one, the embedded demonstration."""
     from rich.console import Console
@@ -145,8 +142,8 @@ def _interrupted(output_dir: str, again: str) -> str:
 
     saved = latest_complete(output_dir)
     if saved is None:
-        return "\ninterrupted before anything was saved"
-    return f"\ninterrupted; the newest checkpoint is {saved}; go on with:\n  {again}"
+        return "\ninterrupted; nothing was saved"
+    return f"\ninterrupted; saved to {saved}; resume with:\n  {again}"
 
 
 def report(result: Result, again: str, console: Console) -> None:
@@ -157,7 +154,7 @@ def report(result: Result, again: str, console: Console) -> None:
     from phi3_lora_plugin.chat.report_view import printable
 
     if result.status == "interrupted":
-        console.print(f"\nstopped after step {result.steps}; the adapter so far: {result.adapter}", soft_wrap=True)
+        console.print(f"\nstopped after step {result.steps}; adapter saved to {result.adapter}", soft_wrap=True)
         console.print(f"go on with:\n  {again}", soft_wrap=True)
         return
     if result.samples:
@@ -191,7 +188,7 @@ def _figures(result: Result) -> list[tuple[str, str]]:
         rows.append(
             ("adapter", f"{_size(result.adapter_bytes)}, the full model {_size(result.base_bytes)} ({ratio:.0f} times)")
         )
-        rows.append(("it lies in", result.adapter))
+        rows.append(("saved to", result.adapter))
     if result.reload_difference is not None:
         rows.append(("reloaded", f"plain PEFT, fresh process: logits within {result.reload_difference:.1e}"))
     return rows
@@ -234,12 +231,10 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     saved = [path for path in taken if any(any(path.glob(pattern)) for pattern in _SAVED)]
     if resume:
         if not saved:
-            raise OutputDirError(f"{folder} holds no run to resume; run without --resume, or give output_dir=FOLDER")
+            raise OutputDirError(f"{folder} has no run to resume; run without --resume or pass output_dir=FOLDER")
         folder = max(saved, key=lambda path: path.stat().st_mtime)
     elif saved and named:
-        raise OutputDirError(
-            f"{folder} holds a run already; go on with it by --resume, or give another output_dir=FOLDER"
-        )
+        raise OutputDirError(f"{folder} already has a run; pass --resume, or another output_dir=FOLDER")
     elif runs and not named:
         folder = next(path for path in _names(folder) if path not in runs)
     try:
@@ -249,7 +244,7 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
         probe.unlink()
     except OSError as error:
         raise OutputDirError(
-            f"{folder} cannot be written: {error.strerror or error}; give output_dir=FOLDER"
+            f"{folder} cannot be written: {error.strerror or error}; pass another output_dir=FOLDER"
         ) from error
     return recipe.model_copy(update={"output_dir": str(folder)})
 

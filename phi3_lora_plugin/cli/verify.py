@@ -10,7 +10,7 @@ import typer
 
 
 def verify_command(
-    path: Annotated[Path, typer.Argument(help="Folder of an adapter, a checkpoint store or a run.")],
+    path: Annotated[Path, typer.Argument(help="Adapter, checkpoint store or run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Compare every file with its manifest and look at every tensor; changes nothing. Exit code 1: damaged."""
@@ -31,7 +31,7 @@ def verify_command(
         for one in checked:
             size = sum((one.folder / name).stat().st_size for name, state in one.files.items() if state == "ok")
             if foreign:
-                print(f"{one.folder}: written by another program, without a manifest: only its tensors were looked at")
+                print(f"{one.folder}: no manifest (saved by another program); checked tensors only")
             else:
                 state = "ok" if one else "DAMAGED"
                 print(f"{one.folder}: {state}, step {one.step}, {len(one.files)} files, {size:,} bytes")

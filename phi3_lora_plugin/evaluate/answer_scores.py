@@ -30,7 +30,7 @@ def score_answers(
         AnswerError: an unknown measure, nothing to score, or a reference without a final number under "gsm8k".
     """
     if unknown := [name for name in measures if name not in MEASURES]:
-        raise AnswerError(f"there is no measure {', '.join(map(repr, unknown))}, only {', '.join(MEASURES)}")
+        raise AnswerError(f"unknown measure {', '.join(map(repr, unknown))}, available: {', '.join(MEASURES)}")
     if not answers or len(answers) != len(references):
         raise AnswerError(f"{len(answers)} answers for {len(references)} references; expected equal counts, not 0")
     if "gsm8k" in measures and (without := [n for n, text in enumerate(references, 1) if final_answer(text) is None]):

@@ -33,9 +33,9 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {reason}") from error
+            raise AdapterError(f"{adapter} does not fit {model.name_or_path}: {reason}") from error
     if missing := [str(warning.message) for warning in said if "missing adapter keys" in str(warning.message)]:
-        raise AdapterError(f"{adapter} does not go onto {model.name_or_path}: {missing[0][:300]}")
+        raise AdapterError(f"{adapter} does not fit {model.name_or_path}: {missing[0][:300]}")
     return adapted.eval()
 
 

@@ -46,7 +46,7 @@ def evaluation_rows(
     data = recipe.data
     if recipe.preference.on:  # what it was trained to prefer is no text to be predicted
         if path is None:
-            raise DataError([f"{recipe.name} was trained on pairs; give chats to evaluate on with --data FILE"])
+            raise DataError([f"{recipe.name} was trained on pairs; pass chats to evaluate on with --data FILE"])
         recipe = recipe.model_copy(update={"preference": recipe.preference.model_copy(update={"loss": "none"})})
     if path is not None:
         split = data.split if recipe.provenance.get("data.split") == "override" else None
@@ -55,7 +55,7 @@ def evaluation_rows(
         where = data.path if data.eval_path is None else data.eval_path
         return _alone(recipe, tokenizer, adapters, longest, where, data.eval_split, most, "data.eval_path")
     if not data.eval_fraction:
-        raise DataError([f"{recipe.name} holds out no rows to evaluate on; give some with --data FILE"])
+        raise DataError([f"{recipe.name} holds out no rows to evaluate on; pass some with --data FILE"])
     # The same seed holds out the same rows as the run did.
     loaded = load_data(recipe, tokenizer, adapters, max_length=longest)
     assert loaded.eval is not None

@@ -53,7 +53,7 @@ def find_target(what: str, overrides: Sequence[str], find: Find, base: str | Non
     recipe = _of_adapter(adapter, overrides, find)
     notes = [f"adapter {adapter.folder}"] if adapter.folder != folder else []
     if adapter.recipe_file is None:
-        notes.append("the run's recipe is not beside the adapter: rows are read and rendered by the usual settings")
+        notes.append("no recipe next to the adapter: rows are read and rendered with default settings")
     return Target(recipe, adapter.folder, (*notes, *_other_base(adapter, recipe)))
 
 
@@ -66,7 +66,9 @@ def _of_recipe(recipe: Recipe) -> Target:
     found = [newest for run in runs if run.is_dir() and (newest := latest_complete(run)) is not None]
     if not found:
         return Target(
-            recipe, None, (f"no trained adapter under {folder}, so the base alone; train {recipe.name} first",)
+            recipe,
+            None,
+            (f"no trained adapter in {folder}: evaluating the base model only; train {recipe.name} first",),
         )
     adapter = read_adapter(max(found, key=lambda path: path.stat().st_mtime))
     trained = adapter.base[0]
@@ -91,7 +93,7 @@ def _of_adapter(adapter: Adapter, overrides: Sequence[str], find: Find) -> Recip
     if Path(path).is_absolute() and not Path(path).is_dir():
         if not Path(locate(recipe.model.path)).is_dir():
             raise AdapterError(
-                f"{adapter.folder} was trained on {path}, which is not there any more; give its base with --base"
+                f"{adapter.folder} was trained on {path}, which no longer exists; pass its base with --base"
             )
     elif path != locate(recipe.model.path):
         changed = recipe.model.model_copy(update={"path": path, "revision": revision})

@@ -78,7 +78,7 @@ def token_scores(
     finally:
         model.train(was_training)
     if not tokens:
-        raise NothingTrained("no row has a trained token, so there is nothing to measure")
+        raise NothingTrained("no row has a trained token: nothing to measure")
     loss = total / tokens
     # Beyond that power a float holds no number.
     return TokenScores(tokens, loss, math.exp(loss) if loss < 700 else math.inf, right / tokens)

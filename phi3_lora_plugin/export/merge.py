@@ -156,7 +156,7 @@ def merge(
         if how != "none":
             notes.append(quantization_loss(stage, source, folder, how, dequantize))
         if plan.untied:
-            notes.append("head and embeddings were tied and are now apart (tie_word_embeddings: false)")
+            notes.append("untied head and embeddings (tie_word_embeddings: false)")
     return MergeReport(
         Path(out),
         merged,

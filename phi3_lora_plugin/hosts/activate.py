@@ -58,7 +58,7 @@ def activate(
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
-        raise ActivationError(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        raise ActivationError(f"unknown part {', '.join(unknown)}; available: {', '.join(PARTS)}")
     done: list[str] = []
     new = [part for part in PARTS if part in parts and part not in _undo]
     try:

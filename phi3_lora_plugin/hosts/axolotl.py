@@ -44,7 +44,7 @@ class Phi3LoraPlugin(look_up("axolotl.plugin")):  # type: ignore[misc]
         config = phi_config(str(cfg["base_model"]), cfg.get("revision_of_model"))
         self._active = config is not None
         if config is None:
-            log.info("phi3_lora_plugin: %s is no Phi of this family; nothing is changed", cfg["base_model"])
+            log.info("phi3_lora_plugin: %s is not a supported Phi model; nothing changed", cfg["base_model"])
             return
         from phi3_lora_plugin.model.tokenizer import load_tokenizer
 

@@ -64,7 +64,7 @@ def _targets(cfg: MutableMapping[str, Any], config: Mapping[str, Any]) -> list[s
     if cfg.get("lora_target_linear") or cfg.get("lora_target_parameters") or cfg.get("lora_model_dir"):
         return []
     cfg["lora_target_modules"] = linear_names(config)
-    return [f"lora_target_modules: {', '.join(cfg['lora_target_modules'])}, because none were named"]
+    return [f"lora_target_modules: {', '.join(cfg['lora_target_modules'])}, because none were set"]
 
 
 def _template(cfg: MutableMapping[str, Any], settings: HostSettings) -> list[str]:

@@ -57,7 +57,7 @@ def run(words: Sequence[str]) -> None:
     run_exp = look_up("llamafactory.run")
     config = phi_config(str(base), args.get("model_revision"))
     if config is None:
-        log.warning("%s is no Phi of this family; nothing is changed", base)
+        log.warning("%s is not a supported Phi model; nothing changed", base)
         run_exp(args)
         return
     for sentence in prepare(args, config, settings):

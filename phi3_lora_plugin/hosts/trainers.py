@@ -68,7 +68,8 @@ def attach_to_all(
         if Trainer.__init__ is init:
             Trainer.__init__ = stock_init
 
-    return [f"every Trainer gets the callbacks of {', '.join(wanted) or 'nobody'} as its training begins"], undo
+    sentence = f"every Trainer gets the callbacks of {', '.join(wanted)} when it starts training"
+    return [sentence if wanted else "no callbacks added"], undo
 
 
 def _trains_alone(kind: type) -> bool:
@@ -112,8 +113,8 @@ def _checked(names: Sequence[str] | None, plugins: Plugins) -> list[str]:
     unknown = [name for name in names if ":" not in name and name not in known]
     if unknown:
         raise CallbackError(
-            f"callbacks: {', '.join(unknown)} is no plugin with callbacks; there are {', '.join(known)}, "
-            "and any class by module:Class"
+            f"callbacks: {', '.join(unknown)} is not a plugin with callbacks; available: {', '.join(known)}, "
+            "or any class as module:Class"
         )
     return list(dict.fromkeys(names))
 
@@ -126,8 +127,8 @@ def _attach(trainer: Any, recipe: Recipe | None, names: Sequence[str], plugins: 
         return []
     model = unwrapped(trainer.model) if trainer.model is not None else None
     if model is None or not lora_names(model):
-        what = "makes its model later" if model is None else f"{type(model).__name__} has no LoRA"
-        return [f"{type(trainer).__name__} is left alone: {what}"]
+        what = "its model is created later" if model is None else f"{type(model).__name__} has no LoRA"
+        return [f"{type(trainer).__name__} unchanged: {what}"]
     trainer._phi3_lora_callbacks = callbacks = chosen(
         names, plugins, recipe or _described(trainer, model), recipe is not None
     )

@@ -38,7 +38,7 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         about["experts"] = sorted(config["target_parameters"])
     found: dict[str, Any] = {"adapter": about}
     if not base:
-        problems.append(Problem("names no base model", "write base_model_name_or_path into adapter_config.json"))
+        problems.append(Problem("records no base model", "write base_model_name_or_path into adapter_config.json"))
     of_base = _config_of(base, config.get("revision"), problems) if base else None
     if of_base is not None:
         problems += quantised(of_base)
@@ -72,7 +72,7 @@ def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict
         file = find_config(base, revision)
     except ModelError as error:
         if Path(base).is_absolute() or base.startswith((".", "~")):
-            problems.append(Problem(f"its base is not there: {error}", "say where it is with --base"))
+            problems.append(Problem(f"its base is not there: {error}", "pass --base"))
         return None
     try:
         config = read_json(file)

@@ -34,7 +34,7 @@ def inspect(path: str | Path) -> Findings:
     """
     folder = Path(locate(path))
     if not folder.is_dir():
-        raise InspectError(f"{path}: no such folder; inspect looks at folders on this machine")
+        raise InspectError(f"{path}: no such folder; inspect reads local folders")
     files = _files(folder)
     if not _kinds(files):
         folder = _checkpoint_in(folder, files)
@@ -69,7 +69,7 @@ def _checkpoint_in(folder: Path, files: set[str]) -> Path:
     except AdapterError as error:
         raise InspectError(
             f"{folder} has none of config.json, tokenizer.json and adapter_config.json, and no complete checkpoint; "
-            f"it holds {', '.join(sorted(files)[:8]) or 'nothing'}"
+            f"found: {', '.join(sorted(files)[:8]) or 'nothing'}"
         ) from error
 
 
@@ -82,7 +82,7 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
     try:
         tokenizer = load_tokenizer(folder)
     except ModelError as error:
-        problems.append(Problem(str(error), "take the tokenizer's files from the model's repository again"))
+        problems.append(Problem(str(error), "download the tokenizer's files again"))
         return {}
     except UnsupportedModel:
         return {}  # told of its config.json
@@ -132,8 +132,8 @@ def _look_at_settings(folder: Path, files: set[str], tokenizer: Any, stops: list
     if kind in ("LlamaTokenizer", "LlamaTokenizerFast") and "config.json" not in files:
         problems.append(
             Problem(
-                f"tokenizer_class is {kind} and no config.json stands beside it: AutoTokenizer then gives other ids",
-                "save the tokenizer with phi3_lora_plugin, or put config.json beside it",
+                f"tokenizer_class is {kind} without a config.json next to it: AutoTokenizer then gives other ids",
+                "save the tokenizer with phi3_lora_plugin, or put config.json next to it",
                 here=True,
             )
         )

@@ -52,7 +52,7 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
         repair_rope(config)
         found["max_length"] = row_limit(None, config)
     except RopeError as error:
-        problems.append(Problem(str(error), "take config.json from the model's repository again"))
+        problems.append(Problem(str(error), "download config.json again"))
     problems += _config_problems(config)
     problems += _weight_problems(folder, files, config)
     problems += _generation_problems(

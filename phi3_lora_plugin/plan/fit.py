@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from phi3_lora_plugin.plan.plan import Plan
 
-# What a setting costs in time. Arithmetic of a step with and without activations computed twice (24.15 and 16.45 GFLOP
+# What a setting costs in time. Arithmetic of a step with and without gradient checkpointing on (24.15 and 16.45 GFLOP
 # a token of Phi-3-mini at 2048 tokens), and work of the host in each micro-batch, in tokens' worth of time.
 _RECOMPUTED = 24.15 / 16.45
 _HOST_TOKENS = 500

@@ -14,13 +14,13 @@ def lines(plan: Plan) -> Sequence[str]:
     shape = (
         f"{plan.batch} packs of up to {plan.width // plan.batch}" if plan.packing else f"{plan.batch} x {plan.width}"
     )
-    kept = "activations computed twice" if plan.checkpointing else "all activations kept"
+    kept = "gradient checkpointing on" if plan.checkpointing else "all activations kept"
     told = [
         f"{plan.recipe} on {plan.device}: {plan.model}, {plan.dtype}{packed}",
-        f"parameters      {plan.parameters:,}, of LoRA {plan.trainable_parameters:,} "
+        f"parameters      {plan.parameters:,}, LoRA {plan.trainable_parameters:,} "
         f"({100 * plan.trainable_parameters / max(1, plan.parameters):.2f}%)",
         f"a micro-batch   {shape} tokens, {plan.accumulation} a step, {kept}",
-        f"at the worst    {plan.when}",
+        f"peak at         {plan.when}",
     ]
     parts = {
         "context" if plan.device in ("cuda", "xpu") else "the program": plan.program,
@@ -34,14 +34,14 @@ def lines(plan: Plan) -> Sequence[str]:
         "allocator": plan.allocator,
     }
     told += [f"  {name:<14}{human(count):>10}" for name, count in parts.items() if count]
-    told.append(f"  {'in all':<14}{human(plan.peak):>10}")
+    told.append(f"  {'total':<14}{human(plan.peak):>10}")
     told.append(f"checkpoint      {human(plan.checkpoint)}, and {human(plan.resume)} to resume from")
     if plan.steps is None:
         told.append(f"steps           of up to {plan.tokens_per_step:,} tokens; give data.path to know how many")
     else:
         told.append(f"steps           {plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all")
     if plan.device != "cpu":
-        told.append("note            counted from shapes; allocator and workspaces are assumed, not measured on a GPU")
+        told.append("note            computed from shapes; allocator and workspaces assumed, not measured")
     if plan.fits is None:
         told.append("fits            unknown; pass --memory 24GB")
     else:

@@ -147,7 +147,7 @@ class Plugins:
         near = get_close_matches(name.lower(), lowered, 1)
         lines = [
             f"no {KINDS[kind]} is named {name!r}" + (f"; did you mean {lowered[near[0]]!r}?" if near else ""),
-            f"there is: {', '.join(sorted(found.values)) or 'none'}",
+            f"available: {', '.join(sorted(found.values)) or 'none'}",
             *(f"failed: {failure}" for failure in self.failures),
         ]
         if self.blocked:
@@ -209,7 +209,7 @@ class Plugins:
     def _collect(self, kind: str) -> _Found:
         """Run `register_<kind>` of each plugin, on first request and never again."""
         if kind not in KINDS:
-            raise PluginError(f"no kind of thing is named {kind!r}; there is: {', '.join(KINDS)}")
+            raise PluginError(f"no kind of plugin is named {kind!r}; available: {', '.join(KINDS)}")
         if kind in self._found:
             return self._found[kind]
         found = _Found()
@@ -287,7 +287,7 @@ def _registrar(
         if owner is not None:
             advice = f"uninstall one, rename, or block one with {BLOCK}={plugin.name} (or ={owner.name})"
             if owner == plugin:
-                advice = "it has to rename one of the two"
+                advice = "rename one of the two"
             clash = PluginError(f"{KINDS[kind]} {name!r} is claimed twice: by {owner} and by {plugin}; {advice}")
             found.clashes[name] = clash
             if strict:

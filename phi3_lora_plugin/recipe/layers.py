@@ -111,13 +111,13 @@ def _find(name: str, find: Find) -> Path | Traversable:
     """The file of a preset; raises ValueError with a sentence."""
     if not _NAME.fullmatch(name):
         rule = "a preset's name has only letters, digits and any of . _ + -"
-        raise ValueError(f"{shorten(name)} is not the name of a recipe: {rule}")
+        raise ValueError(f"{shorten(name)} is not a recipe name: {rule}")
     try:
         found = find(name)
     except LookupError as error:  # str() of a KeyError would put the whole sentence in quotes
-        raise ValueError(error.args[0] if error.args else f"there is no recipe called {name!r}") from None
+        raise ValueError(error.args[0] if error.args else f"no recipe named {name!r}") from None
     if found is None:
-        raise ValueError(f"there is no recipe called {name!r}{_instead(name)}")
+        raise ValueError(f"no recipe named {name!r}{_instead(name)}")
     return Path(found) if isinstance(found, str) else found
 
 

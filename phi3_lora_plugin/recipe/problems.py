@@ -94,7 +94,7 @@ def _did_you_mean(location: Key, model: type[Section]) -> str:
     if near or elsewhere:
         return near or f"; did you mean {elsewhere[0]!r}?"
     names = [key for key in known.get(parents[0], []) if key not in PEFT_NAMES] if parents else ["extends", *known]
-    return f"; there are {', '.join(names)}" if names else ""
+    return f"; available: {', '.join(names)}" if names else ""
 
 
 def _keys(info: FieldInfo) -> list[str]:

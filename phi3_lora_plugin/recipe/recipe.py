@@ -94,24 +94,24 @@ class Recipe(Section):
             yield "output_dir", f"{self.output_dir} is {place}; name a folder that holds nothing but runs"
         evaluates = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
         if training.get("eval_strategy", "no") != "no" and not evaluates:
-            yield "training.eval_strategy", "there is nothing to evaluate on; give data.eval_path or data.eval_fraction"
+            yield "training.eval_strategy", "nothing to evaluate on; set data.eval_path or data.eval_fraction"
         if self.preference.on:
             yield from self._preference_conflicts()
         if self.model.device not in ("auto", "cpu") and training.get("use_cpu"):
             yield "training.use_cpu", f"contradicts model.device: {self.model.device}"
         if training.get("bf16") and training.get("fp16"):
-            yield "training.fp16", "given beside training.bf16; keep one"
+            yield "training.fp16", "set together with training.bf16; keep one"
 
     def _preference_conflicts(self) -> Iterator[tuple[str, str]]:
         data, lora = self.data, self.lora
         if data.packing:
             yield "data.packing", "pairs are not packed; write data.packing: false"
         if data.format != "auto":
-            yield "data.format", "pairs are known by their columns chosen and rejected; write data.format: auto"
+            yield "data.format", "pairs are recognised by their columns chosen and rejected; write data.format: auto"
         if data.train_on != "assistant":
-            yield "data.train_on", "of pairs the two answers are compared; write data.train_on: assistant"
+            yield "data.train_on", "preference pairs compare answers only; write data.train_on: assistant"
         if lora.init not in ("default", "gaussian"):
-            yield "lora.init", f"{lora.init} begins elsewhere than the base, which is the reference; write default"
+            yield "lora.init", f"{lora.init} does not start at the base model, which is the reference; write default"
 
     @property
     def name(self) -> str:

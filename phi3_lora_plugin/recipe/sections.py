@@ -147,7 +147,7 @@ class DataSection(Section):
             yield "max_rows", "has no effect on a mixture; write max_rows into its sources"
         if self.eval_fraction and (self.eval_path is not None or self.eval_split is not None):
             other = "eval_path" if self.eval_path is not None else "eval_split"
-            yield "eval_fraction", f"given beside data.{other}; write data.eval_fraction: 0, or drop data.{other}"
+            yield "eval_fraction", f"set together with data.{other}; write data.eval_fraction: 0, or drop data.{other}"
 
 
 def _wrong_source(entry: dict[str, Any]) -> list[str]:

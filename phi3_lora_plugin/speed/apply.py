@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 #: What can be switched, and what it does.
 PARTS = {
     "loss": "cross-entropy on supervised positions only, in chunks",
-    "attention": "documents apart, padding left out, no mask built",
+    "attention": "separate documents, no padding, no mask",
     "lora": "one autograd function for a frozen projection and its LoRA",
     "masters": "adapters in float32, computed in the dtype of the base",
-    "host": "parameter counts remembered, no walk over frozen modules in every step",
+    "host": "parameter counts cached, frozen modules skipped every step",
 }
 
 
@@ -115,7 +115,7 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
 
     if trainer.optimizer is not None:
         # An optimizer that exists has states in the dtype of its parameters.
-        leave("masters", "the optimizer exists already")
+        leave("masters", "the optimizer already exists")
     if trainer.args.n_gpu > 1:
         for part in ("loss", "attention", "host"):
             leave(part, f"nn.DataParallel copies the model onto {trainer.args.n_gpu} GPUs: start one process a GPU")
@@ -161,7 +161,7 @@ def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
         return dict.fromkeys(PARTS, parts == "auto")
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
-        raise SpeedError(f"speed: unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        raise SpeedError(f"speed: unknown part {', '.join(unknown)}; available: {', '.join(PARTS)}")
     return dict.fromkeys(PARTS, True) | dict(parts)
 
 

@@ -39,7 +39,7 @@ class Adapter:
         """(path or hub id, revision) of the model that it was trained on."""
         name = self.config.get("base_model_name_or_path")
         if not name:
-            raise AdapterError(f"{self.folder / CONFIG} names no base model; give one with --base")
+            raise AdapterError(f"{self.folder / CONFIG} records no base model; pass one with --base")
         return str(name), self.config.get("revision")
 
     @cached_property
@@ -106,6 +106,6 @@ def adapter_folder(path: str | Path) -> Path:
             ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         )
         raise AdapterError(
-            f"{folder} holds no LoRA adapter ({CONFIG}) and no complete checkpoint; found: {inside or 'nothing'}"
+            f"{folder} has no LoRA adapter ({CONFIG}) and no complete checkpoint; found: {inside or 'nothing'}"
         )
     return found

@@ -106,7 +106,7 @@ def held(store: Path) -> StoreLock | None:
 
 def _lock(path: Path) -> int | None:
     if fcntl is None:
-        log.warning("this system has no file locks: nothing keeps a second run out of %s", path.parent)
+        log.warning("this system has no file locks: a second run could write to %s", path.parent)
         return None
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -117,11 +117,10 @@ def _lock(path: Path) -> int | None:
             os.close(handle)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise StoreBusy(
-                    f"{path.parent} is being written by another run ({owner or 'unknown'}); wait for it, or give "
-                    "this run another folder"
+                    f"{path.parent} is in use by another run ({owner or 'unknown'}); wait for it or use another folder"
                 ) from error
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                log.warning("the file system has no locks: nothing keeps a second run out of %s", path.parent)
+                log.warning("the file system has no locks: a second run could write to %s", path.parent)
                 return None
             raise
         if _is_at(handle, path):

@@ -105,8 +105,8 @@ class CheckpointRun:
 
     def _report(self, step: int, error: Exception) -> None:
         newest = newest_complete(self.store)
-        kept = f"the newest good checkpoint is {newest.path.name}" if newest else "there is none yet"
-        log.error("step %d could not be saved (%s): %s: %s", step, kept, type(error).__name__, error)
+        kept = f"the newest good checkpoint is {newest.path.name}" if newest else "no checkpoint yet"
+        log.error("step %d was not saved (%s): %s: %s", step, kept, type(error).__name__, error)
 
 
 def _delete(folder: Path) -> None:

@@ -54,9 +54,9 @@ def attach(
             continue
         trainer.add_callback(callback)
         done.append(
-            "LoRA-only checkpoints are written beside the Trainer's own"
+            "LoRA-only checkpoints are saved next to the Trainer's own"
             if isinstance(callback, LoraCheckpoint)
-            else f"callback {type(callback).__name__} is added"
+            else f"callback {type(callback).__name__} added"
         )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, LoraCheckpoint) or (callback in wanted and hasattr(callback, "bind")):
@@ -102,7 +102,7 @@ def _stop_tokens(trainer: Any, model: Any) -> list[str]:
     # Another pad token now would have the old one trained, wherever a collator masks pads by their id.
     done = set_stop_tokens(model, tokenizer, repair=False)
     if tokenizer.pad_token_id in stop_token_ids(tokenizer):
-        done.append(f"rows are padded with {tokenizer.pad_token} already, so it stays the token to pad with")
+        done.append(f"rows are already padded with {tokenizer.pad_token}, so it stays the pad token")
     return done
 
 
@@ -131,8 +131,8 @@ def _targets_missed(model: Any) -> list[str]:
         missed = sorted(set(named) & set(inside) - adapted) if isinstance(named, set | list | tuple) else []
         if missed and (fused := sorted({inside[name] for name in missed} - adapted)):
             said.append(
-                f"WARNING: {', '.join(missed)} have no LoRA: this model has them inside {' and '.join(fused)}; "
-                "name those in target_modules, or take phi3_lora_plugin.add_lora for slices of them"
+                f"WARNING: {', '.join(missed)} got no LoRA: this model fuses them into {' and '.join(fused)}; "
+                "name those in target_modules, or use phi3_lora_plugin.add_lora to adapt slices"
             )
     return said
 

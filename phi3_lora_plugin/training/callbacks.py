@@ -154,7 +154,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._run, self.reason, self._due, self._taken, self._zeros = None, None, None, None, 0
         self._training, self._began_at = True, state.global_step
         if not lora_names(unwrapped(model)):
-            raise StateError(f"{type(unwrapped(model)).__name__} has no LoRA parameter, so there is nothing to save")
+            raise StateError(f"{type(unwrapped(model)).__name__} has no LoRA parameters: nothing to save")
         self._mergeable = _kept_apart(model)
         self._trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         store = self._store(args, state)
@@ -176,7 +176,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         facts = run_facts(args, model, tokenizer, rows, self.adapter, kwargs.get("optimizer")) | self.facts
         if others := trained_but_not_saved(model, self.adapter):
             shown = f"{', '.join(others[:3])}{', ...' * (len(others) > 3)}"
-            log.warning("%d trained parameters are no LoRA and are not in its checkpoints: %s", len(others), shown)
+            log.warning("%d trained parameters are not LoRA and are not saved: %s", len(others), shown)
         for entry in entries(store) if state.global_step else ():
             if entry.step == state.global_step:
                 refuse_drift(entry.path, entry.manifest, facts, self.allow_drift)
@@ -323,9 +323,7 @@ def _metric(args: Any, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     if name not in metrics:
         return None
     if not math.isfinite(float(metrics[name])):
-        log.warning(
-            "%s is %s, by which nothing can be compared: the checkpoint is saved without it", name, metrics[name]
-        )
+        log.warning("%s is %s, cannot be compared: the checkpoint is saved without it", name, metrics[name])
         return None
     greater = getattr(args, "greater_is_better", None)
     return {

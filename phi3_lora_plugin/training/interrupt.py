@@ -39,7 +39,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        print(f"\n{self.received.name}: finishing this step and saving; once more to stop at once", flush=True)
+        print(f"\n{self.received.name}: finishing this step and saving; press again to stop now", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask the Trainer to stop if a signal has come."""

@@ -125,7 +125,7 @@ def numbers(recipe: Recipe) -> Numbers:
 
 def left_out(section: str, values: Mapping[str, Any], host: str) -> list[Line]:
     """A line for each value that has no place in the host's config, so that nothing is lost in silence."""
-    return [note(f"left out, {host} has no place for it: {section}.{key}: {dump_line(values[key])}") for key in values]
+    return [note(f"not supported by {host}, left out: {section}.{key}: {dump_line(values[key])}") for key in values]
 
 
 def base_path(recipe: Recipe) -> str:
