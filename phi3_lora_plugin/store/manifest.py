@@ -87,7 +87,9 @@ def _raw(folder: Path, name: str = MANIFEST) -> bytes:
     try:
         return read_small(folder / name, LIMIT)
     except FileNotFoundError as error:
-        raise ManifestError(f"{name}: missing, so the folder was never finished, or is none of ours") from error
+        raise ManifestError(
+            f"{name}: missing: the save was never finished, or another program wrote the folder"
+        ) from error
     except BadFile as error:
         raise ManifestError(f"{name}: {error}") from error
 
