@@ -17,9 +17,11 @@ from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.dataset import load_data
+from phi3_lora_plugin.chat.encode import encode
 from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.report import DataReport, describe
 from phi3_lora_plugin.chat.report_view import pieces, printable, short_names, show_rows
+from phi3_lora_plugin.chat.templates import TEMPLATES
 
 TOKENIZER = tiny.tokenizer()
 
@@ -227,3 +229,23 @@ def test_rows_are_cut_as_in_a_run_wherever_the_model_lies() -> None:
     done = CliRunner().invoke(app, ["data", "check", "tiny-cpu", "data.max_length=null", "--rows=0", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["max_length"] == 512  # the context that the embedded model's config says
+
+
+def test_thoughts_calls_and_weights_stand_out_in_colours_of_their_own() -> None:
+    words = tiny.tokenizer(template=TEMPLATES["phi-4-mini"].text)
+    call = {"name": "f", "arguments": {"x": [1]}}
+    answer = {"role": "assistant", "content": "ko", "thoughts": "<think>zu</think>", "calls": [call]}
+    row = encode([{"role": "user", "content": "xy"}, answer], words, thoughts="train")
+    out = io.StringIO()
+    show_rows(Console(file=out, force_terminal=True, color_system="standard", width=200), [row], words, 1)
+    said = out.getvalue()
+    assert "trained tokens in green, thoughts in blue, tool calls in magenta:" in said
+    assert "\x1b[1;34m<think>zu</think>" in said and '\x1b[1;35mfunctools[{"name"' in said and "\x1b[1;32mko" in said
+    context = encode([{"role": "user", "content": "xy"}, answer], words, thoughts="context")
+    out = io.StringIO()
+    show_rows(Console(file=out, force_terminal=True, color_system="standard", width=200), [context], words, 1)
+    assert "\x1b[2;34m<think>zu</think>" in out.getvalue()
+    half = encode([{"role": "user", "content": "xy"}, {"role": "assistant", "content": "ko", "weight": 0.5}], words)
+    out = io.StringIO()
+    show_rows(Console(file=out, width=200), [half], words, 1)
+    assert "⟦0.5× ko<|end|>⟧" in out.getvalue() and "between ⟦ and ⟧" in out.getvalue()

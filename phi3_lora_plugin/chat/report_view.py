@@ -62,8 +62,22 @@ def render(report: DataReport, console: Console) -> None:
             _print_fate(console, f"{len(rows):,} of {report.rows_read:,} rows {title}", rows, shorten)
 
 
+# What stands out in a row beside what is trained; the model's own text is looked at, as only the screen needs it.
+_KINDS = (
+    ("thoughts", "blue", re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)),
+    (
+        "tool calls",
+        "magenta",
+        re.compile(r"<\|tool_call\|>.*?(?:<\|/tool_call\|>|$)|functools\[.*?(?=<\||$)", re.DOTALL),
+    ),
+)
+
+
 def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> None:
-    """Print the first `count` encoded rows: trained tokens stand out, in colour or between ⟦ and ⟧."""
+    """Print the first `count` encoded rows: trained tokens stand out, in colour or between ⟦ and ⟧.
+
+    Thoughts and tool calls have colours of their own; before text that counts more or less stands its weight.
+    """
     from rich.padding import Padding
     from rich.text import Text
 
@@ -71,30 +85,37 @@ def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> No
     count = min(count, len(rows))
     if count:
         some = "the first row as the model sees it" if count == 1 else f"the first {count} rows as the model sees them"
-        marked = "between ⟦ and ⟧" if plain else "in green"
+        shown = "".join(tokenizer.decode(rows[index]["input_ids"]) for index in range(count))
+        others = [f"{name} in {colour}" for name, colour, pattern in _KINDS if pattern.search(shown)]
+        marked = "between ⟦ and ⟧" if plain else ", ".join(["in green", *others])
         console.print(f"\n{some}, trained tokens {marked}:", highlight=False)
     for index in range(count):
         row = rows[index]
         text = Text()
-        for trained, piece in pieces(row["input_ids"], row["labels"], tokenizer):
-            if trained:
-                text.append(f"⟦{_clipped(piece)}⟧" if plain else _clipped(piece), style="bold green")
-            else:
-                text.append(_clipped(piece), style="dim")
+        for weight, piece in pieces(row["input_ids"], row["labels"], tokenizer, row.get("weights")):
+            said = _clipped(piece)
+            much = "" if weight in (0, 1) else f"{weight:g}× "
+            start = len(text)
+            text.append(f"⟦{much}{said}⟧" if plain and weight else f"{much}{said}", "bold green" if weight else "dim")
+            for _, colour, pattern in _KINDS:
+                for found in () if plain else pattern.finditer(text.plain, start):
+                    text.stylize(f"bold {colour}" if weight else f"dim {colour}", *found.span())
         trained = len(row["labels"]) - row["labels"].count(-100)
         console.print(f"row {index + 1}: {len(row['labels']):,} tokens, {trained:,} trained", style="bold")
         console.print(Padding(text, (0, 0, 0, 2), expand=False), highlight=False)
 
 
-def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[tuple[bool, str]]:
-    """Return the text of a row in runs of tokens that are trained, or not."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(ids, labels, strict=True):
-        trained = label != -100
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
+def pieces(
+    ids: Sequence[int], labels: Sequence[int], tokenizer: Any, weights: Sequence[float] | None = None
+) -> list[tuple[float, str]]:
+    """Return the text of a row in runs of tokens that are trained alike: 0 for not at all, 1 unless weighed."""
+    runs: list[tuple[float, list[int]]] = []
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        weight = 0.0 if label == -100 else 1.0 if weights is None else round(float(weights[place]), 6)
+        if not runs or runs[-1][0] != weight:
+            runs.append((weight, []))
         runs[-1][1].append(token)
-    return [(trained, printable(tokenizer.decode(run, skip_special_tokens=False))) for trained, run in runs]
+    return [(weight, printable(tokenizer.decode(run, skip_special_tokens=False))) for weight, run in runs]
 
 
 def printable(text: str) -> str:
