@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
-def nearest(name: str, names: Any) -> str:
-    """`; did you mean ...?` with the closest of `names`, or nothing."""
-    close = get_close_matches(str(name), [str(known) for known in names], n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+
+def closest(name: Any, names: Iterable[Any], cutoff: float = 0.6) -> str | None:
+    """The one of `names` that is most like `name`, whatever its case; None if none is."""
+    lowered = {str(known).lower(): str(known) for known in names}
+    close = get_close_matches(str(name).lower(), lowered, n=1, cutoff=cutoff)
+    return lowered[close[0]] if close else None
+
+
+def nearest(name: Any, names: Iterable[Any], otherwise: str = "") -> str:
+    """`; did you mean ...?` with the closest of `names`, or `otherwise`."""
+    close = closest(name, names)
+    return f"; did you mean {close!r}?" if close else otherwise
 
 
 def listed(names: Iterable[Any], most: int = 5) -> str:
@@ -29,6 +39,13 @@ def describe(value: Any) -> str:
     """The value with its kind where Python's way of writing it might be mistaken for another."""
     kind = "text " if isinstance(value, str) else "list " if isinstance(value, list) else ""
     return kind + shorten(value)
+
+
+def read_size(text: str | int) -> int | None:
+    """Bytes of `24GB`, `24 GiB`, `500MB` or a plain number; None of anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(text).lower())
+    unit = _UNITS.get(found[2]) if found else None
+    return int(float(found[1]) * unit) or None if found and unit else None
 
 
 def human(count: float) -> str:

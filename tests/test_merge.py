@@ -20,8 +20,9 @@ from phi3_lora_plugin.export import merge_plan
 from phi3_lora_plugin.export.merge import MergeError, VerificationError, merge, portable_config
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.model.folder import ModelError
-from phi3_lora_plugin.model.shards import Weights, parse_size
+from phi3_lora_plugin.model.shards import ShardWriter, Weights
 from phi3_lora_plugin.store.adapter_folder import AdapterError
+from phi3_lora_plugin.wording import read_size
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -408,7 +409,7 @@ def test_the_command_says_what_it_checked(base, tmp_path):
 
 
 def test_sizes_are_read_as_people_write_them():
-    assert [parse_size(text) for text in ("2GB", "500 MB", "1GiB", "1.5kb", 7)] == [
+    assert [read_size(text) for text in ("2GB", "500 MB", "1GiB", "1.5kb", 7)] == [
         2 * 10**9,
         5 * 10**8,
         2**30,
@@ -416,5 +417,6 @@ def test_sizes_are_read_as_people_write_them():
         7,
     ]
     for wrong in ("much", "0GB", "-1GB", "2XB"):
+        assert read_size(wrong) is None
         with pytest.raises(ModelError, match="expected something like 2GB"):
-            parse_size(wrong)
+            ShardWriter(Path(), wrong)

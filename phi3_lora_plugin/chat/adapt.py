@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
@@ -17,6 +16,7 @@ from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import nearest
 
 _LOOK_AT = 100  # rows from the top that decide how a source is read
 
@@ -119,9 +119,8 @@ def _choose(
     """Return the format of a source, and the reason for it; raises `SourceError` if there is none, or two."""
     if wanted != "auto" and wanted not in adapters and wanted not in ADAPTERS:
         known = sorted({*adapters, *ADAPTERS})
-        near = get_close_matches(wanted, known, 1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise SourceError([f"data.format: there is no {wanted!r}, only auto, {', '.join(known)}{guess}"])
+        only = f"only auto, {', '.join(known)}{nearest(wanted, known)}"
+        raise SourceError([f"data.format: there is no {wanted!r}, {only}"])
     _check_columns(source, rows, wanted, columns)
     if wanted == "auto":
         return _recognise(source, rows, columns)
@@ -179,13 +178,11 @@ def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[s
     problems = []
     for name, foreign in columns.items():
         if name not in names and (wanted == "auto" or wanted in REQUIRED):
-            near = get_close_matches(name, names, 1)
-            guess = f"; did you mean {near[0]!r}?" if near else f", only {', '.join(names)}"
+            guess = nearest(name, names, f", only {', '.join(names)}")
             problems.append(f"data.columns: format {wanted} has no column {name!r}{guess}")
         elif name not in MESSAGE_KEYS and not any(_has(row.values, foreign) for row in rows):
             present = list(dict.fromkeys(key for row in rows for key in row.values))
-            near = get_close_matches(foreign, present, 1)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
+            guess = nearest(foreign, present)
             none = "no row" if len(rows) < _LOOK_AT else f"none of the first {len(rows)} rows"
             problems.append(
                 f"data.columns.{name}: {none} of {source} has a column {foreign!r}, only {', '.join(present)}{guess}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from phi3_lora_plugin.chat.formats import OPTIONAL, REQUIRED
 from phi3_lora_plugin.chat.marks import decisive, label_of
 from phi3_lora_plugin.chat.row_error import RowError, named
 from phi3_lora_plugin.chat.turns import KEYS
+from phi3_lora_plugin.wording import nearest
 
 # Keys of a single message, which `data.columns` may rename as well.
 MESSAGE_KEYS = ("role", "content", "from", "value")
@@ -37,8 +37,7 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], ignore: Collectio
             found[name] = lookup(row, foreign)
         except KeyError:
             if not any(name in optional for optional in OPTIONAL.values()):
-                near = get_close_matches(foreign, [key for key in row if isinstance(key, str)], 1)
-                guess = f"; did you mean {near[0]!r}?" if near else ""
+                guess = nearest(foreign, [key for key in row if isinstance(key, str)])
                 raise RowError(f"has no column {foreign!r} (data.columns.{name}), only {named(row)}{guess}") from None
     renamed = {name: value for name, value in row.items() if name not in outer.values()} | found
     for name in _LISTS if inner else ():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from phi3_lora_plugin.chat.chatgpt import chatgpt
@@ -13,6 +12,7 @@ from phi3_lora_plugin.chat.marks import MARKS, ROW_MARKS, decisive
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.thoughts import THOUGHTS
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns, weighed
+from phi3_lora_plugin.wording import closest
 
 Adapter = Callable[[Mapping[str, Any]], list[Message]]
 
@@ -171,8 +171,8 @@ def _whole(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
 
 def _column(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
-        near = get_close_matches(name, [key for key in row if isinstance(key, str)], 1)
-        advice = f"; write data.columns: {{{name}: {near[0]}}} if that is it" if near else ""
+        near = closest(name, [key for key in row if isinstance(key, str)])
+        advice = f"; write data.columns: {{{name}: {near}}} if that is it" if near else ""
         raise RowError(f"has no column {name!r}, only {named(row)}{advice}")
     return row[name]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import listed
 
 
 class RowError(Phi3LoraError):
@@ -24,5 +25,4 @@ def shown(value: Any) -> str:
 def named(row: Mapping[str, Any]) -> str:
     """List the columns or keys that there are, for an error."""
     names = [str(name)[:60] for name in row]
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return (", ".join(names[:20]) or "nothing") + more
+    return listed(names, 20) or "nothing"

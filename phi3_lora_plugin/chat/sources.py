@@ -6,12 +6,12 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.chat.opened import PACKED
 from phi3_lora_plugin.chat.readers import READERS, Place, Row, Rows, SourceError, reader
+from phi3_lora_plugin.wording import closest
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _SPLITS = {
@@ -194,9 +194,8 @@ def _nearest(path: Path) -> str:
     for parent in path.parents:
         if parent.is_dir():
             missing = path.relative_to(parent).parts[0]
-            near = get_close_matches(missing, [entry.name for entry in parent.iterdir()], 1, cutoff=0.5)
-            if near:
-                return f"; nearest is {parent / near[0]}"
+            if near := closest(missing, [entry.name for entry in parent.iterdir()], 0.5):
+                return f"; nearest is {parent / near}"
             return f"; there is no folder {parent / missing}" if missing != path.name and parent.parts else ""
     return ""
 

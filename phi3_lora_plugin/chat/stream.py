@@ -15,6 +15,7 @@ from phi3_lora_plugin.chat.row_error import RowError, shown
 from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.chat.turns import Message
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -124,5 +125,4 @@ def _within(limit: int | None) -> str:
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
-    return f"row{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:_NAMED]))}{more}"
+    return f"row{'s' * (len(numbers) > 1)} {listed(numbers, _NAMED)}"

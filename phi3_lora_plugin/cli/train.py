@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import human
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,7 +187,7 @@ def _figures(result: Result) -> list[tuple[str, str]]:
     if result.adapter:
         ratio = result.base_bytes / max(1, result.adapter_bytes)
         rows.append(
-            ("adapter", f"{_size(result.adapter_bytes)}, the full model {_size(result.base_bytes)} ({ratio:.0f} times)")
+            ("adapter", f"{human(result.adapter_bytes)}, the full model {human(result.base_bytes)} ({ratio:.0f} times)")
         )
         rows.append(("saved to", result.adapter))
     if result.reload_difference is not None:
@@ -201,14 +202,6 @@ def _command() -> str:
     if called.name != "phi3-lora" or not called.exists() or (known is not None and Path(known).samefile(called)):
         return "phi3-lora"
     return os.path.relpath(called)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    raise AssertionError("unreachable")
 
 
 def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:

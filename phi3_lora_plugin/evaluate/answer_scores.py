@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import listed
 
 MEASURES = ("exact", "rouge_l", "gsm8k")
 # The number behind the first "####": GSM8K's own rule, but a sign may be typographic and a dollar may stand before it.
@@ -34,7 +35,7 @@ def score_answers(
     if not answers or len(answers) != len(references):
         raise AnswerError(f"{len(answers)} answers for {len(references)} references; expected equal counts, not 0")
     if "gsm8k" in measures and (without := [n for n, text in enumerate(references, 1) if final_answer(text) is None]):
-        named = ", ".join(map(str, without[:8])) + (f" and {len(without) - 8:,} more" if len(without) > 8 else "")
+        named = listed(without, 8)
         raise AnswerError(f"no number behind '####', which gsm8k compares, in what is expected for question {named}")
     each = {"exact": _exact, "rouge_l": rouge_l, "gsm8k": _same_number}
     return {

@@ -13,6 +13,7 @@ from phi3_lora_plugin.export.merge_check import sample_ids
 from phi3_lora_plugin.lora_files.layouts import Row
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +120,7 @@ def _write(
 ) -> list[str]:
     weights = Weights(folder)
     if biases := [name for name in weights if name.endswith(".bias")]:
-        raise BaseLayoutError(f"{folder} has biases, which Phi-3 and Llama do not: {', '.join(biases[:3])}")
+        raise BaseLayoutError(f"{folder} has biases, which Phi-3 and Llama do not: {listed(biases, 3)}")
     with staged(target, overwrite) as stage:
         writer = ShardWriter(stage, max_shard)
         for name in weights:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora.finite import not_finite
 from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_files, torchtune_files
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
 from phi3_lora_plugin.model.new_files import new_folder
 from phi3_lora_plugin.model.shards import Weights, copy_tokenizer, staged
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.model.families import Projection
@@ -308,17 +310,14 @@ def _same_update(before: Sequence[Lora], after: Sequence[Lora], layout: Sequence
 
 def _refuse_broken(source: Path, found: peft_files.Parts) -> None:
     """NaN would go through every map unseen."""
-    import torch
 
     tensors = {f"{lora.module}.lora_A": lora.a for lora in found.loras}
     tensors |= {f"{lora.module}.lora_B": lora.b for lora in found.loras}
     tensors |= {f"{lora.module}.lora_magnitude": each for lora in found.loras if (each := lora.magnitude) is not None}
     tensors |= dict(found.full) | {name: rows for name, (_, rows) in found.tokens.items()}
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        shown = f"{', '.join(broken[:3])}{', ...' * (len(broken) > 3)}"
-        raise ConvertError(
-            f"{source}: {len(broken)} tensors are not finite (NaN or Inf), so the adapter is broken: {shown}"
-        )
+    if broken := not_finite(tensors):
+        what = f"{len(broken)} tensors are not finite (NaN or Inf), so the adapter is broken"
+        raise ConvertError(f"{source}: {what}: {listed(broken, 3)}")
 
 
 def _without_equal_embeddings(found: peft_files.Parts, base: Path, notes: list[str]) -> peft_files.Parts:
@@ -335,18 +334,18 @@ def _refuse_full(found: peft_files.Parts, to: str, layout: Sequence[Projection])
     if not found.full and not found.tokens:
         return
     names = [*found.full, *found.tokens]
-    shown = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    shown = listed(names, 3)
     if to in ("loralib", "gguf"):
         raise ConvertError(
             f"{shown}: trained in full or by token, which {to} files do not hold; merge the adapter instead"
         )
     if biases := [name for name in found.full if name.endswith(".bias")]:
-        raise ConvertError(f"{', '.join(biases[:3])}: trained biases are not carried over; merge the adapter instead")
+        raise ConvertError(f"{listed(biases, 3)}: trained biases are not carried over; merge the adapter instead")
     parts = {part for p in layout for part in (p.name, *(piece.name for piece in p.slices))}
     inside = [name for name in found.full if to != "peft" and name.split(".")[-2] in parts and ".layers." in name]
     if inside:
         raise ConvertError(
-            f"{', '.join(inside[:3])}: a projection trained in full has no {to} form here; merge the adapter instead"
+            f"{listed(inside, 3)}: a projection trained in full has no {to} form here; merge the adapter instead"
         )
 
 

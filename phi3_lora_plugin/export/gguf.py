@@ -19,6 +19,7 @@ from phi3_lora_plugin.lora_files.layouts import Lora, Row, one_alpha
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import Weights
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,7 +210,7 @@ def _placed(
         else:
             plan[place] = (ordered, (len(parts), *weights.shape(ordered[0])))
     if problems:
-        raise GGUFError(f"llama.cpp has no place for {', '.join(problems[:5])}")
+        raise GGUFError(f"llama.cpp has no place for {listed(problems)}")
     return plan
 
 

@@ -13,6 +13,7 @@ from phi3_lora_plugin.export.merge_plan import VerificationError, merged_tensors
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
+from phi3_lora_plugin.wording import human
 
 __all__ = [
     "DTYPES",
@@ -56,9 +57,9 @@ class MergeReport:
 
     def lines(self) -> list[str]:
         """The report for people, one sentence a line."""
-        size = f"{self.total_bytes / 1e9:.2f} GB" if self.total_bytes > 1e8 else f"{self.total_bytes / 1e6:.2f} MB"
         text = [
-            f"merged {self.merged} weights, copied {self.copied}: {size} of {self.dtype}, {self.files} file(s)",
+            f"merged {self.merged} weights, copied {self.copied}: {human(self.total_bytes)} of {self.dtype}, "
+            f"{self.files} file(s)",
             f"each merged module against PEFT's forward pass: largest difference {self.module_difference:.2e}",
         ]
         if self.logit_difference is None:

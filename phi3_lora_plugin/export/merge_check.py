@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.export.merge_plan import HEAD, VerificationError
 from phi3_lora_plugin.model.folder import read_json
 from phi3_lora_plugin.model.shards import Weights
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ def check_written(stage: Path, weights: Weights, untied: bool) -> None:
     wrong = [name for name in expected if name not in written] + [name for name in written if name not in expected]
     wrong += [name for name in weights if name in written and written.shape(name) != weights.shape(name)]
     if wrong:
-        raise VerificationError(f"the written files do not have the base's weights: {', '.join(sorted(wrong)[:5])}")
+        raise VerificationError(f"the written files do not have the base's weights: {listed(sorted(wrong))}")
 
 
 def fits(total_bytes: int, dtype: str) -> bool:

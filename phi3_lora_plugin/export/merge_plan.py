@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.merge_module import MergeError
+from phi3_lora_plugin.model.families import WHOLE
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,10 +78,9 @@ def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], u
         if f"{module}.lora_B.bias" in tensors and f"{module}.bias" not in weights:
             problems.append(f"{module}: the adapter has a bias (lora_bias), and the base has none to add it to")
     if strangers:
-        split = any(module.rpartition(".")[2] in ("q_proj", "gate_proj", "up_proj") for module in strangers)
+        split = any(module.rpartition(".")[2] in WHOLE for module in strangers)
         problems.append(
-            f"{len(strangers)} adapted modules are not in the base: {', '.join(strangers[:3])}"
-            f"{', ...' if len(strangers) > 3 else ''}"
+            f"{len(strangers)} adapted modules are not in the base: {listed(strangers, 3)}"
             + ("; the adapter is split, this base fused: `phi3-lora convert ... --to fused` first" if split else "")
         )
     for module in experts:

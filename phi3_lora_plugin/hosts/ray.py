@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from phi3_lora_plugin.store.checkpoint import latest_complete
 from phi3_lora_plugin.store.layout import FOLDER, step_name
 from phi3_lora_plugin.store.manifest import read_manifest
 from phi3_lora_plugin.training.callbacks import LoraCheckpoint
+from phi3_lora_plugin.wording import closest
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -56,9 +56,9 @@ def read_settings(texts: Sequence[str]) -> Cluster:
     for text in (part for given in texts for part in given.split(",")):
         name, equals, value = text.strip().partition("=")
         if name not in kinds or not equals:
-            near = get_close_matches(name, kinds, 1)
+            near = closest(name, kinds)
             problems.append(f"{text!r} is none of {', '.join(f'{kind}=' for kind in kinds)}")
-            problems[-1] += f"; did you mean {near[0]}=?" if near and near[0] != name else ""
+            problems[-1] += f"; did you mean {near}=?" if near and near != name else ""
         elif kinds[name].startswith("bool"):
             if value.lower() not in ("true", "false"):
                 problems.append(f"{name}: expected true or false, got {value!r}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from phi3_lora_plugin.inspect.findings import Problem
 from phi3_lora_plugin.inspect.model import AGAIN, LFS, PULL, header_of, quantised
-from phi3_lora_plugin.model.families import Projection, UnsupportedModel, projections, recognise
+from phi3_lora_plugin.model.families import WHOLE, Projection, UnsupportedModel, projections, recognise
+from phi3_lora_plugin.wording import listed
 
 _OLDER = "take an older checkpoint"
 _IN_FULL = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
@@ -150,7 +151,7 @@ def _layout_problems(
     parents = {key.split(".")[-3] for key in keys if "lora_B" in key and key.count(".") > 2}
     # PhiMoE has these by name; without its base at hand, a q_proj is most likely one that Phi-3 has fused.
     fused = of_base is None or of_base.get("model_type") == "phi3"
-    split = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} & parents if fused else set()
+    split = WHOLE.keys() & parents if fused else set()
     if split:
         problems.append(
             Problem(
@@ -181,7 +182,7 @@ def _layout_problems(
             problems.append(Problem(f"{len(wrong) - _SHOWN} more modules do not fit the base", "see above"))
         missing = _named(config, layout, layers) - {lora.module for lora in pieces.loras}
         if missing:
-            some = ", ".join(sorted(missing)[:_SHOWN])
+            some = listed(sorted(missing), _SHOWN)
             problems.append(
                 Problem(f"{len(missing)} modules that the config names have no tensors, such as {some}", _OLDER)
             )

@@ -9,6 +9,7 @@ from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import Projection
+from phi3_lora_plugin.wording import human
 
 
 class InspectError(Phi3LoraError):
@@ -82,8 +83,8 @@ def lines(found: Findings) -> Sequence[str]:
     if found.trainable:
         told.append("presets would train (without activations)")
         for row in found.trainable:
-            weights = f"{_size(row.base_bytes)} of weights in {row.held}"
-            told.append(f"  {row.targets}: {row.parameters:,} parameters, {_size(row.bytes)} for them and {weights}")
+            weights = f"{human(row.base_bytes)} of weights in {row.held}"
+            told.append(f"  {row.targets}: {row.parameters:,} parameters, {human(row.bytes)} for them and {weights}")
             told += textwrap.wrap(
                 ", ".join(row.presets), 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
             )
@@ -91,7 +92,3 @@ def lines(found: Findings) -> Sequence[str]:
     for problem in found.problems:
         told.append(f"  - {problem.what}\n    {'handled here; elsewhere' if problem.here else 'fix'}: {problem.fix}")
     return told
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -15,6 +15,7 @@ from phi3_lora_plugin.inspect.findings import Trainable as Trainable
 from phi3_lora_plugin.inspect.findings import lines as lines
 from phi3_lora_plugin.inspect.model import look_at_model, read_json
 from phi3_lora_plugin.model.families import FAMILIES, UnsupportedModel
+from phi3_lora_plugin.wording import listed
 
 _KINDS = {
     "model": ("config.json",),
@@ -69,7 +70,7 @@ def _checkpoint_in(folder: Path, files: set[str]) -> Path:
     except AdapterError as error:
         raise InspectError(
             f"{folder} has none of config.json, tokenizer.json and adapter_config.json, and no complete checkpoint; "
-            f"found: {', '.join(sorted(files)[:8]) or 'nothing'}"
+            f"found: {listed(sorted(files), 8) or 'nothing'}"
         ) from error
 
 

@@ -21,12 +21,12 @@ from phi3_lora_plugin.model.families import (
     row_limit,
 )
 from phi3_lora_plugin.model.quantize import quantized_by
+from phi3_lora_plugin.wording import listed
 
 LFS = "is a Git LFS pointer, not the weights"
 PULL = "run git lfs pull"
 AGAIN = "take it from where the folder came from again"
 _INDEX = "model.safetensors.index.json"
-_SHOWN = 3  # names that a problem spells out
 
 
 def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
@@ -133,10 +133,10 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
     names = sorted(name for name in files if name.endswith(".safetensors") and not name.startswith("adapter_"))
     problems: list[Problem] = []
     if _INDEX in files and "model.safetensors" not in files:
-        listed = read_json(folder / _INDEX, problems).get("weight_map")
-        shards = sorted(set(listed.values())) if isinstance(listed, dict) else names
+        place = read_json(folder / _INDEX, problems).get("weight_map")
+        shards = sorted(set(place.values())) if isinstance(place, dict) else names
         if missing := [shard for shard in shards if shard not in files]:
-            shown = ", ".join(missing[:_SHOWN])
+            shown = listed(missing, 3)
             problems.append(
                 Problem(f"{len(missing)} of {len(shards)} shards are missing, such as {shown}", "fetch them")
             )
@@ -160,7 +160,7 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
         return problems
     wanted = weight_shapes(config)
     if absent := [name for name in wanted if name not in held]:
-        shown = ", ".join(absent[:_SHOWN])
+        shown = listed(absent, 3)
         problems.append(
             Problem(f"{len(absent)} of {len(wanted)} weights are missing, such as {shown}", "fetch the weights again")
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_SHOWN = 5
+from phi3_lora_plugin.wording import listed
 
 
 def weights_problems(folder: Path) -> list[str]:
@@ -48,7 +48,4 @@ def _tensor_problems(file: Path) -> list[str]:
                     found.setdefault("are not finite (NaN or Inf)", []).append(name)
     except (SafetensorError, OSError) as error:
         return [f"cannot be read: {error}"]
-    return [
-        f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
-        for what, names in found.items()
-    ]
+    return [f"{len(names)} tensors {what}: {listed(names)}" for what, names in found.items()]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_SHOWN = 3
+from phi3_lora_plugin.wording import listed
 
 
 def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None) -> str | None:
@@ -32,8 +32,7 @@ def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None
         return None
     if not bad:
         return "trained tensors are not finite in another process"
-    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    return f"{len(bad)} of {len(named)} trained tensors are not finite: {', '.join(bad[:_SHOWN])}{more}"
+    return f"{len(bad)} of {len(named)} trained tensors are not finite: {listed(bad, 3)}"
 
 
 def all_finite(tensors: Sequence[Any]) -> bool:
@@ -45,6 +44,13 @@ def all_finite(tensors: Sequence[Any]) -> bool:
     if len({(norm.dtype, norm.device) for norm in norms}) > 1:
         norms = [norm.float().to(norms[0].device) for norm in norms]
     return not norms or bool(torch.stack(norms).float().sum().isfinite())
+
+
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """The names of tensors of floating-point numbers that have a NaN or an Inf."""
+    import torch
+
+    return [name for name, each in tensors.items() if each.is_floating_point() and not torch.isfinite(each).all()]
 
 
 def _norms(tensors: Sequence[Any]) -> Sequence[Any]:

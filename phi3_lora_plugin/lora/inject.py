@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -15,6 +14,7 @@ from phi3_lora_plugin.lora.coverage import coverage as coverage
 from phi3_lora_plugin.lora.coverage import render_coverage as render_coverage
 from phi3_lora_plugin.lora.plan import TargetPlan
 from phi3_lora_plugin.lora.targets import TargetError, describe, resolve_targets
+from phi3_lora_plugin.wording import nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -167,11 +167,8 @@ def _option_problems(options: Mapping[str, Any]) -> list[str]:
         if name in _PLACED:
             problems.append(f"{name}: say it by add_lora's own arguments targets, r, alpha and dropout")
         elif name not in names and name not in _OURS:
-            near = difflib.get_close_matches(name, [*names, *_OURS], 1)
-            problems.append(
-                f"{name}: unknown option; "
-                + (f"did you mean {near[0]!r}?" if near else "peft.LoraConfig has none such")
-            )
+            guess = nearest(name, [*names, *_OURS], "; peft.LoraConfig has none such")
+            problems.append(f"{name}: unknown option{guess}")
     if (bias := options.get("bias", "none")) not in ("none", "all", "lora_only"):
         problems.append(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
     if options.get("layers_pattern") not in (None, "layers", ["layers"]):
@@ -227,8 +224,7 @@ def _save_problems(model: Any, plan: TargetPlan, options: Mapping[str, Any], mod
     for name in options.get("modules_to_save") or ():
         hits = {module for module in modules if module == name or module.endswith(f".{name}")}
         if not hits:
-            near = difflib.get_close_matches(name, {module.rpartition(".")[2] for module in modules}, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, {module.rpartition(".")[2] for module in modules})
             problems.append(f"modules_to_save: {name!r} matches no module{hint}")
         elif any(hit == module or module.startswith(f"{hit}.") for hit in hits for module in adapted):
             problems.append(f"modules_to_save: {name!r} is trained in full and cannot have LoRA as well")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.recipe.sections import INIT, INITS
+from phi3_lora_plugin.wording import nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from phi3_lora_plugin.lora.plan import TargetPlan
 
-INITS = ("default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal", "eva", "loftq", "mica")
 _EVA_PASSES = 1000
 
 
@@ -31,17 +31,13 @@ class MethodError(Phi3LoraError):
 def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: Mapping[str, Any]) -> list[str]:
     """Why this `init_lora_weights` cannot be used here; empty if it can."""
     problems = []
-    known = isinstance(init, bool) or init in INITS or _rewrites_base(init)
+    known = isinstance(init, bool) or re.fullmatch(INIT, str(init)) is not None
     if not known and init in ("corda", "lora_ga"):
         problems.append(
             f"init_lora_weights: {init!r} needs a pass of PEFT's own over data first, which is not offered here"
         )
     elif not known:
-        near = difflib.get_close_matches(str(init), INITS, 1)
-        problems.append(
-            f"init_lora_weights: {init!r} is not one of {', '.join(INITS)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        problems.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITS)}{nearest(init, INITS)}")
     quantised = bool(getattr(model, "is_quantized", False))
     if _rewrites_base(init) and quantised:
         problems.append(

@@ -14,12 +14,12 @@ from phi3_lora_plugin.lora.inventory import Inventory, inventory_of, trained_bia
 from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names
 from phi3_lora_plugin.lora_files.keys import file_key, without_wrappers
 from phi3_lora_plugin.lora_files.peft_files import changes_base
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,7 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
             found.setdefault("are not finite (NaN or Inf)", []).append(name)
     if missing := [name for name in expected if name not in tensors]:
         found["are missing"] = missing
-    return [
-        f"{len(names)} of {len(expected)} tensors {what}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
-        for what, names in found.items()
-    ]
+    return [f"{len(names)} of {len(expected)} tensors {what}: {listed(names)}" for what, names in found.items()]
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:

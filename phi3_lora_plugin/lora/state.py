@@ -17,13 +17,12 @@ from phi3_lora_plugin.lora.state_input import copies_of_the_base, no_numbers
 from phi3_lora_plugin.lora.walk import parameter_shapes
 from phi3_lora_plugin.lora_files.keys import index_of, is_lora, spelling, without_wrappers
 from phi3_lora_plugin.seams import require
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
-
-_SHOWN = 5
 
 
 class StateError(Phi3LoraError):
@@ -314,5 +313,4 @@ def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Te
 
 
 def _listed(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"  {len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"
+    return f"  {len(names)} {what}: {listed(names)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
 from phi3_lora_plugin.model.families import Projection, projections
+from phi3_lora_plugin.wording import closest
 
 ALL_LINEAR = "all-linear"
 EXPERTS = "experts"
@@ -242,8 +242,8 @@ def _refusals(target: str, outside: Sequence[str], config: Mapping[str, Any]) ->
 
 def _unknown(target: str, layout: Sequence[Projection]) -> str:
     names = [place.path.rpartition(".")[2] for place in _places(layout)]
-    near = difflib.get_close_matches(target.rpartition(".")[2], names, 1, 0.75)
-    hint = f"did you mean {near[0]!r}?" if near else ""
+    near = closest(target.rpartition(".")[2], names, 0.75)
+    hint = f"did you mean {near!r}?" if near else ""
     if any(_stacked(projection) for projection in layout):
         if target in ("qkv_proj", "self_attn.qkv_proj"):
             hint = "attention is not fused here: q_proj, k_proj, v_proj"

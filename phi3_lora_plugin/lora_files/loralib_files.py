@@ -17,6 +17,7 @@ from phi3_lora_plugin.lora_files.keys import bare
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
 from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.small_file import BadFile, read_json
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +149,7 @@ def from_loralib(
     other = [key for key in tensors if key.rpartition(".")[2] not in ("lora_A", "lora_B")]
     if other:
         problems.append(
-            f"{len(other)} tensors are not LoRA ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}); save with "
+            f"{len(other)} tensors are not LoRA ({listed(other, 3)}); save with "
             "lora.lora_state_dict(model), without biases: Phi-3 has none"
         )
     if not modules:

@@ -339,5 +339,5 @@ def _weights(folder: Path) -> dict[str, Tensor]:
                 f"{old} is damaged, or needs code from it to be run, which is never done: {why}"
             ) from error
         return loaded
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+    found = listed(sorted(entry.name for entry in folder.iterdir()), 8)
     raise PeftFilesError(f"{folder}: {WEIGHTS} is missing; found {found}")

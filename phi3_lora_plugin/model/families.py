@@ -64,6 +64,12 @@ class Projection:
     experts: int = 0
 
 
+#: Slices of fused projections by the names that they have where they stand alone.
+WHOLE = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}  # fmt: skip
+
 _PHI3_STOP = ("<|end|>", "<|endoftext|>")
 _PHI3_PAD = ("<unk>", "<|placeholder1|>")
 # Phi-4-mini has one token for unknown, end, begin and pad; this one is reserved and never written by its template.

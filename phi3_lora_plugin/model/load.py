@@ -17,6 +17,7 @@ from phi3_lora_plugin.model.device import Device, read_device
 from phi3_lora_plugin.model.folder import SINGLE, ModelError, model_folder, weight_files
 from phi3_lora_plugin.model.precision import Precision, precision_of
 from phi3_lora_plugin.model.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -105,8 +106,8 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"{folder} lacks {len(missing)} weights, which would be random numbers: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}; fetch the model again"
+            f"{folder} lacks {len(missing)} weights, which would be random numbers: "
+            f"{listed(missing)}; fetch the model again"
         )
     if quantize == "nf4" and place.kind == "cpu":
         from phi3_lora_plugin.model.quantize import keep_trainable_on_cpu

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,25 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.model.folder import INDEX, SINGLE, ModelError, read_json, weight_files
 from phi3_lora_plugin.model.new_files import new_folder, save_tensors
-from phi3_lora_plugin.wording import listed
+from phi3_lora_plugin.wording import listed, read_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 # What belongs to a tokenizer or to generation, and travels with a model unchanged.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of `2GB`, `500 MB`, `1GiB` or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
-    if match is None or float(match[1]) <= 0:
-        raise ModelError(f"size {text!r}: expected something like 2GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 class Weights:
@@ -104,7 +94,10 @@ class ShardWriter:
 
     def __init__(self, folder: Path, max_shard: str | int = "2GB") -> None:
         self.folder = folder
-        self.limit = parse_size(max_shard)
+        limit = read_size(max_shard)
+        if limit is None:
+            raise ModelError(f"size {max_shard!r}: expected something like 2GB or 500MB")
+        self.limit = limit
         self.total = 0
         self._open: dict[str, Tensor] = {}
         self._open_bytes = 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.device import KINDS, Device, elsewhere, read_device
 from phi3_lora_plugin.model.folder import ModelError
+from phi3_lora_plugin.wording import read_size
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -99,11 +100,10 @@ def size(text: str) -> int:
     Raises:
         PlanError: not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text.lower())
-    unit = "" if not found else found[2] if found[2].endswith("b") else f"{found[2]}b"
-    if not found or unit not in _UNITS or float(found[1]) == 0:
+    read = read_size(text)
+    if read is None:
         raise PlanError(f"memory: {text!r} is not a size; write 24GB, 16GiB or 500MB")
-    return int(float(found[1]) * _UNITS[unit])
+    return read
 
 
 def memory_of(recipe: Recipe, device: Device) -> int | None:

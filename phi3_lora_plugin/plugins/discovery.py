@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib import metadata
 
 import pluggy
@@ -24,6 +23,7 @@ from phi3_lora_plugin.plugins.registry import (
     Plugins,
     PluginWarning,
 )
+from phi3_lora_plugin.wording import nearest
 
 __all__ = ["Failure", "Plugin", "PluginError", "PluginWarning", "Plugins", "load_plugins"]
 
@@ -124,9 +124,8 @@ def _load(manager: pluggy.PluginManager, plugin: Plugin, entry_point: metadata.E
         for implementation in (i for i in caller.get_hookimpls() if i.plugin is target):
             if caller.spec is None:
                 if not implementation.optionalhook:
-                    near = get_close_matches(caller.name, known, 1)
-                    guess = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known)}"
-                    raise PluginError(f"implements unknown hook {caller.name!r}; {guess}")
+                    guess = nearest(caller.name, known, f"; there is: {', '.join(known)}")
+                    raise PluginError(f"implements unknown hook {caller.name!r}{guess}")
             elif switched_off := sorted(set(implementation.kwargnames) & set(caller.spec.argnames)):
                 raise PluginError(
                     f"{caller.name} gives argument {switched_off[0]!r} a default, so pluggy never passes it; "

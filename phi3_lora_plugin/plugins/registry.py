@@ -13,7 +13,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ import pluggy
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.contain import add_note, clean, describe, prints_on_stderr, shown
+from phi3_lora_plugin.wording import nearest
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -143,10 +143,8 @@ class Plugins:
             raise found.clashes[name]
         if name in found.values:
             return found.values[name]
-        lowered = {known.lower(): known for known in found.values}
-        near = get_close_matches(name.lower(), lowered, 1)
         lines = [
-            f"no {KINDS[kind]} is named {name!r}" + (f"; did you mean {lowered[near[0]]!r}?" if near else ""),
+            f"no {KINDS[kind]} is named {name!r}{nearest(name, found.values)}",
             f"available: {', '.join(sorted(found.values)) or 'none'}",
             *(f"failed: {failure}" for failure in self.failures),
         ]

@@ -29,6 +29,7 @@ PEFT_NAMES = {
     "init_lora_weights": "init",
 }
 INITS = ("default", "gaussian", "pissa", "olora", "eva", "loftq", "orthogonal", "mica", "random")
+INIT = rf"({'|'.join(INITS)}|pissa_niter_[1-9]\d*)"
 
 
 class Conflicts(Phi3LoraError):
@@ -179,7 +180,7 @@ class LoraSection(Section):
     """Names, or one regular expression, that `targets` must not reach."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train too."""
-    init: Annotated[Text, Field(pattern=rf"^({'|'.join(INITS)}|pissa_niter_[1-9]\d*)$")] = "default"
+    init: Annotated[Text, Field(pattern=rf"^{INIT}$")] = "default"
     """How A and B begin, by PEFT's `init_lora_weights` names."""
     dora: Switch = False
     """Train a magnitude for each output row as well (DoRA, arXiv 2402.09353)."""

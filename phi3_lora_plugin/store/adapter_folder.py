@@ -12,6 +12,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.peft_files import CONFIG, read_config
 from phi3_lora_plugin.recipe import Recipe, load_recipe
 from phi3_lora_plugin.store.manifest import MANIFEST, check_folder, read_manifest
+from phi3_lora_plugin.wording import listed
 
 
 class AdapterError(Phi3LoraError):
@@ -102,9 +103,7 @@ def adapter_folder(path: str | Path) -> Path:
             return place
     found = latest_complete(folder) if folder.is_dir() else None
     if found is None:
-        inside = (
-            ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        )
+        inside = listed(sorted(entry.name for entry in folder.iterdir()), 8) if folder.is_dir() else "no such folder"
         raise AdapterError(
             f"{folder} has no LoRA adapter ({CONFIG}) and no complete checkpoint; found: {inside or 'nothing'}"
         )

@@ -31,6 +31,7 @@ from phi3_lora_plugin.store.run import CheckpointRun
 from phi3_lora_plugin.training.health import HealthError, is_zero_loss, sick_log, zero_loss
 from phi3_lora_plugin.training.resume_state import capture
 from phi3_lora_plugin.training.run_facts import refuse_drift, run_facts
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -175,8 +176,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
         facts = run_facts(args, model, tokenizer, rows, self.adapter, kwargs.get("optimizer")) | self.facts
         if others := trained_but_not_saved(model, self.adapter):
-            shown = f"{', '.join(others[:3])}{', ...' * (len(others) > 3)}"
-            log.warning("%d trained parameters are not LoRA and are not saved: %s", len(others), shown)
+            log.warning("%d trained parameters are not LoRA and are not saved: %s", len(others), listed(others, 3))
         for entry in entries(store) if state.global_step else ():
             if entry.step == state.global_step:
                 refuse_drift(entry.path, entry.manifest, facts, self.allow_drift)

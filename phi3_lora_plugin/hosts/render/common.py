@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.activate import TARGETS
-from phi3_lora_plugin.model.families import Family, published_as, row_limit
+from phi3_lora_plugin.model.families import WHOLE, Family, published_as, row_limit
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 if TYPE_CHECKING:
@@ -163,12 +163,6 @@ def longest(recipe: Recipe, key: str) -> Line:
     return Line(key, Family.context, f"assumed, because the config of {recipe.model.path} is not on this machine")
 
 
-_WHOLE = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}  # fmt: skip
-
-
 def targets(recipe: Recipe) -> tuple[list[str] | str, str]:
     """(names or one regular expression as plain PEFT takes them, why they are not the recipe's)."""
     asked = recipe.lora.targets
@@ -178,10 +172,10 @@ def targets(recipe: Recipe) -> tuple[list[str] | str, str]:
     names = [asked] if isinstance(asked, str) else list(asked)
     if isinstance(asked, str) and not asked.replace("_", "").replace(".", "").isalnum():
         return asked, ""
-    if moe or not set(names) & set(_WHOLE):
+    if moe or not set(names) & set(WHOLE):
         return names, ""
-    whole = list(dict.fromkeys(_WHOLE.get(name, name) for name in names))
-    slices = ", ".join(name for name in names if name in _WHOLE)
+    whole = list(dict.fromkeys(WHOLE.get(name, name) for name in names))
+    slices = ", ".join(name for name in names if name in WHOLE)
     return whole, f"the recipe names {slices}, slices that only `phi3-lora train` adapts alone; these are the whole"
 
 
