@@ -161,7 +161,7 @@ seed: 2
         f"{path}:5: lora.r: expected a whole number at least 1, found text '8'; write it without quotes",
         f"{path}:6: lora.dropuot: unknown key; did you mean 'dropout'?",
         f"{path}:7: lora.dropout: expected a number at least 0.0 and below 1.0, found 1.0",
-        f"{path}:11: data.path: expected text or a list of text, found list [1]",
+        f"{path}:11: data.path: expected text or a list of text or a mapping, found list [1]",
         f"{path}:13: training.learning_rat: the installed transformers has no such argument; did you mean "
         "'learning_rate'?",
         f"{path}:14: training.save_steps: does not belong here: write checkpoint.every_steps",
