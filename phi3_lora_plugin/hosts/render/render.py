@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
+from phi3_lora_plugin.hosts.render import __path__
 from phi3_lora_plugin.hosts.render.common import Rendered, RenderError
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
-HOSTS = ("axolotl", "llamafactory", "trl", "swift")
+#: What the modules beside this one share; each of the others renders for the host that it is named after.
+_SHARED = ("common", "render", "settings_section")
+HOSTS = tuple(sorted({found.name for found in iter_modules(__path__)} - {*_SHARED}))
 
 
 def render(recipe: Recipe, host: str) -> Rendered:
@@ -20,7 +24,7 @@ def render(recipe: Recipe, host: str) -> Rendered:
         RenderError: an unknown host, or a recipe that the host has nothing for.
     """
     if host not in HOSTS:
-        raise RenderError(f"--host: {host!r} is none of {', '.join(HOSTS)}")
+        raise RenderError(f"--host: {host!r} is not one of {', '.join(HOSTS)}")
     if recipe.preference.on:
         raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
     made: Rendered = import_module(f"phi3_lora_plugin.hosts.render.{host}").render(recipe)
