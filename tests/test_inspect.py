@@ -282,3 +282,14 @@ def test_published_folders_are_recognised(shared_data: Path) -> None:
     assert "'su'" in whats(found.problems)
     all_linear = next(row for row in found.trainable if row.targets == "all-linear, r 16")
     assert all_linear.parameters == 25_165_824
+
+
+def test_a_published_model_is_described_before_it_is_downloaded() -> None:
+    found = inspect("microsoft/Phi-3-mini-4k-instruct")
+    assert not found.downloaded and found.kinds == ("model",) and not found.problems
+    assert found.family == "phi-3-mini-4k (Phi-3-mini-4k-instruct)" and found.parameters == 3_821_079_552
+    (plain,) = [row for row in found.trainable if "phi3-mini-4k-lora" in row.presets]
+    assert plain.parameters == 25_165_824 and plain.base_bytes == pytest.approx(7.64e9, rel=0.001)
+    assert any("not here" in line and "hf download microsoft/Phi-3-mini-4k-instruct" in line for line in lines(found))
+    with pytest.raises(InspectError, match="somebody/unknown is neither a folder nor in the hub's cache"):
+        inspect("somebody/unknown")

@@ -10,7 +10,7 @@ import typer
 
 
 def inspect_command(
-    path: Annotated[str, typer.Argument(help="Model, tokenizer or adapter folder.")],
+    path: Annotated[str, typer.Argument(help="Model, tokenizer or adapter folder, or hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Say what family a folder belongs to, what would be trained, and every problem with its fix."""

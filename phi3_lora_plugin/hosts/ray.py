@@ -261,4 +261,4 @@ def _restore(kept: Any, output_dir: Path) -> None:
 def _has_gpu(recipe: Recipe) -> bool:
     import torch
 
-    return recipe.model.device != "cpu" and torch.cuda.is_available()
+    return recipe.model.device in ("auto", "cuda") and torch.cuda.is_available()

@@ -52,6 +52,8 @@ class Findings:
 
     path: str
     kinds: tuple[str, ...]
+    downloaded: bool = True
+    """False: nothing of it is here, and sizes are those that were published."""
     family: str | None = None
     max_length: int | None = None
     parameters: int | None = None
@@ -67,6 +69,8 @@ class Findings:
 def lines(found: Findings) -> Sequence[str]:
     """The findings as lines for a person."""
     told = [f"{found.path}: {' + '.join(found.kinds)}"]
+    if not found.downloaded:
+        told.append(f"not here     sizes as published; hf download {found.path} fetches the model")
     if found.family:
         rows = f", rows up to {found.max_length:,} tokens" if found.max_length else ""
         size = f", {found.parameters:,} parameters" if found.parameters else ""

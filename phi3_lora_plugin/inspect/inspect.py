@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.inspect.adapter import look_at_adapter
 from phi3_lora_plugin.inspect.findings import Findings as Findings
 from phi3_lora_plugin.inspect.findings import InspectError as InspectError
 from phi3_lora_plugin.inspect.findings import Problem as Problem
 from phi3_lora_plugin.inspect.findings import Trainable as Trainable
 from phi3_lora_plugin.inspect.findings import lines as lines
-from phi3_lora_plugin.inspect.model import look_at_model, read_json
+from phi3_lora_plugin.inspect.model import look_at_model, look_at_published, read_json
 from phi3_lora_plugin.model.families import FAMILIES, UnsupportedModel
+from phi3_lora_plugin.model.folder import ModelError, find_folder
+from phi3_lora_plugin.model.published import published_config
 from phi3_lora_plugin.wording import listed
 
 _KINDS = {
@@ -28,14 +29,18 @@ def inspect(path: str | Path) -> Findings:
     """Look at a folder without loading any model weights into memory.
 
     Args:
-        path: folder, `embedded:NAME`, or the folder of a run, whose newest complete checkpoint is looked at.
+        path: folder, `embedded:NAME`, the folder of a run, whose newest complete checkpoint is looked at, or a hub id:
+            its snapshot in the cache, or what is known of a published model that was not downloaded.
 
     Raises:
-        InspectError: no such folder, or neither model, tokenizer nor adapter in it.
+        InspectError: nothing is known of it here, or neither model, tokenizer nor adapter is in it.
     """
-    folder = Path(locate(path))
-    if not folder.is_dir():
-        raise InspectError(f"{path}: no such folder; inspect reads local folders")
+    try:
+        folder = find_folder(path)
+    except ModelError as error:
+        if (config := published_config(str(path))) is None:
+            raise InspectError(f"{error}; inspect downloads nothing") from error
+        return look_at_published(str(path), config)
     files = _files(folder)
     if not _kinds(files):
         folder = _checkpoint_in(folder, files)

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.inspect.findings import Problem, Trainable
+from phi3_lora_plugin.inspect.findings import Findings, Problem, Trainable
 from phi3_lora_plugin.model.base_size import parameters, weight_shapes
 from phi3_lora_plugin.model.families import (
     RopeError,
@@ -61,6 +61,24 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
     found["parameters"] = parameters(config)
     found["trainable"] = _presets(config)
     return found
+
+
+def look_at_published(name: str, config: Mapping[str, Any]) -> Findings:
+    """What is known of a model that Microsoft has published and nobody has downloaded here."""
+    family = recognise(config)
+    return Findings(
+        path=name,
+        kinds=("model",),
+        downloaded=False,
+        family=f"{family.name} ({family.title})",
+        max_length=row_limit(None, config),
+        parameters=parameters(config),
+        projections=projections(config),
+        template=family.templates[0],
+        stop_tokens=family.stop,
+        pad_token=family.pad[0],
+        trainable=_presets(config),
+    )
 
 
 def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:

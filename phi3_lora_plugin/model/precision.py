@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from phi3_lora_plugin.model.base_size import BaseSize, base_size
-from phi3_lora_plugin.model.device import Device, read_device, with_probe
+from phi3_lora_plugin.model.device import Device, elsewhere, read_device, with_probe
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe.sections import ModelSection
@@ -75,6 +75,12 @@ def precision_for(model: ModelSection, device: Device | None = None) -> Precisio
         ModelError: that device is not here.
     """
     return precision_of(model.dtype, device or read_device(model.device), model.path, model.quantize, model.revision)
+
+
+def precision_elsewhere(model: ModelSection) -> Precision:
+    """The precision of a `model` section on a machine that is not this one: a current card, or what it names."""
+    kind = "cuda" if model.device == "auto" else model.device
+    return choose(model.dtype, elsewhere(kind), base_size(model.path, model.revision), model.quantize)
 
 
 def _large(base: BaseSize | None) -> bool:

@@ -19,6 +19,7 @@ from phi3_lora_plugin.hosts.render.common import (
     write,
 )
 from phi3_lora_plugin.hosts.render.settings_section import section
+from phi3_lora_plugin.model.precision import precision_elsewhere
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -62,7 +63,7 @@ def render(recipe: Recipe) -> Rendered:
         Line("weight_decay", n.weight_decay),
         Line("max_grad_norm", n.max_grad_norm),
         *([Line("loraplus_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
-        *_precision(model.dtype, model.device, n.rest),
+        *_precision(precision_elsewhere(model).mixed, model.device, n.rest),
         Line("attn_implementation", "sdpa" if model.attention == "auto" else model.attention),
         Line("gradient_checkpointing", n.checkpointing),
         *([Line("gradient_checkpointing_kwargs", {"use_reentrant": False})] if n.checkpointing else []),
@@ -132,9 +133,9 @@ def _source(found: Rows) -> dict[str, Any]:
     }
 
 
-def _precision(dtype: str, device: str, rest: dict[str, Any]) -> list[Line]:
+def _precision(mixed: str, device: str, rest: dict[str, Any]) -> list[Line]:
     if {"bf16", "fp16"} & set(rest):
         return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
-    if device == "cpu" or dtype == "float32":
-        return [Line("bf16", False)]
-    return [Line("fp16", True)] if dtype == "float16" else [Line("bf16", "auto")]
+    if mixed == "fp16":
+        return [Line("fp16", True)]
+    return [Line("bf16", False if mixed == "no" else True if device == "cpu" else "auto")]

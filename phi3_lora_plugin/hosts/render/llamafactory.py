@@ -22,6 +22,7 @@ from phi3_lora_plugin.hosts.render.common import (
     write,
 )
 from phi3_lora_plugin.hosts.render.settings_section import section
+from phi3_lora_plugin.model.precision import precision_elsewhere
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -108,9 +109,9 @@ def _quantised(quantize: str) -> list[Line]:
 def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
     if {"bf16", "fp16"} & set(rest):
         return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
-    cpu = recipe.model.device == "cpu" or recipe.model.dtype == "float32"
+    mixed = precision_elsewhere(recipe.model).mixed
     return [*([Line("use_cpu", True)] if recipe.model.device == "cpu" else []),
-            *([] if cpu else [Line("fp16" if recipe.model.dtype == "float16" else "bf16", True)])]  # fmt: skip
+            *([] if mixed == "no" else [Line(mixed, True)])]  # fmt: skip
 
 
 def _data(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -20,6 +20,7 @@ from phi3_lora_plugin.hosts.render.common import (
 )
 from phi3_lora_plugin.hosts.render.settings_section import settings_of
 from phi3_lora_plugin.hosts.swift import plugin_file
+from phi3_lora_plugin.model.precision import precision_elsewhere
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -38,7 +39,7 @@ def render(recipe: Recipe) -> Rendered:
         "  swift sft FILE",
         "in an environment that has phi3-lora-plugin.",
     ]
-    dtype = {"auto": "float32" if model.device == "cpu" else "bfloat16"}.get(model.dtype, model.dtype)
+    dtype = precision_elsewhere(model).weights
     lines = [
         *([Line("ENV", {"PHI3_LORA_SETTINGS": json.dumps(given)}, "what ms-swift has no words for")] if given else []),
         Line("model", base_path(recipe)),

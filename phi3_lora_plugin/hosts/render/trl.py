@@ -20,6 +20,7 @@ from phi3_lora_plugin.hosts.render.common import (
     targets,
     write,
 )
+from phi3_lora_plugin.model.precision import precision_elsewhere
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -34,7 +35,7 @@ def render(recipe: Recipe) -> Rendered:
         "  trl sft --config FILE",
         "or, with LoRA-only checkpoints and stop tokens as well, `phi3-lora trl sft --config FILE`.",
     ]
-    dtype = {"auto": "float32" if model.device == "cpu" else "bfloat16"}.get(model.dtype, model.dtype)
+    dtype = precision_elsewhere(model).weights
     lines = [
         Line("model_name_or_path", base_path(recipe)),
         *([Line("model_revision", model.revision)] if model.revision else []),
@@ -158,8 +159,8 @@ def _template_of(recipe: Recipe) -> str | None:
 def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
     if {"bf16", "fp16"} & set(rest):
         return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
-    if recipe.model.device == "cpu":
-        return [Line("use_cpu", True), Line("bf16", recipe.model.dtype == "bfloat16", "on by default in TRL")]
-    if recipe.model.dtype == "float16":
-        return [Line("bf16", False), Line("fp16", True)]
-    return [Line("bf16", recipe.model.dtype != "float32", "on by default in TRL")]
+    mixed = precision_elsewhere(recipe.model).mixed
+    cpu = [Line("use_cpu", True)] if recipe.model.device == "cpu" else []
+    if mixed == "fp16":
+        return [*cpu, Line("bf16", False), Line("fp16", True)]
+    return [*cpu, Line("bf16", mixed == "bf16", "on by default in TRL")]
