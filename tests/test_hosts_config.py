@@ -18,8 +18,9 @@ from phi3_lora_plugin.hosts.base import check_targets, linear_names, phi_config
 from phi3_lora_plugin.hosts.pairs import conversation, pairs
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.rows import RowsError, encode_rows
-from phi3_lora_plugin.hosts.settings import HostData, HostSettings, SettingsError, checkpoint_callback, read_settings
+from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpoint_callback, read_settings
 from phi3_lora_plugin.lora.targets import TargetError
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 CONFIG = tiny.config().to_dict()
 ASK, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "the fox."}
@@ -63,15 +64,15 @@ def test_what_an_axolotl_user_chose_stays() -> None:
 
 def test_a_named_template_goes_to_axolotl_as_text_and_an_unknown_one_nowhere() -> None:
     cfg = documented()
-    prepare(cfg, CONFIG, HostSettings(data=HostData(template="phi-4")), "<unk>")
+    prepare(cfg, CONFIG, HostSettings(data=ChatSection(template="phi-4")), "<unk>")
     assert cfg["chat_template_jinja"] == TEMPLATES["phi-4"].text
     with pytest.raises(TemplateError, match="none of phi-3-mini-4k"):
-        prepare(documented(), CONFIG, HostSettings(data=HostData(template="phi_3")), "<unk>")
+        prepare(documented(), CONFIG, HostSettings(data=ChatSection(template="phi_3")), "<unk>")
 
 
 def test_encoded_rows_are_kept_apart_by_what_decides_them() -> None:
     names = set()
-    for data in (HostData(), HostData(train_on="last_turn"), HostData(system="fold")):
+    for data in (ChatSection(), ChatSection(train_on="last_turn"), ChatSection(system="fold")):
         cfg = documented()
         prepare(cfg, CONFIG, HostSettings(data=data), "<unk>")
         names.add(cfg["datasets"][0]["conversation"])
@@ -155,12 +156,12 @@ def test_a_conversation_of_a_host_has_our_roles() -> None:
 def test_rows_of_a_table_are_encoded_whatever_their_columns_are_called() -> None:
     tokenizer = tiny.tokenizer()
     wanted = {key: encode([ASK, ANSWER], tokenizer)[key] for key in ("input_ids", "labels")}
-    shapes: list[tuple[dict[str, Any], HostData]] = [
-        ({"messages": [ASK, ANSWER], "conversations": None}, HostData()),
-        ({"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "the fox."}]}, HostData()),
-        ({"chat": [ASK, ANSWER]}, HostData(columns={"messages": "chat"})),
-        ({"instruction": "what?", "input": "", "output": "the fox."}, HostData()),
-        ({"q": "what?", "a": "the fox."}, HostData(columns={"prompt": "q", "completion": "a"})),
+    shapes: list[tuple[dict[str, Any], ChatSection]] = [
+        ({"messages": [ASK, ANSWER], "conversations": None}, ChatSection()),
+        ({"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "the fox."}]}, ChatSection()),
+        ({"chat": [ASK, ANSWER]}, ChatSection(columns={"messages": "chat"})),
+        ({"instruction": "what?", "input": "", "output": "the fox."}, ChatSection()),
+        ({"q": "what?", "a": "the fox."}, ChatSection(columns={"prompt": "q", "completion": "a"})),
     ]
     for row, data in shapes:
         assert encode_rows([row], tokenizer, data) == [wanted]
@@ -170,11 +171,11 @@ def test_bad_rows_stop_the_run_or_are_left_out_as_asked() -> None:
     tokenizer = tiny.tokenizer()
     good, bad, sly = {"messages": [ASK, ANSWER]}, {"text": "once"}, {"messages": [ASK, ANSWER | {"content": "<|end|>"}]}
     with pytest.raises(RowsError) as caught:
-        encode_rows([good, bad, sly], tokenizer, HostData())
+        encode_rows([good, bad, sly], tokenizer, ChatSection())
     said = str(caught.value)
     assert "row 2 of 3: its columns text fit no format" in said and "row 3 of 3" in said and "<|end|>" in said
     assert "on_error: skip" in said
-    assert len(encode_rows([good, bad, sly], tokenizer, HostData(on_error="skip"))) == 1
+    assert len(encode_rows([good, bad, sly], tokenizer, ChatSection(on_error="skip"))) == 1
 
 
 def test_a_tokenizer_that_was_built_anew_gets_the_published_ids_back(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.pack import PackedCollator
 from phi3_lora_plugin.chat.stream import encode_dataset
 from phi3_lora_plugin.hosts.rows import RowsError, encode_rows
-from phi3_lora_plugin.hosts.settings import HostData
+from phi3_lora_plugin.recipe.sections import ChatSection
 from phi3_lora_plugin.speed.apply import speed_up
 from phi3_lora_plugin.speed.loss import fuse_loss
 from phi3_lora_plugin.training.rows import WeightedCollator
@@ -183,7 +183,7 @@ def test_where_nothing_would_honour_a_weight_it_is_refused(place: Path, tmp_path
     with pytest.raises(DataError, match="chosen has a weight between 0 and 1, which no preference loss honours"):
         load_data(recipe(place, tmp_path, f"data.path={path}", "preference.loss=sigmoid"), TOKENIZER, ADAPTERS)
     with pytest.raises(RowsError, match="has a weight between 0 and 1"):
-        encode_rows([chat(1, 0.5)], TOKENIZER, HostData())
+        encode_rows([chat(1, 0.5)], TOKENIZER, ChatSection())
     streamed = encode_dataset(datasets.Dataset.from_list([chat(1, 0.5)]).to_iterable_dataset(), TOKENIZER)
     with pytest.raises(DataError, match="row 1: has a weight between 0 and 1"):
         next(iter(streamed))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.encode import IGNORE
+from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import rope_of
 
@@ -62,14 +63,16 @@ def token_scores(
     import torch
 
     device = model.get_input_embeddings().weight.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     tokens, right, total = 0, 0, 0.0
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for batch in _batches(rows, batch_size, model.config.to_dict()):
-                ids, mask, labels = _padded(batch, pad, device)
+                ids = pad([row["input_ids"] for row in batch], filler).to(device)
+                mask = pad([[1] * len(row["input_ids"]) for row in batch], 0).to(device)
+                labels = pad([row["labels"] for row in batch], IGNORE).to(device)
                 for logits, targets in _supervised(model, ids, mask, labels):
                     losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
                     total += losses.double().sum().item()
@@ -118,19 +121,3 @@ def _batches(
         batch.append(row)
     if batch:
         yield batch
-
-
-def _padded(batch: Sequence[Mapping[str, Sequence[int]]], pad: int, device: Any) -> tuple[Any, Any, Any]:
-    """Ids, attention mask and labels [rows, longest], padded on the right."""
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in batch)
-    ids = torch.full((len(batch), longest), pad)
-    labels = torch.full((len(batch), longest), IGNORE)
-    mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    for number, row in enumerate(batch):
-        length = len(row["input_ids"])
-        ids[number, :length] = torch.as_tensor(row["input_ids"])
-        labels[number, :length] = torch.as_tensor(row["labels"])
-        mask[number, :length] = 1
-    return ids.to(device), mask.to(device), labels.to(device)

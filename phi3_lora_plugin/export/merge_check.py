@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.export.merge_plan import HEAD, VerificationError
 from phi3_lora_plugin.model.folder import read_json
+from phi3_lora_plugin.model.logits import logit_limit
 from phi3_lora_plugin.model.shards import Weights
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# How far logits may be apart, as a part of the largest one: what rounding merged weights to this type can do.
-_TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 def check_written(stage: Path, weights: Weights, untied: bool) -> None:
@@ -57,7 +55,7 @@ def compare_logits(stage: Path, source: Path, adapter: Path, dtype: str, quantiz
         got = load_model(str(stage), dtype="float32", attention="eager", device="cpu").eval()(input_ids=ids).logits
     difference = float((got - wanted).abs().max())
     # A quantised model computes in 16 bits, so no closer agreement can be asked of it.
-    limit = max(_TOLERANCE[dtype], _TOLERANCE["bfloat16"] * (quantize != "none")) * max(1.0, float(wanted.abs().max()))
+    limit = logit_limit(dtype if quantize == "none" else "bfloat16", float(wanted.abs().max()))
     if not difference <= limit:  # also where it is not a number
         raise VerificationError(
             f"the merged model's logits differ from PEFT's by {difference:.2e}, more than {limit:.2e}; nothing written"

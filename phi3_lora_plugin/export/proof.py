@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.exporter import Runtime, Variant
+from phi3_lora_plugin.model.logits import logit_limit
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.export.adapted import Adapted
 
-#: How far scores may be apart in float32, as a part of the largest one.
-TOLERANCE = 1e-4
 _BATCH = 8
 
 
@@ -61,7 +60,7 @@ class Comparison:
         return (
             self.answers_equal == self.prompts
             and self.stopped == self.would_stop
-            and self.difference <= TOLERANCE * max(1.0, self.largest)
+            and self.difference <= logit_limit("float32", self.largest)
         )
 
     def line(self) -> str:
@@ -164,7 +163,7 @@ def compare(
         worst, total = max(worst, float(difference.max())), total + float(difference.mean())
         largest = max(largest, float(abs(first).max()))
         best = [int(row.argmax()) for row in mine]
-        near = TOLERANCE * max(1.0, float(abs(mine).max()))
+        near = logit_limit("float32", float(abs(mine).max()))
         same = all(float(row.max() - row[token]) <= near for row, token in zip(mine, answer, strict=False))
         ends = bool(answer) and answer[-1] in reference.stops
         early = any(token in reference.stops for token in answer[:-1])

@@ -13,7 +13,8 @@ from typing import Any
 
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.rows import encode_rows
-from phi3_lora_plugin.hosts.settings import HostData, read_settings
+from phi3_lora_plugin.hosts.settings import read_settings
+from phi3_lora_plugin.recipe.sections import ChatSection
 from phi3_lora_plugin.seams import look_up
 
 log = logging.getLogger("axolotl.phi3_lora_plugin")
@@ -22,7 +23,7 @@ log = logging.getLogger("axolotl.phi3_lora_plugin")
 class ChatRows(look_up("axolotl.rows")):  # type: ignore[misc]
     """Encodes a batch of rows; axolotl cuts or drops those longer than `sequence_len` afterwards."""
 
-    def __init__(self, tokenizer: Any, data: HostData) -> None:
+    def __init__(self, tokenizer: Any, data: ChatSection) -> None:
         super().__init__(None, tokenizer)
         self.data = data
         for sentence in restore(tokenizer):

@@ -9,8 +9,8 @@ from typing import Any
 
 from phi3_lora_plugin.hosts.pairs import conversation, encoded, pairs
 from phi3_lora_plugin.hosts.published_ids import restore
-from phi3_lora_plugin.hosts.settings import HostData
 from phi3_lora_plugin.model.tokenizer import repair_tokenizer, stop_token_ids
+from phi3_lora_plugin.recipe.sections import ChatSection
 from phi3_lora_plugin.seams import look_up
 
 NAME = "phi3_lora"
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _ROLES = {"function": "assistant", "observation": "tool"}
 
 
-def register(data: HostData) -> None:
+def register(data: ChatSection) -> None:
     """Make `template: phi3_lora` known, encoding as `data` says; once more replaces it."""
 
     class Phi3Template(look_up("llamafactory.template")):  # type: ignore[misc]

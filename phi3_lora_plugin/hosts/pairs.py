@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, encode
-from phi3_lora_plugin.hosts.settings import HostData
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 
 def conversation(
@@ -25,7 +25,7 @@ def conversation(
     return turns + [dict(message) | {"role": roles.get(message["role"], message["role"])} for message in messages]
 
 
-def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData, train_on: str | None = None) -> Any:
+def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection, train_on: str | None = None) -> Any:
     """`{"input_ids", "labels"}` as `phi3_lora.data` says; `train_on` if given wins over it."""
     row = encode(
         turns,

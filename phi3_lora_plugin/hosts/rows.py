@@ -13,8 +13,8 @@ from phi3_lora_plugin.chat.formats import ADAPTERS, REQUIRED, detect
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.turns import Message
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.hosts.settings import HostData
 from phi3_lora_plugin.plugins.discovery import load_plugins
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 _LISTED = 20
 
@@ -23,7 +23,7 @@ class RowsError(Phi3LoraError):
     """Rows that cannot be encoded; says which and why, and how to leave them out."""
 
 
-def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: HostData) -> list[dict[str, list[int]]]:
+def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection) -> list[dict[str, list[int]]]:
     """`{"input_ids", "labels"}` of each row, labels -100 where nothing is trained; skipped rows are left out.
 
     Raises:
@@ -55,7 +55,7 @@ def _unweighted(row: Any) -> Any:
     return row
 
 
-def _messages(row: Mapping[str, Any], data: HostData) -> list[Message] | RowError:
+def _messages(row: Mapping[str, Any], data: ChatSection) -> list[Message] | RowError:
     try:
         renamed = rename(row, data.columns, data.ignore)
         name = data.format

@@ -10,33 +10,17 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.recipe.sections import CheckpointSection, Section, Text
+from phi3_lora_plugin.recipe.sections import ChatSection, CheckpointSection, Section
 
 
 class SettingsError(Phi3LoraError):
     """A `phi3_lora:` section, or a host's config beside it, that cannot be used; says every key that is wrong."""
 
 
-class HostData(Section):
-    """How rows become chats and chats become labels; the host says which rows. Keys mean what they mean in a recipe."""
-
-    format: Text = "auto"
-    columns: dict[str, Text] = {}
-    ignore: list[Text] = []
-    train_on: Literal["assistant", "last_turn", "all"] = "assistant"
-    system: Literal["error", "fold", "drop"] = "error"
-    control_tokens: Literal["error", "escape", "keep"] = "error"
-    tools: Literal["error", "text", "drop"] = "error"
-    tool_format: Literal["auto", "functools", "phi4-mini", "text"] = "auto"
-    thoughts: Literal["error", "train", "context", "drop"] = "error"
-    template: Text | None = None
-    on_error: Literal["stop", "skip"] = "stop"
-
-
 class HostSettings(Section):
     """What may stand under `phi3_lora:`; nothing has to."""
 
-    data: HostData = HostData()
+    data: ChatSection = ChatSection()
     checkpoint: CheckpointSection | Literal[False] = CheckpointSection()
     """Which LoRA-only checkpoints are written beside the host's own; false: none."""
     masks: bool = True

@@ -7,6 +7,7 @@ from typing import Any
 
 from phi3_lora_plugin.inspect.findings import Problem
 from phi3_lora_plugin.inspect.model import AGAIN, LFS, PULL, header_of, quantised
+from phi3_lora_plugin.lora.finite import not_finite
 from phi3_lora_plugin.model.families import WHOLE, Projection, UnsupportedModel, projections, recognise
 from phi3_lora_plugin.wording import listed
 
@@ -116,8 +117,9 @@ def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:
 
     problems = []
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        dead = [key for key in keys if "lora_B" in key and not file.get_tensor(key).any()]
-        broken = [key for key in keys if not file.get_tensor(key).isfinite().all()]
+        tensors = {key: file.get_tensor(key) for key in keys}
+    dead = [key for key in keys if "lora_B" in key and not tensors[key].any()]
+    broken = not_finite(tensors)
     loras = [key for key in keys if "lora_B" in key]
     if not loras:
         problems.append(Problem("holds no LoRA tensor", "check what wrote it; it may be a full checkpoint"))

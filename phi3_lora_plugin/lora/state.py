@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora.finite import not_finite
 from phi3_lora_plugin.lora.gather import gather, is_flattened, is_partitioned, sharded_like, unwrapped, whole_shape
 from phi3_lora_plugin.lora.state_input import copies_of_the_base, no_numbers
 from phi3_lora_plugin.lora.walk import parameter_shapes
@@ -126,7 +127,6 @@ def load_lora_state_dict(
             none, a key that could mean two parameters, or weights of another base, which PEFT writes beside adapted
             embeddings. The model is then as before.
     """
-    import torch
 
     inner = unwrapped(model)
     _refuse_flattened(inner)
@@ -154,7 +154,7 @@ def load_lora_state_dict(
     ]
     if shapes:
         problems.append(_listed("of another shape", shapes))
-    broken = [key for key in tensors if not torch.isfinite(state[key]).all()]
+    broken = not_finite({key: state[key] for key in tensors})
     if broken:
         problems.append(_listed("not finite (NaN or Inf)", broken))
     if problems:

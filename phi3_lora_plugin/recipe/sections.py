@@ -13,7 +13,6 @@ from phi3_lora_plugin.error import Phi3LoraError
 Text = Annotated[str, Field(min_length=1)]
 OneOrMore = Text | Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # `yes` and `off` are text to our reader; where a switch is wanted they mean what they have always meant in YAML.
 _SWITCH = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
@@ -90,12 +89,9 @@ class MixtureSource(Section):
     split: Text | None = None
 
 
-class DataSection(Section):
-    """The rows, how they become chats, and how chats become tokens."""
+class ChatSection(Section):
+    """How rows become chats, and chats become labels."""
 
-    path: Text | Annotated[list[Text | dict[str, Any]], Field(min_length=1)] | None = None
-    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say. Mappings
-    in a list (path, weight, max_rows, format, columns, ignore, split) are the sources of a mixture."""
     format: Text = "auto"
     """messages, sharegpt, alpaca, prompt_completion, query_response, conversation, chatgpt, segments, text, a plugin's
     name, or auto."""
@@ -103,18 +99,6 @@ class DataSection(Section):
     """The format's own names to the file's: `{prompt: question, completion: answer}`."""
     ignore: list[Text] = []
     """Columns, and keys of messages, that do not matter although their names speak of what is trained."""
-    split: Text = "train"
-    """Split to train on, for hub ids and saved datasets."""
-    eval_path: OneOrMore | None = None
-    """Rows to evaluate on."""
-    eval_split: Text | None = None
-    """Split to evaluate on, of `eval_path` or else of `path`."""
-    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] = 0.0
-    """Share of `path` to hold out for evaluation, chosen by `seed`."""
-    max_length: Annotated[int, Field(ge=8)] | None = None
-    """Longest row in tokens; longer ones are cut and counted. None: the model's original context."""
-    packing: Switch = False
-    """Fill rows up to the longest length with several chats, each attending to itself only."""
     train_on: Literal["assistant", "last_turn", "all"] = "assistant"
     """Which tokens carry loss."""
     system: Literal["error", "fold", "drop"] = "error"
@@ -131,6 +115,26 @@ class DataSection(Section):
     """Name of a chat template; None: the tokenizer's own, recognised by what it renders."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with malformed rows; skip counts and lists them."""
+
+
+class DataSection(ChatSection):
+    """The rows, how they become chats, and how chats become tokens."""
+
+    path: Text | Annotated[list[Text | dict[str, Any]], Field(min_length=1)] | None = None
+    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say. Mappings
+    in a list (path, weight, max_rows, format, columns, ignore, split) are the sources of a mixture."""
+    split: Text = "train"
+    """Split to train on, for hub ids and saved datasets."""
+    eval_path: OneOrMore | None = None
+    """Rows to evaluate on."""
+    eval_split: Text | None = None
+    """Split to evaluate on, of `eval_path` or else of `path`."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] = 0.0
+    """Share of `path` to hold out for evaluation, chosen by `seed`."""
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    """Longest row in tokens; longer ones are cut and counted. None: the model's original context."""
+    packing: Switch = False
+    """Fill rows up to the longest length with several chats, each attending to itself only."""
     max_rows: Count | None = None
     """Train on this many rows at most, from the top."""
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch  # noqa: TID253
 from trl import DPOConfig, DPOTrainer  # noqa: TID253
 
+from phi3_lora_plugin.chat.encode import IGNORE
+from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
@@ -73,12 +75,11 @@ class PairCollator:
             for parts in halves
             for row, part in zip(rows, parts, strict=True)
         ]
-        longest = max(len(ids) for ids, _ in chats)
-        width = -(-longest // self.multiple) * self.multiple
+        trained = [[int(label != IGNORE) for label in labels] for _, labels in chats]
         return {
-            "input_ids": _padded([ids for ids, _ in chats], width, self.pad),
-            "attention_mask": _padded([[1] * len(ids) for ids, _ in chats], width, 0),
-            "completion_mask": _padded([[int(label != -100) for label in labels] for _, labels in chats], width, 0),
+            "input_ids": pad([ids for ids, _ in chats], self.pad, multiple=self.multiple),
+            "attention_mask": pad([[1] * len(ids) for ids, _ in chats], 0, multiple=self.multiple),
+            "completion_mask": pad(trained, 0, multiple=self.multiple),
         }
 
 
@@ -87,7 +88,3 @@ def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any,
 
 
 OBJECTIVE = Objective(PreferenceTrainer, preference_arguments, _feed)
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.logits import logit_limit
 
 # Runs in a process of its own and imports nothing of ours: what it loads, everybody can load.
 _SCRIPT = """
@@ -27,9 +28,6 @@ with torch.inference_mode():
     logits = model(input_ids=torch.tensor([ask["ids"]], device=ask["device"])).logits[0].float().cpu()
 save_file({"logits": logits.contiguous()}, sys.argv[2])
 """
-
-#: Largest difference of logits that a dtype's rounding explains, as a share of the largest logit (or of 1).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
 class ReloadError(Phi3LoraError, RuntimeError):
@@ -48,7 +46,7 @@ def reload_check(model: Any, adapter: Path, base: str, revision: str | None, ids
     """Load `adapter` on `base` with plain PEFT in a fresh process and compare logits [tokens, vocabulary] with `model`.
 
     Raises:
-        ReloadError: the process fails, or a logit differs by more than the dtype's rounding (`TOLERANCE`).
+        ReloadError: the process fails, or a logit differs by more than the dtype's rounding (`logit_limit`).
     """
     import torch
     from safetensors.torch import load_file
@@ -82,7 +80,7 @@ def reload_check(model: Any, adapter: Path, base: str, revision: str | None, ids
             raise ReloadError(f"plain PEFT could not load {adapter} on {base}:\n{done.stderr.strip()[-2000:]}")
         there = load_file(answer)["logits"]
     difference = (here - there).abs().max().item()
-    limit = TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(1.0, here.abs().max().item())
+    limit = logit_limit(dtype, here.abs().max().item())
     if not difference <= limit:
         raise ReloadError(
             f"{adapter} reloaded with plain PEFT gives other logits: they differ by up to {difference:.3g} in {dtype}; "

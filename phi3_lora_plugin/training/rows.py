@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.pad import pad
+
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
@@ -32,15 +34,12 @@ class WeightedCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         """One batch."""
-        import torch
-
         if not any("weights" in row for row in rows):
             return self.inner(rows)
         batch = self.inner([{name: value for name, value in row.items() if name != "weights"} for row in rows])
         width = batch["labels"].shape[1]
         known = [row.get("weights", [1.0] * len(row["labels"])) for row in rows]
-        weights = [[*row, *[0.0] * (width - len(row))] for row in known]
-        batch["loss_weights"] = torch.tensor(weights, dtype=torch.float32)
+        batch["loss_weights"] = pad(known, 0.0, width).float()
         return batch
 
 

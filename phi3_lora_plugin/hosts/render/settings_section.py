@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.render.common import Line
-from phi3_lora_plugin.hosts.settings import HostData
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -15,7 +15,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The section with what differs from its defaults; empty where nothing does."""
     data = {
         name: value
-        for name, field in HostData.model_fields.items()
+        for name, field in ChatSection.model_fields.items()
         if (value := getattr(recipe.data, name)) != field.default
     }
     checkpoint = {  # not `every_steps`: ours are written with the host's own, whose `save_steps` says when

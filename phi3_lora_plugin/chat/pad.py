@@ -1,0 +1,22 @@
+"""Rows of different lengths as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def pad(rows: Sequence[Sequence[Any]], value: float, width: int = 0, multiple: int = 1) -> Tensor:
+    """The rows as a tensor [rows, width], filled up on the right with `value`.
+
+    Args:
+        width: at least that of the longest row, which is what it is if not given.
+        multiple: the width is rounded up to one of it.
+    """
+    import torch
+
+    width = -(-max(width, *map(len, rows)) // multiple) * multiple
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
