@@ -23,14 +23,14 @@ class ExportError(Phi3LoraError):
 class Runtime(Protocol):
     """A model loaded by the program that will serve it."""
 
-    #: What `next_scores` gives: "logits", or "log-probabilities" where the runtime has nothing else.
+    #: What `next_scores` gives: "logits", "log-probabilities" where the runtime has nothing else, or "" for nothing.
     measure: str
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of a chat that ends with the user, by the runtime's own template and tokenizer."""
 
     def next_scores(self, ids: Sequence[int]) -> Any:
-        """Scores [vocabulary] of the next token after `ids`, as a numpy array."""
+        """Scores [vocabulary] of the next token after `ids`, as a numpy array; None where `measure` is empty."""
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy ids after a prompt, the stop token included."""

@@ -32,7 +32,7 @@ class Comparison:
         stopped: how many answers ended on a stop token.
         would_stop: how many of the adapter's own answers do, within the same length.
         difference: largest difference of the next token's scores, and `mean_difference` its average.
-        measure: what scores are, logits or log-probabilities.
+        measure: what scores are, logits or log-probabilities; empty where the runtime shows none.
         largest: the largest score.
         odd: the first prompt whose ids or answer differ, told for people.
     """
@@ -66,10 +66,12 @@ class Comparison:
     def line(self) -> str:
         """The comparison in one line, for people."""
         ended = "" if self.would_stop == self.prompts else f" (of the adapter's own: {self.would_stop})"
+        scores = "the runtime shows no scores with an adapter"
+        if self.measure:
+            scores = f"{self.measure} differ by at most {self.difference:.1e}, {self.mean_difference:.1e} on average"
         return (
             f"{self.variant}: {self.prompts} prompts; prompt ids equal {self.ids_equal}, greedy answers equal "
-            f"{self.answers_equal}, stopped {self.stopped}{ended}; {self.measure} differ by at most "
-            f"{self.difference:.1e}, {self.mean_difference:.1e} on average"
+            f"{self.answers_equal}, stopped {self.stopped}{ended}; {scores}"
         )
 
 
@@ -158,10 +160,11 @@ def compare(
     worst, total, largest, odd = 0.0, 0.0, 0.0, ""
     for number, ((got_ids, scores, answer), ids) in enumerate(zip(measured, reference.ids, strict=True)):
         mine = wanted[number]
-        first = _as(mine[0], measure)[: len(scores)]
-        difference = abs(scores - first)
-        worst, total = max(worst, float(difference.max())), total + float(difference.mean())
-        largest = max(largest, float(abs(first).max()))
+        if measure:
+            first = _as(mine[0], measure)[: len(scores)]
+            difference = abs(scores - first)
+            worst, total = max(worst, float(difference.max())), total + float(difference.mean())
+            largest = max(largest, float(abs(first).max()))
         best = [int(row.argmax()) for row in mine]
         near = logit_limit("float32", float(abs(mine).max()))
         same = all(float(row.max() - row[token]) <= near for row, token in zip(mine, answer, strict=False))

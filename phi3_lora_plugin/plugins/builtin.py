@@ -38,13 +38,14 @@ def register_recipes(register: Callable[[str, Any], None]) -> None:
 
 @hookimpl
 def register_exporters(register: Callable[[str, Any], None]) -> None:
-    from phi3_lora_plugin.export.targets import hub, llama_cpp, mlx, ollama, onnx, vllm
+    from phi3_lora_plugin.export.targets import hub, llama_cpp, mlx, ollama, onnx, openvino, vllm
 
     register("llama.cpp", llama_cpp.export)
     register("ollama", ollama.export)
     register("mlx", mlx.export)
     register("onnx", onnx.export)
     register("vllm", vllm.export)
+    register("openvino", openvino.export)
     register("hub", hub.export)
 
 
