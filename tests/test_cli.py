@@ -215,3 +215,22 @@ def test_the_light_commands_import_nothing_heavy() -> None:
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.stderr.strip() == "[]", (arguments, done.stderr)
+
+
+def test_every_summary_fits_80_columns_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.main import get_command
+
+    from phi3_lora_plugin.cli import app
+
+    command = get_command(app)
+    groups = [command, *(each for each in command.commands.values() if hasattr(each, "commands"))]
+    assert len(groups) > 1
+    for group in groups:
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit):
+            group.main(["--help"], prog_name="phi3-lora")
+        said = capsys.readouterr().out
+        assert "..." not in said.partition("Commands:")[2]
+        assert max(map(len, said.splitlines())) <= 80

@@ -44,7 +44,10 @@ def chat_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps or xpu.")] = "auto",
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare files with the manifest.")] = True,
 ) -> None:
-    """Talk to an adapter or a model, rendered and stopped as in training."""
+    """Chat with an adapter or a model.
+
+    Prompts are rendered, and answers stopped, as in training.
+    """
     from phi3_lora_plugin.evaluate.conversation import find_partner
 
     def say(sentence: str) -> None:

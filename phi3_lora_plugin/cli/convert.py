@@ -37,7 +37,10 @@ def convert_command(
     rows: Annotated[bool, typer.Option("--rows", help="Report every row.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Convert an adapter or a model: loralib, PEFT, torchtune, fused and split projections, GGUF."""
+    """Convert an adapter or a model to another format.
+
+    Reads loralib, PEFT, torchtune and MLX adapters; fuses and splits projections; writes GGUF.
+    """
     from phi3_lora_plugin.export.convert import convert
     from phi3_lora_plugin.lora_files.loralib_files import parse_enable_lora
 
@@ -64,7 +67,10 @@ def merge_command(
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Merge onto the dequantised base.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing output.")] = False,
 ) -> None:
-    """Fold an adapter into its base, shard by shard, and check the result before it is done."""
+    """Merge an adapter into its base model.
+
+    Works shard by shard, and checks the result before it is moved into place.
+    """
     from phi3_lora_plugin.export.merge import VerificationError, merge
 
     try:

@@ -11,11 +11,16 @@ import typer
 
 def check_command(
     recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As data.path=x.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example data.path=x.")
+    ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Encoded rows to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
-    """Read and encode the data of a recipe and report on it; needs the tokenizer, not the model."""
+    """Encode the data of a recipe and report on it.
+
+    Needs the tokenizer, not the model.
+    """
     from rich.console import Console
 
     from phi3_lora_plugin.plugins.discovery import load_plugins

@@ -23,7 +23,9 @@ class EvalOptionError(Phi3LoraError):
 
 def eval_command(
     what: Annotated[str, typer.Argument(help="Adapter, run or model folder, preset or YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As data.format=x.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example data.format=x.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Evaluation data; default: held-out rows.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if it moved since training.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many rows.")] = None,
@@ -38,7 +40,10 @@ def eval_command(
     ] = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")] = False,
 ) -> None:
-    """Loss, perplexity, token accuracy and scores of generated answers: the base against the adapter."""
+    """Compare an adapter with its base on held-out rows.
+
+    Prints loss, perplexity, token accuracy and scores of generated answers.
+    """
     from rich.console import Console
 
     from phi3_lora_plugin.evaluate.target import find_target

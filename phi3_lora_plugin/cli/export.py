@@ -33,7 +33,10 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
-    """Export an adapter to Ollama, llama.cpp, ONNX, MLX, vLLM, OpenVINO or the hub, and prove that it says the same."""
+    """Export an adapter for Ollama, llama.cpp, ONNX, MLX and more.
+
+    Held-out prompts are answered in the target and compared with the original.
+    """
     from phi3_lora_plugin.plugins.discovery import load_plugins
 
     exporter = load_plugins().pick("exporters", to)

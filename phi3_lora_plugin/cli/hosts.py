@@ -11,11 +11,16 @@ import typer
 
 def render_command(
     recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl or swift.")] = "",
     out: Annotated[Path | None, typer.Option("--out", help="Output file; related files go next to it.")] = None,
 ) -> None:
-    """Print a recipe as another host's own config, commented where we had to choose."""
+    """Print a recipe as another host's config.
+
+    Comments name each choice and each setting without a counterpart.
+    """
     from phi3_lora_plugin.hosts.render.render import render
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import load_recipe
@@ -41,7 +46,10 @@ def render_command(
 def host_path_command(
     host: Annotated[str, typer.Argument(help="swift")],
 ) -> None:
-    """Print the file that a host takes by its path: `swift sft --external_plugins $(phi3-lora host-path swift)`."""
+    """Print the path of the plugin file for a host.
+
+    For example: swift sft --external_plugins $(phi3-lora host-path swift) ...
+    """
     if host != "swift":
         print(f"{host}: only swift takes a file; axolotl takes a dotted name (docs/hosts.md)", file=sys.stderr)
         raise typer.Exit(2)

@@ -13,7 +13,10 @@ def inspect_command(
     path: Annotated[str, typer.Argument(help="Model, tokenizer or adapter folder, or hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Say what family a folder belongs to, what would be trained, and every problem with its fix."""
+    """Show what a folder holds, and its problems.
+
+    Names the family, what each preset would train, and a fix for every problem.
+    """
     from phi3_lora_plugin.inspect.inspect import inspect, lines
 
     found = inspect(path)

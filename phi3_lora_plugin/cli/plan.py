@@ -15,14 +15,19 @@ import typer
 
 def plan_command(
     recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Memory limit, for example 24GB; default: this machine's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda (need not be present) or auto.")] = "auto",
     config: Annotated[Path | None, typer.Option(help="Model config.json, if model.path is missing.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Print overrides for the fastest settings that fit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Say what a run takes: parameters, memory part by part, steps. Exit code 1: it does not fit."""
+    """Estimate memory, steps and time before training.
+
+    Exit code 1: it does not fit.
+    """
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import Recipe, load_recipe
 

@@ -17,7 +17,10 @@ def plugins_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if anything failed.")] = False,
 ) -> None:
-    """List each plugin with its distribution, its version and what it registers, and what failed and why."""
+    """List installed plugins and what they register.
+
+    Plugins that failed to load are listed with the reason.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # the listing says the same, with everything else in place
         plugins = load_plugins()

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe.yaml_file import Problem
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
+]
 
 
 def recipes_command(as_json: AsJson = False) -> None:
-    """List the presets that this package and the installed plugins bring."""
+    """List the available recipes."""
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
@@ -56,7 +58,10 @@ def show_command(
     resolved: Annotated[bool, typer.Option("--resolved", help="Show merged values and their sources.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print a recipe: as it was written, or with --resolved (or overrides) as it would run."""
+    """Print a recipe.
+
+    As written, or with --resolved or overrides as it would run.
+    """
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
     try:
@@ -77,7 +82,10 @@ def validate_command(
     files: Annotated[list[str], typer.Argument(help="YAML files or presets, then overrides.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check recipes in full, down to the loader, format and files they name; exit code 2 if anything is wrong."""
+    """Validate recipes in full.
+
+    Checks the loader, format and files they name as well. Exit code 2: something is wrong.
+    """
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 

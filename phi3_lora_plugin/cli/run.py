@@ -13,14 +13,20 @@ Given = Annotated[list[str] | None, typer.Argument(metavar="[ARG]...", help="Opt
 
 
 def run_command(arguments: Given = None) -> None:
-    """Run a training script unchanged: run [--recipe R] [--callbacks C,C] script.py args..."""
+    """Run a training script, unedited, with Phi-3 support.
+
+    Usage: run [--recipe R] [--callbacks C,C] script.py args...
+    """
     from phi3_lora_plugin.run import main
 
     main(arguments or ["--help"], prog="phi3-lora run")
 
 
 def trl_command(arguments: Given = None) -> None:
-    """Run TRL's own command on Phi-3: trl sft --config x.yaml ..., trl dpo ..."""
+    """Run TRL's sft or dpo command with Phi-3 support.
+
+    For example: trl sft --config x.yaml ...
+    """
     from phi3_lora_plugin.hosts.script import SCRIPTS, run_script
 
     given = arguments or ["--help"]

@@ -36,7 +36,9 @@ class OutputDirError(Phi3LoraError):
 
 def train_command(
     recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As lora.r=8.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     allow_drift: Annotated[
         list[str] | None, typer.Option(help="Setting allowed to differ on resume; repeatable.")
@@ -51,7 +53,10 @@ def train_command(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the final report.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")] = False,
 ) -> None:
-    """Train a LoRA adapter by a recipe; without one, the embedded demonstration."""
+    """Train a LoRA adapter.
+
+    Without a recipe, run the embedded demonstration.
+    """
     from rich.console import Console
 
     from phi3_lora_plugin.plugins.discovery import load_plugins
@@ -148,7 +153,7 @@ def _interrupted(output_dir: str, again: str) -> str:
 
 
 def report(result: Result, again: str, console: Console) -> None:
-    """The end of a run for a person: losses, answers, sizes, where it lies, and what to do next."""
+    """Print the end of a run: losses, answers, sizes, where the adapter was saved, and what to try next."""
     from rich.table import Table
     from rich.text import Text
 
@@ -156,7 +161,7 @@ def report(result: Result, again: str, console: Console) -> None:
 
     if result.status == "interrupted":
         console.print(f"\nstopped after step {result.steps}; adapter saved to {result.adapter}", soft_wrap=True)
-        console.print(f"go on with:\n  {again}", soft_wrap=True)
+        console.print(f"resume with:\n  {again}", soft_wrap=True)
         return
     if result.samples:
         table = Table(title="held-out prompts", title_justify="left")
@@ -172,8 +177,8 @@ def report(result: Result, again: str, console: Console) -> None:
     console.print(table)
     if result.adapter:
         console.print("\ntry next:")
-        for what in ("chat", "verify"):
-            console.print(f"  {shlex.join([_command(), what, result.adapter])}", soft_wrap=True)
+        for name, *options in (("chat",), ("eval",), ("export", "--to", "ollama")):
+            console.print(f"  {shlex.join([_command(), name, result.adapter, *options])}", soft_wrap=True)
 
 
 def _figures(result: Result) -> list[tuple[str, str]]:
@@ -191,7 +196,8 @@ def _figures(result: Result) -> list[tuple[str, str]]:
         )
         rows.append(("saved to", result.adapter))
     if result.reload_difference is not None:
-        rows.append(("reloaded", f"plain PEFT, fresh process: logits within {result.reload_difference:.1e}"))
+        far = f"differ by at most {result.reload_difference:.1e}" if result.reload_difference else "identical"
+        rows.append(("reloaded", f"with plain PEFT in a fresh process: logits {far}"))
     return rows
 
 

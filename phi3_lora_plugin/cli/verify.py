@@ -13,7 +13,10 @@ def verify_command(
     path: Annotated[Path, typer.Argument(help="Adapter, checkpoint store or run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Compare every file with its manifest and look at every tensor; changes nothing. Exit code 1: damaged."""
+    """Verify every file and tensor of an adapter or a run.
+
+    Files are compared with their manifest; nothing is changed. Exit code 1: damaged.
+    """
     from phi3_lora_plugin.inspect.weights import weights_problems
     from phi3_lora_plugin.store.checkpoint import verify
     from phi3_lora_plugin.store.manifest import MANIFEST, Report
