@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.adapt import adapted
@@ -19,8 +20,8 @@ from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode, encode_bat
 from phi3_lora_plugin.chat.formats import ADAPTERS, detect
 from phi3_lora_plugin.chat.prepare import control_pattern
 from phi3_lora_plugin.chat.row_error import RowError
-from phi3_lora_plugin.chat.templates import TEMPLATES
-from phi3_lora_plugin.chat.tool_formats import AUTO, TOOL_FORMATS, lost_by, render_calls
+from phi3_lora_plugin.chat.templates import TEMPLATES, serving_text, template_for
+from phi3_lora_plugin.chat.tool_formats import AUTO, TOOL_FORMATS, lost_by, render_calls, said_and_called
 from phi3_lora_plugin.cli.chat import _declared
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.tokenizer import load_tokenizer
@@ -285,3 +286,36 @@ def test_tools_of_a_file_are_declared_as_those_of_a_row(tmp_path: Path, shared_d
     file.write_text("{", encoding="utf-8")
     with pytest.raises(Phi3LoraError, match="tools.json: is not a JSON list of tools"):
         _declared(file)
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_the_template_for_servers_renders_what_training_has(shared_data: Path, name: str) -> None:
+    tokenizer, how = mini(shared_data), TOOL_FORMATS[name]
+    serving = serving_text(TEMPLATES["phi-4-mini"], how)
+    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"größe": {"enum": ["a"]}}}}}]
+    kept = [calls for calls in generated(60) if "<" not in json.dumps(calls)]
+    for number, calls in enumerate(kept):
+        said = ["", "I look.", "I look.\n", "Köln"][number % 4]
+        openai = [{"id": str(n), "type": "function", "function": call} for n, call in enumerate(calls)]
+        turns: list[dict[str, Any]] = [USER, {"role": "assistant", "content": said, "tool_calls": openai}]
+        turns += [{"role": "tool", "content": "3", "tool_call_id": str(n)} for n in range(len(calls))]
+        turns += [{"role": "assistant", "content": "Done."}]
+        if number % 2:
+            turns.insert(0, {"role": "system", "content": "Help."})
+        row = {"messages": turns} | ({"tools": tools} if number % 3 else {})
+        ids = encode(read(row), tokenizer, tool_format=name)["input_ids"]
+        given = turns
+        if name == "text":  # which stands in the content, as for a model that was not trained for tools
+            written = said_and_called(said, calls, how, re.compile("(?!)"))
+            given = [{"role": turn["role"], "content": written if "tool_calls" in turn else turn["content"]}
+                     for turn in turns]  # fmt: skip
+            if number % 3:
+                continue
+        (text,), _ = render_jinja_template(
+            conversations=[given], tools=row.get("tools"), chat_template=serving, **tokens
+        )
+        assert text == tokenizer.decode(ids), (number, name)
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids
+    shipped = tiny.tokenizer(template=serving)
+    assert template_for(shipped).name == "phi-4-mini"

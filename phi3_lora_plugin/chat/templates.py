@@ -18,6 +18,7 @@ from importlib.resources import files
 from typing import Any
 
 from phi3_lora_plugin.chat import template_process
+from phi3_lora_plugin.chat.tool_formats import AUTO, ToolFormat
 from phi3_lora_plugin.error import Phi3LoraError
 
 Span = tuple[int, int]
@@ -151,6 +152,20 @@ def template_for(tokenizer: Any, name: str | None = None) -> Template:
             f"template {found.name} ends a turn with {stop}, which the tokenizer does not have as a token"
         )
     return found
+
+
+def serving_text(template: Template, how: ToolFormat) -> str:
+    """Jinja text for servers: renders as the published template, without the marks for training.
+
+    Where the model is one for tools, also their declarations, given apart from the messages, and the calls of earlier
+    turns, in the form of `data.tool_format`: byte for byte what a row of the training has.
+    """
+    if template.name not in AUTO or how.alone:
+        return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template.text)
+    item, key = how.separators
+    parts = {"before": how.before, "after": how.after, "gap": how.gap, "item": item, "key": key}
+    settings = "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in parts.items())
+    return f"{settings}{_read(f'{template.name}.serving')}"
 
 
 def template_fingerprint(tokenizer: Any) -> str:

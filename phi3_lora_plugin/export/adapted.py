@@ -74,12 +74,18 @@ class Adapted:
 
     def write_tokenizer(self, folder: Path) -> None:
         """Tokenizer files into `folder`, with the chat template that was trained, also where a recipe named it."""
+        from phi3_lora_plugin.chat.templates import serving_text
+        from phi3_lora_plugin.chat.tool_formats import AUTO, tool_format
         from phi3_lora_plugin.model.tokenizer import tokenizer_files
 
         for name, content in tokenizer_files(self.tokenizer).items():
             (folder / name).write_bytes(content)
-        if self.template is not None and (self.encoding.get("template") or not self.tokenizer.chat_template):
-            (folder / "chat_template.jinja").write_text(unmarked(self.template), encoding="utf-8")
+        if self.template is None:
+            return
+        # The published template of a model for tools renders no calls; the one for servers does, as training did.
+        if self.encoding.get("template") or not self.tokenizer.chat_template or self.template.name in AUTO:
+            how = tool_format(str(self.encoding.get("tool_format") or "auto"), self.template.name)
+            (folder / "chat_template.jinja").write_text(serving_text(self.template, how), encoding="utf-8")
 
     def stops(self) -> list[int]:
         """The ids that end an answer: the family's, and those that the base was published with."""
@@ -109,13 +115,6 @@ class Adapted:
             return ()
         theirs = "none that is known" if of_base is None else of_base.name
         return (f"the base's own chat template is {theirs}, training used {self.template.name}: ship it with --merged",)
-
-
-def unmarked(template: Template) -> str:
-    """A template's Jinja text without the marks for training, which other renderers do not know."""
-    import re
-
-    return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template.text)
 
 
 def usual_context(config: Mapping[str, Any]) -> int:
@@ -165,7 +164,7 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
         report = convert(folder, scratch / "adapter", "fused", base=str(where))
         adapter, notes = scratch / "adapter", (f"the adapter's layout was converted: {report.kind} to fused",)
     encoding = {"system": "error", "template": None, **(found.chat if found else {})}
-    encoding = {key: value for key, value in encoding.items() if key in ("system", "template")}
+    encoding = {key: value for key, value in encoding.items() if key in ("system", "template", "tool_format")}
     tokenizer = load_tokenizer(folder if (folder / "tokenizer.json").is_file() else where)
     try:
         template = template_for(tokenizer, encoding.get("template"))
