@@ -1,0 +1,150 @@
+"""What an operator costs on a card: arithmetic, bytes to and from memory, and whether it is a kernel at all.
+
+Counted from shapes on a card that is not there (`fake_card`): every operator that is no view reads its inputs and
+writes its outputs once. A cache that holds them between two kernels, and what a kernel reads twice, are not counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.cards import CardFacts
+from benchmarks.fake_card import Card
+
+#: Shares of a data sheet's figures that real kernels reach: large matrix products, attention, and streams over memory.
+GEMM, ATTENTION, STREAM = 0.71, 0.35, 0.84
+
+KINDS = ("gemm", "lora", "attention", "elementwise")
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_addmm_activation"}
+_ATTENTION = {"_varlen_attn": 1.0, "_varlen_attn_backward": 2.5}
+_ATTENTION |= {"_scaled_dot_product_flash_attention_for_cpu": 1.0}
+_ATTENTION |= {"_scaled_dot_product_flash_attention_for_cpu_backward": 2.5}
+_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "detach", "device"}
+_FREE |= {"sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "lift_fresh", "set_", "resize_"}
+#: What reads of its first input only the rows that it is asked for.
+_ROWS = {"embedding", "index_select", "gather", "index"}
+_SMALL_RANK = 256  # a product with an inner or outer side no larger is LoRA's
+
+
+@dataclass
+class Costs:
+    """Sums over operators: FLOPs and bytes of each of `KINDS`, kernels, seconds on a card, bytes that stay."""
+
+    flops: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    kernels: int = 0
+    kept: float = 0.0
+    reads: int = 0
+
+    def __sub__(self, other: Costs) -> Costs:
+        return self.plus(other, -1)
+
+    def plus(self, other: Costs, times: float) -> Costs:
+        """These and `times` the other ones."""
+        sums = [
+            Counter({kind: mine[kind] + times * its[kind] for kind in KINDS})
+            for mine, its in ((self.flops, other.flops), (self.bytes, other.bytes), (self.seconds, other.seconds))
+        ]
+        rest = [getattr(self, name) + times * getattr(other, name) for name in ("kernels", "kept", "reads")]
+        return Costs(*sums, *rest)  # type: ignore[arg-type]
+
+
+class Meter(Card):
+    """A card that counts what each operator costs on a real one."""
+
+    def __init__(self, facts: CardFacts) -> None:
+        super().__init__("cpu")
+        self.facts, self.costs = facts, Costs()
+        self._alive: dict[int, int] = {}
+        self._bounds: list[int] = []  # of documents, as the forward pass has them
+
+    def seen(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
+        """Count one operator."""
+        outs = [each for each in tree_leaves(made) if isinstance(each, FakeTensor)]
+        for out in outs:
+            self._follow(out)
+        name = func.overloadpacket.__name__
+        if name in _FREE or _is_view(func):
+            return
+        inputs = _distinct([each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)])
+        if name in _ROWS:
+            moved = 2 * sum(_bytes(each) for each in outs) + sum(_bytes(each) for each in inputs[1:])
+        else:
+            written = [each for each in inputs if _is_written(func, args, kwargs, each)]
+            moved = sum(_bytes(each) for each in inputs) + sum(_bytes(each) for each in (*outs, *written))
+            if outs and written:  # in place: what comes out is what was written
+                moved -= sum(_bytes(each) for each in outs)
+        self.note(*self._work(name, args), moved)
+
+    def note(self, kind: str, flops: float, moved: float) -> None:
+        """Count one kernel of `kind`."""
+        peak = self.facts.flops * (ATTENTION if kind == "attention" else GEMM)
+        self.costs.kernels += 1
+        self.costs.flops[kind] += flops
+        self.costs.bytes[kind] += moved
+        self.costs.seconds[kind] += max(flops / peak, moved / (STREAM * self.facts.bandwidth))
+
+    @property
+    def alive(self) -> int:
+        """Bytes that something still holds."""
+        return sum(self._alive.values())
+
+    def _work(self, name: str, args: Any) -> tuple[str, float]:
+        """(kind, FLOPs)."""
+        if name in _PRODUCTS:
+            left, right = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+            sides = left.shape[-2], left.shape[-1], right.shape[-1]
+            return "lora" if min(sides) <= _SMALL_RANK else "gemm", 2.0 * prod(sides) * prod(left.shape[:-2])
+        if name in _ATTENTION:
+            return "attention", _ATTENTION[name] * self._attention(name, args)
+        return "elementwise", 0.0
+
+    def _attention(self, name: str, args: Any) -> float:
+        """FLOPs of causal attention forwards: two products over half of each document."""
+        query = args[1] if name.endswith("backward") else args[0]
+        if "varlen" in name:  # [tokens, heads, size]
+            limits = next(each for each in args if isinstance(each, torch.Tensor) and each.dtype == torch.int32)
+            if not isinstance(limits, FakeTensor) or "_value" in limits.__dict__:
+                with _disable_current_modes():
+                    self._bounds = getattr(limits, "_value", limits).tolist()
+            lengths = [stop - start for start, stop in zip(self._bounds, self._bounds[1:], strict=False)]
+            return 4.0 * query.shape[1] * query.shape[2] * sum(each * each / 2 for each in lengths)
+        rows, heads, tokens, size = query.shape
+        return 4.0 * heads * size * rows * tokens * tokens / 2
+
+    def _follow(self, tensor: FakeTensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._alive.pop, storage._cdata, None)
+
+
+def _is_view(func: Any) -> bool:
+    returned = [each.alias_info for each in func._schema.returns]
+    return bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+
+
+def _is_written(func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> bool:
+    names = dict(zip([each.name for each in func._schema.arguments], args, strict=False)) | kwargs
+    written = [each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return any(names.get(name) is tensor for name in written)
+
+
+def _distinct(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(each): each for each in tensors}.values())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of an expanded tensor what is there, not what is seen."""
+    shown = prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return shown * tensor.element_size()

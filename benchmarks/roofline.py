@@ -1,0 +1,180 @@
+"""`python -m benchmarks.roofline`: the ceiling of a training step on a card, computed, not measured: no card is needed.
+
+    python -m benchmarks.roofline --card h100
+    python -m benchmarks.roofline --card 4090 --model microsoft/Phi-4-mini-instruct --tokens 2048 --checkpointing
+    python -m benchmarks.roofline --card h200 --quantize nf4 --json
+
+The real code of ours and of stock (Trainer + PEFT) runs forwards and backwards on tensors without values, and each
+operator is priced: FLOPs over what matrix products reach, or bytes over what memory gives, whichever takes longer, and
+no gaps between kernels. A layer is what a model of two layers costs beyond one of one. `stock+liger` is stock code with
+Liger's kernels by what they read and write; they are computed whether liger-kernel is installed or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.cards import CARDS, CardFacts
+from benchmarks.costs import KINDS, Costs, Meter
+from benchmarks.fake_card import on_a_card
+from benchmarks.fake_step import batch, build, fast, items, loss, settle
+from benchmarks.liger_costs import liger
+from benchmarks.sizes import SIZES, config
+
+VARIANTS = ("ours", "stock", "stock+liger")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is priced: a model on a card, the documents of a step, LoRA on all projections."""
+
+    model: str
+    card: CardFacts
+    lengths: tuple[int, ...]
+    rank: int = 16
+    supervised: float = 0.45
+    quantize: str = "none"
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A step of one variant: all of it, and one layer of it. Bytes kept are those of activations before backward."""
+
+    layers: int
+    tokens: int
+    layer: Costs
+    whole: Costs
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / sum(self.whole.seconds.values())
+
+
+def arguments() -> argparse.ArgumentParser:
+    """What may be asked for on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--model", choices=[name for name in SIZES if "MoE" not in name], metavar="MODEL",
+                        default="microsoft/Phi-3-mini-4k-instruct", help="of a preset, by hub id")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=4096, help="in a step, without padding")
+    parser.add_argument("--documents", type=int, default=4, help="that they are divided into")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--supervised", type=float, default=0.45, help="share of tokens with a label")
+    parser.add_argument("--quantize", choices=["none", "nf4"], default="none")
+    parser.add_argument("--checkpointing", action="store_true", help="each layer's forward runs twice")
+    parser.add_argument("--no-graphs", action="store_true", help="ask torch.compile for no graphs, which takes 10 s")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def main() -> int:
+    """Print the table."""
+    chosen = arguments().parse_args()
+    lengths = (chosen.tokens // chosen.documents,) * chosen.documents
+    step = Step(chosen.model, CARDS[chosen.card], lengths, chosen.rank, chosen.supervised, chosen.quantize,
+                chosen.checkpointing)  # fmt: skip
+    print(f"computed, not measured: {chosen.model} on one {step.card.title}, {sum(lengths):,} tokens in "
+          f"{len(lengths)} documents, LoRA r{step.rank}, {'NF4' if step.quantize == 'nf4' else _dtype(step.card)}"
+          f"{', checkpointing' if step.checkpointing else ''}")  # fmt: skip
+    print("a layer: ms of matrix products, LoRA's, attention, elementwise; GB moved; TFLOP; kernels")
+    lines: dict[str, Any] = {}
+    for variant in VARIANTS:
+        priced = price(step, variant)
+        graphs = None if chosen.no_graphs or variant == "stock+liger" else graph_count(variant)
+        lines[variant] = summary(priced, graphs)
+        layer = priced.layer
+        times = " ".join(f"{1000 * layer.seconds[kind]:6.2f}" for kind in KINDS)
+        print(
+            f"{variant:<12}{times}  {sum(layer.bytes.values()) / 1e9:6.2f} GB {sum(layer.flops.values()) / 1e12:6.2f} "
+            f"TFLOP {layer.kernels:5.0f} kernels | ceiling {priced.tokens_per_second:>8,.0f} tokens/s, "
+            f"{priced.whole.kept / priced.tokens / 1e6:5.2f} MB a token, {priced.whole.reads:.0f} waits"
+            f"{'' if graphs is None else f', {graphs} graphs'}"
+        )
+    print("stock+liger is computed from what Liger's kernels read and write")
+    if chosen.json:
+        print(json.dumps(lines))
+    return 0
+
+
+def summary(priced: Priced, graphs: int | None = None) -> dict[str, Any]:
+    """The figures of a variant, plain: of the whole step unless they say `layer`; bytes a token are those kept."""
+    return {
+        "tokens_per_second": priced.tokens_per_second,
+        "bytes_per_token": priced.whole.kept / priced.tokens,
+        "syncs": round(priced.whole.reads),
+        "graphs": graphs,
+        "kernels": round(priced.whole.kernels),
+        "layer": {
+            "seconds": dict(priced.layer.seconds),
+            "bytes": dict(priced.layer.bytes),
+            "flops": dict(priced.layer.flops),
+            "kernels": round(priced.layer.kernels),
+        },
+    }
+
+
+def price(step: Step, variant: str) -> Priced:
+    """Run one and two layers of the real code without values, and extend to all layers."""
+    one, two = (_count(step, variant, layers) for layers in (1, 2))
+    layers = int(SIZES[step.model]["num_hidden_layers"])
+    layer = two - one
+    return Priced(layers, sum(step.lengths), layer, one.plus(layer, layers - 1))
+
+
+def _dtype(card: CardFacts) -> str:
+    return "bfloat16" if card.bfloat16 else "float16"
+
+
+def _count(step: Step, variant: str, layers: int) -> Costs:
+    dtype = getattr(torch, _dtype(step.card))
+    lora = dict(targets="all-linear", r=step.rank, alpha=2 * step.rank)
+    native = config(step.model, layers)
+    model = build(native, lora, dtype=dtype, quantize=step.quantize, checkpointing=step.checkpointing)
+    meter = Meter(step.card)
+    if variant == "ours":
+        fast(model, "auto", meter.device)
+    rows = batch(step.lengths, step.supervised, packed=variant == "ours")
+    with on_a_card(meter):
+        settle(model)
+        inputs = meter.put(rows)
+        before = meter.alive
+        with liger(model, meter) if variant == "stock+liger" else nullcontext():
+            total = loss(model, inputs, items(rows), dtype)
+            meter.costs.kept = meter.alive - before
+            total.backward()
+    meter.costs.reads = len(meter.reads) + len(meter.copies)
+    return meter.costs
+
+
+def graph_count(variant: str) -> int:
+    """Graphs that `torch.compile` makes of a small model on the CPU: one, and one more for each break."""
+    import torch._dynamo
+
+    from phi3_lora_plugin.lora.inject import add_lora
+    from phi3_lora_plugin.speed.apply import speed_up
+
+    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4, vocab_size=300)
+    small = config("microsoft/Phi-3-mini-4k-instruct", 2, **sizes)
+    from transformers import Phi3ForCausalLM
+
+    model = add_lora(Phi3ForCausalLM(small), "all-linear", 4, 8).train()
+    if variant == "ours":
+        speed_up(model)
+    rows = batch((24, 17), packed=variant == "ours")
+    torch._dynamo.reset()
+    try:
+        return int(torch._dynamo.explain(model)(**rows, num_items_in_batch=items(rows)).graph_count)
+    finally:
+        torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
