@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -25,6 +26,8 @@ GEMM, ATTENTION, STREAM = 0.71, 0.35, 0.84
 
 KINDS = ("gemm", "lora", "attention", "elementwise")
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_addmm_activation"}
+#: bitsandbytes' products with weights of 4 bits, which unpack them on the way.
+_PACKED = {"gemm_4bit", "gemv_4bit"}
 _ATTENTION = {"_varlen_attn": 1.0, "_varlen_attn_backward": 2.5}
 _ATTENTION |= {"_scaled_dot_product_flash_attention_for_cpu": 1.0}
 _ATTENTION |= {"_scaled_dot_product_flash_attention_for_cpu_backward": 2.5}
@@ -84,7 +87,7 @@ class Meter(Card):
             moved = sum(_bytes(each) for each in inputs) + sum(_bytes(each) for each in (*outs, *written))
             if outs and written:  # in place: what comes out is what was written
                 moved -= sum(_bytes(each) for each in outs)
-        self.note(*self._work(name, args), moved)
+        self.note(*self._work(name, args, outs), moved)
 
     def note(self, kind: str, flops: float, moved: float) -> None:
         """Count one kernel of `kind`."""
@@ -99,12 +102,14 @@ class Meter(Card):
         """Bytes that something still holds."""
         return sum(self._alive.values())
 
-    def _work(self, name: str, args: Any) -> tuple[str, float]:
+    def _work(self, name: str, args: Any, outs: Sequence[torch.Tensor]) -> tuple[str, float]:
         """(kind, FLOPs)."""
         if name in _PRODUCTS:
             left, right = [each for each in args if isinstance(each, torch.Tensor)][-2:]
             sides = left.shape[-2], left.shape[-1], right.shape[-1]
             return "lora" if min(sides) <= _SMALL_RANK else "gemm", 2.0 * prod(sides) * prod(left.shape[:-2])
+        if name in _PACKED:  # [..., in] and packed weights -> [..., out]
+            return "gemm", 2.0 * outs[0].numel() * args[0].shape[-1]
         if name in _ATTENTION:
             return "attention", _ATTENTION[name] * self._attention(name, args)
         return "elementwise", 0.0

@@ -1,0 +1,127 @@
+"""`python -m benchmarks.roofline` against counts by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import roofline  # noqa: E402
+from benchmarks.cards import CARDS, card_of, flops_per_token  # noqa: E402
+from benchmarks.costs import GEMM, STREAM, Meter  # noqa: E402
+from benchmarks.fake_card import on_a_card  # noqa: E402
+from benchmarks.sizes import config  # noqa: E402
+
+MINI = "microsoft/Phi-3-mini-4k-instruct"
+#: (in, out) of the four maps of a layer of Phi-3-mini.
+MAPS = ((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072))
+LENGTHS = (512, 256, 256)
+TOKENS = sum(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def priced() -> dict[str, roofline.Priced]:
+    step = roofline.Step(MINI, CARDS["h100"], LENGTHS, rank=8)
+    return {variant: roofline.price(step, variant) for variant in roofline.VARIANTS}
+
+
+def test_the_products_of_a_layer_are_those_of_its_maps(priced: dict[str, roofline.Priced]) -> None:
+    forward = sum(2 * TOKENS * rows * columns for rows, columns in MAPS)
+    # LoRA: two products forwards, and of each two backwards; the frozen weight gets no gradient.
+    lora = 3 * sum(2 * TOKENS * 8 * (rows + columns) for rows, columns in MAPS)
+    ours = priced["ours"].layer
+    assert ours.flops["gemm"] == 2 * forward and ours.flops["lora"] == lora
+    # each document sees its own half square, four products of two forwards, and two and a half times that backwards
+    assert ours.flops["attention"] == 3.5 * 4 * 3072 * sum(length**2 / 2 for length in LENGTHS)
+    # padded to the longest, stock code multiplies padding too
+    padded = priced["stock"].layer
+    assert padded.flops["gemm"] == 2 * forward * 3 * 512 / TOKENS
+    assert padded.flops["attention"] == 3.5 * 4 * 3072 * 3 * 512**2 / 2
+    weights = sum(rows * columns for rows, columns in MAPS)
+    moved = 2 * 2 * (weights + TOKENS * sum(rows + columns for rows, columns in MAPS))
+    assert ours.bytes["gemm"] == moved
+    assert ours.seconds["gemm"] == pytest.approx(2 * forward / (GEMM * 989e12), rel=0.1)
+
+
+def test_a_norm_moves_what_its_passes_move() -> None:
+    from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
+
+    meter = Meter(CARDS["h100"])
+    norm = Phi3RMSNorm(3072).to(torch.bfloat16)
+    with on_a_card(meter), torch.no_grad():
+        x = torch.empty(1, 4096, 3072, dtype=torch.bfloat16)
+        norm(x)
+    # to float32 6 bytes a value, square 8, mean 4, times the root 8, back to 16 bits 6, times the weight 4
+    assert meter.costs.bytes["elementwise"] == pytest.approx(36 * 4096 * 3072, rel=0.01)
+    assert meter.costs.seconds["elementwise"] == pytest.approx(36 * 4096 * 3072 / (STREAM * 3.35e12), rel=0.01)
+    assert not any(meter.costs.flops.values()) and 6 <= meter.costs.kernels <= 10
+
+
+def test_what_views_and_rows_cost() -> None:
+    meter = Meter(CARDS["h100"])
+    with on_a_card(meter), torch.no_grad():
+        table = torch.empty(1000, 64, dtype=torch.bfloat16)
+        table.t()[:, 3:].unsqueeze(0).expand(4, 64, 997)
+        assert meter.costs.kernels == 0
+        ids = meter.put(torch.tensor([1, 2, 3]))
+        table.index_select(0, ids)
+        assert meter.costs.bytes["elementwise"] == 2 * 3 * 64 * 2 + 3 * 8  # not the whole table
+        other = torch.empty(1000, 64, dtype=torch.bfloat16)
+        before = meter.costs.bytes["elementwise"]
+        other.add_(table)
+        assert meter.costs.bytes["elementwise"] - before == 3 * 1000 * 64 * 2
+        assert meter.alive == 2 * 1000 * 64 * 2
+
+
+def test_ours_moves_and_keeps_less_and_waits_once(priced: dict[str, roofline.Priced]) -> None:
+    ours, stock, liger = (priced[variant] for variant in roofline.VARIANTS)
+    assert ours.layer.bytes["elementwise"] < stock.layer.bytes["elementwise"]
+    assert liger.layer.bytes["elementwise"] < stock.layer.bytes["elementwise"]
+    assert ours.layer.reads == stock.layer.reads == 0 and ours.whole.reads <= 1
+    assert ours.whole.kept < stock.whole.kept  # logits among others
+    assert ours.tokens_per_second > stock.tokens_per_second
+    # of a layer: the residual stream in 16 and 32 bits, q, k, v, gate and up, and what their products saved
+    assert 100e3 < ours.layer.kept / TOKENS < 200e3
+
+
+def test_four_bits_take_the_products_and_one_buffer() -> None:
+    pytest.importorskip("bitsandbytes")
+    step = roofline.Step(MINI, CARDS["h100"], (1024, 1024), quantize="nf4")
+    whole = roofline.Step(MINI, CARDS["h100"], (1024, 1024))
+    for variant in ("ours", "stock"):
+        four, sixteen = roofline.price(step, variant).layer, roofline.price(whole, variant).layer
+        assert four.flops == sixteen.flops, variant
+        assert abs(four.kept - sixteen.kept) < 0.1 * sixteen.kept, variant  # unpacked weights are kept by nobody
+
+
+def test_the_command_ends_with_one_line_of_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--card 4090 --tokens 256 --documents 2 --model embedded:tiny-phi3 --rank 4 --no-graphs --json"
+    monkeypatch.setattr(sys, "argv", ["roofline", *words.split()])
+    assert roofline.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("computed, not measured: embedded:tiny-phi3 on one NVIDIA GeForce RTX 4090")
+    line = json.loads(said[-1])
+    assert set(line) == {"ours", "stock", "stock+liger"}
+    for row in line.values():
+        assert row["tokens_per_second"] > 0 and row["bytes_per_token"] > 0 and row["syncs"] in (0, 1)
+
+
+def test_compiled_stock_code_is_one_graph() -> None:
+    assert roofline.graph_count("stock") == 1
+
+
+def test_arithmetic_of_a_token_and_names_of_cards() -> None:
+    """The counts of docs/performance.md: 2N forwards, 2N backwards, half of the attention."""
+    native = config(MINI)
+    kept, recomputed = (flops_per_token(native, 16, (2048,) * 4, again) for again in (False, True))
+    assert kept == pytest.approx(16.45e9, rel=0.02) and recomputed == pytest.approx(24.15e9, rel=0.03)
+    assert card_of("NVIDIA H100 80GB HBM3") == CARDS["h100"] and card_of("Tesla T4") == CARDS["t4"]
+    assert card_of("NVIDIA GeForce RTX 4090") == CARDS["4090"] and card_of("NVIDIA L40S") is None
