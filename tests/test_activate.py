@@ -174,6 +174,7 @@ def test_attach_leaves_other_models_tokens_alone(tmp_path: Path) -> None:
     assert words.pad_token == "<|endoftext|>" and latest_complete(tmp_path)
 
 
+@pytest.mark.slow
 def test_activating_imports_no_trl(warm: Warm, tmp_path: Path) -> None:
     code = "import sys; from phi3_lora_plugin import activate; activate(); print('trl' in sys.modules)"
     assert warm.run(code, cwd=tmp_path).stdout == "False\n"

@@ -26,6 +26,8 @@ from benchmarks import __main__ as bench  # noqa: E402
 from benchmarks import encoding, jobs, parity, variants, workloads  # noqa: E402
 from phi3_lora_plugin.plan.dry_run import Batch, footprint  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny_load(monkeypatch: pytest.MonkeyPatch) -> workloads.Workload:

@@ -36,6 +36,8 @@ from phi3_lora_plugin.store.lock import StoreBusy
 from phi3_lora_plugin.store.manifest import read_manifest
 from phi3_lora_plugin.training.callbacks import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 

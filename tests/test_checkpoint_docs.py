@@ -19,6 +19,8 @@ from phi3_lora_plugin.cli.verify import verify_command
 from phi3_lora_plugin.recipe.sections import CheckpointSection
 from phi3_lora_plugin.store.layout import BEST, LATEST, entries
 
+pytestmark = pytest.mark.slow
+
 DOC = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 
 

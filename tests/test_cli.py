@@ -17,6 +17,8 @@ from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin.cli import main
 
+pytestmark = pytest.mark.slow
+
 FRESH = [sys.executable, "-c", COMMAND]
 CHAT = [{"role": "user", "content": "what is the capital of france?"}, {"role": "assistant", "content": "paris."}]
 

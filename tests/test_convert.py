@@ -32,6 +32,8 @@ from phi3_lora_plugin.lora_files.torchtune_files import TorchtuneError
 from phi3_lora_plugin.model.folder import ModelError
 from phi3_lora_plugin.model.shards import Weights
 
+pytestmark = pytest.mark.slow
+
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -167,6 +167,7 @@ def test_long_texts_are_shown_by_their_ends(tmp_path: Path) -> None:
     assert len(text) < 3000 and "begin" in text and "end<|end|>" in text and "characters ...]" in text
 
 
+@pytest.mark.slow
 def test_data_check_in_a_pipe_is_plain_and_complete() -> None:
     done = check("tiny-cpu")
     assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout
@@ -176,6 +177,7 @@ def test_data_check_in_a_pipe_is_plain_and_complete() -> None:
     assert "⟦Ahoy!" in done.stdout and "row 3: " in done.stdout and "row 4: " not in done.stdout
 
 
+@pytest.mark.slow
 def test_data_check_as_json_and_with_a_terminal_that_knows_no_unicode(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [chat("wie geht's?", "schön 😀")])
     arguments = ("tiny-cpu", f"data.path={file}", "data.eval_path=null", "data.template=phi-3.5-mini")

@@ -21,6 +21,8 @@ from phi3_lora_plugin import add_lora, encode, load_model, load_recipe, load_tok
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.model.tokenizer import stop_token_ids
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BASE = "embedded:tiny-phi3"
 HOME = Path(locate(BASE)).parent

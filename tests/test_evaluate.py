@@ -33,6 +33,8 @@ from phi3_lora_plugin.export.merge import merge
 from phi3_lora_plugin.inspect.inspect import inspect
 from phi3_lora_plugin.store.adapter_folder import AdapterError
 
+pytestmark = pytest.mark.slow
+
 PLUGINS = load_plugins()
 FEW = Wanted(answers=2, max_new_tokens=4)
 

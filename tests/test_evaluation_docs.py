@@ -17,6 +17,8 @@ from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.evaluate.answer_scores import MEASURES
 from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "data.max_length=64"]
 FIRST = "phi3-lora train phi3-mini-4k-lora data.path=chats.jsonl data.eval_fraction=0.1"

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from warm_process import COMMAND, Warm
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"  # as `python a.py` does
 

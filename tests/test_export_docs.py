@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from phi3_lora_plugin.cli.convert import convert_command, merge_command
 
+pytestmark = pytest.mark.slow
+
 DOC = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
 
 

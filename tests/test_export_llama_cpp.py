@@ -12,6 +12,8 @@ from exports import EMBEDDED, LONGROPE, PARTIAL, adapter, same_words, shaped_bas
 from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.export.gguf_quantize import FORMS, quantize_rows, tensor_type
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf", reason='gguf is not installed: pip install "phi3-lora-plugin[llama-cpp]"')
 pytest.importorskip("xllamacpp", reason='llama.cpp is not installed: pip install "phi3-lora-plugin[llama-cpp]"')
 

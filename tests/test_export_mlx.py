@@ -15,6 +15,8 @@ from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.lora_files.mlx_files import MlxError, looks_like_mlx, read_mlx, write_mlx
 from phi3_lora_plugin.lora_files.peft_files import parts, read_peft
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def mlx():

@@ -16,6 +16,8 @@ from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.export.go_template import GoTemplateError, go_template, render_go
 from phi3_lora_plugin.export.targets.ollama import read_modelfile
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 HERE = Path(__file__).parent
 RECORDED = HERE / "go_renders.json"  # what Go gave; `python tests/test_export_ollama.py` asks it again

@@ -13,6 +13,8 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lora_plugin.export.exporter import ExportError
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnxruntime_genai", reason='not installed: pip install "phi3-lora-plugin[onnx]"')
 
 

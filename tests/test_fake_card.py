@@ -23,6 +23,8 @@ from benchmarks.sizes import config  # noqa: E402
 from phi3_lora_plugin.recipe import Recipe, load_recipe  # noqa: E402
 from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options, training_arguments  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 

@@ -21,6 +21,8 @@ from phi3_lora_plugin.export.gguf import GGUFError, write_gguf_model
 from phi3_lora_plugin.export.gguf_vocab import VocabularyError, read_vocabulary
 from phi3_lora_plugin.model.shards import Weights
 
+pytestmark = pytest.mark.slow
+
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

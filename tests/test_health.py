@@ -16,6 +16,8 @@ from phi3_lora_plugin.lora.finite import sick_weights
 from phi3_lora_plugin.lora.state import StateError
 from phi3_lora_plugin.training.health import HealthError, is_zero_loss, sick_log
 
+pytestmark = pytest.mark.slow
+
 
 class Poison(TrainerCallback):
     """Puts a value into one number of one trained tensor, after so many steps."""

@@ -145,6 +145,7 @@ def test_discovery_knows_nothing_of_what_it_discovers(module: str) -> None:
     assert [name for name in ours if not name.startswith(allowed or ("-",))] == []
 
 
+@pytest.mark.slow
 def test_every_public_name_resolves_to_something_that_is_no_module() -> None:
     program = (
         "import json, phi3_lora_plugin as p\nprint(json.dumps({n: type(getattr(p, n)).__name__ for n in p.__all__}))"

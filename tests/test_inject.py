@@ -134,6 +134,7 @@ def test_options_reach_peft_by_their_names(tmp_path: Path) -> None:
     assert saved["rank_pattern"] == {"o_proj": 2}
 
 
+@pytest.mark.slow
 def test_g22_the_saved_config_does_not_depend_on_the_hash_seed(tmp_path: Path, warm: Warm) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import tiny\n"

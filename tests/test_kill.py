@@ -30,6 +30,8 @@ from phi3_lora_plugin.store.lock import StoreBusy
 from phi3_lora_plugin.store.manifest import read_manifest
 from phi3_lora_plugin.training.resume import newest_resumable, resumable
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 ENDS = ("adapter_model.safetensors", "resume/optimizer.pt", "resume/scheduler.pt", "resume/rng_state.pth")
 

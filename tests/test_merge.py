@@ -24,6 +24,8 @@ from phi3_lora_plugin.model.shards import ShardWriter, Weights
 from phi3_lora_plugin.store.adapter_folder import AdapterError
 from phi3_lora_plugin.wording import read_size
 
+pytestmark = pytest.mark.slow
+
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -20,6 +20,8 @@ from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.store.disk_writes import write_file
 from phi3_lora_plugin.training.arguments import lora_options
 
+pytestmark = pytest.mark.slow
+
 
 def batches(count: int = 3, rows: int = 4, labels: bool = True) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)

@@ -14,6 +14,8 @@ from transformers import PhimoeConfig, PhimoeForCausalLM
 from phi3_lora_plugin.lora.inject import CoverageRow, add_lora, coverage, prepare_for_checkpointing
 from phi3_lora_plugin.lora.targets import TargetError
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 
 

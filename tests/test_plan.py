@@ -27,6 +27,8 @@ from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.speed.apply import speed_up
 from phi3_lora_plugin.training.arguments import training_arguments
 
+pytestmark = pytest.mark.slow
+
 LORA = {"targets": "all-linear", "r": 4, "alpha": 8}
 
 

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from phi3_lora_plugin import Recipe, RecipeError, encode, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.dataset import DataError, load_data
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl.trainer.dpo_trainer")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 

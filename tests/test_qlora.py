@@ -15,6 +15,8 @@ from phi3_lora_plugin import add_lora, load_model, load_recipe, train
 from phi3_lora_plugin.export.merge import merge
 from phi3_lora_plugin.lora.inject import prepare_for_checkpointing
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("bitsandbytes")
 
 

@@ -13,6 +13,8 @@ from warm_process import Warm
 
 from phi3_lora_plugin import add_lora, latest_complete, load_model, load_recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "training.max_steps=2", "data.max_length=256"]
 

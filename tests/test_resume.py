@@ -29,6 +29,8 @@ from phi3_lora_plugin.training.callbacks import CheckpointError
 from phi3_lora_plugin.training.resume import newest_resumable, resumable
 from phi3_lora_plugin.training.run_facts import DriftError, base_facts
 
+pytestmark = pytest.mark.slow
+
 
 class Killed(BaseException):
     """What a kill is to a Trainer: nothing runs afterwards."""

@@ -14,6 +14,8 @@ import tiny
 
 from phi3_lora_plugin import latest_complete, verify
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 CONFIG = Path(__file__).parents[1] / "docs" / "accelerate" / "ddp-cpu.yaml"
 OURS = {

@@ -22,6 +22,8 @@ from phi3_lora_plugin import load_recipe, verify
 from phi3_lora_plugin.hosts.ray import Cluster, RayError, read_settings
 from phi3_lora_plugin.training.arguments import BatchError, same_batch
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[1] / "docs"
 BIN = Path(sys.executable).parent
 CONFIGS = sorted((DOCS / "accelerate").glob("*.yaml"))

@@ -28,6 +28,8 @@ from phi3_lora_plugin.lora.state import StateError, lora_state_dict
 from phi3_lora_plugin.training.health import HealthError
 from phi3_lora_plugin.training.resume import resumable
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter_model.safetensors"
 
 #: The folder in which two processes have worked, and what both found in each scenario.

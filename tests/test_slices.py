@@ -419,6 +419,7 @@ def in_parallel(folder: str, kind: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_slices_on_two_processes_equal_one(kind: str, tmp_path: Path, warm: Warm) -> None:
     warm.ranks(tmp_path, in_parallel, str(tmp_path), kind)

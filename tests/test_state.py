@@ -487,6 +487,7 @@ def sharded() -> None:
     os._exit(0)  # the threads of gloo now and then abort a process that ends properly
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_are_gathered_on_every_rank_and_loaded_back(warm: Warm, tmp_path: Path) -> None:
     for rank, said in enumerate(warm.ranks(tmp_path, sharded)):
         assert f"rank {rank} same" in said, said

@@ -20,6 +20,8 @@ from phi3_lora_plugin import attach, latest_complete, load_recipe, train, verify
 from phi3_lora_plugin.cli.train import report
 from phi3_lora_plugin.pipeline import Result, Sample, TrainingError
 
+pytestmark = pytest.mark.slow
+
 WORDS = "fox dog apples basket paris france jumps lazy three brown".split()
 
 

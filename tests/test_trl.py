@@ -18,6 +18,8 @@ from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.hosts.activate import PARTS
 from phi3_lora_plugin.hosts.trl import TrlError, pairs
 
+pytestmark = pytest.mark.slow
+
 ASK = {"role": "user", "content": "what is two?"}
 # The answer begins with white space, which `<|assistant|>` swallows where role tokens do.
 CHAT = [ASK, {"role": "assistant", "content": "\n it is."}, {"role": "user", "content": "and?"},
