@@ -100,6 +100,7 @@ def test_g4_real_tokenizers_need_no_offsets_and_give_the_same(
     assert not by_offsets or not tokenizer.added_tokens_decoder[tokenizer.convert_tokens_to_ids("<|user|>")].rstrip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 @settings(max_examples=100)
 @given(chats=st.lists(CHATS, min_size=1, max_size=2), data=st.data())

@@ -16,6 +16,8 @@ from phi3_lora_plugin.store.layout import again
 from phi3_lora_plugin.store.manifest import read_manifest
 from phi3_lora_plugin.store.retention import Retention
 
+pytestmark = pytest.mark.slow
+
 State = tuple[tuple[str, bytes | None], ...]  # path -> content, None of a folder
 Save = tuple[int, bytes]  # step, what its adapter holds
 

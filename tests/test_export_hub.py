@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.lora_files.peft_files import parts, read_peft
 
+pytestmark = pytest.mark.slow
+
 
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub's interface that an upload talks to; keeps what it is given."""

@@ -243,6 +243,7 @@ values = st.recursive(
 names = sorted({column for table in (REQUIRED, OPTIONAL) for columns in table.values() for column in columns})
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.dictionaries(st.sampled_from(names), values), st.sampled_from(sorted(ADAPTERS)))
 def test_p28_whatever_a_row_holds_it_becomes_canonical_messages_or_a_row_error(row: dict[str, Any], name: str) -> None:

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu import __main__ as command  # noqa: E402
 from benchmarks.gpu.facts import Check, Clock, Fact, Found, LeftOut, Setup, check  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 #: Checks are named alike whatever device they are made for.
 NAMES = [
     (part, one.name)

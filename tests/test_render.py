@@ -124,6 +124,7 @@ def test_the_command_writes_what_belongs_together_and_overwrites_nothing(tmp_pat
     assert CliRunner().invoke(app, ["host-path", "axolotl"]).exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path) -> None:
     environment = os.environ.get("PHI3_HOST_ENVS")

@@ -210,6 +210,7 @@ def test_slices_not_named_never_change() -> None:
     assert not delta[32:48].any()  # k_proj
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 def test_sliced_adapter_is_plain_peft_on_disk(tmp_path: Path, rslora: bool) -> None:
     model = sliced(["q_proj", "k_proj", "v_proj", "up_proj", "o_proj"], tiny.model(**GQA), use_rslora=rslora)

@@ -23,6 +23,8 @@ from phi3_lora_plugin.speed import documents, varlen_kernels
 from phi3_lora_plugin.speed.apply import slow_down, speed_up
 from phi3_lora_plugin.speed.sdpa import one_by_one
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,8 @@ from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
 from phi3_lora_plugin.speed.apply import accelerate_phi3, slow_down, speed_up
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 

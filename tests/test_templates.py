@@ -74,6 +74,7 @@ def test_g6_expected_renders(shared_data: Path) -> None:
     assert checked == len(rows) >= 10
 
 
+@pytest.mark.slow
 def test_g6_published_templates_are_recognised_in_whatever_cosmetics(shared_data: Path) -> None:
     tokenizer = tiny.tokenizer()
     for name, stem in FILES.items():

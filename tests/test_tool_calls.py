@@ -133,6 +133,7 @@ def generated(count: int) -> list[list[dict[str, Any]]]:
     return [[call() for _ in range(draw.choice([1, 1, 1, 2, 3]))] for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOOL_FORMATS)
 def test_ten_thousand_calls_are_read_back_as_they_were(shared_data: Path, name: str) -> None:
     tokenizer, all_calls = mini(shared_data), generated(10_000 if name == "functools" else 2_000)
