@@ -105,7 +105,7 @@ def train(
         callbacks: to add behind those of the plugins.
 
     Raises:
-        RecipeError, DataError, ModelError, TargetError: wrong input, before anything is trained.
+        RecipeError, MissingPackage, DataError, ModelError, TargetError: wrong input, before anything is trained.
         DriftError: the checkpoint to resume from was made with other settings.
         TrainingError: the run stopped for its health (non-finite or stuck loss).
         ReloadError: the saved adapter is not the trained one.
@@ -128,6 +128,7 @@ def train(
     from phi3_lora_plugin.training.health import HealthError
     from phi3_lora_plugin.training.interrupt import StopOnSignal
     from phi3_lora_plugin.training.objective import objective_of
+    from phi3_lora_plugin.training.packages import require_packages
     from phi3_lora_plugin.training.progress import ProgressReport
 
     started = time.monotonic()
@@ -142,6 +143,7 @@ def train(
     for note in recipe.notes:
         tell(f"note: {note}")
 
+    require_packages(recipe)
     set_seed(recipe.seed)
     model, tokenizer = plugins.load_model(recipe)
     longest = row_limit(recipe.data.max_length, model.config.to_dict())

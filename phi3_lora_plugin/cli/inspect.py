@@ -15,9 +15,12 @@ def inspect_command(
 ) -> None:
     """Show what a folder holds, and its problems.
 
-    Names the family, what each preset would train, and a fix for every problem.
+    Names the family, what each preset would train, and a fix for every problem. Exits with 1 where
+    something is damaged.
     """
     from phi3_lora_plugin.inspect.inspect import inspect, lines
 
     found = inspect(path)
     print(json.dumps(asdict(found), indent=2, default=list) if as_json else "\n".join(lines(found)))
+    if any(problem.damage for problem in found.problems):
+        raise typer.Exit(1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.inspect.findings import Problem
-from phi3_lora_plugin.inspect.model import AGAIN, LFS, PULL, header_of, quantised
+from phi3_lora_plugin.inspect.findings import AGAIN, LFS, OLDER, PULL, Problem
+from phi3_lora_plugin.inspect.model import header_of, quantised
 from phi3_lora_plugin.lora.finite import not_finite
 from phi3_lora_plugin.model.families import WHOLE, Projection, UnsupportedModel, projections, recognise
 from phi3_lora_plugin.wording import listed
 
-_OLDER = "take an older checkpoint"
 _IN_FULL = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
 _SHOWN = 3  # of a kind that are spelled out
 
@@ -21,7 +20,7 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
     from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_config
     from phi3_lora_plugin.store.adapter_folder import damage
 
-    problems += [Problem(problem, _OLDER) for problem in damage(folder)]
+    problems += [Problem(problem, OLDER) for problem in damage(folder)]
     try:
         config = read_config(folder)
     except PeftFilesError as error:
@@ -51,13 +50,13 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         problems.append(
             Problem(
                 "weights are a pickle, which can execute code" if pickled else "there are no adapter weights",
-                "save the adapter as safetensors",
+                "save the adapter as safetensors" if pickled else AGAIN,
             )
         )
         return found
     shapes, wrong = header_of(folder / "adapter_model.safetensors")
     if wrong:
-        problems.append(Problem(f"adapter_model.safetensors {wrong}", PULL if wrong == LFS else _OLDER))
+        problems.append(Problem(f"adapter_model.safetensors {wrong}", PULL if wrong == LFS else OLDER))
         return found
     about["tensors"] = len(shapes)
     problems += _embedding_problems(shapes, of_base, about)
@@ -128,7 +127,7 @@ def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:
     elif dead:
         problems.append(Problem(f"{len(dead)} of {len(loras)} lora_B are zero, such as {dead[0]}", "check the targets"))
     if broken:
-        problems.append(Problem(f"{len(broken)} tensors are not finite, such as {broken[0]}", _OLDER))
+        problems.append(Problem(f"{len(broken)} tensors are not finite, such as {broken[0]}", OLDER))
     return problems
 
 
@@ -175,7 +174,7 @@ def _layout_problems(
         pieces = parts(adapter)
     except PeftFilesError as error:
         told = str(error).splitlines()
-        return problems + [Problem(line.strip(), _OLDER) for line in told[1:] or told]
+        return problems + [Problem(line.strip(), OLDER) for line in told[1:] or told]
     if of_base is not None and not split:
         layout, layers = projections(of_base), int(of_base["num_hidden_layers"])
         wrong = unknown_modules(pieces.loras, layout, layers)
@@ -186,7 +185,7 @@ def _layout_problems(
         if missing:
             some = listed(sorted(missing), _SHOWN)
             problems.append(
-                Problem(f"{len(missing)} modules that the config names have no tensors, such as {some}", _OLDER)
+                Problem(f"{len(missing)} modules that the config names have no tensors, such as {some}", OLDER)
             )
     return problems
 

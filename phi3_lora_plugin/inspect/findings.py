@@ -16,6 +16,13 @@ class InspectError(Phi3LoraError):
     """There is nothing at the path that could be looked at."""
 
 
+LFS = "is a Git LFS pointer, not the weights"
+PULL = "run git lfs pull"
+AGAIN = "take it from where the folder came from again"
+FETCH = "fetch it again"
+OLDER = "take an older checkpoint"
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that breaks or misleads a host, and how to mend it; `here`: this package gets round it by itself."""
@@ -23,6 +30,11 @@ class Problem:
     what: str
     fix: str
     here: bool = False
+
+    @property
+    def damage(self) -> bool:
+        """Whether nothing mends it but another copy."""
+        return self.fix in (PULL, AGAIN, FETCH, OLDER)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from phi3_lora_plugin.inspect.model import look_at_model, look_at_published, rea
 from phi3_lora_plugin.model.families import FAMILIES, UnsupportedModel
 from phi3_lora_plugin.model.folder import ModelError, find_folder
 from phi3_lora_plugin.model.published import published_config
+from phi3_lora_plugin.small_file import BadFile
+from phi3_lora_plugin.small_file import read_json as read_json_file
 from phi3_lora_plugin.wording import listed
 
 _KINDS = {
@@ -163,7 +164,7 @@ def _look_at_settings(folder: Path, files: set[str], tokenizer: Any, stops: list
 
 def _embedding_rows(folder: Path) -> int | None:
     try:
-        rows = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = read_json_file(folder / "config.json")["vocab_size"]
+    except (BadFile, KeyError, TypeError):
         return None  # told of its config.json
     return rows if isinstance(rows, int) else None

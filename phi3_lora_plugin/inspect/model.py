@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.inspect.findings import Findings, Problem, Trainable
+from phi3_lora_plugin.inspect.findings import AGAIN, FETCH, LFS, PULL, Findings, Problem, Trainable
 from phi3_lora_plugin.model.base_size import parameters, weight_shapes
 from phi3_lora_plugin.model.families import (
     RopeError,
@@ -21,11 +21,10 @@ from phi3_lora_plugin.model.families import (
     row_limit,
 )
 from phi3_lora_plugin.model.quantize import quantized_by
+from phi3_lora_plugin.small_file import BadFile, open_regular
+from phi3_lora_plugin.small_file import read_json as read_json_file
 from phi3_lora_plugin.wording import listed
 
-LFS = "is a Git LFS pointer, not the weights"
-PULL = "run git lfs pull"
-AGAIN = "take it from where the folder came from again"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -84,9 +83,9 @@ def look_at_published(name: str, config: Mapping[str, Any]) -> Findings:
 def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
     """A JSON object; anything else is a problem, and nothing."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(Problem(f"{path.name} cannot be read: {error}", AGAIN))
+        read = read_json_file(path)
+    except BadFile as error:
+        problems.append(Problem(f"{path.name} {error}", AGAIN))
         return {}
     if isinstance(read, dict):
         return read
@@ -97,7 +96,7 @@ def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
 def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
     """(name -> shape, what is wrong with the file) of a safetensors file, from its first bytes and its size alone."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
         if start.startswith(b"version "):
             return {}, LFS
@@ -172,7 +171,7 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
         shapes, wrong = header_of(folder / name)
         held |= shapes
         if wrong:
-            problems.append(Problem(f"{name} {wrong}", PULL if wrong == LFS else "fetch it again"))
+            problems.append(Problem(f"{name} {wrong}", PULL if wrong == LFS else FETCH))
     # Experts have other names on the hub, and packed weights other shapes.
     if problems or config.get("model_type") != "phi3" or config.get("quantization_config"):
         return problems

@@ -14,8 +14,9 @@ from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.model.base_size import size_of_files
 from phi3_lora_plugin.model.config import read_config
 from phi3_lora_plugin.model.device import Device, read_device
-from phi3_lora_plugin.model.folder import SINGLE, ModelError, model_folder, weight_files
+from phi3_lora_plugin.model.folder import SINGLE, ModelError, model_folder, read_json, weight_files
 from phi3_lora_plugin.model.precision import Precision, precision_of
+from phi3_lora_plugin.model.quantize import require_loader
 from phi3_lora_plugin.model.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
 from phi3_lora_plugin.wording import listed
 
@@ -74,6 +75,7 @@ def load_model(
 
     folder = model_folder(path_or_id, revision, download=True)
     config = read_config(folder / "config.json")
+    require_loader(read_json(folder / "config.json"), str(folder / "config.json"))
     place = read_device(device)
     precision = precision_of(dtype, place, folder, quantize)
     for note in precision.notes:

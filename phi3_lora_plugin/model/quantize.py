@@ -21,6 +21,51 @@ def quantized_by(config: Mapping[str, Any]) -> str | None:
     return f"{said.get('quant_method', 'an unnamed method')}{f', {bits} bits' if bits else ''}"
 
 
+#: What transformers needs to load weights that are quantised already: modules, and what to install.
+_LOADERS = {
+    "aqlm": (("aqlm",), "aqlm"),
+    "auto-round": (("auto_round",), "auto-round"),
+    "awq": (("gptqmodel",), "gptqmodel"),
+    "bitsandbytes": (("bitsandbytes",), '"phi3-lora-plugin[qlora]"'),
+    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+    "eetq": (("eetq",), "eetq"),
+    "gptq": (("optimum", "gptqmodel"), "optimum gptqmodel"),
+    "hqq": (("hqq",), "hqq"),
+    "quanto": (("optimum.quanto",), "optimum-quanto"),
+    "torchao": (("torchao",), "torchao"),
+    "vptq": (("vptq",), "vptq"),
+}
+
+
+def require_loader(config: Mapping[str, Any], where: str) -> None:
+    """Raise `ModelError` where weights are quantised already and what loads them is not installed."""
+    by = quantized_by(config)
+    if by is None:
+        return
+    given = config["quantization_config"]
+    method = str(given.get("quant_method", "")) if isinstance(given, Mapping) else ""
+    modules, package = _LOADERS.get(method, ((), ""))
+    if missing := [module for module in modules if not _installed(module)]:
+        raise ModelError(
+            f"{where}: the weights are quantised by {by}, which needs {' and '.join(missing)}: pip install {package}; "
+            "or take the unquantised model, with model.quantize: nf4 to train it in 4 bits"
+        )
+    if not modules and method not in ("fp8", "mxfp4"):
+        raise ModelError(
+            f"{where}: the weights are quantised by {by}, which cannot be trained here; take the unquantised model, "
+            "with model.quantize: nf4 to train it in 4 bits"
+        )
+
+
+def _installed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def quantization_config(kind: str, compute: Any) -> Any:
     """The `BitsAndBytesConfig` of "nf4" or "int8"; embeddings and head stay as they are.
 

@@ -1,0 +1,101 @@
+"""What the settings of a recipe need installed: asked before a model is loaded, not after an hour of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import nearest
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
+
+#: Name in `report_to` -> (modules of which one is needed, what to install), as transformers.integrations has them.
+_REPORTS = {
+    "azure_ml": (("azureml",), "azureml-sdk"),
+    "clearml": (("clearml",), "clearml"),
+    "codecarbon": (("codecarbon",), "codecarbon"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "dagshub": (("dagshub",), "dagshub"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "flyte": (("flytekit",), "flytekit"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "neptune": (("neptune",), "neptune"),
+    "swanlab": (("swanlab",), "swanlab"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "trackio": (("trackio",), "trackio"),
+    "wandb": (("wandb",), "wandb"),
+}
+#: Names of `optim` -> (module, what to install); the first that matches.
+_OPTIMIZERS = (
+    (r"galore_", "galore_torch", "galore-torch"),
+    (r"apollo_", "apollo_torch", "apollo-torch"),
+    (r"(ada)?lomo$", "lomo_optim", "lomo-optim"),
+    (r"grokadamw$", "grokadamw", "grokadamw"),
+    (r"schedule_free_", "schedulefree", "schedulefree"),
+    (r"stable_adamw$", "optimi", "torch-optimi"),
+    (r"adamw_torch_[48]bit$", "torchao", "torchao"),
+    (r"adamw_apex_fused$", "apex", "apex (from github.com/NVIDIA/apex)"),
+    (r"adamw_anyprecision$", "torchdistx", "torchdistx"),
+    (r"paged_|lion_|ademamix|.*_bnb|.*_8bit", "bitsandbytes", '"phi3-lora-plugin[qlora]"'),
+)
+
+
+class MissingPackage(Phi3LoraError):
+    """A setting needs something that is not installed, or names what does not exist; says all, each with its remedy."""
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raise `MissingPackage` for what `training:` of a recipe needs and this environment does not have."""
+    problems = [*_reports(recipe.training), *_optimizer(recipe.training), *_deepspeed(recipe.training)]
+    if problems:
+        raise MissingPackage("\n  ".join(["this recipe cannot be run here:", *problems]))
+
+
+def _reports(training: Any) -> Iterator[str]:
+    from importlib import import_module
+
+    given = training.get("report_to") or []
+    for name in [given] if isinstance(given, str) else given:
+        if name in ("all", "none"):
+            continue
+        if name in _REPORTS:
+            modules, package = _REPORTS[name]
+            if not any(map(_installed, modules)):
+                yield f"training.report_to: {name} needs {package}: pip install {package}"
+            continue
+        known = {*_REPORTS, *import_module("transformers.integrations.integration_utils").INTEGRATION_TO_CALLBACK}
+        if name not in known:
+            yield f"training.report_to: {name!r} is not one of {', '.join(sorted(known))}{nearest(name, known)}"
+
+
+def _optimizer(training: Any) -> Iterator[str]:
+    name = str(training.get("optim") or "")
+    found = next((row for row in _OPTIMIZERS if re.match(row[0], name)), None)
+    if found is not None and not _installed(found[1]):
+        yield f"training.optim: {name} needs {found[1]}: pip install {found[2]}"
+
+
+def _deepspeed(training: Any) -> Iterator[str]:
+    given = training.get("deepspeed")
+    if not given:
+        return
+    if not _installed("deepspeed"):
+        yield "training.deepspeed needs deepspeed: pip install deepspeed"
+    if isinstance(given, str):
+        try:
+            json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            yield f"training.deepspeed: {given} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
