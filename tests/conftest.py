@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CI", "1")
-os.environ["PHI3_LORA_CACHE"] = "off"  # tests write nothing into a real home
+# Tests write nothing into a real home, where workers would also find each other's files.
+os.environ["PHI3_LORA_CACHE"] = "off"
+os.environ["HF_DATASETS_CACHE"] = mkdtemp(prefix="phi3-lora-tests-")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower on more threads, and other workers have the other cores
 
 import pytest
@@ -42,6 +46,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, MOST_WORKERS, psutil.virtual_memory().available // MEMORY_OF_A_WORKER))
+
+
+def pytest_unconfigure() -> None:
+    """Delete what this process and its children cached."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 SHARED = Path(os.environ.get("PHI3_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))

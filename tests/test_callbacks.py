@@ -691,7 +691,7 @@ def test_g15_a_full_disk_keeps_the_last_good_one_and_is_an_error_at_the_end(
     class Fills(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 120
                 while latest_complete(small_disk).name != "step-00000002" and time.monotonic() < deadline:
                     time.sleep(0.01)
                 with (small_disk / "others").open("wb", buffering=0) as stream:

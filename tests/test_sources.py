@@ -220,9 +220,9 @@ def test_p28_bad_lines_are_all_found_with_their_numbers_and_the_rest_is_read(tmp
     lines[4999] = '{"n": "\u00e9"}'.encode("latin-1")
     lines[9998] = b"[1, 2]"
     path = write(tmp_path / "a.jsonl", b"\n".join(lines))
-    start = time.perf_counter()
+    start = time.process_time()
     items = read(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert problems(items) == [
         f"{path}:3: is not JSON: Expecting ',' delimiter, column 8",
         f"{path}:5000: is not UTF-8 (byte 0xe9 at column 8); save the file as UTF-8",
@@ -320,9 +320,9 @@ def test_lines_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
 def test_a_hundred_thousand_lines_take_seconds(tmp_path: Path) -> None:
     row = json.dumps({"messages": [{"role": role, "content": "x" * 100} for role in ("user", "assistant")]}) + "\n"
     path = write(tmp_path / "a.jsonl", row * 100_000)
-    start = time.perf_counter()
+    start = time.process_time()
     assert sum(1 for _ in find_sources(str(path)).sources[0].rows()) == 100_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_real_chats_of_every_layout_are_read(shared_data: Path) -> None:
