@@ -102,6 +102,7 @@ def test_the_same_chat_in_the_shapes_of_other_tools(name: str) -> None:
 
 NOT_LEARNED: dict[str, dict[str, Any]] = {
     "loss": {"messages": [USER, SAID | {"loss": False}]},
+    "loss_scale": {"messages": [USER, SAID | {"loss_scale": 0.0}]},
     "loss_weight": {"messages": [USER, SAID | {"loss_weight": 0.0}]},
     "weight": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": 0}]},
     "training": {"conversations": [USER, SAID | {"training": False}]},
@@ -130,6 +131,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "and in messages": ({"messages": CHAT, "label": 0}, "has label: false"),
     "a label of another kind": ({"messages": CHAT, "label": "spam"}, r"'label' speaks of .*data.ignore: \[label\]"),
     "no weight": ({"messages": [USER, SAID | {"weight": 1001}]}, r"weight of message 2 .*expected a number from 0"),
+    "a measured loss": ({"prompt": "a", "completion": "b", "loss": 1.2}, r"expected true or false.*ignore: \[loss\]"),
     "half a loss": ({"messages": [USER, SAID | {"loss": 0.5}]}, "loss of message 2 .*expected true or false"),
     "two that differ": ({"messages": [USER, SAID | {"loss": True, "weight": 0}]}, "says loss: true and weight: 0"),
     "a name of one's own": ({"messages": [USER, SAID | {"is_masked": True}]}, "'is_masked' .*in a message of messages"),
@@ -280,6 +282,7 @@ PROPOSED: list[tuple[dict[str, Any], bool, str | None]] = [
     ({"ask": "q", "input": "p", "good_answer": "a", "bad_answer": "b"}, True,
      "{prompt: input, chosen: good_answer, rejected: bad_answer}"),
     ({"a": 1, "b": [1, 2]}, False, None),
+    ({"system": "s", "chat": "USER: a ASSISTANT: b"}, False, None),
 ]  # fmt: skip
 
 

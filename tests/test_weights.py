@@ -155,6 +155,7 @@ def recipe(place: Path, out: Path, *overrides: str) -> Any:
 def test_a_run_honours_weights_and_says_which_rows_have_none(place: Path, tmp_path: Path) -> None:
     data = load_data(recipe(place, tmp_path), TOKENIZER, ADAPTERS)
     assert data.report.rows_read == 20 and len(data.report.dropped) == 4  # of weight 0
+    assert data.report.weighed == sum(set(row["weights"]) - {0.0, 1.0} != set() for row in data.train) > 0
     numbers = {0.0, 0.25, 0.5, 1.0, 2.5}
     assert {
         weight for row in data.train for weight in row["weights"]

@@ -181,6 +181,7 @@ def _encode_all(
         truncated=tuple(fate.truncated),
         empty=tuple(fate.empty),
         unreadable=tuple(fate.unreadable),
+        weighed=len(train.weights),
         calls=fate.calls,
         tool_format=tool_format(data.tool_format, template).name if fate.calls else None,
         duplicates=tuple(duplicates(train)),

@@ -1,7 +1,8 @@
 """How much of a row is to be learned: the marks that data sets use, and the keys that nobody may pass over in silence.
 
-Read are OpenAI's and Mistral's `weight`, ms-swift's `loss`, LLaMA-Factory's `loss_weight`, axolotl's `train` and
-`train_detail`, and `label` as TRL's KTOTrainer means it. Any other key whose name speaks of learning is an error.
+Read are OpenAI's and Mistral's `weight`, ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`, axolotl's
+`train` and `train_detail`, and `label` as TRL's KTOTrainer means it. Any other key whose name speaks of learning is an
+error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from phi3_lora_plugin.chat.row_error import RowError, shown
 Span = tuple[int, int, float]  # first character, the one after the last, and how much that text is to be learned
 
 #: Keys of a row, a message or a part of one that say whether it is to be learned.
-MARKS = ("train", "trainable", "training", "loss", "loss_mask", "weight", "loss_weight")
+MARKS = ("train", "trainable", "training", "loss", "loss_mask", "weight", "loss_weight", "loss_scale")
 #: Everything that is read of a message for this.
 MESSAGE_MARKS = (*MARKS, "train_detail")
 #: Everything that is read of a row for this.
@@ -24,7 +25,7 @@ ROW_MARKS = (*MARKS, "label")
 
 #: No weight may be larger; one of a thousand is a mistake.
 HEAVIEST = 1000
-_NUMBERS = ("weight", "loss_weight")
+_NUMBERS = ("weight", "loss_weight", "loss_scale")
 _WORDS = frozenset(
     "weight weights loss losses train trained trainable training untrained mask masks masked label labels learn "
     "learned supervise supervised ignore ignored segments".split()

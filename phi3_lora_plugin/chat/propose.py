@@ -15,6 +15,7 @@ _ANSWERED = "completion answer response output solution reply assistant target b
 _CONTEXT = "context input passage".split()
 _BETTER = "chosen preferred accepted better winner good".split()
 _WORSE = "rejected dispreferred worse loser bad".split()
+_ABOUT = "id uuid hash source category system lang language url title type split topic name date author model".split()
 _TEXTS = ("content", "value", "text", "message", "utterance")
 
 
@@ -59,7 +60,8 @@ def _dialog(row: Mapping[str, Any]) -> dict[str, str]:
 def _exchange(texts: Sequence[str]) -> dict[str, str]:
     asked, answered = _named(texts, _ASKED), _named(texts, _ANSWERED)
     if asked is None or answered is None or asked == answered:
-        return {"prompt": texts[0], "completion": texts[1]} if len(texts) == 2 else {}
+        two = [path for path in texts if path not in _ABOUT]
+        return {"prompt": two[0], "completion": two[1]} if len(two) == 2 else {}
     context = _named([name for name in texts if name not in (asked, answered)], _CONTEXT)
     if context is not None:
         return {"instruction": asked, "input": context, "output": answered}

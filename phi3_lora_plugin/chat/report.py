@@ -80,6 +80,7 @@ class DataReport:
     mixture: tuple[MixtureReport, ...] = ()
     empty: tuple[Left, ...] = ()  # with a trained turn that says nothing
     unreadable: tuple[Left, ...] = ()  # with a trained call that a server's own reader loses
+    weighed: int = 0  # rows with tokens that count more or less than others
     calls: int = 0
     tool_format: str | None = None  # of `tool_formats`, how calls are written
     unread: Mapping[str, int] = field(default_factory=dict)  # columns and message keys that nothing was made of

@@ -55,6 +55,8 @@ def render(report: DataReport, console: Console) -> None:
         if some is not None:
             for title, pieces in _figures(name, some):
                 line(title, pieces)
+    if report.weighed:
+        line("weights", [f"{report.weighed:,} rows to train on have weights other than 0 and 1"])
     if report.unread:
         line("not used", _listed([f"{name} ({count:,})" for name, count in report.unread.items()]))
     for title, rows in _fates(report):

@@ -16,7 +16,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.calls import calls_in, in_order, read_calls
 from phi3_lora_plugin.chat.content import Content, checked_text, read_content, read_text, with_details
-from phi3_lora_plugin.chat.marks import MESSAGE_MARKS, label_of, weight_of
+from phi3_lora_plugin.chat.marks import MARKS, MESSAGE_MARKS, label_of, weight_of
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.thoughts import THOUGHTS, inline, tagged
 
@@ -81,7 +81,11 @@ def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
         raise RowError(
             "has label: false, an answer that is not to be learned (KTO); leave such rows out with data.on_error: skip"
         )
-    weight = weight_of(row, "row")
+    try:
+        weight = weight_of(row, "row")
+    except RowError as error:
+        marks = ", ".join(name for name in MARKS if row.get(name) is not None)
+        raise RowError(f"{error}; if it does not matter, write data.ignore: [{marks}]") from None
     if weight is None or weight == 1:
         return turns
     changed = []
