@@ -80,6 +80,20 @@ def test_the_row_limit_is_the_one_that_a_run_takes(host: str, key: str, place: P
     )
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_no_setting_of_the_adapter_is_lost_in_silence(host: str) -> None:
+    given = {"bias": "all", "exclude_modules": "[o_proj]", "rank_pattern": "{o_proj: 3}",
+             "loftq_config": "{loftq_iter: 1}", "layers_to_transform": "[1]", "trainable_token_indices": "[7]",
+             "modules_to_save": "[lm_head]",
+             "init": "loftq", "ensure_weight_tying": "true", "loraplus_lr_ratio": "16"}  # fmt: skip
+    text = render(
+        load_recipe("phi3-mini-4k-qlora", [f"lora.{name}={value}" for name, value in given.items()]), host
+    ).text
+    for name in given:
+        kept = [line for line in text.splitlines() if name in line or name.replace("plus", "p") in line]
+        assert kept or (name == "init" and "init_weights" in text), (host, name)
+
+
 def test_what_a_recipe_says_arrives() -> None:
     overrides = ["data.system=fold", "data.train_on=last_turn", "lora.dora=true", "checkpoint.keep_last=5", "seed=7"]
     axolotl = config("phi3-mini-4k-qlora", "axolotl", *overrides)
@@ -118,7 +132,7 @@ def test_the_command_writes_what_belongs_together_and_overwrites_nothing(tmp_pat
     before = out.read_text()
     again = CliRunner().invoke(app, [*words, "seed=1"])
     assert again.exit_code == 2 and out.read_text() == before
-    with pytest.raises(RenderError, match="none of axolotl, llamafactory, trl, swift"):
+    with pytest.raises(RenderError, match="is not one of axolotl, llamafactory, swift, trl"):
         render(load_recipe("tiny-cpu"), "unsloth")
     assert CliRunner().invoke(app, ["host-path", "swift"]).output.strip().endswith("phi3_lora_swift.py")
     assert CliRunner().invoke(app, ["host-path", "axolotl"]).exit_code == 2

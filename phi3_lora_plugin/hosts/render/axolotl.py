@@ -12,6 +12,7 @@ from phi3_lora_plugin.hosts.render.common import (
     base_path,
     left_out,
     longest,
+    lora_left_out,
     note,
     numbers,
     rows,
@@ -100,9 +101,12 @@ def _lora(recipe: Recipe) -> list[Line]:
         else lora.layers_to_transform,
         "peft_trainable_token_indices": lora.trainable_token_indices,
     }
-    missing = {"exclude_modules": lora.exclude_modules, "bias": None if lora.bias == "none" else lora.bias}
-    lines += [Line(key, value) for key, value in optional.items() if value]
-    return lines + left_out("lora", {key: value for key, value in missing.items() if value}, "axolotl")
+    known = ("loraplus_lr_ratio", "init", *(key.split("_", 1)[1] for key in optional))
+    return (
+        lines
+        + [Line(key, value) for key, value in optional.items() if value]
+        + lora_left_out(recipe, "axolotl", *known)
+    )
 
 
 def _data(recipe: Recipe) -> list[Line]:

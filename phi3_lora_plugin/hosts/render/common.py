@@ -128,6 +128,45 @@ def left_out(section: str, values: Mapping[str, Any], host: str) -> list[Line]:
     return [note(f"not supported by {host}, left out: {section}.{key}: {dump_line(values[key])}") for key in values]
 
 
+# What every host has some word for; a renderer says the others that its host has.
+_LORA = ("r", "alpha", "dropout", "targets", "dora", "rslora")
+
+
+def lora_left_out(recipe: Recipe, host: str, *known: str) -> list[Line]:
+    """A line for each setting of the adapter that is not at its default and that the host has no place for."""
+    lora = recipe.lora
+    values = {
+        name: value
+        for name, field in type(lora).model_fields.items()
+        if name not in (*_LORA, *known) and (value := getattr(lora, name)) != field.default
+    }
+    return left_out("lora", values, host)
+
+
+def trainer_lines(recipe: Recipe, n: Numbers, host: str, taken: Iterable[str] = SAME, report: str = "") -> list[Line]:
+    """What hosts that extend TrainingArguments have under the same names; `taken` of the rest, too."""
+    return [
+        Line("per_device_train_batch_size", n.batch),
+        Line("gradient_accumulation_steps", n.accumulation),
+        Line("num_train_epochs", float(n.epochs)),
+        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+        Line("learning_rate", n.learning_rate),
+        Line("lr_scheduler_type", n.scheduler),
+        Line("optim", n.optimizer),
+        Line("weight_decay", n.weight_decay),
+        Line("max_grad_norm", n.max_grad_norm),
+        Line("logging_steps", n.logging_steps),
+        Line("save_steps", recipe.checkpoint.every_steps or 500),
+        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
+        Line("report_to", "none", report),
+        Line("seed", recipe.seed),
+        Line("output_dir", recipe.output_dir),
+        *(Line(key, value) for key, value in n.rest.items() if key in taken),
+        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
+        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*taken, "bf16", "fp16")}, host),
+    ]
+
+
 def base_path(recipe: Recipe) -> str:
     """The model as other programs find it: hub id, or folder."""
     from phi3_lora_plugin.embedded import locate

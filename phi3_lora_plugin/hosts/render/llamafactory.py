@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.llamafactory import TEMPLATE
 from phi3_lora_plugin.hosts.render.common import (
-    SAME,
     Line,
     Rendered,
     RenderError,
     Rows,
     base_path,
-    left_out,
     longest,
-    note,
+    lora_left_out,
     numbers,
     rows,
     targets,
+    trainer_lines,
     write,
 )
 from phi3_lora_plugin.hosts.render.settings_section import section
@@ -54,7 +53,7 @@ def render(recipe: Recipe) -> Rendered:
         *([Line("use_rslora", True)] if lora.rslora else []),
         *([Line("pissa_init", True)] if lora.init == "pissa" else []),
         *([Line("loraplus_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
-        *left_out("lora", _unknown_lora(recipe), "LLaMA-Factory"),
+        *lora_left_out(recipe, "LLaMA-Factory", "loraplus_lr_ratio", *(["init"] if lora.init == "pissa" else [])),
         *_quantised(model.quantize),
         Line(
             "flash_attn", {"auto": "sdpa", "eager": "disabled", "flash_attention_2": "fa2"}.get(model.attention, "sdpa")
@@ -64,39 +63,12 @@ def render(recipe: Recipe) -> Rendered:
         longest(recipe, "cutoff_len"),
         *([Line("packing", True), Line("neat_packing", True)] if data.packing else []),
         *([Line("max_samples", data.max_rows)] if data.max_rows else []),
-        Line("per_device_train_batch_size", n.batch),
-        Line("gradient_accumulation_steps", n.accumulation),
-        Line("num_train_epochs", float(n.epochs)),
-        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
-        Line("learning_rate", n.learning_rate),
-        Line("lr_scheduler_type", n.scheduler),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
-        Line("optim", n.optimizer),
-        Line("weight_decay", n.weight_decay),
-        Line("max_grad_norm", n.max_grad_norm),
         *_precision(recipe, n.rest),
         Line("disable_gradient_checkpointing", not n.checkpointing),
-        Line("logging_steps", n.logging_steps),
-        Line("save_steps", recipe.checkpoint.every_steps or 500),
-        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
-        Line("report_to", "none"),
-        Line("seed", recipe.seed),
-        Line("output_dir", recipe.output_dir),
-        *(Line(key, value) for key, value in n.rest.items() if key in SAME),
-        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
-        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*SAME, "bf16", "fp16")}, "LLaMA-Factory"),
+        *trainer_lines(recipe, n, "LLaMA-Factory"),
     ]
     return Rendered(write(head, lines), {"dataset_info.json": json.dumps(info, indent=2) + "\n"})
-
-
-def _unknown_lora(recipe: Recipe) -> dict[str, Any]:
-    lora = recipe.lora
-    return {
-        name: value
-        for name in ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
-                     "trainable_token_indices", "target_parameters", "loftq_config", "eva_config")
-        if (value := getattr(lora, name))
-    } | ({} if lora.init in ("default", "pissa") else {"init": lora.init})  # fmt: skip
 
 
 def _quantised(quantize: str) -> list[Line]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phi3_lora_plugin.hosts.render.common import (
     Line,
     Rendered,
     RenderError,
     base_path,
-    left_out,
     longest,
-    note,
+    lora_left_out,
     numbers,
     rows,
     targets,
+    trainer_lines,
     write,
 )
 from phi3_lora_plugin.hosts.render.settings_section import settings_of
@@ -64,32 +64,15 @@ def render(recipe: Recipe) -> Rendered:
         *([Line("modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
         *([Line("target_parameters", lora.target_parameters)] if lora.target_parameters else []),
         *([] if lora.init == "default" else [Line("init_weights", lora.init)]),
-        *left_out("lora", _unknown_lora(recipe), "ms-swift"),
+        *lora_left_out(recipe, "ms-swift", "loraplus_lr_ratio", "modules_to_save", "target_parameters", "init"),
         *_data(recipe),
         longest(recipe, "max_length"),
         Line("truncation_strategy", "right", "ms-swift drops longer rows by default; here they are cut"),
         *([Line("packing", True)] if data.packing else []),
-        Line("per_device_train_batch_size", n.batch),
-        Line("gradient_accumulation_steps", n.accumulation),
-        Line("num_train_epochs", n.epochs),
-        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
-        Line("learning_rate", n.learning_rate),
-        Line("lr_scheduler_type", n.scheduler),
         Line("warmup_ratio" if n.warmup < 1 else "warmup_steps", n.warmup),
-        Line("optim", n.optimizer),
-        Line("weight_decay", n.weight_decay),
-        Line("max_grad_norm", n.max_grad_norm),
         Line("gradient_checkpointing", n.checkpointing),
         *([Line("use_cpu", True)] if model.device == "cpu" else []),
-        Line("logging_steps", n.logging_steps),
-        Line("save_steps", recipe.checkpoint.every_steps or 500),
-        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
-        Line("report_to", "none"),
-        Line("seed", recipe.seed),
-        Line("output_dir", recipe.output_dir),
-        *(Line(key, value) for key, value in n.rest.items() if key in _SAME),
-        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
-        *left_out("training", {key: value for key, value in n.rest.items() if key not in _SAME}, "ms-swift"),
+        *trainer_lines(recipe, n, "ms-swift", _SAME),
     ]  # fmt: skip
     return Rendered(write(head, lines))
 
@@ -97,14 +80,6 @@ def render(recipe: Recipe) -> Rendered:
 def _known(path: str) -> bool:
     """ms-swift knows the published names."""
     return path.startswith(("microsoft/", "LLM-Research/"))
-
-
-def _unknown_lora(recipe: Recipe) -> dict[str, Any]:
-    lora = recipe.lora
-    names = ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices",
-             "loftq_config", "eva_config")  # fmt: skip
-    found = {name: getattr(lora, name) for name in names if getattr(lora, name)}
-    return found | ({} if lora.bias == "none" else {"bias": lora.bias})
 
 
 _COLUMNS = {"prompt": "query", "completion": "response", "instruction": "query", "input": "input", "output": "response"}

@@ -6,18 +6,18 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.render.common import (
-    SAME,
     Line,
     Rendered,
     RenderError,
     Rows,
     base_path,
-    left_out,
     longest,
+    lora_left_out,
     note,
     numbers,
     rows,
     targets,
+    trainer_lines,
     write,
 )
 from phi3_lora_plugin.model.precision import precision_elsewhere
@@ -52,42 +52,17 @@ def render(recipe: Recipe) -> Rendered:
         *([Line("use_dora", True)] if lora.dora else []),
         *([Line("use_rslora", True)] if lora.rslora else []),
         *([Line("lora_modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
-        *left_out("lora", _unknown_lora(recipe), "TRL's command"),
+        *lora_left_out(recipe, "TRL's command", "modules_to_save"),
         *_data(recipe),
         *_template(recipe),
         longest(recipe, "max_length"),
         Line("packing", data.packing),
-        Line("per_device_train_batch_size", n.batch),
-        Line("gradient_accumulation_steps", n.accumulation),
-        Line("num_train_epochs", n.epochs),
-        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
-        Line("learning_rate", n.learning_rate),
-        Line("lr_scheduler_type", n.scheduler),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
-        Line("optim", n.optimizer),
-        Line("weight_decay", n.weight_decay),
-        Line("max_grad_norm", n.max_grad_norm),
         Line("gradient_checkpointing", n.checkpointing, "on by default in TRL"),
         *_precision(recipe, n.rest),
-        Line("logging_steps", n.logging_steps),
-        Line("save_steps", recipe.checkpoint.every_steps or 500),
-        Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
-        Line("report_to", "none", "`phi3_lora` under `phi3-lora trl` adds LoRA-only checkpoints"),
-        Line("seed", recipe.seed),
-        Line("output_dir", recipe.output_dir),
-        *(Line(key, value) for key, value in n.rest.items() if key in SAME),
-        *([note("left out: grouping by length, whose name differs between versions")] if n.by_length else []),
-        *left_out("training", {k: v for k, v in n.rest.items() if k not in (*SAME, "bf16", "fp16")}, "TRL's command"),
+        *trainer_lines(recipe, n, "TRL's command", report="`phi3-lora trl` adds LoRA-only checkpoints"),
     ]  # fmt: skip
     return Rendered(write(head, lines))
-
-
-def _unknown_lora(recipe: Recipe) -> dict[str, Any]:
-    lora = recipe.lora
-    names = ("exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices",
-             "loftq_config", "eva_config", "loraplus_lr_ratio")  # fmt: skip
-    found = {name: getattr(lora, name) for name in names if getattr(lora, name)}
-    return found | ({} if lora.init == "default" else {"init": lora.init})
 
 
 def _data(recipe: Recipe) -> list[Line]:
