@@ -13,6 +13,7 @@ from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from phi3_lora_plugin.chat.near_duplicates import Near
     from phi3_lora_plugin.chat.report import DataReport, Left, Part
 
 _SHOWN = 10  # of a list that go to the screen; the JSON has them all
@@ -105,6 +106,15 @@ def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> No
         trained = len(row["labels"]) - row["labels"].count(-100)
         console.print(f"row {index + 1}: {len(row['labels']):,} tokens, {trained:,} trained", style="bold")
         console.print(Padding(text, (0, 0, 0, 2), expand=False), highlight=False)
+
+
+def show_near(console: Console, alike: tuple[Sequence[Near], Sequence[Near]]) -> None:
+    """Print rows that are nearly the same, by their numbers among the encoded rows."""
+    titles = ("rows to train on are nearly an earlier one", "rows to evaluate on are nearly one that is trained on")
+    for title, found in zip(titles, alike, strict=True):
+        told = [f"{one.row} like {one.like} ({100 * one.similarity:.0f}%)" for one in found]
+        line = f"{len(found):,} {title}" + (f": {' '.join(_listed(told))}" if told else "")
+        console.print(line, style="yellow" if told else None, markup=False, highlight=False, soft_wrap=True)
 
 
 def pieces(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.chat.near_duplicates import Near
 
 
 def check_command(
@@ -15,6 +20,9 @@ def check_command(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example data.path=x.")
     ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Encoded rows to show.")] = 3,
+    near: Annotated[
+        float | None, typer.Option(min=0.1, max=1.0, help="Report rows at least this alike, for example 0.8.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
     """Encode the data of a recipe and report on it.
@@ -32,7 +40,8 @@ def check_command(
     run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
 
     from phi3_lora_plugin.chat.dataset import load_data
-    from phi3_lora_plugin.chat.report_view import show_rows
+    from phi3_lora_plugin.chat.near_duplicates import near_duplicates
+    from phi3_lora_plugin.chat.report_view import show_near, show_rows
     from phi3_lora_plugin.model.config import read_config
     from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.folder import ModelError, find_config
@@ -56,8 +65,18 @@ def check_command(
         console.print(
             f"note: using rows encoded by an earlier run, cached in {data.cached} (PHI3_LORA_CACHE=off disables this)"
         )
+    alike = near_duplicates(data.train, data.eval, near) if near is not None else None
     if as_json:
-        print(data.report.to_json())
+        found = {} if alike is None else dict(zip(("near_duplicates", "near_leaked"), map(_rows, alike), strict=True))
+        print(json.dumps(json.loads(data.report.to_json()) | found, ensure_ascii=False))
         return
     data.report.render(console)
+    if alike is not None:
+        show_near(console, alike)
     show_rows(console, data.train, tokenizer, rows)
+
+
+def _rows(found: Sequence[Near]) -> list[dict[str, float]]:
+    from dataclasses import asdict
+
+    return [asdict(one) for one in found]
