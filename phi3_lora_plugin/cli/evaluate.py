@@ -34,6 +34,9 @@ def eval_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
     gsm8k: Annotated[bool, typer.Option("--gsm8k", help="Also compare the numbers after '####'.")] = False,
     save_answers: Annotated[Path | None, typer.Option(help="Save questions and answers as JSONL.")] = None,
+    as_shipped: Annotated[
+        str | None, typer.Option("--as", help="Measure the shipped form too, for example llama.cpp:q4_k_m.")
+    ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")] = None,
     lm_eval_args: Annotated[
         str, typer.Option(help="Arguments for simple_evaluate, for example '{limit: 100}'.")
@@ -59,7 +62,7 @@ def eval_command(
     from phi3_lora_plugin.evaluate.evaluate import Wanted, evaluate, write_answers
 
     tasks = tuple(filter(None, (lm_eval or "").split(",")))
-    wanted = Wanted(data, rows, answers, max_new_tokens, gsm8k, tasks, task_options, batch_size)
+    wanted = Wanted(data, rows, answers, max_new_tokens, gsm8k, tasks, task_options, batch_size, as_shipped)
     evaluation = evaluate(target, wanted, plugins, console)
     if save_answers is not None:
         write_answers(evaluation, save_answers)
@@ -77,12 +80,18 @@ def show(evaluation: Evaluation, console: Console) -> None:
         console.print(f"{evaluation.rows:,} rows, {evaluation.tokens:,} trained tokens", end="")
         console.print(f"; {len(evaluation.asked):,} answers" if evaluation.asked else "")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "base", *(["adapter"] if evaluation.adapter_figures else [])):
+    sides = {
+        "base": evaluation.base_figures, "adapter": evaluation.adapter_figures,
+        evaluation.shipped or "shipped": evaluation.shipped_figures,
+    }  # fmt: skip
+    named = {name: _named(figures) for name, figures in sides.items() if figures}
+    for column in ("", *named):
         table.add_column(column, justify="right" if column else "left")
-    sides = [_named(figures) for figures in (evaluation.base_figures, evaluation.adapter_figures) if figures]
-    for name in sides[0]:
-        table.add_row(name, *(f"{side[name]:.4f}" for side in sides))
+    for name in named["base"]:
+        table.add_row(name, *(f"{side[name]:.4f}" if name in side else "-" for side in named.values()))
     console.print(table)
+    if evaluation.shipped_figures:
+        console.print(evaluation.notes[-1], markup=False)
 
 
 def _named(figures: Figures) -> dict[str, float]:

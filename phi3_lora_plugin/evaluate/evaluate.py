@@ -29,6 +29,7 @@ class Wanted:
         gsm8k: compare the final numbers of answers too.
         tasks: of the lm-evaluation-harness, with `task_options` as `run_tasks` takes them.
         batch_size: rows, or questions, in one pass.
+        as_shipped: a runtime and a form in which to measure the merged model too, as `llama.cpp:q4_k_m`.
     """
 
     data: str | None = None
@@ -39,6 +40,7 @@ class Wanted:
     tasks: tuple[str, ...] = ()
     task_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
+    as_shipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class Asked:
     expected: str
     base: str
     adapter: str | None
+    shipped: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Base against adapter; `adapter_figures` is None where there was no adapter.
+
+    `shipped_figures` are those of the merged model in the runtime and form that `shipped` names, None if not asked for.
 
     `rows` and `tokens` (trained ones) are what loss, perplexity and accuracy are about; `asked` has each question.
     """
@@ -80,6 +85,8 @@ class Evaluation:
     adapter_figures: Figures | None
     asked: tuple[Asked, ...] = ()
     notes: tuple[str, ...] = ()
+    shipped: str | None = None
+    shipped_figures: Figures | None = None
 
     def to_json(self) -> str:
         """One line of JSON with every field but the text of the answers."""
@@ -99,6 +106,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
 
     from phi3_lora_plugin.evaluate.answer_scores import score_answers
     from phi3_lora_plugin.evaluate.answers import questions
+    from phi3_lora_plugin.evaluate.as_shipped import ShippedError, measure_shipped, read_form, sentence
     from phi3_lora_plugin.evaluate.generate import stop_ids, with_adapter
     from phi3_lora_plugin.evaluate.lm_eval_tasks import require_lm_eval
     from phi3_lora_plugin.evaluate.rows import evaluation_rows
@@ -109,6 +117,11 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
     recipe, adapter, notes = target.recipe, target.adapter, [*target.notes]
     if wanted.tasks:
         require_lm_eval(wanted.tasks, wanted.task_options)
+    exporter = None
+    if wanted.as_shipped:
+        exporter = plugins.pick("exporters", read_form(wanted.as_shipped)[0])
+        if adapter is None:
+            raise ShippedError(f"--as {wanted.as_shipped}: there is no adapter to ship")
     model, tokenizer = plugins.load_model(recipe)
     if adapter is not None and (adapter / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(adapter)
@@ -145,6 +158,14 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         model = with_adapter(model, adapter)
         say.print(f"measuring the adapter {adapter}", markup=False)
         ours, _, also = _measure(model, tokenizer, rows, asked, measures, wanted)
+    theirs, third = None, None
+    if exporter is not None and adapter is not None and ours is not None and wanted.as_shipped:
+        del model
+        say.print(f"measuring it as {wanted.as_shipped}", markup=False)
+        theirs, third = measure_shipped(
+            adapter, recipe.model.path, exporter, wanted.as_shipped, rows, asked, measures, wanted.max_new_tokens
+        )
+        notes.append(sentence(wanted.as_shipped, ours, theirs))
     return Evaluation(
         recipe=recipe.name,
         base=recipe.model.path,
@@ -156,10 +177,18 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         base_figures=base,
         adapter_figures=ours,
         asked=tuple(
-            Asked(tokenizer.decode(question.ids), question.expected, text, None if also is None else also[number])
+            Asked(
+                tokenizer.decode(question.ids),
+                question.expected,
+                text,
+                None if also is None else also[number],
+                None if third is None else third[number],
+            )
             for number, (question, text) in enumerate(zip(asked, said, strict=True))
         ),
         notes=tuple(notes),
+        shipped=wanted.as_shipped,
+        shipped_figures=theirs,
     )
 
 

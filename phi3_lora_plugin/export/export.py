@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,6 +123,24 @@ def export(
         notes = (*notes, f"pushed: {shipped.after(out)}")
     every = (*adapted.notes, *shipped.notes, *notes)
     return ExportReport(out, target, tuple(files), size, comparisons, where, commands, every, unproven)
+
+
+@contextmanager
+def unsaved(
+    adapter: str | Path, exporter: Exporter, wanted: Wanted, base: str | None = None
+) -> Iterator[tuple[Shipped, Adapted]]:
+    """What an exporter makes of an adapter, in a folder that lasts as long as the context: to look at before shipping.
+
+    Raises:
+        ExportError: the target cannot do what was asked.
+    """
+    from phi3_lora_plugin.export.adapted import prepare
+
+    with tempfile.TemporaryDirectory(prefix="phi3-lora-") as place:
+        (Path(place) / "scratch").mkdir()
+        (Path(place) / "out").mkdir()
+        adapted = prepare(adapter, base, Path(place) / "scratch")
+        yield exporter(adapted, wanted, Path(place) / "out"), adapted
 
 
 def _prove(
