@@ -16,9 +16,10 @@ from transformers import PhimoeConfig, PhimoeForCausalLM, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from warm_process import Warm
 
-from phi3_lora_plugin import activate, attach, deactivate, latest_complete, load_recipe
+from phi3_lora_plugin import activate, attach, deactivate, latest_complete, load_recipe, resumable
 from phi3_lora_plugin.hosts.activate import PARTS, ActivationError, active
 from phi3_lora_plugin.hosts.trainers import CallbackError
+from phi3_lora_plugin.training.resume import ResumeError
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,18 @@ def test_a_trainer_with_a_train_of_its_own_is_told_what_it_does_not_get(tmp_path
     assert len(told) == 1 and told[0].startswith("Alone has its own train()") and "attach(trainer)" in told[0]
     assert any(sentence.startswith("Polite: ") for sentence in said)
     assert Trainer.__init__.__qualname__ == "Trainer.__init__"
+
+
+def test_a_checkpoint_of_ours_given_to_the_trainer_is_refused_with_the_way_that_works(tmp_path: Path) -> None:
+    activate(parts=["trainers"], say=lambda sentence: None)
+    trainer(tmp_path).train()
+    saved = latest_complete(tmp_path)
+    for given in (saved, str(saved), tmp_path / "lora"):
+        with pytest.raises(ResumeError, match=r"LoRA-only checkpoint.*resumable\(trainer, "):
+            trainer(tmp_path).train(resume_from_checkpoint=given)
+    with resumable(again := trainer(tmp_path), saved) as checkpoint:
+        again.train(resume_from_checkpoint=checkpoint)
+    assert latest_complete(tmp_path) == saved
 
 
 def test_callbacks_are_chosen_by_name(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.seams import look_up
 from phi3_lora_plugin.training.attach import attach, wrap_again
+from phi3_lora_plugin.training.resume import refuse_own_folder
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -41,6 +42,7 @@ def attach_to_all(
     tell = say or log.info
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_own_folder(kwargs.get("resume_from_checkpoint", args[0] if args else None))
         for sentence in _attach(self, recipe, wanted, plugins):
             tell(sentence)
         if self.model is not None and wrap_again(self):

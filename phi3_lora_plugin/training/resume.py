@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.store.layout import Entry, entries, stores_in, torn
 from phi3_lora_plugin.store.manifest import MANIFEST, RESUME, check_folder, read_manifest
 from phi3_lora_plugin.store.run import end_left_over
@@ -22,6 +23,26 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger(__name__)
+
+
+class ResumeError(Phi3LoraError):
+    """A folder that training cannot be resumed from as it was given."""
+
+
+def refuse_own_folder(given: Any) -> None:
+    """Raise `ResumeError` for `resume_from_checkpoint=` a checkpoint of our store, which has not what a Trainer reads.
+
+    transformers would load its adapter, and then fail for want of trainer_state.json.
+    """
+    folder = Path(given) if isinstance(given, str | os.PathLike) else None
+    if folder is None or (folder / "trainer_state.json").is_file():
+        return
+    if (folder / MANIFEST).is_file() or any(entries(store) for store in stores_in(folder)):
+        raise ResumeError(
+            f"resume_from_checkpoint={str(given)!r} is a LoRA-only checkpoint, or a folder of such; write `with "
+            f"phi3_lora_plugin.resumable(trainer, {str(given)!r}) as checkpoint: "
+            "trainer.train(resume_from_checkpoint=checkpoint)`"
+        )
 
 
 @contextmanager
