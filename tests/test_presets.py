@@ -224,7 +224,6 @@ BESIDE_KEYS = {
     "text",
     "end of text",
     "double_quant",
-    "mixed precision",
 }
 
 
