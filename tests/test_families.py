@@ -239,3 +239,10 @@ def test_rope_settings_are_read_without_changing_the_config() -> None:
     before = json.dumps(config)
     assert rope_of(config)["rope_type"] == "longrope"
     assert json.dumps(config) == before
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"])
+def test_sizes_that_no_model_has_are_refused_before_anything_walks_them(name: str) -> None:
+    config = {"model_type": "phi3", "hidden_size": 3072, "num_hidden_layers": 32, "vocab_size": 32064, name: 10**9}
+    with pytest.raises(UnsupportedModel, match=f"{name} is 1000000000, expected at most"):
+        recognise(config)

@@ -428,3 +428,15 @@ print({"torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokeni
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_recipe_without_an_end_is_refused_in_a_screen_of_text(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("extends: tiny-cpu\nlora:\n" + "".join(f"  k{n}: 1\n" for n in range(15_000)))
+    for number in range(1500):
+        (tmp_path / f"p{number}.yaml").write_text(f"extends: ./p{number + 1}.yaml\nseed: {number}\n")
+    (tmp_path / "some.yaml").write_text("extends: tiny-cpu\nlora:\n" + "".join(f"  k{n}: 1\n" for n in range(100)))
+    for name, expected in (("keys", "more than 2000 values"), ("p0", "more than 16 parents"), ("some", "and 50 more")):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(tmp_path / f"{name}.yaml")
+        assert expected in str(caught.value) or any(expected in str(one) for one in caught.value.problems)
+        assert len(str(caught.value)) < 25_000

@@ -123,6 +123,24 @@ _REFUSED = {
 }
 
 
+#: Larger than any model that fits a machine; what a damaged or forged config says beyond them would be walked through.
+_LARGEST = {
+    "num_hidden_layers": 1_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000, "vocab_size": 10_000_000,
+    "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "num_local_experts": 10_000,
+}  # fmt: skip
+
+
+def _refuse_sizes(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel for sizes that no model has."""
+    wrong = [
+        f"{name} is {config[name]}, expected at most {most:,}"
+        for name, most in _LARGEST.items()
+        if isinstance(config.get(name), int | float) and config[name] > most
+    ]
+    if wrong:
+        raise UnsupportedModel(f"config.json: {'; '.join(wrong)}; download it again")
+
+
 def recognise(config: Mapping[str, Any]) -> Family:
     """The member that a config (the content of config.json) describes; sizes nobody published are `phi3` or `phimoe`.
 
@@ -130,6 +148,8 @@ def recognise(config: Mapping[str, Any]) -> Family:
         UnsupportedModel: another architecture; says why and what is possible.
     """
     kind = config.get("model_type")
+    if kind in ("phi3", "phimoe"):
+        _refuse_sizes(config)
     if kind == "phimoe":
         published = _sizes(config) == (4096, 32, 32064)
         return FAMILIES["phi-3.5-moe" if published else "phimoe"]

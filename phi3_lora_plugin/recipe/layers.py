@@ -23,6 +23,8 @@ HELD_OUT = 0.1
 SECTIONS = ("model", "data", "lora", "training", "preference", "checkpoint", "about")
 _NAME = re.compile(r"[^\W_][\w.+-]*")  # as discovery has it: never a path
 _YAML = re.compile(r"\.ya?ml$", re.IGNORECASE)
+#: Parents one after another; each is a file that somebody has to read to know what a run does.
+MAX_PARENTS = 16
 
 
 @dataclass
@@ -94,8 +96,11 @@ def read_chain(wanted: str | Path, find: Find) -> Chain:
             file = Path(str(file)).parent / Path(parent).expanduser() if by_path else _find(parent, find)
             if _identity(file) in map(_identity, chain.files):
                 raise ValueError("recipes extend each other in a circle")
+            if len(chain.files) > MAX_PARENTS:
+                raise ValueError(f"more than {MAX_PARENTS} parents")
         except ValueError as error:
-            chain.problems.append(Problem(where, "extends", f"{' -> '.join(names)}: {error}"))
+            shown = names if len(names) <= 8 else [*names[:4], "...", *names[-3:]]
+            chain.problems.append(Problem(where, "extends", f"{' -> '.join(shown)}: {error}"))
             return chain
 
 

@@ -42,6 +42,8 @@ from phi3_lora_plugin.recipe.sections import (
 from phi3_lora_plugin.recipe.training import translate
 from phi3_lora_plugin.recipe.yaml_file import Key, Problem, dump
 
+_SHOWN = 50  # problems in a message; `RecipeError.problems` has all
+
 
 class RecipeError(Phi3LoraError):
     """A recipe that cannot be run as it is; `problems` has each thing that is wrong with it."""
@@ -50,7 +52,9 @@ class RecipeError(Phi3LoraError):
         self.name = name
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"{count} in recipe {name}:", *map(str, self.problems)]))
+        shown = [str(problem) for problem in self.problems[:_SHOWN]]
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        super().__init__("\n  ".join([f"{count} in recipe {name}:", *shown, *more]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.problems)  # crosses process boundaries whole

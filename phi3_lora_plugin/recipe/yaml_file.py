@@ -19,7 +19,7 @@ Key = tuple[str, ...]
 
 # A recipe is a page of text; beyond these it is the wrong file, or one that was written to exhaust the reader.
 MAX_BYTES = 1_000_000
-MAX_NODES = 20_000
+MAX_NODES = 2_000
 MAX_DEPTH = 30
 
 
