@@ -75,3 +75,14 @@ def read_json(path: Path, limit: int = LIMIT) -> Any:
         return parse_json(read_small(path, limit))
     except FileNotFoundError as error:
         raise BadFile("is missing") from error
+
+
+def read_object(path: Path, error: type[Phi3LoraError]) -> dict[str, Any]:
+    """The JSON object of a regular file; what is wrong with it is raised as `error`, with the file's name."""
+    try:
+        found = read_json(path)
+    except BadFile as bad:
+        raise error(f"{path} {bad}") from bad
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

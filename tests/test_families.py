@@ -11,7 +11,6 @@ from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
     projections,
-    published_as,
     recognise,
     repair_rope,
     rope_of,
@@ -192,19 +191,6 @@ def test_g13_the_default_length_stays_within_the_original_context() -> None:
     assert row_limit(None, MINI | longrope()) == 4096
     assert row_limit(None, PHI4) == 16384
     assert row_limit(100, PHI4) == 100
-
-
-def test_a_member_known_by_its_name_alone_has_the_context_of_its_config(shared_data: Path) -> None:
-    for file in sorted((shared_data / "configs").glob("*.json")):
-        config = json.loads(file.read_text())
-        named = published_as(f"microsoft/{file.stem}")
-        assert named is not None and named.context == row_limit(None, config), file.name
-    for config in (PHI4, PHI4 | {"rope_theta": 500000, "max_position_embeddings": 32768}):
-        assert recognise(config).context == row_limit(None, config)
-    assert (
-        published_as("microsoft/phi-4").name == "phi-4" and published_as("unsloth/Phi-4-mini-instruct").context == 4096
-    )
-    assert published_as("mistralai/Mistral-7B-v0.1") is None
 
 
 def test_g13_a_straddling_batch_is_flagged_where_logits_really_shift() -> None:

@@ -117,15 +117,6 @@ class Adapted:
         return (f"the base's own chat template is {theirs}, training used {self.template.name}: ship it with --merged",)
 
 
-def usual_context(config: Mapping[str, Any]) -> int:
-    """The model's own context length, or the part of it that is computed with longrope's short factors."""
-    from phi3_lora_plugin.model.families import rope_of
-
-    longest, rope = int(config.get("max_position_embeddings") or 4096), rope_of(config)
-    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return min(longest, int(original or longest)) if rope["rope_type"] == "longrope" else longest
-
-
 def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
     """Find an adapter and its base, and bring the adapter onto the base's modules where it was made for another layout.
 

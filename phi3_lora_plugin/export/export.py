@@ -156,15 +156,15 @@ def _prove(
     Raises:
         ProofError: one that has to be exact is not.
     """
-    from phi3_lora_plugin.export.adapted import usual_context
     from phi3_lora_plugin.export.prompts import held_out_prompts
     from phi3_lora_plugin.export.proof import Reference, compare
+    from phi3_lora_plugin.model.families import row_limit
 
     if not shipped.variants or prompts == 0:
         return (), "", ()
     most = prompts if isinstance(prompts, int) else _usual_prompts(adapted)
     chats, where = held_out_prompts(adapted.recipe, most, prompts if isinstance(prompts, str) else None)
-    reference = Reference(adapted, chats, (context or usual_context(adapted.config)) - max_new_tokens)
+    reference = Reference(adapted, chats, (context or row_limit(None, adapted.config)) - max_new_tokens)
     notes = [f"{len(reference.refused)} prompts left out: {reference.refused[0]}"] if reference.refused else []
     if not reference.ids:
         raise ExportError(f"no prompt of {where} can be rendered: {reference.refused[0]}")

@@ -15,11 +15,11 @@ from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
     projections,
-    published_as,
     recognise,
     repair_rope,
     row_limit,
 )
+from phi3_lora_plugin.model.published import published_config
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.small_file import BadFile, open_regular
 from phi3_lora_plugin.small_file import read_json as read_json_file
@@ -229,7 +229,8 @@ def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
     rows: dict[tuple[str, int, str], Trainable] = {}
     for name in shipped_names():
         recipe = load_recipe(name)
-        if family.templates and published_as(recipe.model.path) != family:
+        known = published_config(recipe.model.path)
+        if family.templates and (known is None or recognise(known) != family):
             continue
         lora = recipe.lora
         targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)

@@ -16,7 +16,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import bare
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
 from phi3_lora_plugin.model.new_files import save_tensors
-from phi3_lora_plugin.small_file import BadFile, read_json
+from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -69,12 +69,7 @@ def sidecar_of(file: Path) -> Path | None:
 
 def read_settings(path: Path) -> Settings:
     """Settings from a sidecar; `r`/`lora_r`, `alpha`/`lora_alpha`, `dropout`/`lora_dropout` are all understood."""
-    try:
-        data = read_json(path)
-    except BadFile as error:
-        raise LoralibError(f"{path} {error}") from error
-    if not isinstance(data, dict):
-        raise LoralibError(f"{path}: expected a mapping, got {type(data).__name__}")
+    data = read_object(path, LoralibError)
     flags = data.get("enable_lora") or {}
     if isinstance(flags, list):
         flags = {"": flags}  # as people write it who have one kind of MergedLinear

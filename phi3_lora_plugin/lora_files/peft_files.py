@@ -17,7 +17,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import PREFIX, factor_of, read_key
 from phi3_lora_plugin.lora_files.layouts import Lora
 from phi3_lora_plugin.model.new_files import save_tensors
-from phi3_lora_plugin.small_file import BadFile, read_json
+from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -139,13 +139,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         hint = f"; it has the adapters {', '.join(below)} inside: name one of these folders" if below else ""
         raise PeftFilesError(f"{folder} is no PEFT adapter: {CONFIG} is missing{hint}")
-    try:
-        config = read_json(path)
-    except BadFile as error:
-        raise PeftFilesError(f"{path} {error}") from error
-    if not isinstance(config, dict):
-        raise PeftFilesError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
-    return config
+    return read_object(path, PeftFilesError)
 
 
 def parts(adapter: PeftAdapter) -> Parts:

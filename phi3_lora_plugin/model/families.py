@@ -31,7 +31,6 @@ class Family:
             stand before it (Phi-4-reasoning).
         stop: tokens that end a turn or a text; generation stops at each of them.
         pad: tokens to pad with, the first that exists and does not stop is taken; none makes the vocabulary grow.
-        context: tokens of the original context, as `row_limit` finds it in a config.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Family:
     templates: tuple[str, ...]
     stop: tuple[str, ...]
     pad: tuple[str, ...]
-    context: int = 4096
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,8 @@ FAMILIES = {
         Family("phi-3.5-mini", "Phi-3.5-mini-instruct", "phi3", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-3-medium-4k", "Phi-3-medium-4k-instruct", "phi3", ("phi-3-medium",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-3-medium-128k", "Phi-3-medium-128k-instruct", "phi3", ("phi-3-medium",), _PHI3_STOP, _PHI3_PAD),
-        Family("phi-4", "Phi-4", "phi3", ("phi-4", "phi-4-dec2024"), _PHI4_STOP, _PHI4_PAD, 16384),
-        Family("phi-4-reasoning", "Phi-4-reasoning", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD, 32768),
+        Family("phi-4", "Phi-4", "phi3", ("phi-4", "phi-4-dec2024"), _PHI4_STOP, _PHI4_PAD),
+        Family("phi-4-reasoning", "Phi-4-reasoning", "phi3", ("phi-4",), _PHI4_STOP, _PHI4_PAD),
         Family(
             "phi-4-mini",
             "Phi-4-mini-instruct or -reasoning",
@@ -174,13 +172,6 @@ def recognise(config: Mapping[str, Any]) -> Family:
         case (3072, 32, 200064):
             return FAMILIES["phi-4-mini"]
     return FAMILIES["phi3"]
-
-
-def published_as(model: str) -> Family | None:
-    """The member that a hub id names, for where its config is not at hand; None for other names."""
-    name = model.rpartition("/")[2].lower()
-    fitting = [one for one in FAMILIES.values() if name.startswith(one.name)]
-    return max(fitting, key=lambda one: len(one.name), default=None)
 
 
 def projections(config: Mapping[str, Any]) -> tuple[Projection, ...]:

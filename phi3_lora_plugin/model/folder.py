@@ -8,8 +8,7 @@ from typing import Any
 
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.small_file import BadFile
-from phi3_lora_plugin.small_file import read_json as read_json_file
+from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -92,13 +91,7 @@ def weight_files(folder: Path) -> dict[str, str] | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises ModelError."""
-    try:
-        data = read_json_file(path)
-    except BadFile as error:
-        raise ModelError(f"{path} {error}") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+    return read_object(path, ModelError)
 
 
 def _require_config(folder: Path) -> Path:

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.export.adapted import Adapted, usual_context
+from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.gguf_quantize import FORMS
 from phi3_lora_plugin.export.recast import shipped_dtype
+from phi3_lora_plugin.model.families import row_limit
 
 #: llama.cpp rounds its context up to a multiple of this.
 _ROUND = 256
@@ -29,7 +30,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
             raise ExportError("llama.cpp: --quantize makes forms of the merged model; leave out --adapter")
         return _adapter(adapted, wanted, folder)
     files, variants, notes = write_merged(adapted, wanted, folder)
-    context = wanted.context or usual_context(adapted.config)
+    context = wanted.context or row_limit(None, adapted.config)
     commands = [f"llama-server -m {{out}}/{name} -c {context} --jinja" for name in files]
     commands.append(f"llama-cli -m {{out}}/{files[-1]} -c {context} --jinja --temp 0 -p 'Hello'")
     return Shipped(tuple(commands), variants, notes)
@@ -50,7 +51,7 @@ def write_merged(
     """
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
-    context = wanted.context or usual_context(adapted.config)
+    context = wanted.context or row_limit(None, adapted.config)
     wanted.progress("merging")
     merged = adapted.merged()
     exact = adapted.scratch / "exact.gguf"
@@ -78,7 +79,7 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     from phi3_lora_plugin.export.convert import convert
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
-    context = wanted.context or usual_context(adapted.config)
+    context = wanted.context or row_limit(None, adapted.config)
     dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
     base, lora = f"base-{_SUFFIX[dtype]}.gguf", f"{adapted.name}-lora.gguf"
     exact = adapted.scratch / "exact-base.gguf"

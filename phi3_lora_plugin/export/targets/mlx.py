@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.export.adapted import Adapted, usual_context
+from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.recast import recast, shipped_dtype
+from phi3_lora_plugin.model.families import row_limit
 
 FORMS = ("8bit", "6bit", "4bit")
 
@@ -39,7 +40,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     if longrope:
         notes.append(
             f"mlx-lm has one set of longrope factors; the short ones are shipped, right up to "
-            f"{usual_context(adapted.config)} tokens"
+            f"{row_limit(None, adapted.config)} tokens"
         )
     window = adapted.config.get("sliding_window")
     if window and window < int(adapted.config.get("max_position_embeddings") or window):

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.export.adapted import Adapted, usual_context
+from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Wanted, refuse, require
 from phi3_lora_plugin.export.gguf_quantize import FORMS
 from phi3_lora_plugin.export.go_template import go_template, render_go
 from phi3_lora_plugin.export.targets import llama_cpp
+from phi3_lora_plugin.model.families import row_limit
 
 
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
@@ -30,7 +31,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
         raise ExportError(f"ollama: {adapted.notes[-1]}; without a known template no Modelfile can be written")
     tokens = {"bos_token": adapted.tokenizer.bos_token, "eos_token": adapted.tokenizer.eos_token}
     template = go_template(adapted.template, tokens, str(adapted.encoding.get("system") or "error"))
-    context = wanted.context or usual_context(adapted.config)
+    context = wanted.context or row_limit(None, adapted.config)
     stops = adapted.tokenizer.convert_ids_to_tokens(adapted.stops())
     modelfile = folder / "Modelfile"
     [file], variants, notes = llama_cpp.write_merged(

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.export.adapted import Adapted, usual_context
+from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.openvino_ir import write_ir, write_tokenizer_ir
+from phi3_lora_plugin.model.families import row_limit
 
 ADAPTER = "adapter.safetensors"
 #: The stateful graph as it is, in float32: no paged cache, which has no sliding window.
@@ -54,9 +55,10 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     (folder / "ask.py").write_text(_SCRIPT.replace("ADAPTER if", "adapter if").replace(", ADAPTER", f", {adapter!r}"))
     notes = []
     if rope_of(adapted.config)["rope_type"] == "longrope":
+        limit = row_limit(None, adapted.config)
         notes.append(
-            f"the graph has longrope's short factors; prompts and answers of more than {usual_context(adapted.config)} "
-            "tokens would need the long ones, which OpenVINO does not switch to"
+            f"the graph has longrope's short factors; prompts and answers of more than {limit} tokens "
+            "would need the long ones, which OpenVINO does not switch to"
         )
     name = "float32" if adapter is None else "float32 base with adapter"
     variant = Variant(name if not half else "float16", partial(open_openvino, folder, adapter), exact=not half)

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.export.adapted import Adapted, usual_context
+from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse
 from phi3_lora_plugin.export.transformers_runtime import open_transformers
+from phi3_lora_plugin.model.families import row_limit
 
 #: What vLLM takes as --max-lora-rank.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,7 +54,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     ]  # fmt: skip
     name = shlex.quote(adapted.name)
     line = f"vllm serve {shlex.quote(adapted.base_name)} --enable-lora --max-lora-rank {limit}"
-    line += f" --lora-modules {name}={{out}} --max-model-len {wanted.context or usual_context(adapted.config)}"
+    line += f" --lora-modules {name}={{out}} --max-model-len {wanted.context or row_limit(None, adapted.config)}"
     if adapted.other_template():
         line += " --chat-template {out}/chat_template.jinja"
     variants: tuple[Variant, ...] = ()
@@ -75,7 +76,7 @@ def _merged(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
     dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
     recast(adapted.merged(), folder, dtype)
-    context = wanted.context or usual_context(adapted.config)
+    context = wanted.context or row_limit(None, adapted.config)
     line = f"vllm serve {{out}} --served-model-name {shlex.quote(adapted.name)} --max-model-len {context}"
     opened = (
         partial(open_vllm, adapted.merged(), None, 0) if _installed() else partial(open_transformers, adapted.merged())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.activate import TARGETS
-from phi3_lora_plugin.model.families import WHOLE, Family, published_as, row_limit
+from phi3_lora_plugin.model.families import WHOLE, row_limit
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 if TYPE_CHECKING:
@@ -175,31 +175,30 @@ def base_path(recipe: Recipe) -> str:
 
 
 def base_config(recipe: Recipe) -> dict[str, Any] | None:
-    """The base's config.json if it is on this machine."""
-    from phi3_lora_plugin.model.folder import ModelError, find_config, read_json
+    """The base's config.json if it is on this machine, else what is known of the published one."""
+    from phi3_lora_plugin.model.folder import ModelError, read_json
+    from phi3_lora_plugin.model.published import planning_config
 
     try:
-        return read_json(find_config(recipe.model.path, recipe.model.revision))
+        found = planning_config(recipe.model.path, recipe.model.revision)
+        return found if isinstance(found, dict) else read_json(found)
     except ModelError:
         return None
 
 
 def is_moe(recipe: Recipe) -> bool:
-    """Whether it is Phi-3.5-MoE, by the config if that is here, else by name."""
-    config, named = base_config(recipe), published_as(recipe.model.path)
-    return (config.get("model_type") if config else named and named.model_type) == "phimoe"
+    """Whether it is Phi-3.5-MoE, by its config if that is known, else by name."""
+    config = base_config(recipe)
+    return config["model_type"] == "phimoe" if config else "moe" in recipe.model.path.lower()
 
 
 def longest(recipe: Recipe, key: str) -> Line:
     """The longest row under a host's `key`: the recipe's, else what `phi3-lora train` would take."""
-    asked, config, named = recipe.data.max_length, base_config(recipe), published_as(recipe.model.path)
+    asked, config = recipe.data.max_length, base_config(recipe)
     if config is not None:
         return Line(key, row_limit(asked, config), "" if asked else "the original context")
-    if asked is not None:
-        return Line(key, asked)
-    if named is not None:
-        return Line(key, named.context, "the original context")
-    return Line(key, Family.context, f"assumed, because the config of {recipe.model.path} is not on this machine")
+    why = f"assumed, because the config of {recipe.model.path} is not on this machine"
+    return Line(key, asked or 4096, "" if asked else why)
 
 
 def targets(recipe: Recipe) -> tuple[list[str] | str, str]:

@@ -10,6 +10,7 @@ from phi3_lora_plugin.hosts.render.common import (
     Rendered,
     RenderError,
     Rows,
+    base_config,
     base_path,
     longest,
     lora_left_out,
@@ -119,7 +120,7 @@ def _template_of(recipe: Recipe) -> str | None:
     """By the tokenizer if that is here, else by the model's published name."""
     from pathlib import Path
 
-    from phi3_lora_plugin.model.families import published_as
+    from phi3_lora_plugin.model.families import recognise
 
     folder = base_path(recipe)
     if Path(folder).is_dir():
@@ -127,8 +128,9 @@ def _template_of(recipe: Recipe) -> str | None:
         from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
         return template_for(load_tokenizer(folder)).name
-    named = published_as(recipe.model.path)
-    return named.templates[0] if named and named.templates else None
+    config = base_config(recipe)
+    templates = recognise(config).templates if config else ()
+    return templates[0] if templates else None
 
 
 def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
