@@ -24,7 +24,9 @@ from phi3_lora_plugin.chat.templates import TEMPLATES, serving_text, template_fo
 from phi3_lora_plugin.chat.tool_formats import AUTO, TOOL_FORMATS, lost_by, render_calls, said_and_called
 from phi3_lora_plugin.cli.chat import _declared
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts.pairs import conversation, encoded
 from phi3_lora_plugin.model.tokenizer import load_tokenizer
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 USER = {"role": "user", "content": "Go"}
 MINI = tiny.tokenizer(template=TEMPLATES["phi-4-mini"].text)  # without the tokens for calls
@@ -320,3 +322,16 @@ def test_the_template_for_servers_renders_what_training_has(shared_data: Path, n
         assert tokenizer(text, add_special_tokens=False).input_ids == ids
     shipped = tiny.tokenizer(template=serving)
     assert template_for(shipped).name == "phi-4-mini"
+
+
+def test_a_hosts_turn_of_calls_is_written_as_the_model_writes_it(shared_data: Path) -> None:
+    tokenizer = mini(shared_data)
+    roles = {"function": "assistant", "observation": "tool"}
+    said_by_host = [USER, {"role": "function", "content": '{"name": "f", "arguments": {"x": 1}}'},
+                    {"role": "observation", "content": "3"}, {"role": "assistant", "content": "Three."}]  # fmt: skip
+    row = encoded(conversation(said_by_host, None, None, roles), tokenizer, ChatSection())
+    assert 'functools[{"name": "f", "arguments": {"x": 1}}]<|end|><|tool|>3<|end|>' in tokenizer.decode(
+        row["input_ids"]
+    )
+    with pytest.raises(EncodeError, match="a turn of the role function: it calls a tool with text that is not JSON"):
+        conversation([USER, {"role": "function", "content": "f(1)"}], None, None, roles)

@@ -16,7 +16,7 @@ from phi3_lora_plugin import activate, deactivate, encode, latest_complete, veri
 from phi3_lora_plugin.chat.preferences import preference
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.hosts.activate import PARTS
-from phi3_lora_plugin.hosts.trl import TrlError, pairs
+from phi3_lora_plugin.hosts.trl import TrlError, encoded, pairs
 
 pytestmark = pytest.mark.slow
 
@@ -139,3 +139,15 @@ def test_dpo_compares_answers_and_their_stop_token_only(shape: str, said: list[s
     assert made.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the reference is the bare base
     adapter = latest_complete(tmp_path)
     assert adapter and verify(adapter) and any("DPOTrainer: speed: lora: on" in one for one in said)
+
+
+def test_rows_that_say_what_is_not_to_be_learned_are_honoured_or_refused() -> None:
+    words = tiny.tokenizer(rstrip=True)
+    marked = [{"messages": [*CHAT[:1], CHAT[1] | {"loss": False}, *CHAT[2:]]}]
+    row = encoded(Dataset.from_list(marked), words)[0]
+    assert row["assistant_masks"] == [int(label != -100) for label in encode(marked[0]["messages"][:1] + [
+        CHAT[1] | {"train": False}] + CHAT[2:], words)["labels"]]  # fmt: skip
+    for column, said in (({"label": False}, "row 1: has label: false"), ({"images": ["a"]}, "'images' holds pictures"),
+                         ({"weight": 0.5}, "row 1 has a weight between 0 and 1")):  # fmt: skip
+        with pytest.raises(TrlError, match=said):
+            encoded(Dataset.from_list([{"messages": CHAT} | column]), words)

@@ -18,7 +18,7 @@ from phi3_lora_plugin.chat.report import Left, SourceReport
 from phi3_lora_plugin.chat.rows import Rows
 from phi3_lora_plugin.chat.sources import Found
 from phi3_lora_plugin.chat.templates import template_for
-from phi3_lora_plugin.chat.tool_formats import lost_by, tool_format
+from phi3_lora_plugin.chat.tool_formats import ToolFormat, lost_by, tool_format
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe.sections import DataSection, MixtureSource
@@ -108,11 +108,10 @@ def encoded(
                     fate.problems.append(Problem(place, str(row)))
                 continue
             for turn in chat.chosen if both else chat:
-                if turn.get("calls"):
-                    fate.calls += len(turn["calls"])
-                    if turn.get("train", True) and (servers := lost_by(turn["calls"], how)):
-                        why = f"{', '.join(servers)} stops at the first ], so it loses a call with a list or a bracket"
-                        fate.unreadable.append(Left(str(place), why))
+                fate.calls += len(turn.get("calls", ()))
+            if servers := _lost(chat.chosen if both else chat, how):
+                why = f"{', '.join(servers)} stops at the first ], so it loses a call with a list or a bracket"
+                fate.unreadable.append(Left(str(place), why))
             if (empty := _empty(chat.chosen if both else chat, both)) is not None:
                 fate.empty.append(Left(str(place), empty))
             if row["truncated"]:
@@ -134,6 +133,12 @@ def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, An
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _lost(chat: Sequence[Mapping[str, Any]], how: ToolFormat) -> tuple[str, ...]:
+    """Servers that cannot read a trained call of the chat."""
+    calls = [call for turn in chat if turn.get("train", True) for call in turn.get("calls", ())]
+    return lost_by(calls, how) if calls else ()
 
 
 def _empty(chat: Sequence[Mapping[str, Any]], last_only: bool) -> str | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phi3_lora_plugin.chat.calls import read_calls
 from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, encode
+from phi3_lora_plugin.chat.row_error import RowError
+from phi3_lora_plugin.chat.thoughts import inline
 from phi3_lora_plugin.recipe.sections import ChatSection
 
 
@@ -22,7 +25,21 @@ def conversation(
     turns: list[dict[str, Any]] = []
     if system or tools:
         turns.append({"role": "system", "content": system or ""} | ({"tools": tools} if tools else {}))
-    return turns + [dict(message) | {"role": roles.get(message["role"], message["role"])} for message in messages]
+    for message in messages:
+        turn = dict(message) | {"role": roles.get(message["role"], message["role"])}
+        if message["role"] != turn["role"] == "assistant":  # a turn that holds calls, as JSON text
+            block, text = inline(str(message["content"]))
+            turn |= {"content": "", "calls": _calls(text)} | ({} if block is None else {"thoughts": block})
+        turns.append(turn)
+    return turns
+
+
+def _calls(text: str) -> list[dict[str, Any]]:
+    """Calls that a host has as JSON text; a host's own check has let them through."""
+    try:
+        return read_calls([text], "it")
+    except RowError as error:
+        raise EncodeError("messages", f"a turn of the role function: {error}") from error
 
 
 def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection, train_on: str | None = None) -> Any:

@@ -172,10 +172,12 @@ def _answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 def _encode(chats: list[list[dict[str, Any]]], tokenizer: Any, indices: list[int]) -> Iterator[dict[str, Any]]:
     from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 
-    policy = Policy(system="fold", tools="text")
+    policy = Policy(system="fold", tools="text", thoughts="train")
     for index, row in zip(indices, encode_batch(chats, tokenizer, policy=policy), strict=True):
         if isinstance(row, EncodeError):
             raise TrlError(f"row {index + 1} cannot be trained on: {row}")
+        if "weights" in row:
+            raise TrlError(f"row {index + 1} has a weight between 0 and 1, which TRL's loss does not honour")
         yield row
 
 
@@ -193,16 +195,22 @@ def encoded(dataset: Any, tokenizer: Any) -> Any:
 
     def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return _masks([_conversation(row) for row in rows], tokenizer, indices, both)
+        chats = [_conversation(row, index) for row, index in zip(rows, indices, strict=True)]
+        return _masks(chats, tokenizer, indices, both)
 
     return dataset.map(encode_rows, batched=True, with_indices=True, remove_columns=columns)
 
 
-def _conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
-    from phi3_lora_plugin.chat.formats import messages, prompt_completion
+def _conversation(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
+    from phi3_lora_plugin.chat.adapt import adapted
+    from phi3_lora_plugin.chat.formats import ADAPTERS
+    from phi3_lora_plugin.chat.row_error import RowError
 
-    known = {name: value for name, value in row.items() if name in ("messages", "prompt", "completion", "tools")}
-    return prompt_completion(known) if "completion" in known else messages(known)
+    name = "prompt_completion" if "completion" in row else "messages"
+    try:
+        return adapted(ADAPTERS[name], row, name)
+    except RowError as error:
+        raise TrlError(f"row {index + 1}: {error}") from error
 
 
 def _masks(
