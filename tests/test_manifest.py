@@ -169,7 +169,7 @@ def test_whoever_took_the_store_after_the_lock_was_deleted_keeps_it(tmp_path: Pa
     handle = os.open(tmp_path / NAME, os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(StoreBusy, match="written by another run"):
+        with pytest.raises(StoreBusy, match="in use by another run"):
             write(tmp_path, 1)
         lock.release()
         assert (tmp_path / NAME).exists(), "theirs"
