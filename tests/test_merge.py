@@ -236,7 +236,7 @@ def test_p12_a_quantised_base_is_refused(base, tmp_path):
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantised / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MergeError, match=r"is quantised \(bitsandbytes\).*merge onto the unquantised base"):
+    with pytest.raises(MergeError, match=r"is quantised \(bitsandbytes, 4 bits\).*merge onto the unquantised base"):
         merge(adapter, quantised, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

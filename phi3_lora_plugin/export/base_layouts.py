@@ -13,6 +13,7 @@ from phi3_lora_plugin.export.merge_check import sample_ids
 from phi3_lora_plugin.lora_files.layouts import Row
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.logits import logit_limit
+from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
 from phi3_lora_plugin.wording import listed
 
@@ -179,8 +180,8 @@ def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         problems.append(
             f"it rotates only {share:.0%} of each head, which neither Llama nor Mistral can; there is no such layout"
         )
-    if config.get("quantization_config"):
-        problems.append("it is quantised; convert the unquantised model")
+    if method := quantized_by(config):
+        problems.append(f"it is quantised ({method}); convert the unquantised model")
     if problems:
         raise BaseLayoutError("\n".join(problems))
     longest = config.get("max_position_embeddings", 4096)
@@ -237,8 +238,8 @@ def _fused_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         problems.append(
             f"head_dim {head} x {heads} heads is not hidden_size {config['hidden_size']}, as Phi-3 needs it"
         )
-    if config.get("quantization_config"):
-        problems.append("it is quantised; convert the unquantised model")
+    if method := quantized_by(config):
+        problems.append(f"it is quantised ({method}); convert the unquantised model")
     if problems:
         raise BaseLayoutError("\n".join(problems))
     settings = {name: config[name] for name in _SHARED if config.get(name) is not None}
