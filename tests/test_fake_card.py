@@ -28,7 +28,14 @@ pytestmark = pytest.mark.slow
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
-def on_card(recipe: Recipe, card: Card, layers: int = 1, backward: bool = True) -> Any:
+def on_cuda(name: str) -> Recipe:
+    """A preset, on a card even if it is meant for another device: only that is another setting."""
+    return load_recipe(name, ["model.device=auto"])
+
+
+def on_card(
+    recipe: Recipe, card: Card, layers: int = 1, backward: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """(model, loss) after one step of a recipe on three rows: full, a third of it, and two tokens."""
     if recipe.model.quantize != "none":
         pytest.importorskip("bitsandbytes")
@@ -36,7 +43,7 @@ def on_card(recipe: Recipe, card: Card, layers: int = 1, backward: bool = True) 
     model = build(
         config(recipe.model.path, layers),
         lora_options(recipe),
-        dtype=torch.bfloat16,
+        dtype=dtype,
         quantize=recipe.model.quantize,
         checkpointing=checkpoints_activations(arguments),
     )
@@ -45,7 +52,7 @@ def on_card(recipe: Recipe, card: Card, layers: int = 1, backward: bool = True) 
     rows = batch((longest, longest // 3, 2), packed=recipe.data.packing)
     with on_a_card(card):
         settle(model, str(card.device))
-        total = loss(model, card.put(rows), items(rows), torch.bfloat16, card.device.type)
+        total = loss(model, card.put(rows), items(rows), dtype, card.device.type)
         if backward:
             total.backward()
     return model, total
@@ -53,7 +60,7 @@ def on_card(recipe: Recipe, card: Card, layers: int = 1, backward: bool = True) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_a_preset_in_its_real_size(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = on_cuda(name)
     card = Counting()
     model, total = on_card(recipe, card)
     assert total.shape == () and total.dtype == torch.float32
@@ -71,6 +78,15 @@ def test_a_step_of_a_preset_in_its_real_size(name: str) -> None:
         assert card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] > 0
 
 
+def test_a_step_in_float16_for_cards_without_bfloat16() -> None:
+    card = Counting()
+    model, total = on_card(on_cuda("phi3-mini-4k-lora-16gb"), card, dtype=torch.float16)
+    assert total.dtype == torch.float32
+    dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    assert dtypes == {torch.float16} and card.counts[torch.ops.torch_attn._varlen_attn.default] == 2  # and recomputed
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
 class Counting(Card):
     """How often each operator ran."""
 
@@ -85,7 +101,7 @@ class Counting(Card):
 def test_the_host_never_waits_inside_a_layer() -> None:
     for name in ("phi3-mini-4k-lora", "phi3-mini-4k-modelcard", "phi4-mini-lora"):
         one, three = Card(), Card()
-        recipe = load_recipe(name)
+        recipe = on_cuda(name)
         on_card(recipe, one, layers=1)
         on_card(recipe, three, layers=3)
         assert Counter(one.reads) == Counter(three.reads), name
@@ -118,7 +134,7 @@ def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_forward_of_a_preset_on_fake_cuda_tensors(name: str) -> None:
     card, here = Counting("cuda:0"), Counting()
-    recipe = load_recipe(name)
+    recipe = on_cuda(name)
     model, total = on_card(recipe, card, backward=False)
     assert total.device == torch.device("cuda:0")
     assert {parameter.device for parameter in model.parameters()} == {torch.device("cuda:0")}
