@@ -118,6 +118,26 @@ def test_tools_and_a_preamble_by_go(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["functools", "phi4-mini"])
+def test_calls_of_earlier_turns_by_go(name, shared_data):
+    from phi3_lora_plugin import encode, load_tokenizer
+    from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS
+
+    mini = go_template(TEMPLATES["phi-4-mini"], TOKENS, calls=TOOL_FORMATS[name])
+    calls = [{"function": {"name": "tide", "arguments": arguments}} for arguments in ({"at": [1, "ü"], "port": {}}, {})]
+    chats = [[turn("user", "u"), turn("assistant", said) | {"tool_calls": calls[:count]}, turn("tool", "3")]
+             for said, count in (("", 1), ("I look.", 2))]  # fmt: skip
+    made = by_go([{"template": mini, "messages": chat} for chat in chats])
+    assert made == [render_go(mini, chat) for chat in chats]
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi-4-mini")
+    for chat, text in zip(chats, made, strict=True):
+        row = encode([*chat, turn("assistant", "a")], tokenizer, tool_format=name)
+        trained = tokenizer.decode(row["input_ids"]).partition("a<|end|><|endoftext|>")[0]
+        # Go writes the JSON of arguments without blanks; the rest is the same byte by byte.
+        spaced = trained.replace('{"at": [1, "ü"], "port": {}}', '{"at":[1,"ü"],"port":{}}')
+        assert text == (spaced if name == "functools" else trained)
+
+
 def test_published_conversations_give_the_ids_of_training(shared_data):
     from tokenizers import Tokenizer
 

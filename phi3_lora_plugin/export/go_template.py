@@ -1,8 +1,9 @@
 """The chat templates of the family in Go's text/template, as Ollama runs them, and a renderer for them without Go.
 
-Ollama renders a chat by one Go template, which gets `.Messages` (each with `.Role` and `.Content`), `.System` (all
-system messages, joined by a blank line) and `.Tools`. The files in `go_templates/` are the twins of the Jinja templates
-in `chat/templates/`. The renderer here knows the part of the language that those files use; tests hold it to Go.
+Ollama renders a chat by one Go template, which gets `.Messages` (each with `.Role`, `.Content` and `.ToolCalls`),
+`.System` (all system messages, joined by a blank line) and `.Tools`. The files in `go_templates/` are the twins of the
+Jinja templates in `chat/templates/`. The renderer here knows the part of the language that those files use; tests hold
+it to Go.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from phi3_lora_plugin.chat.templates import Template
+from phi3_lora_plugin.chat.tool_formats import AUTO, ToolFormat
 from phi3_lora_plugin.error import Phi3LoraError
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|:=|=|[()]|\$?\w*(?:\.\w+)+|\$\w*|\.|\w+')
@@ -24,13 +26,17 @@ class GoTemplateError(Phi3LoraError):
     """A chat template without a twin in Go, or a Go template outside the part of the language that is known here."""
 
 
-def go_template(template: Template, tokens: Mapping[str, Any], system: str = "error") -> str:
+def go_template(
+    template: Template, tokens: Mapping[str, Any], system: str = "error", calls: ToolFormat | None = None
+) -> str:
     """The Go twin of one of the family's templates.
 
     Args:
         tokens: `bos_token` and `eos_token` of the tokenizer, which some templates write.
         system: what training did with system messages that the template has no place for; `fold` puts them into the
             first user turn here too.
+        calls: how training wrote tool calls, for a model that makes them. Ollama writes the arguments without blanks
+            and in the order of their names, and `<` by its JSON escape.
 
     Raises:
         GoTemplateError: the template has no twin.
@@ -41,10 +47,21 @@ def go_template(template: Template, tokens: Mapping[str, Any], system: str = "er
     if not file.is_file():
         raise GoTemplateError(f"chat template {template.name} has no twin in Go's template language")
     text = file.read_text(encoding="utf-8").rstrip("\n")
+    if calls is not None and not calls.alone and base in AUTO:
+        text = text.replace("{{- .Content -}}", "{{- .Content -}}" + _calls_in(calls))
     for token in ("bos_token", "eos_token"):
         text = text.replace(f'"{token}', f'"{json.dumps(tokens.get(token) or "")[1:-1]}')
     if template.preamble:
         text = f"{{{{- {json.dumps(template.preamble, ensure_ascii=False)} -}}}}{text}"
+    return text
+
+
+def _calls_in(how: ToolFormat) -> str:
+    file = files("phi3_lora_plugin.export").joinpath("go_templates", "tool_calls.tmpl")
+    text = file.read_text(encoding="utf-8").rstrip("\n")
+    item, key = how.separators
+    for name, value in {"gap": how.gap, "before": how.before, "after": how.after, "item": item, "key": key}.items():
+        text = text.replace(f"@{name}", json.dumps(value)[1:-1])
     return text
 
 
@@ -55,7 +72,17 @@ def render_go(template: str, messages: Sequence[Mapping[str, Any]], tools: Any =
         GoTemplateError: a construct that none of them uses.
     """
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    turns = [{"Role": message["role"], "Content": message["content"]} for message in messages]
+    turns = [
+        {
+            "Role": message["role"],
+            "Content": message["content"],
+            "ToolCalls": [
+                {"Function": {"Name": call["function"]["name"], "Arguments": call["function"]["arguments"]}}
+                for call in message.get("tool_calls", ())
+            ],
+        }
+        for message in messages
+    ]
     root = {"Messages": turns, "System": system, "Tools": tools}
     nodes, rest = _parse(list(_pieces(template)))
     if rest:
@@ -128,8 +155,10 @@ def _run(nodes: Sequence[Any], dot: Any, variables: dict[str, Any], out: list[st
                 out.append(str(_value(node[1], dot, variables)))
         elif node.kind == "range":
             ((items, inner),) = node.branches
-            for item in _value(items, dot, variables) or ():
-                _run(inner, item, variables, out)
+            named = re.match(r"(\$\w+), (\$\w+) := (.+)", str(items))
+            for number, item in enumerate(_value(named[3] if named else items, dot, variables) or ()):
+                own = variables | {named[1]: number, named[2]: item} if named else variables
+                _run(inner, item, own, out)
         else:
             for condition, inner in node.branches:
                 if condition is None or _value(condition, dot, variables):

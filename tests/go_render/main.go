@@ -8,7 +8,17 @@ import (
 	"text/template"
 )
 
-type message struct{ Role, Content string }
+type call struct {
+	Function struct {
+		Name      string
+		Arguments map[string]any
+	}
+}
+
+type message struct {
+	Role, Content string
+	ToolCalls     []call `json:"tool_calls"`
+}
 
 type request struct {
 	Template string

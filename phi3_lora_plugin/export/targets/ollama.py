@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.chat.tool_formats import tool_format
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Wanted, refuse, require
 from phi3_lora_plugin.export.gguf_quantize import FORMS
@@ -30,7 +31,8 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     if adapted.template is None:
         raise ExportError(f"ollama: {adapted.notes[-1]}; without a known template no Modelfile can be written")
     tokens = {"bos_token": adapted.tokenizer.bos_token, "eos_token": adapted.tokenizer.eos_token}
-    template = go_template(adapted.template, tokens, str(adapted.encoding.get("system") or "error"))
+    calls = tool_format(str(adapted.encoding.get("tool_format") or "auto"), adapted.template.name)
+    template = go_template(adapted.template, tokens, str(adapted.encoding.get("system") or "error"), calls)
     context = wanted.context or row_limit(None, adapted.config)
     stops = adapted.tokenizer.convert_ids_to_tokens(adapted.stops())
     modelfile = folder / "Modelfile"
