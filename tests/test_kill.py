@@ -25,7 +25,8 @@ from lora_runs import trainer
 from peft import PeftModel
 from warm_process import Warm
 
-from phi3_lora_plugin import LoraCheckpoint, checkpoint_run, latest_complete, verify
+from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
+from phi3_lora_plugin.store import run as checkpoint_run
 from phi3_lora_plugin.store.lock import StoreBusy
 from phi3_lora_plugin.store.manifest import read_manifest
 from phi3_lora_plugin.training.resume import newest_resumable, resumable
