@@ -259,3 +259,20 @@ def test_float16_trains_float32_adapters_by_a_scaler_that_is_resumed(tmp_path: P
     parts, again = run("parts", 4, resume=True)
     assert parts.accelerator.scaler.get_scale() == 2.0**14
     assert trained.keys() == again.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_on_a_card_a_model_is_placed_by_its_index_and_trains_in_its_precision(tmp_path: Path) -> None:
+    given = ["model.device=cuda", "model.dtype=auto", "training.max_steps=2", f"output_dir={tmp_path}"]
+    recipe = load_recipe("tiny-cpu", [f"model.path={tiny.base(tmp_path / 'base')}", *given])
+    model = load_model(recipe.model.path, device="cuda")
+    found = precision_for(recipe.model)
+    assert model.dtype == found.torch_dtype and model.device == torch.device("cuda", 0)
+    arguments = training_arguments(recipe)
+    assert (arguments.bf16, arguments.fp16) == (found.mixed == "bf16", found.mixed == "fp16")
+    model = add_lora(model, "all-linear", 4, 8)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 16)  # type: ignore[arg-type]
+    assert not trainer.is_model_parallel and (trainer.accelerator.scaler is not None) == arguments.fp16
+    assert trainer.train().training_loss > 0
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
