@@ -293,3 +293,20 @@ def test_a_published_model_is_described_before_it_is_downloaded() -> None:
     assert any("not here" in line and "hf download microsoft/Phi-3-mini-4k-instruct" in line for line in lines(found))
     with pytest.raises(InspectError, match="somebody/unknown is neither a folder nor in the hub's cache"):
         inspect("somebody/unknown")
+
+
+def test_an_adapter_of_mlx_is_recognised_and_says_how_to_convert_it(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shapes = {"lora_a": (16, 4), "lora_b": (4, 48)}
+    name = "model.layers.0.self_attn.qkv_proj"
+    save_file({f"{name}.{key}": torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "adapters.safetensors")
+    config = {"model": "microsoft/phi-4", "fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = inspect(tmp_path)
+    about = {"format": "MLX", "base": "microsoft/phi-4", "r": 4, "alpha": 8.0, "targets": ["qkv_proj"], "tensors": 2}
+    assert found.adapter == about
+    [problem] = found.problems
+    assert problem.what.startswith("written by mlx-lm") and "convert SRC DST --to peft" in problem.fix
+    (tmp_path / "adapters.safetensors").unlink()
+    assert any("no adapters.safetensors" in problem.what for problem in inspect(tmp_path).problems)

@@ -17,9 +17,12 @@ _SHOWN = 3  # of a kind that are spelled out
 
 def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
     """Fields of `Findings` for a folder with an adapter_config.json; what is wrong goes into `problems`."""
+    from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx
     from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_config
     from phi3_lora_plugin.store.adapter_folder import damage
 
+    if looks_like_mlx(folder):
+        return _of_mlx(folder, problems)
     problems += [Problem(problem, OLDER) for problem in damage(folder)]
     try:
         config = read_config(folder)
@@ -63,6 +66,29 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
     problems += _tensor_problems(folder, list(shapes))
     problems += _layout_problems(folder, config, of_base, list(shapes))
     return found
+
+
+def _of_mlx(folder: Path, problems: list[Problem]) -> dict[str, Any]:
+    """An adapter of mlx-lm, which PEFT and its servers do not read."""
+    from phi3_lora_plugin.lora_files.mlx_files import MlxError, mlx_base, read_mlx
+
+    convert = "phi3-lora convert SRC DST --to peft"
+    problems.append(Problem("written by mlx-lm, in a form that PEFT does not read", convert, here=True))
+    try:
+        loras, _, _ = read_mlx(folder)
+    except MlxError as error:
+        problems.append(Problem(str(error), AGAIN))
+        return {"adapter": {"base": mlx_base(folder), "format": "MLX"}}
+    return {
+        "adapter": {
+            "format": "MLX",
+            "base": mlx_base(folder),
+            "r": max((lora.rank for lora in loras), default=None),
+            "alpha": max((lora.alpha for lora in loras), default=None),
+            "targets": sorted({lora.module.rpartition(".")[2] for lora in loras}),
+            "tensors": 2 * len(loras),
+        }
+    }
 
 
 def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict[str, Any] | None:
