@@ -11,7 +11,8 @@ from exports import EMBEDDED, adapter
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.evaluate.as_shipped import sentence
-from phi3_lora_plugin.evaluate.evaluate import Evaluation, Figures, Wanted, evaluate
+from phi3_lora_plugin.evaluate.evaluate import Evaluation, Wanted, evaluate
+from phi3_lora_plugin.evaluate.figures import Figures
 from phi3_lora_plugin.evaluate.target import find_target
 from phi3_lora_plugin.plugins.discovery import load_plugins
 

@@ -12,7 +12,8 @@ from phi3_lora_plugin.error import Phi3LoraError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from phi3_lora_plugin.evaluate.evaluate import Evaluation, Figures
+    from phi3_lora_plugin.evaluate.evaluate import Evaluation
+    from phi3_lora_plugin.evaluate.figures import Figures
 
 _NAMES = {"exact": "exact match", "rouge_l": "ROUGE-L", "gsm8k": "GSM8K accuracy", "stopped": "answers that ended"}
 

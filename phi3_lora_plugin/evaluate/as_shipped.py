@@ -12,7 +12,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.evaluate.answers import Question
-    from phi3_lora_plugin.evaluate.evaluate import Figures
+    from phi3_lora_plugin.evaluate.figures import Figures
     from phi3_lora_plugin.export.exporter import Exporter, Runtime
 
 
@@ -50,7 +50,7 @@ def measure_shipped(
         ShippedError, ExportError: the target has no such form, or shows no probabilities.
     """
     from phi3_lora_plugin.evaluate.answer_scores import score_answers
-    from phi3_lora_plugin.evaluate.evaluate import Figures
+    from phi3_lora_plugin.evaluate.figures import Figures
     from phi3_lora_plugin.export.export import unsaved
     from phi3_lora_plugin.export.exporter import Wanted
 

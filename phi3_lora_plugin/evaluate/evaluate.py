@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.evaluate.figures import Figures
 from phi3_lora_plugin.evaluate.target import Target
 
 if TYPE_CHECKING:
@@ -41,17 +42,6 @@ class Wanted:
     task_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     as_shipped: str | None = None
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one model makes of it: see `TokenScores`, `score_answers`; `stopped` is the share that ended by itself."""
-
-    loss: float | None = None
-    perplexity: float | None = None
-    token_accuracy: float | None = None
-    answers: Mapping[str, float] = field(default_factory=dict)
-    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ class Objective:
 def objective_of(recipe: Recipe) -> Objective:
     """The objective that a recipe names."""
     if recipe.preference.on:
-        from phi3_lora_plugin.training.preference import OBJECTIVE
+        from phi3_lora_plugin.training.preference import PreferenceTrainer, feed_pairs, preference_arguments
 
-        return OBJECTIVE
+        return Objective(PreferenceTrainer, preference_arguments, feed_pairs)
     from transformers import Trainer
 
     from phi3_lora_plugin.training.arguments import training_arguments

@@ -15,7 +15,6 @@ from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-from phi3_lora_plugin.training.objective import Objective
 
 
 class PreferenceError(Phi3LoraError):
@@ -83,8 +82,6 @@ class PairCollator:
         }
 
 
-def _feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, PairCollator]:
+def feed_pairs(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, PairCollator]:
+    """(rows, collator) of pairs, which are padded batch by batch and never packed."""
     return rows, PairCollator(tokenizer.pad_token_id)
-
-
-OBJECTIVE = Objective(PreferenceTrainer, preference_arguments, _feed)
