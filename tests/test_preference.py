@@ -137,5 +137,5 @@ def test_what_is_wrong_is_said_before_anything_is_trained(place: Path, tmp_path:
     assert "bad.jsonl:2: has no column 'rejected'" in said and "bad.jsonl:3: rejected: message 2" in said
     with pytest.raises(RecipeError, match="label_smoothing: has no effect with preference.loss: ipo"):
         recipe(place, tmp_path, "preference.loss=ipo", "preference.label_smoothing=0.1")
-    with pytest.raises(RecipeError, match="pairs are not packed(.|\n)*pissa begins elsewhere than the base"):
+    with pytest.raises(RecipeError, match="pairs are not packed(.|\n)*pissa does not start at the base model"):
         recipe(place, tmp_path, "data.packing=true", "lora.init=pissa")
