@@ -678,7 +678,7 @@ def test_g15_a_disk_that_fails_for_a_while_is_warned_of_and_trained_through(
     assert steps(tmp_path / "lora") == [1, 2, 5, 6] and verify(tmp_path)
     said = [record.message for record in caplog.records if "was not saved" in record.message]
     assert len(said) == 2 and "File too large" in said[0]
-    assert said[0].startswith("step 3 could not be saved (the newest good checkpoint is step-00000002)")
+    assert said[0].startswith("step 3 was not saved (the newest good checkpoint is step-00000002)")
     plain = trainer(tmp_path / "plain")
     plain.train()
     assert same(trained(made.model), trained(plain.model)), "training took no notice"
@@ -803,7 +803,7 @@ def test_what_is_being_written_is_finished_however_the_process_leaves(how: str, 
 def test_what_fails_in_the_background_is_said_even_if_the_process_is_leaving(warm: Warm, tmp_path: Path) -> None:
     _, said = warm.start(tmp_path / "said", slow_run, str(tmp_path), "SIGINT", True).wait()
     for step in (1, 2):
-        assert f"step {step} could not be saved (no checkpoint yet): OSError: [Errno 5]" in said
+        assert f"step {step} was not saved (no checkpoint yet): OSError: [Errno 5]" in said
 
 
 def preempted_run(out: str, background: bool) -> None:

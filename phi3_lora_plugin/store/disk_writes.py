@@ -130,3 +130,8 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except RuntimeError as error:
+        # torch.save reports that its archive is in an odd state, which hides what the disk reported.
+        if isinstance(disk := error.__context__, OSError):
+            raise OSError(disk.errno, disk.strerror or str(disk), str(path)) from error
+        raise
