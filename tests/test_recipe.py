@@ -218,7 +218,7 @@ def test_a_parents_mistake_is_shown_in_the_parents_file(tmp_path: Path) -> None:
         ("output_dir=/", "name a folder that holds nothing but runs"),
         ("output_dir=~/", "name a folder that holds nothing but runs"),
         ("output_dir=runs/../../../../../../../../../../..", "name a folder that holds nothing but runs"),
-        ("speed={los: true}", "loss, attention, lora, masters, host"),
+        ("speed={los: true}", "loss, attention, lora, layers, masters, host"),
         ("dropout=0.1", "did you mean 'lora.dropout'"),
         ("lora.learning_rate=1", "did you mean 'training.learning_rate'"),
         ("modle.path=x", "did you mean 'model'"),

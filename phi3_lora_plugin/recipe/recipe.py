@@ -60,6 +60,9 @@ class RecipeError(Phi3LoraError):
         return type(self), (self.name, self.problems)  # crosses process boundaries whole
 
 
+SpeedPart = Literal["loss", "attention", "lora", "layers", "masters", "host"]
+
+
 class Recipe(Section):
     """One run. Frozen; built by `load_recipe`, which also knows where each value came from."""
 
@@ -70,7 +73,7 @@ class Recipe(Section):
     """As `transformers.TrainingArguments` names things, of any version; checked against the one installed."""
     preference: PreferenceSection = PreferenceSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    speed: Literal["auto", "off"] | dict[Literal["loss", "attention", "lora", "masters", "host"], Switch] = "auto"
+    speed: Literal["auto", "off"] | dict[SpeedPart, Switch] = "auto"
     """Fast paths: auto, off, or one by one (the rest as in auto); losses are the same with and without."""
     output_dir: Text = "runs/recipe"
     """Where checkpoints and reports go, from the working directory."""

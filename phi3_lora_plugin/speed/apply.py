@@ -18,6 +18,7 @@ PARTS = {
     "loss": "cross-entropy on supervised positions only, in chunks",
     "attention": "separate documents, no padding, no mask",
     "lora": "one autograd function for a frozen projection and its LoRA",
+    "layers": "norm, rotation and gate each in one function, with less kept for backward",
     "masters": "adapters in float32, computed in the dtype of the base",
     "host": "parameter counts cached, frozen modules skipped every step",
 }
@@ -79,6 +80,7 @@ def slow_down(model: Any) -> None:
     """Undo `speed_up` and `accelerate_phi3`: stock forwards, classes and dtypes everywhere."""
     from phi3_lora_plugin.speed.documents import restore_documents
     from phi3_lora_plugin.speed.host import restore_host
+    from phi3_lora_plugin.speed.layers import restore_layers
     from phi3_lora_plugin.speed.lora_swap import restore_lora
     from phi3_lora_plugin.speed.loss import restore_loss
     from phi3_lora_plugin.speed.masters import restore_masters
@@ -90,6 +92,7 @@ def slow_down(model: Any) -> None:
         restore_trl_loss(base)
     restore_loss(base)
     restore_documents(base)
+    restore_layers(base)
     restore_lora(model)
     restore_masters(model)
     restore_host(model, base)
@@ -117,10 +120,12 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
         # An optimizer that exists has states in the dtype of its parameters.
         leave("masters", "the optimizer already exists")
     if trainer.args.n_gpu > 1:
-        for part in ("loss", "attention", "host"):
+        for part in ("loss", "attention", "layers", "host"):
             leave(part, f"nn.DataParallel copies the model onto {trainer.args.n_gpu} GPUs: start one process a GPU")
     for part, why in _sharded_later(trainer).items():
         leave(part, why)
+    if getattr(trainer.args, "use_liger_kernel", False):
+        leave("layers", "Liger's kernels were asked for")
     own = own_loss(trainer)
     if wanted["loss"] and own:
         left["loss"] = _apply_trl_loss(trainer, base, own)
@@ -208,6 +213,15 @@ def _apply_attention(model: Any, base: Any, devices: Iterable[torch.device]) -> 
     return Applied("attention", True, f"{PARTS['attention']}; {attention_used(base)}")
 
 
+def _apply_layers(model: Any, base: Any) -> Applied:
+    from phi3_lora_plugin.speed.layers import fuse_layers, layers_obstacle
+
+    obstacle = layers_obstacle(base)
+    if obstacle is None:
+        fuse_layers(base)
+    return Applied("layers", obstacle is None, obstacle or PARTS["layers"])
+
+
 def _apply_masters(model: Any, base: Any) -> Applied:
     from phi3_lora_plugin.speed.masters import float32_adapters
 
@@ -229,6 +243,7 @@ _ALL_LOGITS = "transformers computes the logits of every position"
 _APPLY = {
     "loss": _apply_loss,
     "lora": _apply_lora,
+    "layers": _apply_layers,
     "masters": _apply_masters,
     "host": _apply_host,
 }

@@ -17,6 +17,7 @@ from typing import Any
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
+from phi3_lora_plugin.speed.elementwise import gate_backward
 from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
 
 _FEW = 16  # rows, up to which a pass over A and B costs more than one over them
@@ -29,6 +30,8 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
     """x [n, in], weight [out, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself.
 
     `unpack` makes [out, in] of a weight that is stored otherwise; what it returns is used up before it is called again.
+    With `gated`, x is [n, 2 x in]: gate and up, of which SwiGLU makes the input here and once more in backward; it is
+    not kept beside them.
     """
 
     @staticmethod
@@ -43,27 +46,37 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
         scaling: float,
         blocks: tuple[Block, ...],
         unpack: Callable[[], Any] | None,
+        gated: bool,
     ) -> Any:
+        kept = x if seen is None else seen
+        if gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = torch.nn.functional.silu(gate).mul_(up)
         down = (x if seen is None else seen) @ a.t().to(x.dtype)
         # A weight of another dtype (autocast) is cast again in backward: kept, it would be a copy of the whole base.
         out = torch.nn.functional.linear(x, weight.to(x.dtype) if unpack is None else unpack(), bias)
-        up = b.to(x.dtype)
+        wide = b.to(x.dtype)
         for top, bottom, left, right in blocks or ((0, b.shape[0], 0, b.shape[1]),):
-            out[:, top:bottom].addmm_(down[:, left:right], up[top:bottom, left:right].t(), alpha=scaling)
-        ctx.save_for_backward(x if seen is None else seen, down, weight, a, b)
+            out[:, top:bottom].addmm_(down[:, left:right], wide[top:bottom, left:right].t(), alpha=scaling)
+        ctx.save_for_backward(kept, down, weight, a, b)
         ctx.scaling, ctx.blocks, ctx.dropped, ctx.unpack = scaling, blocks, seen is not None, unpack
+        ctx.gated = gated
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         seen, down, weight, a, b = ctx.saved_tensors
+        if ctx.gated:
+            gate, up = seen.chunk(2, dim=-1)
+            opened = torch.nn.functional.silu(gate)
+            seen = opened * up
         grad_b = torch.zeros_like(b)
         grad_down = torch.empty_like(down)
-        up = b.to(grad.dtype)
+        wide = b.to(grad.dtype)
         for top, bottom, left, right in ctx.blocks or ((0, b.shape[0], 0, b.shape[1]),):
             part = grad[:, top:bottom]
             grad_b[top:bottom, left:right] = (part.t() @ down[:, left:right]).mul_(ctx.scaling)
-            grad_down[:, left:right] = (part @ up[top:bottom, left:right]).mul_(ctx.scaling)
+            grad_down[:, left:right] = (part @ wide[top:bottom, left:right]).mul_(ctx.scaling)
         grad_a = (grad_down.t() @ seen).to(a.dtype)
         grad_x = grad_seen = None
         if ctx.needs_input_grad[0]:
@@ -72,7 +85,9 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
             grad_seen = grad_down @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
         elif grad_x is not None:
             grad_x.addmm_(grad_down, a.to(grad.dtype))
-        return grad_x, grad_seen, None, None, grad_a, grad_b, None, None, None
+        if ctx.gated and grad_x is not None:
+            grad_x = gate_backward(grad_x, gate, up, opened)
+        return grad_x, grad_seen, None, None, grad_a, grad_b, None, None, None, None
 
 
 class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
@@ -80,20 +95,25 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        adapter = single_adapter(self)
+        out = None if args or kwargs else self.fast(x)
+        return super().forward(x, *args, **kwargs) if out is None else out
+
+    def fast(self, x: torch.Tensor, gated: bool = False) -> torch.Tensor | None:
+        """What the fused function gives, or None where this layer is in an unusual state; see `_LoraLinear`."""
+        adapter = single_adapter(self, gated)
         base = self.base_layer
-        if adapter is None or args or kwargs:
-            return super().forward(x, *args, **kwargs)
+        if adapter is None:
+            return None
         if obstacle := linear_obstacle(base) or parts_obstacle(self, adapter) or _trained(base):
             say_once(f"lora: PEFT's forward runs in layers with {obstacle}")
-            return super().forward(x, *args, **kwargs)
+            return None
         bias = base.bias
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = None if bias is None else bias.to(x.dtype)
         elif x.dtype != base.weight.dtype:
-            return super().forward(x, *args, **kwargs)
-        return fused(self, adapter, x, base.weight, bias)
+            return None
+        return fused(self, adapter, x, base.weight, bias, gated=gated)
 
 
 def fused(
@@ -103,8 +123,9 @@ def fused(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     unpack: Callable[[], torch.Tensor] | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """The fused function for one adapter of a PEFT layer: x [..., in] -> [..., out] in x's dtype."""
+    """The fused function for one adapter of a PEFT layer: x [..., in] -> [..., out] in x's dtype; see `_LoraLinear`."""
     a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
     rows = x.reshape(-1, x.shape[-1])
@@ -112,13 +133,13 @@ def fused(
     seen = dropout(x).reshape(-1, x.shape[-1]) if dropped else None
     blocks = _rows_and_columns(lora_b)
     with torch.autocast(x.device.type, enabled=False):
-        if len(rows) <= _FEW and not torch.is_grad_enabled() and a.dtype != x.dtype and not blocks:
+        if len(rows) <= _FEW and not torch.is_grad_enabled() and a.dtype != x.dtype and not blocks and not gated:
             few = _few_rows(
                 rows, weight if unpack is None else unpack(), bias, a, lora_b.weight, layer.scaling[adapter]
             )
             return few.view(*x.shape[:-1], -1)
         out: torch.Tensor = _LoraLinear.apply(
-            rows, seen, weight, bias, a, lora_b.weight, layer.scaling[adapter], blocks, unpack
+            rows, seen, weight, bias, a, lora_b.weight, layer.scaling[adapter], blocks, unpack, gated
         )
     return out.view(*x.shape[:-1], -1)
 
@@ -129,14 +150,16 @@ def _few_rows(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float) ->
     return out.add_((x.to(a.dtype) @ a.t()) @ b.t(), alpha=scaling)
 
 
-def single_adapter(layer: Any) -> str | None:
-    """The adapter to fuse, if there is just one active and nothing about it is special."""
+def single_adapter(layer: Any, gated: bool = False) -> str | None:
+    """The adapter to fuse, if there is just one active and nothing about it is special: dropout is, if `gated`."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     adapter = layer.active_adapters[0]
     if adapter not in layer.lora_A or adapter in layer.lora_variant or "_stock" in layer.__dict__:
         return None
     if not isinstance(layer.scaling[adapter], float | int):
+        return None
+    if gated and layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity):
         return None
     if any(getattr(part[adapter], "bias", None) is not None for part in (layer.lora_A, layer.lora_B)):
         return None

@@ -25,21 +25,26 @@ class FusedLoraLinear4bit(PeftLinear4bit):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
-        adapter = single_adapter(self)
+        out = None if args or kwargs else self.fast(x)
+        return super().forward(x, *args, **kwargs) if out is None else out
+
+    def fast(self, x: torch.Tensor, gated: bool = False) -> torch.Tensor | None:
+        """As `FusedLoraLinear.fast`."""
+        adapter = single_adapter(self, gated)
         base = self.base_layer
         state = getattr(base.weight, "quant_state", None)
-        if adapter is None or args or kwargs or not _known(base, state):
-            return super().forward(x, *args, **kwargs)
+        if adapter is None or not _known(base, state):
+            return None
         if obstacle := parts_obstacle(self, adapter):
             say_once(f"lora: PEFT's forward runs in layers with {obstacle}")
-            return super().forward(x, *args, **kwargs)
+            return None
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         compute = base.compute_dtype or dtype
         bias = None if base.bias is None else base.bias.to(compute)
         unpack = partial(_unpacked, base.weight, state, compute)
-        return fused(self, adapter, x.to(compute), base.weight, bias, unpack).to(dtype)
+        return fused(self, adapter, x.to(compute), base.weight, bias, unpack, gated).to(dtype)
 
 
 def _known(base: Any, state: Any) -> bool:

@@ -1,0 +1,145 @@
+"""The layers of one model with the functions of `elementwise` in them: on instances, proved against stock layers."""
+
+# Imported only inside functions, like everything that is heavy.
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch  # noqa: TID253
+
+from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu
+
+
+def layers_obstacle(base: Any) -> str | None:
+    """Why the layers of this causal model (PEFT taken off) keep their own forward; None if they need not."""
+    if getattr(base.config, "model_type", None) != "phi3" or type(getattr(base, "model", None)).__name__ != "Phi3Model":
+        return f"{type(base).__name__} is not Phi-3 as transformers has it"
+    from transformers.models.phi3 import modeling_phi3
+
+    return _difference(modeling_phi3.Phi3Attention, modeling_phi3.Phi3MLP, modeling_phi3.Phi3RMSNorm)
+
+
+def fuse_layers(base: Any) -> int:
+    """Give attention, MLP and norms of each layer our forward; return how many got one. `restore_layers` undoes it.
+
+    A layer that is called in an unusual way (a cache, a trained norm, another activation) takes its stock forward.
+    """
+    count = 0
+    for module in base.model.modules():
+        forward = _FORWARDS.get(type(module).__name__)
+        if forward is None or "forward" in module.__dict__:
+            continue
+        module.forward = partial(forward, module)
+        count += 1
+    return count
+
+
+def restore_layers(base: Any) -> None:
+    """Undo `fuse_layers`."""
+    ours = tuple(_FORWARDS.values())
+    for module in base.modules():
+        if getattr(module.__dict__.get("forward"), "func", None) in ours:
+            del module.forward
+
+
+def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    weight = self.weight
+    if weight.requires_grad or weight.dtype != hidden_states.dtype or hasattr(weight, "full_tensor"):
+        stock: torch.Tensor = type(self).forward(self, hidden_states)
+        return stock
+    return rms_norm(hidden_states, weight, self.variance_epsilon)
+
+
+def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    if not isinstance(self.activation_fn, torch.nn.SiLU) and type(self.activation_fn).__name__ != "SiLUActivation":
+        stock: torch.Tensor = type(self).forward(self, hidden_states)
+        return stock
+    both, down = self.gate_up_proj(hidden_states), self.down_proj
+    out: torch.Tensor | None = None
+    if hasattr(down, "fast") and torch.is_grad_enabled() and not _watched(down):
+        out = down.fast(both, gated=True)
+    return down(swiglu(both)) if out is None else out  # type: ignore[no-any-return]
+
+
+def _watched(module: Any) -> bool:
+    """Whether somebody looks at what goes into or comes out of a module."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _attention(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = self.config._attn_implementation
+    cached = past_key_values is not None or kwargs.get("past_key_value") is not None
+    unusual = cached or position_embeddings is None or name not in ALL_ATTENTION_FUNCTIONS
+    if unusual or _rotates_wider(hidden_states.device.type, position_embeddings[0].dtype):
+        kwargs |= {} if past_key_values is None else {"past_key_values": past_key_values}
+        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
+    qkv = self.qkv_proj(hidden_states)
+    cos, sin = position_embeddings
+    heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads
+    # What our projection gives is kept by nobody: the rotated queries and keys can take its place.
+    reuse = hasattr(self.qkv_proj, "fast") and not _watched(self.qkv_proj) and qkv.grad_fn is not None
+    query, key, value = rotate(qkv, cos, sin, heads, key_heads, self.head_dim, reuse)
+    out, weights = ALL_ATTENTION_FUNCTIONS[name](
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        sliding_window=getattr(self.config, "sliding_window", None),
+        **kwargs,
+    )
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def _rotates_wider(device: str, dtype: torch.dtype) -> bool:
+    """Whether autocast is on and the base is float32: what projections give in 16 bits is then rotated in float32."""
+    return bool(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype)
+
+
+#: By the names of transformers' classes: FSDP2 puts a class of its own over each.
+_FORWARDS = {"Phi3Attention": _attention, "Phi3MLP": _mlp, "Phi3RMSNorm": _norm}
+
+
+@cache
+def _difference(attention: type, mlp: type, norm: type) -> str | None:
+    """Whether the installed layers compute something else than ours: tried once, on a small layer of each kind."""
+    from transformers import Phi3Config, __version__
+
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        for share in (1.0, 0.5):
+            config = Phi3Config(
+                hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=8,
+                num_hidden_layers=1, pad_token_id=0, attn_implementation="sdpa",
+            )  # fmt: skip
+            draw = torch.Generator().manual_seed(0)
+            x = torch.randn(2, 5, 32, generator=draw)
+            angles = torch.randn(2, 5, int(8 * share) // 2, generator=draw).repeat(1, 1, 2)
+            calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
+                "attention": (attention(config, 0), (x, (angles.cos(), angles.sin()), None)),
+                "MLP": (mlp(config), (x,)),
+                "norm": (norm(32, eps=1e-5), (x,)),
+            }
+            for what, (module, inputs) in calls.items():
+                for parameter in module.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2 + 0.3)
+                    parameter.requires_grad_(False)
+                want = module.eval()(*inputs)
+                got = _FORWARDS[type(module).__name__](module, *inputs)
+                if isinstance(want, tuple):
+                    want, got = want[0], got[0]
+                if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
+                    return f"the {what} of transformers {__version__} computes something else"
+    return None
