@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.adapt import adapted
-from phi3_lora_plugin.chat.columns import rename
+from phi3_lora_plugin.chat.columns import refuse_decisive, rename, unread_values
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
 from phi3_lora_plugin.chat.encode import EncodeError, encode
 from phi3_lora_plugin.chat.formats import ADAPTERS, detect
 from phi3_lora_plugin.chat.marks import token_weights
-from phi3_lora_plugin.chat.preferences import preference
+from phi3_lora_plugin.chat.preferences import COLUMNS, preference
 from phi3_lora_plugin.chat.propose import propose
 from phi3_lora_plugin.chat.row_error import RowError
+from phi3_lora_plugin.chat.turns import KEYS, ROLES
 from phi3_lora_plugin.model.families import UnsupportedModel, row_limit
 
 TOKENIZER = tiny.tokenizer()
@@ -398,3 +401,34 @@ def test_rows_longer_than_the_context_are_not_asked_for() -> None:
     assert row_limit(None, config) == row_limit(4096, config) == 4096
     with pytest.raises(UnsupportedModel, match="data.max_length: 8,192 is more than the 4,096 tokens"):
         row_limit(8192, config)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from([*ROLES, "Human: a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*KEYS, "type", "text", "messages", "tools", "function", "name", "arguments", "id"]), inner
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from([*COLUMNS, "label", "weight", "meta"]), anything))
+def test_whatever_a_preference_holds_it_is_a_pair_or_a_row_error(row: dict[str, Any]) -> None:
+    before = repr(row)
+    try:
+        refuse_decisive(unread_values(row, COLUMNS))
+        pair = preference(row)
+    except RowError as error:
+        assert "\n" not in str(error)
+    else:
+        assert pair.chosen[-1]["role"] == pair.rejected[-1]["role"] == "assistant" and pair.chosen != pair.rejected
+    assert repr(row) == before
