@@ -79,13 +79,13 @@ TINY = {
 @pytest.mark.parametrize("template", ["phi-3-mini-4k", "phi-3-medium", "phi-3.5-mini", "plain"])
 @settings(max_examples=60)
 @given(chats=st.lists(CHATS, min_size=1, max_size=3))
-def test_g4_turns_are_the_same_with_and_without_offsets(kind: str, template: str, chats: list[list[str]]) -> None:
+def test_turns_are_the_same_with_and_without_offsets(kind: str, template: str, chats: list[list[str]]) -> None:
     texts, spans = rendered(chats, TINY[kind], template)
     assert tokenise(texts, spans, TINY[kind]) == tokenise(texts, spans, TINY[kind], fast=False)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_g4_real_tokenizers_need_no_offsets_and_give_the_same(
+def test_real_tokenizers_need_no_offsets_and_give_the_same(
     shared_data: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(shared_data / "tokenizers" / name)

@@ -310,7 +310,7 @@ def test_last_best_and_every_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ours", [{}, {"every_steps": 4}])
-def test_g17_the_best_weights_are_loaded_back_and_both_they_and_the_last_are_in_the_store(
+def test_the_best_weights_are_loaded_back_and_both_they_and_the_last_are_in_the_store(
     ours: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = dict(
@@ -370,7 +370,7 @@ class Disturbing(TrainerCallback):
 
 @pytest.mark.parametrize("order", ["last", "first", "between"])
 @pytest.mark.parametrize("background", [False, True])
-def test_g17_the_trainer_s_own_files_are_the_same_with_and_without_us(
+def test_the_trainer_s_own_files_are_the_same_with_and_without_us(
     order: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: 1.0)  # run times are in the Trainer's logs
@@ -398,7 +398,7 @@ def test_g17_the_trainer_s_own_files_are_the_same_with_and_without_us(
     assert verify(tmp_path / "with" / "out")
 
 
-def test_g17_our_hooks_change_no_byte_of_the_trainer_s_checkpoint(tmp_path: Path) -> None:
+def test_our_hooks_change_no_byte_of_the_trainer_s_checkpoint(tmp_path: Path) -> None:
     seen: dict[str, dict[str, bytes]] = {}
 
     class Before(TrainerCallback):
@@ -410,7 +410,7 @@ def test_g17_our_hooks_change_no_byte_of_the_trainer_s_checkpoint(tmp_path: Path
     assert all(files(tmp_path / name) == content for name, content in seen.items())
 
 
-def test_g17_the_trainer_s_own_checkpoints_resume_as_without_us(tmp_path: Path) -> None:
+def test_the_trainer_s_own_checkpoints_resume_as_without_us(tmp_path: Path) -> None:
     ends = []
     for name, ours in (("without", False), ("with", True)):
 
@@ -544,7 +544,7 @@ def test_a_run_that_failed_does_not_keep_the_next_one_out(tmp_path: Path) -> Non
 # --- bytes -------------------------------------------------------------------------------------------------------
 
 
-def test_g14_the_adapter_is_its_numbers_and_a_header(tmp_path: Path) -> None:
+def test_the_adapter_is_its_numbers_and_a_header(tmp_path: Path) -> None:
     model = peft_model()
     made = trainer(tmp_path, LoraCheckpoint(), model=model, max_steps=1)
     made.processing_class = made.callback_handler.processing_class = tiny.tokenizer()
@@ -577,7 +577,7 @@ def test_the_size_is_that_of_the_lora_and_the_tokenizer(tmp_path: Path) -> None:
     assert size <= numbers * 1.05 + tokenizer
 
 
-def test_g22_saving_asks_no_network_writes_no_embeddings_and_the_same_bytes(
+def test_saving_asks_no_network_writes_no_embeddings_and_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -607,14 +607,14 @@ def test_g22_saving_asks_no_network_writes_no_embeddings_and_the_same_bytes(
     assert not [key for key in saved if "embed" in key or "lm_head" in key]
 
 
-def test_g22_embeddings_are_written_where_they_are_trained(tmp_path: Path) -> None:
+def test_embeddings_are_written_where_they_are_trained(tmp_path: Path) -> None:
     model = peft_model(target_modules=["qkv_proj"], modules_to_save=["embed_tokens"])
     trainer(tmp_path, LoraCheckpoint(), model=model, max_steps=1).train()
     assert [key for key in load_file(latest_complete(tmp_path) / WEIGHTS) if "embed_tokens" in key]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_g20_saved_reloaded_and_merged_logits_are_those_of_training(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_saved_reloaded_and_merged_logits_are_those_of_training(dtype: torch.dtype, tmp_path: Path) -> None:
     def base() -> Any:
         return tiny.model(hidden_size=16, intermediate_size=32).to(dtype)
 
@@ -662,7 +662,7 @@ class Breaks(TrainerCallback):
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_g15_a_disk_that_fails_for_a_while_is_warned_of_and_trained_through(
+def test_a_disk_that_fails_for_a_while_is_warned_of_and_trained_through(
     background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = LoraCheckpoint(every_steps=1, keep_last=9, background=background)
@@ -685,7 +685,7 @@ def test_g15_a_disk_that_fails_for_a_while_is_warned_of_and_trained_through(
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_g15_a_full_disk_keeps_the_last_good_one_and_is_an_error_at_the_end(
+def test_a_full_disk_keeps_the_last_good_one_and_is_an_error_at_the_end(
     background: bool, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Fills(TrainerCallback):

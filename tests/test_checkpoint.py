@@ -69,7 +69,7 @@ def test_equal_content_gives_equal_bytes_and_no_clock_is_in_them(tmp_path: Path)
     assert set(manifest["files"]) == set(FILES)
 
 
-def test_g16_damage_of_any_file_is_seen_named_and_passed_over(tmp_path: Path) -> None:
+def test_damage_of_any_file_is_seen_named_and_passed_over(tmp_path: Path) -> None:
     store = tmp_path / "lora"
     good, newest = write(store, 10), write(store, 20)
     untouched = snapshot(newest)
@@ -95,7 +95,7 @@ def test_g16_damage_of_any_file_is_seen_named_and_passed_over(tmp_path: Path) ->
         assert verify(newest) and latest_complete(store) == newest
 
 
-def test_g16_empty_unmarked_and_temporary_folders_are_passed_over(tmp_path: Path) -> None:
+def test_empty_unmarked_and_temporary_folders_are_passed_over(tmp_path: Path) -> None:
     store = tmp_path / "lora"
     good = write(store, 10)
     (store / "step-00000099").mkdir()
@@ -261,7 +261,7 @@ def _dies_before_change(number: int, store: Path, step: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def test_g15_killed_before_any_change_of_the_disk_the_last_announced_one_is_there(tmp_path: Path) -> None:
+def test_killed_before_any_change_of_the_disk_the_last_announced_one_is_there(tmp_path: Path) -> None:
     store, work = tmp_path / "lora", tmp_path / "try"
     write(store, 1)
     call, status = 0, signal.SIGKILL
@@ -280,7 +280,7 @@ def test_g15_killed_before_any_change_of_the_disk_the_last_announced_one_is_ther
     assert status == 0 and call > 25, "the audit hook saw too little"
 
 
-def test_g15_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A power cut keeps what was synced; the calls go through to the system and are written down."""
     calls: list[tuple[str, Path]] = []
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -319,7 +319,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_g15_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint_and_nothing_else(small_disk: Path) -> None:
     store = small_disk / "lora"
     first = write(store, 1)
     before = snapshot(store)
@@ -342,7 +342,7 @@ def test_a_read_only_store_is_an_error_that_names_it_and_can_still_be_read(small
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["adapter_config.json", "tokenizer.json", "optimizer.pt"])
-def test_g15_a_failing_write_leaves_the_previous_checkpoint(tmp_path: Path, error: int, where: str) -> None:
+def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path: Path, error: int, where: str) -> None:
     def fails(stream: object) -> None:
         stream.write(b"half")  # type: ignore[attr-defined]
         raise OSError(error, os.strerror(error))

@@ -89,7 +89,7 @@ def bases(request, tmp_path_factory) -> tuple[Path, Path]:
     ],
     ids=lambda options: ",".join(options) or "plain",
 )
-def test_g21_a_fused_adapter_runs_on_the_split_base_and_comes_back_as_it_was(bases, tmp_path, options):
+def test_a_fused_adapter_runs_on_the_split_base_and_comes_back_as_it_was(bases, tmp_path, options):
     fused, llama = bases
     adapter = train(fused, tmp_path / "fused", target_modules=FUSED, **options)
 
@@ -471,7 +471,7 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_g21_servability_flags_each_obstacle_and_nothing_else(tmp_path, settings, flag):
+def test_servability_flags_each_obstacle_and_nothing_else(tmp_path, settings, flag):
     good = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": FUSED, "base_model_name_or_path": "x/y"}
     save_file({"base_model.model.a.lora_A.weight": torch.zeros(16, 4)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(good))

@@ -73,7 +73,7 @@ def report(tmp_path: Path) -> DataReport:
     return data.report  # type: ignore[no-any-return]
 
 
-def test_g5_every_row_is_counted_once_and_every_fate_names_its_rows(report: DataReport, tmp_path: Path) -> None:
+def test_every_row_is_counted_once_and_every_fate_names_its_rows(report: DataReport, tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     assert report.rows_read == 39
     assert report.eval is not None and report.eval.rows == 2 and report.train.rows == 32

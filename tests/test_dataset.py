@@ -64,7 +64,7 @@ def test_rows_are_what_encode_gives_in_the_order_of_the_file(tmp_path: Path) -> 
     assert data.eval is None and data.report.rows_read == data.report.train.rows == 2500
 
 
-def test_g9_the_same_dialogue_in_four_formats_and_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+def test_the_same_dialogue_in_four_formats_and_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     asked = [(f"what is {n}?", f'it is "{n}",\nü') for n in range(3)]
     want = [encode(chat(*pair)["messages"], TOKENIZER) for pair in asked]
     write(tmp_path / "messages.jsonl", [chat(*pair) for pair in asked])
@@ -89,7 +89,7 @@ def test_g9_the_same_dialogue_in_four_formats_and_every_kind_of_file_gives_the_s
     assert rows(data.train) == want and data.report.unread == {"id": 3}
 
 
-def test_g9_malformed_rows_are_all_named_with_file_and_line_at_once(tmp_path: Path) -> None:
+def test_malformed_rows_are_all_named_with_file_and_line_at_once(tmp_path: Path) -> None:
     given: list[Any] = [chat(f"q {n}") for n in range(10_000)]
     given[17] = "{broken"
     given[4_000] = {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]}
@@ -107,7 +107,7 @@ def test_g9_malformed_rows_are_all_named_with_file_and_line_at_once(tmp_path: Pa
     assert data.train[4_000]["input_ids"] == encode(kept[4_000]["messages"], TOKENIZER)["input_ids"]
 
 
-def test_g9_the_same_mistake_in_many_rows_is_one_line_that_names_some_and_counts_all(tmp_path: Path) -> None:
+def test_the_same_mistake_in_many_rows_is_one_line_that_names_some_and_counts_all(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [chat("q"), *[{"messages": []}] * 30])
     told, _ = problems(file)
     assert told.startswith(f"{file}:2, 3, 4, ") and "and 22 more: messages is empty" in told
@@ -189,7 +189,7 @@ def test_mixed_formats_in_one_file_and_two_that_fit_are_refused(tmp_path: Path) 
     assert [source.format for source in data.report.sources] == ["messages", "prompt_completion"]
 
 
-def test_g8_system_turns_on_a_template_that_drops_them(tmp_path: Path) -> None:
+def test_system_turns_on_a_template_that_drops_them(tmp_path: Path) -> None:
     medium = tiny.tokenizer(template=MEDIUM)
     system = {"role": "system", "content": "be brief"}
     given = [chat("q"), {"messages": [system, *chat("what?")["messages"]]}]
@@ -205,14 +205,14 @@ def test_g8_system_turns_on_a_template_that_drops_them(tmp_path: Path) -> None:
     assert "be brief" in TOKENIZER.decode(load(file).train[1]["input_ids"])
 
 
-def test_g10_control_tokens_in_the_text_of_a_row_are_an_error_with_its_line(tmp_path: Path) -> None:
+def test_control_tokens_in_the_text_of_a_row_are_an_error_with_its_line(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [chat("q"), chat("q<|end|>\n<|assistant|>\nno")])
     assert f"{file}:2: " in problems(file)[0]
     escaped = load(file, "data.control_tokens=escape")
     assert escaped.train[1]["input_ids"].count(TOKENIZER.convert_tokens_to_ids("<|assistant|>")) == 1
 
 
-def test_g5_no_row_without_trained_tokens_reaches_the_trainer(tmp_path: Path) -> None:
+def test_no_row_without_trained_tokens_reaches_the_trainer(tmp_path: Path) -> None:
     long = "nothing of what was learned before. " * 4
     untrained = chat("q")
     untrained["messages"][1] |= {"weight": 0}
@@ -230,7 +230,7 @@ def test_g5_no_row_without_trained_tokens_reaches_the_trainer(tmp_path: Path) ->
     assert load(file, "data.max_length=24", max_length=9).report.max_length == 24
 
 
-def test_g5_all_rows_dropped_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_all_rows_dropped_is_an_error_of_its_own(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [chat("what is the capital of france? " * 4)] * 3)
     told = problems(file, "data.max_length=16")
     assert "data.path: no row is left" in told[0] and "3 without a trained token" in told[1] and "16 tokens" in told[2]
@@ -361,7 +361,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_g5_real_chats_of_every_format_are_loaded_and_every_row_is_accounted_for(shared_data: Path, name: str) -> None:
+def test_real_chats_of_every_format_are_loaded_and_every_row_is_accounted_for(shared_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi-3-mini-4k-instruct")
     columns = ["data.columns={prompt: question, completion: answer}"] if "gsm8k" in name else []
     data = load(

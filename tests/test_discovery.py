@@ -138,7 +138,7 @@ def test_a_stranger_is_loaded_with_provenance(install: Install) -> None:
         ("def f(:\n  pass", "SyntaxError"),
     ],
 )
-def test_g25_a_plugin_that_fails_at_import_leaves_the_others(install: Install, source: str, said: str) -> None:
+def test_a_plugin_that_fails_at_import_leaves_the_others(install: Install, source: str, said: str) -> None:
     install("a-broken-dist", "abroken", source, version="0.3")
     install("good-dist", "good", GOOD.format("good"))
     plugins, warning = load_with_one_warning()
@@ -386,7 +386,7 @@ def test_plugins_load_sorted_by_name_whatever_the_folder_says(install: Install) 
     assert found == ["aa", "mm", "zz"]
 
 
-def test_g25_loading_twice_is_harmless(install: Install) -> None:
+def test_loading_twice_is_harmless(install: Install) -> None:
     install("good-dist", "good", GOOD.format("good"))
     install("broken-dist", "broken", "raise ValueError('each time')")
     first, _ = load_with_one_warning()
@@ -557,13 +557,13 @@ def test_a_name_twice_within_one_distribution_raises(install: Install, tmp_path:
         plugins.pick("dataset_adapters", "x")
 
 
-def test_g25_registering_the_same_thing_twice_is_harmless(install: Install) -> None:
+def test_registering_the_same_thing_twice_is_harmless(install: Install) -> None:
     source = REGISTERS.format("x").replace("lambda row: []", "print") + "    register('x', print)\n"
     install("one-dist", "one", source)
     assert load_plugins(strict=True).pick("dataset_adapters", "x") is print
 
 
-def test_g25_a_failing_hook_leaves_the_other_plugins_and_its_own_other_hooks(install: Install) -> None:
+def test_a_failing_hook_leaves_the_other_plugins_and_its_own_other_hooks(install: Install) -> None:
     source = GOOD.format("half").replace(
         '    register("half-rows"', '    register("early", print); 1 / 0; register("half-rows"'
     )
@@ -645,7 +645,7 @@ def test_a_recipe_is_the_path_of_a_file(install: Install) -> None:
         ((), "needy-dist needs 'absent_package', which is not installed"),
     ],
 )
-def test_g25_a_missing_optional_dependency_says_what_to_install(
+def test_a_missing_optional_dependency_says_what_to_install(
     install: Install, requires: tuple[str, ...], said: str
 ) -> None:
     install("needy-dist", "needy", "import absent_package.part", requires=requires)

@@ -47,7 +47,7 @@ LOCAL = tokenizers()
 
 
 def check(tokenizer: Any, chat: list[dict[str, Any]], **options: Any) -> None:
-    """What must hold of every encoded chat: G4 and G7, told by ids alone, without a look at offsets."""
+    """What must hold of every encoded chat, checked by ids alone, without offsets."""
     row = encode(chat, tokenizer, **options)
     ids, labels = row["input_ids"], row["labels"]
     names = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|assistant|>", "<|user|>")}
@@ -75,14 +75,14 @@ def check(tokenizer: Any, chat: list[dict[str, Any]], **options: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(chat=chats(), which=st.integers(0, len(LOCAL) - 1))
-def test_g4_every_trained_turn_ends_on_its_trained_stop_token(chat: list[dict[str, Any]], which: int) -> None:
+def test_every_trained_turn_ends_on_its_trained_stop_token(chat: list[dict[str, Any]], which: int) -> None:
     check(LOCAL[which], chat, system="fold")
 
 
 @pytest.mark.parametrize("name", REAL)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chat=chats())
-def test_g4_real_tokenizers(shared_data: Path, name: str, chat: list[dict[str, Any]]) -> None:
+def test_real_tokenizers(shared_data: Path, name: str, chat: list[dict[str, Any]]) -> None:
     check(real(shared_data, name), chat, system="fold")
 
 
@@ -96,7 +96,7 @@ def real(shared_data: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_g7_prompt_ids_as_published(shared_data: Path, name: str) -> None:
+def test_prompt_ids_as_published(shared_data: Path, name: str) -> None:
     wanted = {
         REAL[0]: [32010, 7251, 32007, 32001],
         REAL[1]: [1, 32010, 29871, 13, 2918, 32007, 29871, 13, 32001, 29871, 13],
@@ -107,7 +107,7 @@ def test_g7_prompt_ids_as_published(shared_data: Path, name: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(chat=chats(system=False), which=st.integers(0, len(LOCAL) - 1))
-def test_g7_every_prompt_is_the_beginning_of_the_training_row(chat: list[dict[str, Any]], which: int) -> None:
+def test_every_prompt_is_the_beginning_of_the_training_row(chat: list[dict[str, Any]], which: int) -> None:
     tokenizer = LOCAL[which]
     ids = encode(chat, tokenizer)["input_ids"]
     for index, turn in enumerate(chat):
@@ -188,7 +188,7 @@ def test_what_is_marked_untrained_is_not_trained_and_last_turn_is_the_last() -> 
     assert caught.value.reason == "untrained"
 
 
-def test_g5_truncation_never_leaves_a_row_without_trained_tokens_in_silence() -> None:
+def test_truncation_never_leaves_a_row_without_trained_tokens_in_silence() -> None:
     tokenizer = tiny.tokenizer()
     chat = [
         {"role": "user", "content": "the quick brown fox " * 4},
@@ -205,7 +205,7 @@ def test_g5_truncation_never_leaves_a_row_without_trained_tokens_in_silence() ->
     assert caught.value.reason == "truncated"
 
 
-def test_g8_system_messages_are_an_error_folded_or_dropped_where_the_template_has_no_place() -> None:
+def test_system_messages_are_an_error_folded_or_dropped_where_the_template_has_no_place() -> None:
     tokenizer = tiny.tokenizer(template=TEMPLATES["phi-3-medium"].text)
     chat = [
         {"role": "system", "content": "be brief"},
@@ -224,7 +224,7 @@ def test_g8_system_messages_are_an_error_folded_or_dropped_where_the_template_ha
     assert "be brief" in kept.decode(encode(chat, kept)["input_ids"])
 
 
-def test_g8_tool_turns_are_rendered_where_there_is_a_place_and_never_vanish_elsewhere() -> None:
+def test_tool_turns_are_rendered_where_there_is_a_place_and_never_vanish_elsewhere() -> None:
     chat = [
         {"role": "system", "content": "s", "tools": "[weather]"},
         {"role": "user", "content": "u"},
@@ -248,7 +248,7 @@ def test_g8_tool_turns_are_rendered_where_there_is_a_place_and_never_vanish_else
 
 
 @pytest.mark.parametrize("bad", ["human", "gpt", "Assistant", None, 3])
-def test_g8_unknown_roles_are_an_error_with_their_place(bad: Any) -> None:
+def test_unknown_roles_are_an_error_with_their_place(bad: Any) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": bad, "content": "b"}]
     with pytest.raises(EncodeError, match="message 2 has the role"):
         encode(chat, tiny.tokenizer())
@@ -261,14 +261,14 @@ def test_content_that_is_not_text_is_an_error(content: Any) -> None:
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_g10_control_tokens_in_text_cannot_open_a_turn(role: str) -> None:
+def test_control_tokens_in_text_cannot_open_a_turn(role: str) -> None:
     tokenizer = tiny.tokenizer()
     for control in [token.content for token in tokenizer.added_tokens_decoder.values()]:
         _g10(tokenizer, role, control)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_g10_real_tokenizers(shared_data: Path, name: str) -> None:
+def test_control_tokens_in_text_cannot_open_a_turn_of_real_tokenizers(shared_data: Path, name: str) -> None:
     tokenizer = real(shared_data, name)
     controls = [token.content for token in tokenizer.added_tokens_decoder.values()]
     assert {"</s>", "<s>", "<|placeholder1|>", "<|end|>"} <= set(controls)
@@ -329,7 +329,7 @@ def test_a_prompt_must_leave_the_next_turn_to_the_assistant() -> None:
             prompt_ids(chat, tiny.tokenizer())
 
 
-def test_g7_what_others_asked_of_the_tokenizer_cuts_and_pads_nothing(tmp_path: Path) -> None:
+def test_what_others_asked_of_the_tokenizer_cuts_and_pads_nothing(tmp_path: Path) -> None:
     """A call with truncation or padding leaves both switched on inside the tokenizer, for whoever comes next."""
     from phi3_lora_plugin.model.tokenizer import save_tokenizer
 

@@ -122,7 +122,7 @@ def test_projections_are_those_of_the_real_modules() -> None:
         assert moe[name].shape == (*head, each.out_features, each.in_features)
 
 
-def test_g12_every_spelling_of_longrope_becomes_the_same() -> None:
+def test_every_spelling_of_longrope_becomes_the_same() -> None:
     factors = {"short_factor": [1.0] * 48, "long_factor": [1.5] * 48}
     common = MINI | {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
     spellings = [
@@ -149,27 +149,27 @@ def test_g12_every_spelling_of_longrope_becomes_the_same() -> None:
         ({"rope_theta": "x"}, "rope_theta is 'x'; expected a positive number"),
     ],
 )
-def test_g12_bad_factors_name_field_found_and_expected(change: dict[str, object], says: str) -> None:
+def test_bad_factors_name_field_found_and_expected(change: dict[str, object], says: str) -> None:
     config = MINI | longrope()
     config["rope_scaling"] = config["rope_scaling"] | change  # type: ignore[operator]
     with pytest.raises(RopeError, match=says):
         repair_rope(config)
 
 
-def test_g12_settings_that_are_none_are_an_error() -> None:
+def test_settings_that_are_none_are_an_error() -> None:
     with pytest.raises(RopeError, match="'su' is no mapping of settings"):
         recognise(MINI | {"rope_scaling": "su", "max_position_embeddings": 131072})
     assert recognise(MINI | longrope() | {"rope_scaling": {"type": "su", "long_factor": "x"}}).name == "phi-3-mini-128k"
 
 
-def test_g12_partial_rotary_halves_the_factors_too() -> None:
+def test_partial_rotary_halves_the_factors_too() -> None:
     config = PHI4_MINI | longrope(1.0, 48) | {"partial_rotary_factor": 0.75}
     assert repair_rope(config)["rope_parameters"]["partial_rotary_factor"] == 0.75
     with pytest.raises(RopeError, match="expected 64"):
         repair_rope(PHI4_MINI | longrope(1.0, 48))
 
 
-def test_g12_published_configs_load_to_the_same_numbers(shared_data: Path, tmp_path: Path) -> None:
+def test_published_configs_load_to_the_same_numbers(shared_data: Path, tmp_path: Path) -> None:
     from phi3_lora_plugin.model.config import read_config
 
     for file in sorted((shared_data / "configs").glob("*.json")):
@@ -186,14 +186,14 @@ def test_g12_published_configs_load_to_the_same_numbers(shared_data: Path, tmp_p
         assert recognise(published).name in file.stem.replace("-instruct", "") + "phi-4-mini"
 
 
-def test_g13_the_default_length_stays_within_the_original_context() -> None:
+def test_the_default_length_stays_within_the_original_context() -> None:
     assert row_limit(None, MINI) == 4096
     assert row_limit(None, MINI | longrope()) == 4096
     assert row_limit(None, PHI4) == 16384
     assert row_limit(100, PHI4) == 100
 
 
-def test_g13_a_straddling_batch_is_flagged_where_logits_really_shift() -> None:
+def test_a_straddling_batch_is_flagged_where_logits_really_shift() -> None:
     import tiny
     import torch
 

@@ -51,7 +51,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
 @given(st.lists(texts, min_size=2, max_size=2), st.none() | texts.filter(bool))
-def test_g9_the_same_dialogue_in_four_formats_is_the_same_messages(turns: list[str], system: str | None) -> None:
+def test_the_same_dialogue_in_four_formats_is_the_same_messages(turns: list[str], system: str | None) -> None:
     expected = chat(*turns, system=system)
     assert ADAPTERS["messages"](as_messages(expected)) == expected
     assert ADAPTERS["sharegpt"](as_sharegpt(expected)) == expected
@@ -62,7 +62,7 @@ def test_g9_the_same_dialogue_in_four_formats_is_the_same_messages(turns: list[s
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
-def test_g9_several_turns_are_the_same_messages_and_a_prompt_is_never_trained(pairs: list[tuple[str, str]]) -> None:
+def test_several_turns_are_the_same_messages_and_a_prompt_is_never_trained(pairs: list[tuple[str, str]]) -> None:
     expected = chat(*(text for pair in pairs for text in pair))
     assert ADAPTERS["sharegpt"](as_sharegpt(expected)) == ADAPTERS["messages"](as_messages(expected)) == expected
     assert ADAPTERS["alpaca"](as_alpaca(expected)) == expected
@@ -71,7 +71,7 @@ def test_g9_several_turns_are_the_same_messages_and_a_prompt_is_never_trained(pa
     assert [m.get("train") for m in made if m["role"] == "assistant"] == [False] * (len(pairs) - 1) + [None]
 
 
-def test_g9_sharegpt_and_openai_write_a_tool_call_differently_and_mean_the_same() -> None:
+def test_sharegpt_and_openai_write_a_tool_call_differently_and_mean_the_same() -> None:
     call = '{"name": "add", "arguments": {"a": 1}}'
     openai = {
         "tools": [{"name": "add"}],
@@ -266,7 +266,7 @@ spoken = [role for role in ROLES if role not in ("function_call", "tool_call")] 
 
 
 @given(st.lists(st.sampled_from([*spoken, "narrator"]), min_size=1, max_size=6))
-def test_g8_no_role_and_no_text_vanishes(roles: list[str]) -> None:
+def test_no_role_and_no_text_vanishes(roles: list[str]) -> None:
     row = {"conversations": [{"from": role, "value": f"<{n}>"} for n, role in enumerate(roles)]}
     try:
         made = ADAPTERS["sharegpt"](row)
@@ -319,7 +319,7 @@ def test_what_no_format_reads_is_listed() -> None:
     assert list(unread({"anything": 1}, "a-plugins-own")) == []
 
 
-def test_g9_real_chats_of_every_format_are_read_whole(shared_data: Path) -> None:
+def test_real_chats_of_every_format_are_read_whole(shared_data: Path) -> None:
     chats = shared_data / "chats"
     glaive = json.loads((chats / "glaive_toolcall_sharegpt.json").read_text(encoding="utf-8"))
     for row in glaive:

@@ -64,9 +64,7 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("what", THEIRS)
-def test_g23_weights_that_are_not_finite_stop_the_run_and_are_never_saved(
-    what: str, value: float, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_stop_the_run_and_are_never_saved(what: str, value: float, tmp_path: Path) -> None:
     last = 4 if "epoch" in what else 2
     where = "on_pre_optimizer_step" if what == "ours alone" else "on_step_begin"
     poison = Poison(7 if "epoch" in what else 2, value, where)
@@ -86,7 +84,7 @@ def test_g23_weights_that_are_not_finite_stop_the_run_and_are_never_saved(
     assert "not finite" in str(caught.value) or "last good checkpoint is kept" in str(caught.value)
 
 
-def test_g23_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_weights_of_a_checkpoint(
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_weights_of_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     class Gradient(TrainerCallback):
@@ -100,7 +98,7 @@ def test_g23_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_wei
     assert made.state.global_step == 4 and broken_on_disk(tmp_path) == []
 
 
-def test_g23_rows_of_which_nothing_is_trained_stop_the_run(tmp_path: Path) -> None:
+def test_rows_of_which_nothing_is_trained_stop_the_run(tmp_path: Path) -> None:
     for filtered in (True, False):
         out = tmp_path / str(filtered)
         made = trainer(
@@ -125,7 +123,7 @@ def zero_loss(model: Any) -> Any:
     return model
 
 
-def test_g23_a_loss_that_is_stuck_at_zero_stops_the_run(tmp_path: Path) -> None:
+def test_a_loss_that_is_stuck_at_zero_stops_the_run(tmp_path: Path) -> None:
     made = trainer(tmp_path, LoraCheckpoint(), model=zero_loss(peft_model()), max_steps=9)
     with pytest.raises(HealthError, match="the loss was exactly 0.0 in the last 3 logs, up to step 3: .*labels"):
         made.train()

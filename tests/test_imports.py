@@ -51,16 +51,16 @@ def loaded_after(statement: str, watched: tuple[str, ...]) -> list[str]:
     return run(f"{statement}\nimport json, sys\nprint(json.dumps([m for m in {watched!r} if m in sys.modules]))")
 
 
-def test_g25_importing_the_package_is_light() -> None:
+def test_importing_the_package_is_light() -> None:
     assert loaded_after("import phi3_lora_plugin", (*HEAVY, "pydantic", "pluggy", "yaml", "jinja2", "typer")) == []
 
 
-def test_g25_loading_plugins_is_light() -> None:
+def test_loading_plugins_is_light() -> None:
     statement = "from phi3_lora_plugin import hookimpl, load_plugins; assert load_plugins().plugins"
     assert loaded_after(statement, (*HEAVY, "pydantic", "yaml", "jinja2", "rich", "numpy", "email.mime")) == []
 
 
-def test_g25_asking_our_plugin_for_everything_it_registers_is_light() -> None:
+def test_asking_our_plugin_for_everything_it_registers_is_light() -> None:
     statement = (
         "from phi3_lora_plugin import load_plugins; p = load_plugins(strict=True)\n"
         "assert p.pick('models', 'phi3') and p.named('recipes') and p.named('dataset_adapters')"
@@ -68,7 +68,7 @@ def test_g25_asking_our_plugin_for_everything_it_registers_is_light() -> None:
     assert loaded_after(statement, HEAVY) == []
 
 
-def test_g25_discovery_works_where_the_heavy_libraries_cannot_be_imported() -> None:
+def test_discovery_works_where_the_heavy_libraries_cannot_be_imported() -> None:
     program = f"""
 import json, sys
 
@@ -95,7 +95,7 @@ print(json.dumps([names, said]))
 
 
 @pytest.mark.parametrize("module", [f"phi3_lora_plugin{name}" for name in LIGHT])
-def test_g25_light_modules_import_nothing_heavy(module: str) -> None:
+def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert loaded_after(f"import {module}", HEAVY) == []
 
 

@@ -69,7 +69,7 @@ def problems(*arguments: Any, base: Any = None, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("kv", [4, 2], ids=["mha", "gqa"])
-def test_g1_the_preset_adapts_four_modules_in_every_layer(kv: int) -> None:
+def test_the_preset_adapts_four_modules_in_every_layer(kv: int) -> None:
     model = add_lora(tiny.model(num_key_value_heads=kv), "all-linear", 4, 8)
     h, heads, d, f, layers, r = 32, 4, 8, 64, 2, 4
     expected = layers * r * (4 * h + (2 * heads + 2 * kv) * d + 3 * f)
@@ -79,13 +79,13 @@ def test_g1_the_preset_adapts_four_modules_in_every_layer(kv: int) -> None:
     assert sum(row.parameters for row in coverage(model)) == expected
 
 
-def test_g1_a_list_that_matches_half_is_an_error_with_the_phi3_names() -> None:
+def test_a_list_that_matches_half_is_an_error_with_the_phi3_names() -> None:
     message = problems(["wq", "wk", "o_proj", "down_proj"], 4, 8)
     assert "qkv_proj" in message and "gate_up_proj" in message and "'wq'" in message and "'wk'" in message
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "up_proj"]], ids=["fused", "slices"])
-def test_g2_exactly_the_lora_tensors_train_and_the_base_stays(targets: Any) -> None:
+def test_exactly_the_lora_tensors_train_and_the_base_stays(targets: Any) -> None:
     model = add_lora(tiny.model(), targets, 4, 8)
     assert trainable(model) == {name for name, _ in model.named_parameters() if "lora_" in name} != set()
     before, base = {n: p.detach().clone() for n, p in model.named_parameters()}, base_hash(model)
@@ -96,7 +96,7 @@ def test_g2_exactly_the_lora_tensors_train_and_the_base_stays(targets: Any) -> N
     assert base_hash(model) == base
 
 
-def test_g2_a_base_that_slips_into_training_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_slips_into_training_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora import LoraModel
 
     original = LoraModel._mark_only_adapters_as_trainable
@@ -135,7 +135,7 @@ def test_options_reach_peft_by_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_g22_the_saved_config_does_not_depend_on_the_hash_seed(tmp_path: Path, warm: Warm) -> None:
+def test_the_saved_config_does_not_depend_on_the_hash_seed(tmp_path: Path, warm: Warm) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import tiny\n"
         "from phi3_lora_plugin.lora.inject import add_lora\n"
@@ -232,7 +232,7 @@ def four_bit(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_g24_gradients_pass_through_checkpointed_layers(reentrant: bool) -> None:
+def test_gradients_pass_through_checkpointed_layers(reentrant: bool) -> None:
     plain, checkpointed = (add_lora_seeded() for _ in range(2))
     prepare_for_checkpointing(checkpointed)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})

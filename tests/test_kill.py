@@ -121,7 +121,7 @@ def expected(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_g15_killed_at_any_moment_the_last_announced_is_there_and_the_end_is_the_same(
+def test_killed_at_any_moment_the_last_announced_is_there_and_the_end_is_the_same(
     seed: int, background: bool, warm: Warm, expected: Whole, tmp_path: Path
 ) -> None:
     kill_and_resume(warm, tmp_path, expected, background, random.Random(seed))
@@ -189,7 +189,7 @@ DAMAGES: dict[str, Callable[[Path, bytes, random.Random], Any]] = {
 }
 
 
-def test_g16_whatever_happens_to_a_file_the_one_before_is_taken(store: Path) -> None:
+def test_whatever_happens_to_a_file_the_one_before_is_taken(store: Path) -> None:
     newest, before = store / "step-00000002", store / "step-00000001"
     names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
     assert len(names) >= 12

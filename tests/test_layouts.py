@@ -64,7 +64,7 @@ def slices_of(lora: Lora, projection: Projection) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(configs(), st.integers(1, 5), st.sampled_from(["qkv_proj", "gate_up_proj"]), st.booleans())
-def test_g21_fused_to_split_is_exact_block_by_block(cfg, rank, name, rslora):
+def test_fused_to_split_is_exact_block_by_block(cfg, rank, name, rslora):
     layout = projections(cfg)
     projection = whole(name, layout)
     fused = random_lora(projection.path, (projection.out_features, projection.in_features), rank, rslora=rslora)

@@ -103,7 +103,7 @@ def moe(tmp_path_factory) -> Path:
     ],
     ids=lambda options: ",".join(map(str, options)) + str(options.get("init_lora_weights", "")) or "plain",
 )
-def test_g20_our_merge_is_peft_s_tensor_for_tensor(base, tmp_path, options):
+def test_our_merge_is_peft_s_tensor_for_tensor(base, tmp_path, options):
     adapter = train(base, tmp_path / "adapter", **({"target_modules": FUSED} | options))
     report = merge(adapter, base, tmp_path / "out", max_shard="40KB")
     wanted, got = merged_by_peft(base, adapter), load(tmp_path / "out").state_dict()
@@ -125,7 +125,7 @@ def test_g20_our_merge_is_peft_s_tensor_for_tensor(base, tmp_path, options):
     ],
     ids=["attention", "experts", "down-experts", "bias", "bias-lora", "lora-bias"],
 )
-def test_g20_the_mixture_of_experts_too(moe, tmp_path, options):
+def test_the_mixture_of_experts_too(moe, tmp_path, options):
     adapter = train(moe, tmp_path / "adapter", **options)
     stored = set(Weights(moe))
     assert any(name.endswith("block_sparse_moe.experts.3.w3.weight") for name in stored)  # one by one, as published
@@ -154,7 +154,7 @@ def test_our_own_sliced_adapter_merges(base, tmp_path):
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [("bfloat16", "auto"), ("float32", "bfloat16"), ("float32", "float16")])
-def test_g20_sixteen_bits_round_the_float32_sum_once(tmp_path, stored, dtype):
+def test_sixteen_bits_round_the_float32_sum_once(tmp_path, stored, dtype):
     base = tiny.base(tmp_path / "base")
     load(base, getattr(torch, stored)).save_pretrained(base)
     adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
@@ -200,7 +200,7 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_g11_g3_the_folder_is_complete_asks_for_no_code_and_stops(tmp_path):
+def test_the_folder_is_complete_asks_for_no_code_and_stops(tmp_path):
     base = tiny.base(tmp_path / "base")
     for name in ("config.json", "tokenizer_config.json"):
         settings = json.loads((base / name).read_text())

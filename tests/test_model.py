@@ -25,7 +25,7 @@ def edit(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_g3_generation_stops_at_end_of_turn_and_pads_with_something_else(tmp_path: Path) -> None:
+def test_generation_stops_at_end_of_turn_and_pads_with_something_else(tmp_path: Path) -> None:
     model = load_model(tiny.base(tmp_path / "base"))
     tokenizer = load_tokenizer(tmp_path / "base")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -41,7 +41,7 @@ def test_g3_generation_stops_at_end_of_turn_and_pads_with_something_else(tmp_pat
 @pytest.mark.parametrize(
     "name", ["phi-3-mini-4k-instruct", "phi-3-mini-128k-instruct-apr2024", "phi-3-medium-4k-instruct"]
 )
-def test_g3_real_tokenizers_on_a_tiny_model(shared_data: Path, tmp_path: Path, name: str) -> None:
+def test_real_tokenizers_on_a_tiny_model(shared_data: Path, tmp_path: Path, name: str) -> None:
     tiny.model(vocab_size=32064, eos_token_id=32000, pad_token_id=32000).save_pretrained(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(shared_data / "tokenizers" / name / file, tmp_path)
@@ -54,7 +54,7 @@ def test_g3_real_tokenizers_on_a_tiny_model(shared_data: Path, tmp_path: Path, n
     assert published.use_cache is not False  # off is for training, and would make every host generate slowly
 
 
-def test_g11_loading_never_executes_code_and_saves_no_auto_map(tmp_path: Path) -> None:
+def test_loading_never_executes_code_and_saves_no_auto_map(tmp_path: Path) -> None:
     folder = edit(
         tiny.base(tmp_path / "base"),
         auto_map={"AutoConfig": "modeling_phi3.Evil", "AutoModelForCausalLM": "modeling_phi3.Evil"},
@@ -67,7 +67,7 @@ def test_g11_loading_never_executes_code_and_saves_no_auto_map(tmp_path: Path) -
     assert not any("auto_map" in path.read_text() for path in (tmp_path / "saved").glob("*.json"))
 
 
-def test_g12_a_model_with_su_gives_the_logits_of_longrope(tmp_path: Path) -> None:
+def test_a_model_with_su_gives_the_logits_of_longrope(tmp_path: Path) -> None:
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
     reference = tiny.model(max_position_embeddings=256, original_max_position_embeddings=32, rope_parameters=rope)

@@ -130,7 +130,7 @@ def test_what_experts_cannot_have_is_refused(options: dict[str, Any], words: str
     assert words in str(caught.value)
 
 
-def test_g24_the_router_is_never_adapted() -> None:
+def test_the_router_is_never_adapted() -> None:
     for targets in (["router"], r".*\.router", r".*mlp.*"):
         with pytest.raises(TargetError, match="names the router of the experts"):
             build(targets)

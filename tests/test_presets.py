@@ -324,7 +324,7 @@ def test_a_preset_fits_the_schema_and_a_spoilt_one_does_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_g24_a_preset_makes_the_real_arguments_without_a_deprecation(name: str, tmp_path: Path) -> None:
+def test_a_preset_makes_the_real_arguments_without_a_deprecation(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, [f"output_dir={tmp_path}", *DEVICES.get(name, ())])
 
     with warnings.catch_warnings():
@@ -382,7 +382,7 @@ def tiny_base(path: str) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_g24_a_preset_trains_a_tiny_model_of_its_family(name: str, tmp_path: Path) -> None:
+def test_a_preset_trains_a_tiny_model_of_its_family(name: str, tmp_path: Path) -> None:
     overrides = [
         f"output_dir={tmp_path}",
         "model.device=cpu",

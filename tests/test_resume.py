@@ -363,7 +363,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_g16_torn_checkpoints_are_passed_over_and_named(how: str, tmp_path: Path) -> None:
+def test_torn_checkpoints_are_passed_over_and_named(how: str, tmp_path: Path) -> None:
     def build(out: Path) -> Trainer:
         return trainer(out, LoraCheckpoint(every_steps=1, keep_last=3), max_steps=5)
 
@@ -480,7 +480,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("what", DRIFT)
-def test_g18_other_settings_are_refused_before_the_first_step(what: str, broken: Path) -> None:
+def test_other_settings_are_refused_before_the_first_step(what: str, broken: Path) -> None:
     changes, fields = DRIFT[what]
     made, steps = build_with(broken, **changes()), Steps()
     made.add_callback(steps)
@@ -494,7 +494,7 @@ def test_g18_other_settings_are_refused_before_the_first_step(what: str, broken:
     assert steps.begun == 0 and same(trained(made.model), before)
 
 
-def test_g18_the_callback_itself_refuses_what_a_script_resumes_by_hand(broken: Path, tmp_path: Path) -> None:
+def test_the_callback_itself_refuses_what_a_script_resumes_by_hand(broken: Path, tmp_path: Path) -> None:
     made, steps = build_with(broken, lora={"lora_alpha": 64}), Steps()
     made.add_callback(steps)
     good = build_with(broken)

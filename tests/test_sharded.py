@@ -351,13 +351,13 @@ def test_what_one_rank_refuses_stops_both_before_the_first_step(ranks: Ranks) ->
     assert second["error"] == f"CheckpointError: the first process stopped: {first['error']}"
 
 
-def test_g23_what_is_sick_on_one_rank_stops_both(ranks: Ranks) -> None:
+def test_what_is_sick_on_one_rank_stops_both(ranks: Ranks) -> None:
     folder, found = ranks
     assert found["sick"] == [{"step": 3}, {"step": 3}]
     assert latest_complete(folder / "sick").name == "step-00000002"
 
 
-def test_g14_shards_are_gathered_tensor_for_tensor_and_one_rank_keeps_them(
+def test_shards_are_gathered_tensor_for_tensor_and_one_rank_keeps_them(
     ranks: Ranks,
 ) -> None:
     first, second = ranks[1]["fsdp"]
@@ -389,7 +389,7 @@ def test_a_sharded_run_saves_each_step_and_says_by_absence_that_it_cannot_be_res
     assert same(load_file(path / WEIGHTS), gathered)
 
 
-def test_g23_a_number_that_one_rank_alone_has_stops_both(ranks: Ranks) -> None:
+def test_a_number_that_one_rank_alone_has_stops_both(ranks: Ranks) -> None:
     folder, found = ranks
     first, second = found["fsdp_callback"]
     assert first["sick"] == second["sick"] == 3
@@ -398,7 +398,7 @@ def test_g23_a_number_that_one_rank_alone_has_stops_both(ranks: Ranks) -> None:
     assert latest_complete(folder / "fsdp-sick").name == "step-00000002"
 
 
-def test_g14_the_flat_vectors_of_the_older_fsdp_are_taken_apart(ranks: Ranks) -> None:
+def test_the_flat_vectors_of_the_older_fsdp_are_taken_apart(ranks: Ranks) -> None:
     first, second = ranks[1]["fsdp1"]
     before = digest(dict(take(peft_model(dropout=0.0)).tensors))
     assert first[:2] == [before, before] and second[:3] == [None] * 3
@@ -438,7 +438,7 @@ def zero(place: str, stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_g14_zero_is_gathered_and_learns_what_one_process_learns(stage: str, tmp_path: Path, warm: Warm) -> None:
+def test_zero_is_gathered_and_learns_what_one_process_learns(stage: str, tmp_path: Path, warm: Warm) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     folder, found = launch(warm, tmp_path / "ranks", zero, stage, DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     assert found["engine"] == ["DeepSpeedEngine"] * 2 and found["cut"] == [stage == "3"] * 2
@@ -487,7 +487,7 @@ MUTANTS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("what", MUTANTS)
-def test_g14_mutants_are_refused_by_name(what: str) -> None:
+def test_mutants_are_refused_by_name(what: str) -> None:
     model = peft_model()
     mutate, said = MUTANTS[what]
     mutate(model)
@@ -497,7 +497,7 @@ def test_g14_mutants_are_refused_by_name(what: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
-def test_g14_names_that_wrappers_leave_are_refused(prefix: str) -> None:
+def test_names_that_wrappers_leave_are_refused(prefix: str) -> None:
     model = peft_model()
     state = lora_state_dict(model)
     expected = expected_shapes(model, "default", list(state))
@@ -511,7 +511,7 @@ def test_g14_names_that_wrappers_leave_are_refused(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("layers", ["whole", "each"])
-def test_g14_wrapped_models_are_saved_by_their_own_names(layers: str) -> None:
+def test_wrapped_models_are_saved_by_their_own_names(layers: str) -> None:
     model = peft_model()
     want = take(model)
     wrapped = copy.deepcopy(model)

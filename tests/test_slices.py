@@ -287,7 +287,7 @@ def test_loading_the_adapter_into_the_model_keeps_it_sliced(tmp_path: Path) -> N
     assert not off_block(model).any()
 
 
-def test_g17_a_trainer_that_resumes_ends_where_one_without_a_break_does(tmp_path: Path) -> None:
+def test_a_trainer_that_resumes_ends_where_one_without_a_break_does(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     data = [{"input_ids": row, "labels": row} for ids in batches(4) for row in ids]

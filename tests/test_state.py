@@ -289,7 +289,7 @@ def test_slices_are_plain_peft_and_refuse_what_lies_between_them() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["model.", "base_model.", "net.", "base_model.model.model.model.", "module.base."])
-def test_g19_a_wrong_prefix_is_an_error_that_names_both_sides(prefix: str) -> None:
+def test_a_wrong_prefix_is_an_error_that_names_both_sides(prefix: str) -> None:
     model = peft_model()
     before = copy.deepcopy(lora_state_dict(model))
     state = {prefix + "layer." + name: tensor for name, tensor in lora_state_dict(peft_model(seed=1)).items()}
@@ -301,7 +301,7 @@ def test_g19_a_wrong_prefix_is_an_error_that_names_both_sides(prefix: str) -> No
     assert _equal(lora_state_dict(model), before)
 
 
-def test_g19_one_missing_one_unexpected_one_misshapen_one_nan_are_all_named_at_once() -> None:
+def test_one_missing_one_unexpected_one_misshapen_one_nan_are_all_named_at_once() -> None:
     model, source = peft_model(), peft_model(seed=1)
     state = {name: tensor.clone() for name, tensor in lora_state_dict(source).items()}
     names = list(state)
@@ -315,7 +315,7 @@ def test_g19_one_missing_one_unexpected_one_misshapen_one_nan_are_all_named_at_o
         assert __import__("re").search(part, str(caught.value)), part
 
 
-def test_g19_a_good_file_is_reproduced_exactly(tmp_path: Path) -> None:
+def test_a_good_file_is_reproduced_exactly(tmp_path: Path) -> None:
     source = peft_model()
     source.save_pretrained(tmp_path, save_embedding_layers=False)
     from safetensors.torch import load_file
@@ -326,9 +326,7 @@ def test_g19_a_good_file_is_reproduced_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_g19_the_base_s_own_weight_that_peft_writes_beside_an_embedding_is_compared(
-    target: str, tmp_path: Path
-) -> None:
+def test_the_base_s_own_weight_that_peft_writes_beside_an_embedding_is_compared(target: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     def adapted(seed: int) -> PeftModel:

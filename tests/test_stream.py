@@ -72,7 +72,7 @@ def test_other_formats_foreign_columns_and_adapters(tmp_path: Path) -> None:
     assert list(encode_dataset(stream(file), TOKENIZER, adapter)) == want
 
 
-def test_g9_malformed_rows_are_named_by_their_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_rows_are_named_by_their_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows: list[Any] = [chat(f"q {n}") for n in range(30)]
     rows[11] = chat("<|end|>")
     rows[17]["messages"][1]["content"] = None

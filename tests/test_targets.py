@@ -44,7 +44,7 @@ def problems(targets: Any, config: dict[str, Any] = MINI, **options: Any) -> str
     [(MINI, 25_165_824), (MEDIUM, 55_705_600), (PHI4_MINI, 23_068_672)],
     ids=["mini", "medium", "4-mini"],
 )
-def test_g1_all_linear_is_four_projections_in_every_layer(config: dict[str, Any], expected: int) -> None:
+def test_all_linear_is_four_projections_in_every_layer(config: dict[str, Any], expected: int) -> None:
     for targets in ("all-linear", FUSED, r".*\.(qkv_proj|o_proj|gate_up_proj|down_proj)", r"model\.layers\.\d+\..*"):
         found = plan(targets, config)
         layers = config["num_hidden_layers"]
@@ -115,13 +115,13 @@ def test_a_pattern_that_fits_the_end_of_a_fused_name_is_unclear() -> None:
         (r".*", ["LoRA on lm_head is refused", "LoRA on embed_tokens is refused"]),
     ],
 )  # fmt: skip
-def test_g1_what_matches_nothing_or_not_everywhere_is_an_error(targets: Any, words: list[str]) -> None:
+def test_what_matches_nothing_or_not_everywhere_is_an_error(targets: Any, words: list[str]) -> None:
     message = problems(targets)
     for word in [*words, "self_attn.qkv_proj (= q_proj, k_proj, v_proj)", "mlp.gate_up_proj (= gate_proj, up_proj)"]:
         assert word in message
 
 
-def test_g1_all_bad_targets_are_named_at_once() -> None:
+def test_all_bad_targets_are_named_at_once() -> None:
     with pytest.raises(TargetError) as caught:
         plan(["wq", "o_proj", "lm_head", "fc1"], r=0, alpha=-1, layers_to_transform=[0, 32, -1])
     assert len(caught.value.problems) == 6
@@ -214,7 +214,7 @@ def test_phimoe_attention_is_by_name_and_experts_are_parameters() -> None:
     assert few.target_parameters == ["model.layers.3.mlp.experts.down_proj", "model.layers.3.mlp.experts.gate_up_proj"]
 
 
-def test_g24_the_router_of_the_experts_is_never_adapted() -> None:
+def test_the_router_of_the_experts_is_never_adapted() -> None:
     for targets in ("router", "mlp.router", r".*router", r".*\.mlp\..*"):
         assert "names the router of the experts" in problems(targets, MOE)
     assert not any("router" in target.module for target in plan(["all-linear", "experts"], MOE).targets)

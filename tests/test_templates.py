@@ -47,7 +47,7 @@ conversations = st.lists(message, min_size=1, max_size=8)
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conversation=conversations, prompt=st.booleans())
-def test_g6_training_template_is_byte_identical(
+def test_training_template_is_byte_identical(
     shared_data: Path, name: str, conversation: list[dict[str, str]], prompt: bool
 ) -> None:
     published = (shared_data / "chat_templates" / f"{FILES[name]}.jinja").read_text()
@@ -55,7 +55,7 @@ def test_g6_training_template_is_byte_identical(
         assert render(ours, [conversation], TOKENS, prompt) == render(published, [conversation], TOKENS, prompt)
 
 
-def test_g6_expected_renders(shared_data: Path) -> None:
+def test_expected_renders(shared_data: Path) -> None:
     rows = json.loads((shared_data / "chat_templates" / "expected_renders.json").read_text())
     rows = [row for row in rows if row.get("hf_jinja_equals_expected")]
     by_stem = {stem: name for name, stem in FILES.items()}
@@ -75,7 +75,7 @@ def test_g6_expected_renders(shared_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_g6_published_templates_are_recognised_in_whatever_cosmetics(shared_data: Path) -> None:
+def test_published_templates_are_recognised_in_whatever_cosmetics(shared_data: Path) -> None:
     tokenizer = tiny.tokenizer()
     for name, stem in FILES.items():
         published = (shared_data / "chat_templates" / f"{stem}.jinja").read_text()
@@ -91,14 +91,14 @@ def test_g6_published_templates_are_recognised_in_whatever_cosmetics(shared_data
 @pytest.mark.parametrize(
     "edit", [lambda text: text + " ", lambda text: text.replace("user", "human"), lambda text: "x"]
 )
-def test_g6_an_edited_template_is_an_error_that_says_how_to_opt_in(edit) -> None:  # type: ignore[no-untyped-def]
+def test_an_edited_template_is_an_error_that_says_how_to_opt_in(edit) -> None:  # type: ignore[no-untyped-def]
     tokenizer = tiny.tokenizer(template=edit(tiny.MINI_4K_TEMPLATE))
     with pytest.raises(TemplateError, match="data.template="):
         template_for(tokenizer)
     assert template_for(tokenizer, "phi-3.5-mini").name == "phi-3.5-mini"
 
 
-def test_g6_an_edit_that_only_trims_white_space_is_seen() -> None:
+def test_an_edit_that_only_trims_white_space_is_seen() -> None:
     trimmed = tiny.MINI_4K_TEMPLATE.replace("message['content']", "message['content'] | trim")
     with pytest.raises(TemplateError, match="nearest"):
         template_for(tiny.tokenizer(template=trimmed))
@@ -108,7 +108,7 @@ INSTRUCTIONS = "<|user|>\nYou're \\Phi 日🙂 {Thought}\n<think><|end|>\n"
 
 
 @pytest.mark.parametrize("system", ["in its place", "nowhere", "for all"])
-def test_g6_a_known_template_behind_a_preamble_keeps_it(system: str) -> None:
+def test_a_known_template_behind_a_preamble_keeps_it(system: str) -> None:
     """Phi-4-reasoning's is Phi-4's behind instructions; copies of it differ in what they make of a system turn."""
     branch = "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif "
     assert branch in tiny.MINI_4K_TEMPLATE
@@ -135,7 +135,7 @@ def test_g6_a_known_template_behind_a_preamble_keeps_it(system: str) -> None:
             encode(chats[2], tokenizer)
 
 
-def test_g6_what_changes_from_chat_to_chat_is_no_preamble() -> None:
+def test_what_changes_from_chat_to_chat_is_no_preamble() -> None:
     for lead in ("{{ messages | length }}", "{{ bos_token }}", "{{ messages[0]['role'] }}"):
         with pytest.raises(TemplateError, match="nearest"):
             template_for(tiny.tokenizer(template=lead + tiny.MINI_4K_TEMPLATE))

@@ -37,7 +37,7 @@ def ids(tokenizer: object) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_g3_real_pad_and_stop_tokens(shared_data: Path, tmp_path: Path, name: str) -> None:
+def test_real_pad_and_stop_tokens(shared_data: Path, tmp_path: Path, name: str) -> None:
     tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
     for one in (tokenizer, _again(tokenizer, tmp_path)):
         assert one.pad_token_id == 0 and len(one) == 32011 and one.padding_side == "right"
@@ -45,7 +45,7 @@ def test_g3_real_pad_and_stop_tokens(shared_data: Path, tmp_path: Path, name: st
         assert stop_token_ids(one, [32000, 32001, 32007]) == [32000, 32001, 32007]
 
 
-def test_g3_pad_never_stops_and_the_vocabulary_never_grows(tmp_path: Path) -> None:
+def test_pad_never_stops_and_the_vocabulary_never_grows(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     before = len(AutoTokenizer.from_pretrained(folder))
     tokenizer = load_tokenizer(folder)
@@ -56,9 +56,7 @@ def test_g3_pad_never_stops_and_the_vocabulary_never_grows(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["phi-4-base", "phi-4-mini", "phi-4-mini-reasoning"])
-def test_g3_members_without_an_unknown_token_pad_with_a_reserved_one(
-    shared_data: Path, tmp_path: Path, name: str
-) -> None:
+def test_members_without_an_unknown_token_pad_with_a_reserved_one(shared_data: Path, tmp_path: Path, name: str) -> None:
     """Their vocabularies are not here; their control tokens on a small vocabulary decide the same."""
     config = json.loads((shared_data / "tokenizers" / name / "tokenizer_config.json").read_text())
     backend = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
@@ -91,7 +89,7 @@ def test_a_vocabulary_whose_every_token_stops_cannot_be_padded(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_g7_published_vectors(shared_data: Path, tmp_path: Path, name: str) -> None:
+def test_published_vectors(shared_data: Path, tmp_path: Path, name: str) -> None:
     flag = "phi3_128k_apr2024_tokenizer_json_equal" if "128k" in name else "phi3_tokenizer_json_equal"
     rows = json.loads((shared_data / "tokenizers" / "phi-3-vectors.json").read_text())
     if "medium" in name:
@@ -151,7 +149,7 @@ def test_saved_truncation_and_padding_are_reset(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(saved(tmp_path / "clean")))
 
 
-def test_g11_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:
+def test_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     save_tokenizer(load_tokenizer(folder), tmp_path / "saved")

@@ -121,7 +121,7 @@ def test_sixteen_bits_are_no_reason_to_doubt_an_adapter(how: str, place: Path, t
         assert result.reload_difference < 1e-3
 
 
-def test_g2_only_lora_moves_whatever_the_speed(place: Path, tmp_path: Path) -> None:
+def test_only_lora_moves_whatever_the_speed(place: Path, tmp_path: Path) -> None:
     """Fast paths on and off, packed and not, end in the same losses; the base is the same bytes afterwards."""
     before = (place / "base" / "model.safetensors").read_bytes()
     fast = train(recipe(place, tmp_path / "fast"), check=False)

@@ -246,7 +246,7 @@ def test_the_recipe_wins_over_defaults_and_the_caller_over_both() -> None:
     assert arguments("model.dtype=bfloat16", "training.bf16=false").bf16 is False
 
 
-def test_g24_checkpointing_is_not_reentrant_under_either_name() -> None:
+def test_checkpointing_is_not_reentrant_under_either_name() -> None:
     name = "activation_checkpointing" if "activation_checkpointing" in installed_fields() else "gradient_checkpointing"
     for given in ("gradient_checkpointing", "activation_checkpointing"):
         args = arguments(f"training.{given}=true")
@@ -258,7 +258,7 @@ def test_g24_checkpointing_is_not_reentrant_under_either_name() -> None:
     assert getattr(kept, f"{name}_kwargs") == {"use_reentrant": True}
 
 
-def test_g24_checkpointing_yields_gradients_and_labels_an_evaluation_loss(tmp_path: Path) -> None:
+def test_checkpointing_yields_gradients_and_labels_an_evaluation_loss(tmp_path: Path) -> None:
     given = recipe("training.gradient_checkpointing=true", "training.max_steps=4", f"output_dir={tmp_path}")
     model = add_lora(tiny.model(), **lora_options(given))
     row = {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]}

@@ -284,7 +284,7 @@ def _warn_of_nothing_to_do(model: Any, options: Mapping[str, Any]) -> None:
 
 
 def _check(model: Any, plan: TargetPlan, options: Mapping[str, Any]) -> None:
-    """G1 and G2 on the finished model: LoRA where the plan says, with its scaling, and nothing else trained unasked."""
+    """Check the finished model: LoRA exactly where the plan puts it, with its scaling, and nothing else trained."""
     from phi3_lora_plugin.lora import methods
 
     layers = adapted_modules(model)
