@@ -18,6 +18,7 @@ from phi3_lora_plugin.store.layout import Entry, entries, stores_in, torn
 from phi3_lora_plugin.store.manifest import MANIFEST, RESUME, check_folder, read_manifest
 from phi3_lora_plugin.store.run import end_left_over
 from phi3_lora_plugin.training.run_facts import refuse_drift, run_facts
+from phi3_lora_plugin.training.settings_facts import LENGTH
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -91,8 +92,9 @@ def resumable(
     rows = getattr(loader, "dataset", None)
     now = run_facts(trainer.args, trainer.model, tokenizer, rows, adapter, trainer.optimizer)
     changed = refuse_drift(entry.path, entry.manifest, now, allow_drift)
-    for callback in ours:
-        callback.allow_drift = (*callback.allow_drift, *allow_drift)
+    ended = _is_over(trainer.args, loader, entry.step)
+    for callback in ours:  # which compare too, and see a length of nothing where the run has ended
+        callback.allow_drift = (*callback.allow_drift, *allow_drift, *(LENGTH if ended else ()))
     say(f"resuming from {entry.path}, step {entry.step}")
     for name, (was, value) in changed.items():
         say(f"{name}: {was!r} in the checkpoint; {value!r} from step {entry.step + 1} on")
@@ -101,7 +103,7 @@ def resumable(
             for file in source.iterdir():
                 if file.is_file() and file.name != MANIFEST:
                     _link(file, Path(together, file.name))
-        over = _over(trainer) if _is_over(trainer.args, loader, entry.step) else nullcontext()
+        over = _over(trainer) if ended else nullcontext()
         new = any(name.startswith(("training.", "optimizer.")) for name in changed)
         with _counting_epochs_on(), over, _with_new_settings(trainer) if new else nullcontext():
             yield together
