@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,18 @@ def test_what_does_not_matter_is_said_to_or_harmless() -> None:
     assert (
         read({"messages": [USER, SAID | {"lossy": 1, "id": 3, "mask": None}], "score_chosen": 8, "images": []}) == CHAT
     )
+
+
+def test_what_a_tool_takes_says_nothing_of_learning() -> None:
+    tools = [{"name": "f", "parameters": {"properties": {"weight": {"type": "number"}, "labels": {}, "image": {}}}}]
+    call = SAID | {"content": None, "tool_calls": [{"name": "f", "arguments": {"weight": 3, "train": False}}]}
+    for column in ("tools", "functions"):
+        row = {"messages": [USER, call], column: tools}
+        unused: Counter[str] = Counter()
+        assert adapted(ADAPTERS["messages"], row, "messages", unused)[2]["calls"][0]["arguments"]["weight"] == 3
+        assert not unused
+    row = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go", "tools": tools}
+    assert refuse_decisive(unread_values(row, COLUMNS)) == [] and preference(row).chosen[0]["tools"]
 
 
 def test_pieces_of_an_answer_are_learned_and_others_are_not() -> None:

@@ -17,7 +17,7 @@ MESSAGE_KEYS = ("role", "content", "from", "value")
 
 # Columns that hold messages, or may.
 _LISTS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "chosen_messages",
-          "rejected_messages")  # fmt: skip
+          "rejected_messages", "preferred_output", "non_preferred_output")  # fmt: skip
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str], ignore: Collection[str] = ()) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def unread_values(row: Mapping[str, Any], known: Collection[str]) -> Iterator[tu
             yield column, value
         elif column == "label" and value is not None and label_of(row) is None:
             yield column, value
-        elif isinstance(value, list) and column not in ("segments", "conversation"):
+        elif isinstance(value, list) and column in _LISTS and column != "conversation":
             for item in value:
                 if isinstance(item, Mapping):
                     for key, inner in item.items():
