@@ -157,7 +157,7 @@ def test_bad_factors_name_field_found_and_expected(change: dict[str, object], sa
 
 
 def test_settings_that_are_none_are_an_error() -> None:
-    with pytest.raises(RopeError, match="'su' is no mapping of settings"):
+    with pytest.raises(RopeError, match="'su' is not a mapping of settings"):
         recognise(MINI | {"rope_scaling": "su", "max_position_embeddings": 131072})
     assert recognise(MINI | longrope() | {"rope_scaling": {"type": "su", "long_factor": "x"}}).name == "phi-3-mini-128k"
 

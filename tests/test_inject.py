@@ -261,7 +261,7 @@ def test_a_model_with_an_adapter_is_refused() -> None:
 def test_every_problem_is_told_at_once() -> None:
     message = problems(["qkv_prj"], 0, 8, dropout=2, use_dorra=True, lora_alpha=3, bias="some", modules_to_save=["nrm"])
     for words in ("'qkv_prj' matches no module", "r: expected", "use_dorra: unknown option; did you mean 'use_dora'?",
-                  "lora_alpha: say it by add_lora's own arguments", "bias: expected 'none'"):  # fmt: skip
+                  "lora_alpha: use add_lora's own arguments", "bias: expected 'none'"):  # fmt: skip
         assert words in message
     message = problems("all-linear", 4, 8, dropout=1, modules_to_save=["nrm"], trainable_token_indices=[512])
     assert "dropout: expected a number from 0" in message

@@ -224,7 +224,7 @@ def test_phimoe_is_told_apart_from_the_fused_vocabulary() -> None:
     message = problems(["qkv_proj", "gate_up_proj", "w1"], MOE)
     assert "attention is not fused here: q_proj, k_proj, v_proj" in message
     assert message.count("the MLP is a mixture of experts here") == 2
-    assert "is no stack of expert weights" in problems("all-linear", target_parameters=["mlp.experts.down_proj"])
+    assert "is not a stack of expert weights" in problems("all-linear", target_parameters=["mlp.experts.down_proj"])
 
 
 def test_a_model_and_a_config_object_will_do() -> None:

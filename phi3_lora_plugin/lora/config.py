@@ -54,7 +54,7 @@ def base_of(model: Any) -> tuple[str | None, str | None]:
 
 
 def loralib_sidecar(model: nn.Module) -> dict[str, Any]:
-    """What loralib's file does not say: kind, rank, alpha and enabled groups of each layer."""
+    """What loralib's file does not store: kind, rank, alpha and enabled groups of each layer."""
     modules: dict[str, dict[str, Any]] = {}
     for path, layer in model.named_modules():
         if "lora_A" not in dict(layer.named_parameters(recurse=False)) or not hasattr(layer, "lora_alpha"):

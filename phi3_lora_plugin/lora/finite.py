@@ -11,11 +11,11 @@ from phi3_lora_plugin.wording import listed
 def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None) -> str | None:
     """The names of trained parameters that are not finite, in a sentence; None if all are. One pass over them.
 
-    Collective where they are sharded: a value that one process has stops all of them.
+    Collective where they are sharded: a bad value in one process stops all of them.
 
     Args:
-        parameters: `named_parameters` of the model as far as they can be trained, for who asks in every step: walking
-            32 layers takes longer than looking at what was trained.
+        parameters: the trainable ones of the model's `named_parameters`, for callers that check every step: walking 32
+            layers takes longer than checking what was trained.
     """
     import torch
 
@@ -62,7 +62,7 @@ def _norms(tensors: Sequence[Any]) -> Sequence[Any]:
 
 
 def _agreed(sick: bool, shard: Any) -> bool:
-    """Whether any process is sick, of those that have a part of `shard`; of replicas each knows by itself."""
+    """Whether any process that has a part of `shard` found bad values; each replica checks for itself."""
     import torch
 
     place = shard.device_mesh.device_type if hasattr(shard, "device_mesh") else shard.device

@@ -31,7 +31,7 @@ def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str
     """The named tensors of `inner`, whole. Collective if anything is sharded.
 
     Args:
-        model: with the wrappers that it has, of which `inner` is the `unwrapped`.
+        model: with its wrappers; `inner` is the model inside them (see `unwrapped`).
     """
     if is_flattened(model):
         return _gather_flattened(model, names)
@@ -75,7 +75,7 @@ def plain_parameters(inner: nn.Module, names: Sequence[str]) -> dict[str, Any] |
 
 
 def _owners(inner: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Name of a tensor -> the module that it lies in."""
+    """Name of a tensor -> the module that it is in."""
     modules = dict(inner.named_modules())
     return {name: modules[name.rpartition(".")[0]] for name in names}
 

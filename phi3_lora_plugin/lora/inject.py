@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_PLACED = ("target_modules", "r", "lora_alpha", "lora_dropout")  # said by add_lora's own arguments
+_PLACED = ("target_modules", "r", "lora_alpha", "lora_dropout")  # set by add_lora's own arguments
 _RESOLVED = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "target_parameters")
 _SPENT = ("layers_pattern",)  # PEFT's name for the list of layers, which is always `layers` here
 _OURS = ("autocast_adapter_dtype", "revision", "data")
@@ -33,7 +33,7 @@ _BESIDE_THE_POINT = (
 
 
 class InjectionError(Phi3LoraError, RuntimeError):
-    """After injection, the model does not train what the plan says; nothing has been trained yet."""
+    """After injection, the model would not train what was planned; nothing has been trained yet."""
 
 
 def add_lora(
@@ -60,7 +60,7 @@ def add_lora(
     Raises:
         TargetError: with everything that is wrong with the targets and options, before the model is touched.
         UnsupportedModel: not a model of the Phi family.
-        InjectionError: PEFT built something else than planned.
+        InjectionError: PEFT built something different from the plan.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -71,7 +71,7 @@ def add_lora(
     init = options.get("init_lora_weights", True)
     init = True if init == "default" else init
     if hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_parameters()):
-        problems.append("the model already has an adapter; start from the base, or load the adapter to go on with it")
+        problems.append("the model already has an adapter; start from the base, or load the adapter to resume")
         raise TargetError(problems)
     try:
         plan = resolve_targets(
@@ -137,7 +137,7 @@ def prepare_for_loss_scaling(model: PreTrainedModel | PeftModel) -> None:
 def _config_fields(
     model: PreTrainedModel, plan: TargetPlan, dropout: float, init: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of `peft.LoraConfig`; only those that say something, so that older versions take them too."""
+    """The arguments of `peft.LoraConfig`; only those that are needed, so that older versions accept them too."""
     from phi3_lora_plugin.lora import methods
 
     used = (*_RESOLVED, *_SPENT, *_OURS)
@@ -165,7 +165,7 @@ def _option_problems(options: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in options:
         if name in _PLACED:
-            problems.append(f"{name}: say it by add_lora's own arguments targets, r, alpha and dropout")
+            problems.append(f"{name}: use add_lora's own arguments targets, r, alpha and dropout")
         elif name not in names and name not in _OURS:
             guess = nearest(name, [*names, *_OURS], "; peft.LoraConfig has none such")
             problems.append(f"{name}: unknown option{guess}")
@@ -189,7 +189,7 @@ def _misfits(
     for target in plan.targets:
         owner, _, name = target.module.rpartition(".")
         if (target.module not in modules) if not target.experts else (not hasattr(modules.get(owner), name)):
-            problems.append(f"{target.module} is not in this model: it is built differently from what its config says")
+            problems.append(f"{target.module} is not in this model: its modules differ from its config")
             break
     variants = [
         name
@@ -232,8 +232,8 @@ def _save_problems(model: Any, plan: TargetPlan, options: Mapping[str, Any], mod
             problems.append(f"modules_to_save: {name!r} is the router of the experts, which is never trained here")
         elif _tied(model) and name in ("lm_head", "embed_tokens") and not options.get("ensure_weight_tying"):
             problems.append(
-                f"modules_to_save: {name!r} shares its weight (tie_word_embeddings), and a trained copy would part "
-                "from the other; set ensure_weight_tying, or train single tokens by trainable_token_indices"
+                f"modules_to_save: {name!r} shares its weight (tie_word_embeddings), and a trained copy would "
+                "differ from the other; set ensure_weight_tying, or train single tokens by trainable_token_indices"
             )
     return problems
 
@@ -292,8 +292,8 @@ def _check(model: Any, plan: TargetPlan, options: Mapping[str, Any]) -> None:
     planned = {target.module: target for target in plan.targets}
     problems = []
     if methods.eva_rho(options) == 1:  # else EVA was told to move rank between layers, and the ranks are its own
-        problems += [f"{path} has LoRA unasked" for path in sorted(layers.keys() - planned.keys())]
-        problems += [f"{path} has no LoRA" for path in sorted(planned.keys() - layers.keys())]
+        problems += [f"{path} has LoRA but is not in the plan" for path in sorted(layers.keys() - planned.keys())]
+        problems += [f"{path} is planned but has no LoRA" for path in sorted(planned.keys() - layers.keys())]
         for path in sorted(layers.keys() & planned.keys()):
             rank, scaling = layers[path].r["default"], layers[path].scaling["default"]
             want = planned[path].alpha / (planned[path].rank ** (0.5 if plan.rslora else 1))
@@ -307,8 +307,8 @@ def _check(model: Any, plan: TargetPlan, options: Mapping[str, Any]) -> None:
             or (config.bias != "none" and name.endswith("bias"))
         )  # fmt: skip
         if parameter.requires_grad and "lora_" not in name and not extra:
-            problems.append(f"{name} would be trained, and nobody asked for it")
+            problems.append(f"{name} would be trained but is not in the plan")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         problems.append("nothing would be trained")
     if problems:
-        raise InjectionError("PEFT built something else than planned:\n" + "\n".join(problems))
+        raise InjectionError("PEFT built something different from the plan:\n" + "\n".join(problems))

@@ -1,4 +1,4 @@
-"""Which tensors of a model are its adapter, where they lie, of what shape: asked once, used at each save."""
+"""Which tensors of a model are its adapter, where they are, and their shapes: read once, used at each save."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Inventory:
         asked: the adapter that was asked for.
         adapter: the one that was found; None in a model of loralib's layers.
         names: of the tensors, in the model's order.
-        parameters: the same without wrappers -> parameter, where nobody has a say in how its layer is saved.
+        parameters: the same without wrappers -> parameter, where no hook changes how its layer is saved.
         shapes: what each tensor has to have, by its name in PEFT's files; of loralib's layers by that without wrappers.
-        second_names: what a tied embedding or head that is trained in full is called besides -> the name under which it
-            is found, both as in PEFT's files. A model names one parameter once; PEFT looks for both names.
+        second_names: the other name of a tied embedding or head that is trained in full -> the name that the model
+            gives it, both as in PEFT's files. A model names one parameter once; PEFT looks for both names.
         parts: what the model was made of; None where it may be sharded, and nothing is remembered.
     """
 
@@ -44,7 +44,7 @@ def inventory_of(model: nn.Module, adapter: str | None = None, known: Inventory 
 
     Args:
         adapter: of a PEFT model, which one; the one that is trained if not given.
-        known: an earlier answer, which is the answer if nothing has come, gone or been replaced since.
+        known: an earlier result, returned if nothing was added, removed or replaced since.
 
     Raises:
         StateError: several adapters are trained, or there is none of this name.
@@ -99,7 +99,7 @@ def expected_shapes(model: nn.Module, adapter: str | None, names: Sequence[str])
 
 
 def _layer_shapes(layer: Any, adapter: str | None) -> dict[str, tuple[int, ...]]:
-    """Parameter of a LoRA layer -> shape, of the kinds whose sizes say it: PEFT's Linear and Embedding, loralib's."""
+    """Parameter of a LoRA layer -> shape, where the layer's sizes give it: PEFT's Linear and Embedding, loralib's."""
     if adapter is not None:
         ranks = vars(layer).get("r")  # `getattr` is slow on the thousand modules that have none
         rank = ranks.get(adapter) if isinstance(ranks, dict) else None
@@ -140,7 +140,7 @@ def _second_names(model: nn.Module, adapter: str, found: set[str]) -> dict[str, 
 
 
 def trained_biases(model: nn.Module) -> str:
-    """Which of loralib's three words says what biases are trained."""
+    """Which of loralib's three words describes the biases that are trained."""
     trained = {
         without_wrappers(name)
         for name, parameter in model.named_parameters()

@@ -85,7 +85,7 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
 
 
 def init_options(init: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `peft.LoraConfig` that say this init, where PEFT's own names do not do."""
+    """The fields of `peft.LoraConfig` for this init, where PEFT has no name for it."""
     if init == "loftq":  # ours, after injection: PEFT's wants CUDA and takes alpha for r
         return {"init_lora_weights": True, "loftq_config": {}}
     if init == "eva":
@@ -145,7 +145,7 @@ def initialize_eva(model: PeftModel, data: Iterable[Mapping[str, Tensor]], adapt
     Args:
         model: built with `init_lora_weights="eva"`.
         data: batches of model inputs, on any device. With labels, only supervised tokens count. Every batch needs as
-            many of these as the SVD has components, the largest rank times rho; smaller batches are left out.
+            many of these as the SVD has components, the largest rank times rho; smaller batches are skipped.
 
     Raises:
         MethodError: no batch is large enough, or the directions do not settle.

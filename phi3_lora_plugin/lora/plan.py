@@ -47,7 +47,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """Everything that gets LoRA, in the order of the model, and how to say it to `peft.LoraConfig`."""
+    """Everything that gets LoRA, in the order of the model, and how to write it as a `peft.LoraConfig`."""
 
     r: int
     alpha: float

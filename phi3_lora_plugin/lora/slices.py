@@ -118,8 +118,8 @@ def clear_outside_blocks(model: nn.Module, plan: TargetPlan, adapter: str = "def
 def blocks_of(model: nn.Module, adapter: str = "default") -> dict[str, tuple[Block, ...]]:
     """The blocks of a PEFT model: module path -> blocks, of the modules that have any.
 
-    Layers that are sliced already say so. For others the weights decide: a B of a fused projection that is zero
-    outside blocks on a diagonal was trained on slices. An untrained B, all zeros, shows nothing and is left out.
+    Layers that are already sliced know their blocks. For others the weights decide: a B of a fused projection that is
+    zero outside blocks on a diagonal was trained on slices. An untrained B, all zeros, shows nothing and is skipped.
     """
     config = getattr(model, "config", None)
     layout = {projection.path: projection.slices for projection in projections(config.to_dict())} if config else {}

@@ -1,4 +1,4 @@
-"""The LoRA part of a model at one moment, copied off it and checked, so that training may go on while it is written."""
+"""The LoRA part of a model at one moment, copied and checked, so that training can continue while it is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The LoRA part of a model at one moment, on the CPU; training may go on.
+    """The LoRA part of a model at one moment, on the CPU; training can continue.
 
     Attributes:
         tensors: by the names of PEFT's files, or of a loralib model's own state.
@@ -54,7 +54,7 @@ def take(
     Args:
         adapter: of a PEFT model, which one; the one that is trained if not given.
         copy: False where training waits until the snapshot is written: tensors on the CPU are then the live ones.
-        inventory: what `inventory_of` says of the model for this adapter, if it is known.
+        inventory: the result of `inventory_of` for the model and this adapter, if it is known.
 
     Raises:
         StateError: nothing to save, or something that must not be saved: NaN, Inf, empty or partial tensors.
@@ -126,7 +126,7 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
                 f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name])}"
             )
         elif not tensor.is_floating_point():
-            found.setdefault("are no floating-point numbers", []).append(f"{name} ({tensor.dtype})")
+            found.setdefault("are not floating-point numbers", []).append(f"{name} ({tensor.dtype})")
         elif not healthy and not torch.isfinite(tensor).all():
             found.setdefault("are not finite (NaN or Inf)", []).append(name)
     if missing := [name for name in expected if name not in tensors]:

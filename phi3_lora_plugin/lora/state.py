@@ -31,11 +31,11 @@ class StateError(Phi3LoraError):
 
 
 class UnknownBias(Phi3LoraError, NotImplementedError):
-    """`bias` is none of the three words; a NotImplementedError as in loralib, a ValueError as everywhere else."""
+    """`bias` is not one of the three words; a NotImplementedError as in loralib, a ValueError as everywhere else."""
 
 
 class LoadReport(NamedTuple):
-    """What a load left over: names of the model that got nothing, keys of the state that nothing wanted."""
+    """What a load left over: names of the model that got no value, and unused keys of the state."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -124,7 +124,7 @@ def load_lora_state_dict(
 
     Raises:
         StateError: missing or unexpected keys if `strict`; in any case misshapen or non-finite tensors, values that are
-            none, a key that could mean two parameters, or weights of another base, which PEFT writes beside adapted
+            none, a key that could mean two parameters, or weights of another base, which PEFT writes next to adapted
             embeddings. The model is then as before.
     """
 

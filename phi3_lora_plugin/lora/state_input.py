@@ -1,4 +1,4 @@
-"""What of a state that somebody hands over can go into a model at all, and what is only the base's own."""
+"""Which part of a given state can be loaded into a model, and which part is the base's own weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def copies_of_the_base(
 ) -> tuple[list[str], list[str]]:
     """(keys that are still unexpected, keys of base weights that differ from the model's).
 
-    PEFT writes the base's own weight beside an adapted embedding or head; where the model has the same, all is well.
+    PEFT writes the base's own weight next to an adapted embedding or head; that is fine where the model has the same.
     """
     import torch
 

@@ -163,7 +163,7 @@ def _match(
     config: Mapping[str, Any],
     problems: list[str],
 ) -> dict[_Place, set[int]]:
-    """The places that one target names, with the layers in which it does; what is wrong with it goes to `problems`."""
+    """The places that one target names, each with its layers; appends what is wrong to `problems`."""
     if target.lower() == ALL_LINEAR:
         return {_Place(projection): set(wanted) for projection in layout if not _stacked(projection)}
     if target == EXPERTS and any(_stacked(projection) for projection in layout):
@@ -262,7 +262,7 @@ def _parameter_names(asked: Iterable[str], layout: Sequence[Projection], problem
     for name in names:
         if not any(_ends(f"{LAYERS}.0.{path}", re.sub(r"layers\.\d+", "layers.0", name)) for path in stacked):
             have = ", ".join(stacked) or "none: its projections are modules, which `targets` names"
-            problems.append(f"target_parameters: {name!r} is no stack of expert weights; this model has {have}")
+            problems.append(f"target_parameters: {name!r} is not a stack of expert weights; this model has {have}")
     return [] if problems else names
 
 

@@ -1,4 +1,4 @@
-"""Walks over the modules of a model: one for all who ask within a block, and whether it is still what it was."""
+"""Walks over the modules of a model: one shared by all callers within a block, and whether the model has changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What a model is made of. It holds on to all of it, so that identity means what it says.
+    """What a model is made of. It keeps references to all of it, so that comparing by identity is safe.
 
     Attributes:
         modules: the model itself first, then what is in it, then what is in that.
@@ -79,7 +79,7 @@ def _parameters_in(modules: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 @contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
-    """Let everybody who walks over the modules of `model` in this block see one walk; none may come or go meanwhile.
+    """Share one walk over the modules of `model` within this block; no module may be added or removed inside it.
 
     Who asks for names, parameters, layers and shapes makes a dozen walks of 3 ms each over 32 layers.
     """

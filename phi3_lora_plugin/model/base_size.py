@@ -36,7 +36,7 @@ def base_size(name: str, revision: str | None = None) -> BaseSize | None:
             return found
         return size_of_config(json.loads(config.read_text(encoding="utf-8")))
     except (ModelError, OSError, ValueError, KeyError, TypeError, ArithmeticError):
-        return None  # loading says what is wrong
+        return None  # loading reports what is wrong
 
 
 def size_of_files(folder: Path) -> BaseSize | None:
@@ -55,7 +55,7 @@ def size_of_files(folder: Path) -> BaseSize | None:
 
 
 def size_of_config(config: Mapping[str, Any]) -> BaseSize:
-    """From the content of a config.json; raises as `projections`, and KeyError or ValueError for what is no config."""
+    """From the content of a config.json; raises as `projections`, and KeyError or ValueError if it is not a config."""
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return BaseSize(parameters(config), dtype if dtype in _SAVED.values() else None)
 

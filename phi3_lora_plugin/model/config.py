@@ -21,7 +21,7 @@ def read_config(path: Path) -> Any:
 
 
 def native_config(given: dict[str, Any], where: str) -> Any:
-    """The native config object of what a config.json says; `where` is for errors, which are those of `read_config`."""
+    """The native config object of a config.json's content; `where` is for errors. Raises as `read_config` does."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -33,7 +33,7 @@ def native_config(given: dict[str, Any], where: str) -> Any:
         return native.from_dict(repaired)
     except (UnsupportedModel, RopeError):
         raise
-    except Exception as error:  # sizes that are none; the native class checks its fields by errors of its own
+    except Exception as error:  # sizes that are not numbers; the native class raises errors of its own
         raise ModelError(f"{where} does not describe a model: {type(error).__name__}: {error}") from error
 
 

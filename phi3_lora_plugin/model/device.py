@@ -23,7 +23,7 @@ class Device:
         kind: "cpu", "cuda", "mps" or "xpu".
         bfloat16: it computes in bfloat16 itself, not by emulation (CUDA: compute capability 8.0). On a CPU: faster than
             in float32. None: not looked at; only `with_probe` does, since it takes a few milliseconds.
-        capability: of a CUDA card, as (7, 5) for a T4; None elsewhere and for cards that are not here.
+        capability: of a CUDA card, such as (7, 5) for a T4; None for other devices and for cards of other machines.
     """
 
     kind: str
@@ -83,7 +83,7 @@ def _cuda() -> Device:
 
 
 def _supports_bfloat16(kind: str) -> bool:
-    """What torch says; True where it cannot say (its own question fails), since the capability was asked before."""
+    """What torch reports; True if its own check fails, since the compute capability was checked before."""
     import torch
 
     if kind == "mps":

@@ -121,7 +121,7 @@ _REFUSED = {
 }
 
 
-#: Larger than any model that fits a machine; what a damaged or forged config says beyond them would be walked through.
+#: Larger than any model that fits a machine: a damaged or forged config beyond them would keep loops running for ever.
 _LARGEST = {
     "num_hidden_layers": 1_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000, "vocab_size": 10_000_000,
     "num_attention_heads": 10_000, "num_key_value_heads": 10_000, "num_local_experts": 10_000,
@@ -159,7 +159,7 @@ def recognise(config: Mapping[str, Any]) -> Family:
         case (3072, 32, 32064):
             if not long_context:
                 return FAMILIES["phi-3-mini-4k"]
-            # The two 128k minis differ in nothing else that a config says.
+            # The configs of the two 128k minis differ in nothing else.
             factors = rope_of(config).get("long_factor")
             first = factors[0] if isinstance(factors, list) and factors else None
             newer = isinstance(first, int | float) and abs(first - 1.08) < 0.005
@@ -212,11 +212,11 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     `rope_type` is "default" or "longrope": "su" and "yarn" are what the first 128k revisions called longrope.
 
     Raises:
-        RopeError: the settings are no mapping.
+        RopeError: the settings are not a mapping.
     """
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, Mapping):
-        raise RopeError(f"rope: {str(settings)[:60]!r} is no mapping of settings such as rope_type and long_factor")
+        raise RopeError(f"rope: {str(settings)[:60]!r} is not a mapping of settings such as rope_type and long_factor")
     given = dict(settings)
     old_name = given.pop("type", None)
     kind = given.get("rope_type") or old_name or "default"
@@ -272,7 +272,7 @@ def repair_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_limit(wanted: int | None, config: Mapping[str, Any]) -> int:
-    """Tokens that a row may have: `wanted`, else the original context, behind which longrope changes its factors.
+    """Tokens that a row may have: `wanted`, else the original context, after which longrope changes its factors.
 
     Raises:
         UnsupportedModel: more than the model was made for.

@@ -43,7 +43,7 @@ def base_fingerprint(folder: Path) -> str:
 
 
 def local_folder(name: str | None, revision: str | None = None) -> Path | None:
-    """Where the files of a base lie on this machine, or None; never asks the hub."""
+    """Where the files of a base are on this machine, or None; never asks the hub."""
     try:
         return model_folder(name, revision) if name else None
     except ModelError:

@@ -73,10 +73,10 @@ def find_config(name: str | Path, revision: str | None = None, download: bool = 
 
 
 def weight_files(folder: Path) -> dict[str, str] | None:
-    """Weight -> safetensors file, as a model's index says it; None: all are in model.safetensors.
+    """Weight -> safetensors file, from a model's index; None: all are in model.safetensors.
 
     Raises:
-        ModelError: there is neither.
+        ModelError: neither file exists.
     """
     if (folder / INDEX).is_file():
         return dict(read_json(folder / INDEX).get("weight_map", {}))

@@ -60,7 +60,7 @@ def load_model(
     Args:
         path_or_id: folder, `embedded:NAME`, or hub id; `revision` goes with a hub id.
         dtype: of the frozen weights; "auto" is decided by `model.precision` from the device and the size of the base.
-        attention: "auto" is sdpa. An implementation that cannot run here gives way to sdpa, and the log says so.
+        attention: "auto" is sdpa. An implementation that cannot run here is replaced by sdpa, which is logged.
         quantize: "nf4" (QLoRA, arXiv 2305.14314: 4-bit, double quantisation) or "int8" through bitsandbytes.
         device: "auto" is the accelerator if there is one. In a distributed run the host places the model.
 
@@ -121,7 +121,7 @@ def load_model(
         model.generation_config = GenerationConfig.from_model_config(model.config)
     elif weights is not None:  # loaded without its folder
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    model.config.use_cache = False  # for training; generation keeps what its own config says
+    model.config.use_cache = False  # for training; generation follows its own config
     if (folder / "tokenizer.json").is_file():
         set_stop_tokens(model, load_tokenizer(folder))
     return model.eval()
@@ -164,7 +164,7 @@ def _weights_to_convert(
     """Tensors to be read one by one where each is converted on the CPU; None where the files are better mapped.
 
     transformers maps the files. That is free while weights keep their dtype; once they are converted, the pages of
-    the files stay in memory beside the result until loading ends: 1.5 times the weights for bfloat16 to float32.
+    the files stay in memory next to the result until loading ends: 1.5 times the weights for bfloat16 to float32.
     """
     import inspect
 

@@ -7,5 +7,5 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 
 
 def logit_limit(dtype: str, largest: float) -> float:
-    """The largest difference that logits computed in `dtype` may have, of which the largest is `largest`."""
+    """The largest difference allowed between logits computed in `dtype`; `largest` is the largest logit."""
     return TOLERANCE.get(dtype, TOLERANCE["bfloat16"]) * max(1.0, largest)

@@ -16,7 +16,7 @@ from phi3_lora_plugin.model.folder import ModelError, find_config
 
 
 def published_config(name: str) -> dict[str, Any] | None:
-    """What the config.json of a hub id says about sizes; None for one that is not known. Upper and lower case are one.
+    """The sizes in the config.json of a hub id; None for one that is not known. Upper and lower case are the same.
 
     Factors of longrope are all 1.0 here but for a first one that tells two members of the family from one another.
     """
@@ -34,10 +34,10 @@ def published_config(name: str) -> dict[str, Any] | None:
 
 
 def planning_config(name: str, revision: str | None = None) -> Path | dict[str, Any]:
-    """The config.json of a model: its file where that is here, else what is known of the published one.
+    """The config.json of a model: its file if it is on this machine, else what is known of the published one.
 
     Raises:
-        ModelError: neither is here.
+        ModelError: neither is available.
     """
     try:
         return find_config(name, revision)

@@ -153,7 +153,7 @@ def copy_tokenizer(sources: list[Path], target: Path) -> Path | None:
 
 @contextmanager
 def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `target` to write into, which takes its place when the block ends well, and else is gone.
+    """A folder next to `target` to write into; it replaces `target` if the block succeeds and is deleted otherwise.
 
     Raises:
         ModelError: the target has something in it and `overwrite` is not given, or it is a file.

@@ -1,6 +1,6 @@
-"""A tokenizer that gives the published ids wherever it lies: pinned class, right padding, pad outside the stop tokens.
+"""A tokenizer that gives the published ids from any folder: pinned class, right padding, pad outside the stop tokens.
 
-Left to itself, `AutoTokenizer` takes another class for a folder without config.json beside the tokenizer (every saved
+Left to itself, `AutoTokenizer` takes another class for a folder without config.json next to the tokenizer (every saved
 adapter is one), and 30 of 92 published vectors then change. Here tokenizer.json alone decides.
 """
 
@@ -40,7 +40,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
 
     Raises:
         ModelError: nothing there, or a file that is not JSON; TokenizerError, one of these: see there.
-        UnsupportedModel: there is no tokenizer.json, because the model beside it is none of the family.
+        UnsupportedModel: there is no tokenizer.json, because the model is not one of the family.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -112,8 +112,8 @@ def stop_token_ids(tokenizer: Any, generation_eos: Sequence[int] = ()) -> list[i
 def whole_texts(tokenizer: Any) -> Any:
     """The Rust tokenizer inside, set to cut and pad nothing.
 
-    It remembers what the last call of a tokenizer said of truncation and padding, whoever made that call; transformers
-    sets both again at each call of its own.
+    It remembers the truncation and padding of the last call, whatever code made it; transformers sets both again at
+    each call of its own.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()

@@ -88,7 +88,7 @@ def footprint(
     evaluate: Batch | None = None,
     whole: bool = False,
 ) -> Footprint:
-    """Run a step without computing anything and say what was alive at the worst moments.
+    """Run a step without computing anything and report what was alive at the worst moments.
 
     Args:
         config: native config object of the model.
@@ -97,7 +97,7 @@ def footprint(
         dtype: of the frozen weights.
         mixed: what autocast computes in: "bf16", "fp16" or "no".
         evaluate: the largest batch of the evaluation, if there is one.
-        whole: run all layers even where they are alike; what tests hold the short way to.
+        whole: run all layers even where they are alike; tests compare the short way with it.
 
     Raises:
         TargetError, UnsupportedModel: as `add_lora`.

@@ -22,7 +22,7 @@ class Lengths:
 
 
 def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
-    """Read and encode the data of a recipe, as the run would, and say how long the rows are; raises as `load_data`."""
+    """Read and encode the data of a recipe as the run would; return how long the rows are. Raises as `load_data`."""
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.rows import lengths as row_lengths
     from phi3_lora_plugin.model.families import row_limit

@@ -16,7 +16,7 @@ _WASTE = 1.1  # padding from which packing is worth another order of rows
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings that fit: overrides to put behind `phi3-lora train RECIPE ...`, and the plan with them."""
+    """Settings that fit: overrides to add to `phi3-lora train RECIPE ...`, and the plan with them."""
 
     overrides: tuple[str, ...]
     plan: Plan
@@ -49,7 +49,7 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
     """The fastest settings that fit into `room` bytes; None if there are none.
 
     Quantisation changes the model that is trained, so it is tried only where nothing else fits. Else the order is by
-    time: packing where padding is a tenth of the tokens or more, no activation computed twice, large micro-batches.
+    time: packing where padding is a tenth of the tokens or more, gradient checkpointing off, large micro-batches.
 
     Args:
         now: the plan of the recipe as it is.

@@ -42,8 +42,8 @@ class Live(_TorchDispatchMode):  # type: ignore[misc]
     """Follows every storage from the operation that made it to its end.
 
     Attributes:
-        vocabulary: width of logits, by which they are known.
-        real: the tensors have values; this is what a test holds the dry run to.
+        vocabulary: width of logits, which identifies them.
+        real: the tensors have values; a test compares the dry run with this.
         place: where the code is; the worst moment of each place is kept.
     """
 

@@ -1,4 +1,4 @@
-"""What a machine has, and what it takes beside the tensors that a program asks for."""
+"""What memory a machine has, and what it needs in addition to the tensors that a program asks for."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2*
 
 
 class PlanError(Phi3LoraError):
-    """A plan that cannot be made as asked; says what would make it possible."""
+    """A plan that cannot be made as asked; the message names what would make it possible."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device takes beside tensors.
+    """What a device needs in addition to tensors.
 
     Attributes:
         program: bytes before the first tensor: the process itself, or a card's context.
@@ -107,7 +107,7 @@ def size(text: str) -> int:
 
 
 def memory_of(recipe: Recipe, device: Device) -> int | None:
-    """What there is: the card here, else the one that the recipe names; this machine's memory on the CPU."""
+    """Bytes available: of the card here, else of the one that the recipe names; on the CPU, of this machine."""
     if device.kind == "cpu":
         return system_memory()
     import torch

@@ -1,7 +1,7 @@
 """What a run would take before it is started: parameters, bytes at the worst moment, steps, and whether it fits.
 
-Tensors come from a dry run of the real code (`dry_run`), what there is and what goes beside tensors from `machine`.
-`python -m benchmarks.memory` holds the sum against real runs.
+Tensors come from a dry run of the real code (`dry_run`), the memory available and what else is needed from `machine`.
+`python -m benchmarks.memory` compares the sum with real runs.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def plan(
     """Work out what a recipe takes; nothing is downloaded and no weights are read.
 
     Args:
-        memory: bytes that there are; what this machine has for `device` if not given, or else the card that the recipe
-            is meant for (`about.memory`).
+        memory: bytes available; if not given, what this machine has for `device`, or else the card that the recipe is
+            meant for (`about.memory`).
         device: "cpu", "cuda", "mps" or "xpu"; "auto" is where `phi3-lora train` would train here.
-        config: native config of the model, if its config.json is not where `model.path` says.
+        config: native config of the model, if its config.json is not at `model.path`.
         lengths: of the encoded rows (`encoded_lengths`); rows of `data.max_length` if not given.
         program: bytes of the process itself; measured here if not given.
 
@@ -107,7 +107,7 @@ def plan(
         config = read_planning_config(recipe.model.path, recipe.model.revision)
     longest = row_limit(recipe.data.max_length, config.to_dict())
     precision = choose(recipe.model.dtype, place, _size(recipe, config), recipe.model.quantize)
-    # A card's settings cannot be constructed without one; what it would cast is said to the dry run.
+    # A card's settings cannot be constructed without one; the dry run is told what it would cast.
     arguments = training_arguments(recipe, device=place, use_cpu=True, bf16=False, fp16=False)
     mixed = next((name for name in ("bf16", "fp16") if recipe.training.get(name)), precision.mixed)
     accumulation, rows = int(arguments.gradient_accumulation_steps), int(arguments.per_device_train_batch_size)
@@ -182,7 +182,7 @@ def _held(takes: Machine, moment: Moment) -> int:
 
 
 def _attention_copies(config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes of queries, keys and values of one layer: kernels for cards may want them laid out another way."""
+    """Bytes of queries, keys and values of one layer: kernels for cards may need another layout."""
     size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return int(tokens * size * (config.num_attention_heads + 2 * config.num_key_value_heads) * itemsize)
 
