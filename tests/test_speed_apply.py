@@ -229,6 +229,24 @@ def test_two_gpus_in_one_process_get_what_survives_copies_of_the_model(tmp_path:
     assert replica.forward.__self__ is replica
 
 
+def test_what_torch_compile_would_compile_for_every_batch_is_left_to_it(tmp_path: Path) -> None:
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
+    trainer = Trainer(model, arguments_of(tmp_path), train_dataset=rows())  # type: ignore[arg-type]
+    trainer.args.torch_compile = True
+    applied = {one.part: one for one in accelerate_phi3(trainer)}
+    assert not applied["attention"].on and "for each new number of documents" in applied["attention"].why
+    assert not applied["layers"].on and "fuses these by itself" in applied["layers"].why
+    assert applied["loss"].on and applied["lora"].on
+    from torch._dynamo import explain, reset
+
+    reset()
+    counts = []
+    for length in (9, 14):
+        ids = torch.randint(3, 500, (2, length), generator=torch.Generator().manual_seed(0))
+        counts.append(explain(model.train())(input_ids=ids, attention_mask=torch.ones_like(ids)).graph_break_count)
+    assert counts[0] == counts[1]
+
+
 def test_liger_leaves_the_loss_to_us_unless_it_was_asked_for(tmp_path: Path) -> None:
     for asked, on in ((None, True), ({"rope": False}, True), ({"fused_linear_cross_entropy": True}, False)):
         model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))

@@ -7,6 +7,7 @@ signatures of torch 2.10 to 2.13 (read off the wheels) and of flash_attn, and co
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -411,3 +412,56 @@ def test_on_a_card_the_first_step_may_be_one_with_activation_checkpointing() -> 
             speed_up(model)
         results.append(step(model, {key: part.cuda() for key, part in padded(rows()).items()}))
     assert results[1][0] == pytest.approx(results[0][0], rel=2e-2)
+
+
+@gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_card_the_host_waits_once_a_step(packed: bool) -> None:
+    model = lora(torch.bfloat16, hidden_size=128, **LONGROPE).cuda()
+    speed_up(model)
+    batch: Any = PackedCollator()([{"rows": rows()}]) if packed else padded(rows())
+    moved = {key: part.cuda() if torch.is_tensor(part) else part for key, part in batch.items()}
+    moved["num_items_in_batch"] = torch.tensor(33, device="cuda")
+    model(**moved).loss.backward()  # whatever is made once
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**moved).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in caught if "synchronizing" in str(each.message)]
+    assert len(waits) <= 1, waits
+
+
+@gpu
+def test_on_a_card_float16_trains_under_a_scaler() -> None:
+    model = lora(torch.float16, hidden_size=128)
+    speed_up(model.cuda())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-2), torch.amp.GradScaler("cuda")
+    moved = {key: part.cuda() for key, part in padded(rows()).items()}
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = model(**moved).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@gpu
+def test_on_a_card_losses_and_gradients_are_stock_s() -> None:
+    results = []
+    for parts in ("off", "auto"):
+        model = lora(torch.float32, hidden_size=128, num_key_value_heads=2, sliding_window=7).cuda()
+        speed_up(model, parts)
+        results.append(step(model, {key: part.cuda() for key, part in padded(rows()).items()}))
+    (stock_loss, stock), (loss, ours) = results
+    assert loss == pytest.approx(stock_loss, rel=1e-4)
+    for name in stock:
+        assert torch.nn.functional.cosine_similarity(ours[name].flatten(), stock[name].flatten(), 0) > 0.9999, name

@@ -126,6 +126,9 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
         leave(part, why)
     if getattr(trainer.args, "use_liger_kernel", False):
         leave("layers", "Liger's kernels were asked for")
+    if getattr(trainer.args, "torch_compile", False):
+        leave("attention", "torch_compile would compile it again for each new number of documents")
+        leave("layers", "torch_compile fuses these by itself")
     own = own_loss(trainer)
     if wanted["loss"] and own:
         left["loss"] = _apply_trl_loss(trainer, base, own)
