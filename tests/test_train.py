@@ -77,7 +77,7 @@ def test_a_run_leaves_a_checked_adapter_and_says_what_it_did(place: Path, tmp_pa
         assert part in text
     end = StringIO()
     report(result, "again", Console(file=end, width=200))
-    for part in ("held-out loss", "phi3-lora chat", "phi3-lora verify", str(adapter)):
+    for part in ("held-out loss", "phi3-lora chat", "phi3-lora eval", "phi3-lora export", str(adapter)):
         assert part in end.getvalue()
 
 
