@@ -116,6 +116,24 @@ def test_a_full_disk_in_the_middle_leaves_what_was_there(random_adapter, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_what_native_writers_say_of_a_full_disk_is_told_as_such(random_adapter, tmp_path):
+    from safetensors import SafetensorError
+
+    def target(adapted, wanted, folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        export(random_adapter, target, "note", tmp_path / "out", prompts=2)
+    assert raised.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_fit_into_memory_is_saved_uncompared_and_said_so(random_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("phi3_lora_plugin.export.merge_check.fits", lambda total, dtype: False)
+    report = export(random_adapter, merged_target(), "note", tmp_path / "out")
+    assert report.comparisons == () and (tmp_path / "out" / "note.txt").is_file()
+    assert "not compared: 0 GB in float32 do not fit into memory" in "\n".join(report.lines())
+
+
 def test_a_folder_with_something_in_it_is_kept(random_adapter, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")

@@ -98,6 +98,7 @@ def export(
         ProofError: the exported model does not give the adapter's words; nothing was written.
     """
     from phi3_lora_plugin.export.adapted import prepare
+    from phi3_lora_plugin.export.full_disk import full_disk_as_os_error
     from phi3_lora_plugin.export.prompts import trained_system
     from phi3_lora_plugin.model.shards import staged
 
@@ -105,7 +106,7 @@ def export(
     wanted = replace(wanted or Wanted(), progress=lambda text: say(text, None))
     wanted = replace(wanted, prove=wanted.prove and prompts != 0)
     out = Path(out)
-    with staged(out, overwrite) as stage, _scratch(out) as scratch:
+    with staged(out, overwrite) as stage, _scratch(out) as scratch, full_disk_as_os_error(stage):
         say("reading the adapter and its base", None)
         adapted = prepare(adapter, base, scratch)
         if wanted.system is None:
@@ -117,7 +118,7 @@ def export(
         files = sorted(str(path.relative_to(stage)) for path in stage.rglob("*") if path.is_file())
         size = sum((stage / name).stat().st_size for name in files)
     commands = tuple(command.replace("{out}", shlex.quote(str(out))) for command in shipped.commands)
-    unproven = "" if comparisons else shipped.unproven or "--prompts 0"
+    unproven = "" if comparisons else shipped.unproven or " ".join(notes) or "--prompts 0"
     if shipped.after is not None:
         say(f"pushing {out}", None)
         notes = (*notes, f"pushed: {shipped.after(out)}")
@@ -156,13 +157,21 @@ def _prove(
     Raises:
         ProofError: one that has to be exact is not.
     """
+    from phi3_lora_plugin.export.merge_check import fits
     from phi3_lora_plugin.export.prompts import held_out_prompts
     from phi3_lora_plugin.export.proof import Reference, compare
     from phi3_lora_plugin.model.families import row_limit
 
     if not shipped.variants or prompts == 0:
         return (), "", ()
-    most = prompts if isinstance(prompts, int) else _usual_prompts(adapted)
+    size = _parameters(adapted)
+    if prompts is None and not fits(4 * size, "float32"):
+        return (
+            (),
+            "",
+            (f"{4 * size / 1e9:.0f} GB in float32 do not fit into memory; --prompts 2 compares all the same",),
+        )
+    most = prompts if isinstance(prompts, int) else next(count for limit, count in _PROMPTS if size < limit)
     chats, where = held_out_prompts(adapted.recipe, most, prompts if isinstance(prompts, str) else None)
     reference = Reference(adapted, chats, (context or row_limit(None, adapted.config)) - max_new_tokens)
     notes = [f"{len(reference.refused)} prompts left out: {reference.refused[0]}"] if reference.refused else []
@@ -178,17 +187,14 @@ def _prove(
     return tuple(found), where, tuple(notes)
 
 
-def _usual_prompts(adapted: Adapted) -> int:
+def _parameters(adapted: Adapted) -> int:
+    """How many numbers the base has, without reading them."""
+    from math import prod
+
     from phi3_lora_plugin.model.shards import Weights
 
     weights = Weights(adapted.base)
-    size = 0
-    for name in weights:
-        count = 1
-        for length in weights.shape(name):
-            count *= length
-        size += count
-    return next(prompts for limit, prompts in _PROMPTS if size < limit)
+    return sum(prod(weights.shape(name)) for name in weights)
 
 
 @contextmanager
