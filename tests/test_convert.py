@@ -233,10 +233,10 @@ def test_what_loralib_does_not_store_is_asked_for(bases, tmp_path):
     fused, _ = bases
     model = with_loralib(fused, qkv_proj=[True, False, False, True])
     torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
-    with pytest.raises(LoralibError, match="alpha is not said: loralib stores neither r nor lora_alpha") as caught:
+    with pytest.raises(LoralibError, match="alpha is missing: loralib does not store r or lora_alpha") as caught:
         convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=fused)
-    assert "this is a MergedLinear; say its flags, for example --enable-lora qkv_proj=T,F,T" in str(caught.value)
-    with pytest.raises(LoralibError, match="r is said to be 8, but the tensors have rank 2"):
+    assert "this is a MergedLinear; pass its flags, for example --enable-lora qkv_proj=T,F,T" in str(caught.value)
+    with pytest.raises(LoralibError, match="r is set to 8, but the tensors have rank 2"):
         convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=fused, alpha=6, r=8)
     with pytest.raises(LoralibError, match="do not belong to r=2 with enable_lora=T,F"):
         convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=fused, alpha=6, enable_lora={"qkv_proj": (1, 0)})
@@ -257,7 +257,7 @@ def test_conv_layers_biases_and_code_are_refused(tmp_path):
     torch.manual_seed(0)
     conv = torch.nn.Sequential(loralib.Conv2d(4, 8, 3, r=2, lora_alpha=4))
     torch.save(loralib.lora_state_dict(conv), tmp_path / "conv.pt")
-    with pytest.raises(LoralibError, match="r is said to be 2, but the tensors have rank 6"):
+    with pytest.raises(LoralibError, match="r is set to 2, but the tensors have rank 6"):
         convert(tmp_path / "conv.pt", tmp_path / "out", "peft", alpha=4, r=2)
     (tmp_path / "conv.pt.json").write_text(json.dumps({"alpha": 4, "modules": {"0": {"kind": "conv2d", "alpha": 4}}}))
     with pytest.raises(LoralibError, match="a loralib Conv layer .* has no PEFT counterpart"):
@@ -328,7 +328,7 @@ def test_torchtune_names_come_in(bases, tmp_path):
             state[f"layers.{layer}.{name}.lora_b.weight"] = torch.randn(out, 2) * 0.1
     torch.save(state, tmp_path / "adapter_model.pt")
 
-    with pytest.raises(TorchtuneError, match="alpha is not said: torchtune stores none with a Phi-3 adapter"):
+    with pytest.raises(TorchtuneError, match="alpha is missing: torchtune stores none with a Phi-3 adapter"):
         convert(tmp_path / "adapter_model.pt", tmp_path / "peft", "fused", base=fused)
     convert(tmp_path / "adapter_model.pt", tmp_path / "peft", "fused", base=fused, alpha=16)
 
@@ -342,7 +342,7 @@ def test_torchtune_names_come_in(bases, tmp_path):
     state["layers.0.attn.qkv.lora_a.weight"] = torch.zeros(2, 32)
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(
-        TorchtuneError, match="'layers.0.attn.qkv.lora_a.weight' is no key of a torchtune Phi-3 adapter"
+        TorchtuneError, match="'layers.0.attn.qkv.lora_a.weight' is not a key of a torchtune Phi-3 adapter"
     ):
         convert(tmp_path / "odd.pt", tmp_path / "odd", "fused", base=fused, alpha=16)
 
@@ -427,7 +427,7 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path
         "peft_type is 'LOHA'": {"peft_type": "LOHA"},
         "fan_in_fan_out is set": {"fan_in_fan_out": True},
         "it started from 'pissa'": {"init_lora_weights": "pissa"},
-        "the config says rank 5, but A is": {"rank_pattern": {"o_proj": 5}},
+        "the config has rank 5, but A is": {"rank_pattern": {"o_proj": 5}},
     }
     for message, settings in cases.items():
         with pytest.raises(PeftFilesError, match=message):

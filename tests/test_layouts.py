@@ -203,7 +203,7 @@ def test_all_misfits_are_named_at_once():
     assert "(15, 2) do not fit the model's weight (16, 16)" in caught.value.problems[0]
     assert "adapted as a whole and again by its slices up_proj" in caught.value.problems[2]
     unknown = unknown_modules([random_lora("mlp.fc1", (12, 16), 2)], layout, 8)
-    assert "mlp.fc1 is no projection of this model; it has self_attn.qkv_proj" in unknown[0]
+    assert "mlp.fc1 is not a projection of this model; it has self_attn.qkv_proj" in unknown[0]
     assert "only 2 layers" in unknown_modules([random_lora("self_attn.o_proj", (16, 16), 2)], layout, 2)[0]
 
 

@@ -216,7 +216,7 @@ def test_a_clean_up_that_fails_is_not_a_checkpoint_that_was_not_saved(
     with caplog.at_level(logging.WARNING):
         path = write(tmp_path, 1, metric=metric)
     assert latest_complete(tmp_path) == path and verify(path)
-    assert "is saved, but what belongs to it could not be done" in caplog.text
+    assert "is saved, but updating pointers or deleting old checkpoints failed" in caplog.text
     assert not [*tmp_path.glob(".*")]
 
 

@@ -347,7 +347,7 @@ def test_a_target_with_something_in_it_is_kept_unless_told(base, tmp_path):
     adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(ModelError, match="out is not empty; name another place, or say --overwrite"):
+    with pytest.raises(ModelError, match="out is not empty; choose another folder, or pass --overwrite"):
         merge(adapter, base, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     merge(adapter, base, tmp_path / "out", overwrite=True)

@@ -385,7 +385,7 @@ def test_ambiguous_keys_are_refused() -> None:
     model.add_adapter("second", LoraConfig(r=4, target_modules=FUSED, task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "second"])
     state = {file_key(name): tensor for name, tensor in lora_state_dict(peft_model(seed=1)).items()}
-    with pytest.raises(StateError, match="could be for any of .*default.*second.*: say adapter="):
+    with pytest.raises(StateError, match="could be for any of .*default.*second.*: pass adapter="):
         load_lora_state_dict(model, state)
     load_lora_state_dict(model, state, adapter="default")
     twice = lora_state_dict(peft_model(seed=1))

@@ -47,7 +47,7 @@ def inventory_of(model: nn.Module, adapter: str | None = None, known: Inventory 
         known: an earlier result, returned if nothing was added, removed or replaced since.
 
     Raises:
-        StateError: several adapters are trained, or there is none of this name.
+        StateError: several adapters are trained, or none has this name.
     """
     inner = unwrapped(model)
     if known is not None and known.parts is not None and known.asked == adapter and known.parts.holds(inner):
@@ -62,7 +62,7 @@ def _look(inner: nn.Module, asked: str | None) -> Inventory:
         name = asked or active_adapter(inner)
         if name is None:
             raise StateError(
-                f"several adapters are trained at once ({', '.join(sorted(config))}): say which one to save"
+                f"several adapters are trained at once ({', '.join(sorted(config))}): pass adapter= to choose one"
             )
         if name not in config:
             raise StateError(f"no adapter {name!r}; the model has {', '.join(sorted(config))}")

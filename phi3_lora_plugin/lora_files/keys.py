@@ -16,7 +16,7 @@ PREFIX = "base_model.model."
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # DDP and DeepSpeed put `module` in front only, where a layer of the model may have that name too.
 _IN_FRONT = re.compile(r"^(?:module\.|base_model\.model\.)+")
-# loralib asks for `lora_` anywhere, which `explora_net.weight` has too.
+# loralib looks for `lora_` anywhere, which would match `explora_net.weight` too.
 _LORA = re.compile(r"(?:^|[._])lora_|(?:^|\.)modules_to_save\.|\.trainable_tokens_delta(?:$|\.)")
 _FACTOR = re.compile(r"^(?P<path>(?:.*\.)?)(?P<part>lora_\w+)(?:\.(?P<rest>.+))?$")
 _SAVED = re.compile(r"^(?P<path>(?:.*\.)?)modules_to_save\.(?P<adapter>[^.]+)\.(?P<rest>.+)$")
@@ -49,7 +49,7 @@ def bare(key: str) -> str:
 
 @_remembered
 def is_lora(name: str) -> bool:
-    """Whether a parameter belongs to LoRA, or to what PEFT trains beside it (modules_to_save, tokens)."""
+    """Whether a parameter belongs to LoRA, or to what PEFT trains next to it (modules_to_save, tokens)."""
     return _LORA.search(name) is not None
 
 
@@ -122,7 +122,7 @@ class Index:
             candidates = self.names.get(each.shared, {})
             name = self._pick(candidates, each.adapter, len(named) == 1)
             if name is None and candidates and each.adapter is None:
-                problems.append(f"  {key} could be for any of {', '.join(sorted(candidates.values()))}: say adapter=")
+                problems.append(f"  {key} could be for any of {', '.join(sorted(candidates.values()))}: pass adapter=")
             elif name is None:
                 unexpected.append(key)
             elif name in owners and not _same(state[key], state[owners[name]]):

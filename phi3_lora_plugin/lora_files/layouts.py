@@ -1,7 +1,7 @@
 """Exact tensor maps between the layouts that LoRA on Phi comes in: fused projections, split ones, loralib's groups.
 
-Everything here is a function from updates to updates. Reading and writing files is next door, in `peft_files`,
-`loralib_files` and `torchtune_files`.
+Everything here is a function from updates to updates. `peft_files`, `loralib_files` and `torchtune_files` read and
+write the files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LAYER = re.compile(r"^(.*\.layers\.\d+)\.(.+)$")
 
 
 class LayoutError(Phi3LoraError):
-    """An adapter cannot be expressed in the layout that was asked for; `problems` says why, one sentence each."""
+    """An adapter cannot be expressed in the layout that was asked for; `problems` lists the reasons."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -258,7 +258,7 @@ def one_alpha(loras: Iterable[Lora], alpha: float) -> list[Lora]:
 
 
 def uniform(loras: Sequence[Lora]) -> list[Lora]:
-    """The same updates at one rank and one alpha, so that whoever reads only these two computes them right."""
+    """The same updates at one rank and one alpha, so that programs that read only these two compute them right."""
     rank = max(lora.rank for lora in loras)
     scaling = Counter(lora.scaling for lora in loras).most_common(1)[0][0]
     whole = round(scaling * rank)
@@ -299,7 +299,7 @@ def unknown_modules(loras: Iterable[Lora], layout: Sequence[Projection], layers:
         number = int(match[1].rpartition(".")[2]) if match else -1
         if match is None or match[1] != f"model.layers.{number}" or match[2] not in shapes:
             problems.append(
-                f"{lora.module} is no projection of this model; it has {', '.join(shapes)} in model.layers.N"
+                f"{lora.module} is not a projection of this model; it has {', '.join(shapes)} in model.layers.N"
             )
         elif number >= layers:
             problems.append(f"{lora.module}: the model has only {layers} layers")
@@ -357,7 +357,7 @@ def _stack(blocks: Sequence[tuple[Tensor, Sequence[tuple[int, Tensor]]]], out: i
 
 
 def _join(vectors: Sequence[Any], projection: Projection, pieces: Mapping[str, Lora]) -> Tensor | None:
-    """Vectors over the rows of slices as one over the rows of the whole; what has none gets zeros."""
+    """Vectors over the rows of slices as one over the rows of the whole; slices without one get zeros."""
     import torch
 
     if all(vector is None for vector in vectors):
@@ -394,7 +394,7 @@ def _fused(module: str, layout: Sequence[Projection]) -> Projection | None:
 
 
 def _owner(module: str, layout: Sequence[Projection]) -> Projection | None:
-    """The fused projection of which `module` names a slice."""
+    """The fused projection that `module` names a slice of."""
     match = _LAYER.match(module)
     if match is None:
         return None

@@ -1,7 +1,7 @@
 """loralib's files (`lora.lora_state_dict` saved by torch) read as updates, and written with the sidecar they lack.
 
 A loralib file holds `lora_A` and `lora_B` and nothing else: r, alpha, dropout and enable_lora live in the script that
-made it. They come from a JSON file beside it or from arguments, and are never guessed.
+made it. They come from a JSON file next to it or from arguments, and are never guessed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LoralibError(Phi3LoraError):
-    """A loralib file cannot be understood without something that nobody said, or at all; tells everything."""
+    """A loralib file lacks settings that were not given either, or cannot be read at all; lists every problem."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
     Attributes:
         alpha: loralib's lora_alpha, for all modules.
         r: for all modules; only checked where the shapes tell it.
-        dropout: for going on with training.
+        dropout: for further training.
         enable_lora: end of a module path -> flags of its MergedLinear.
         modules: full module path -> {"kind", "r", "alpha", "enable_lora"}, as our own sidecar has it; comes first.
         base: the model it belongs to.
@@ -60,7 +60,7 @@ def parse_enable_lora(text: str) -> tuple[str, tuple[bool, ...]]:
 
 
 def sidecar_of(file: Path) -> Path | None:
-    """The JSON file that belongs to a loralib file: `lora.pt.json`, `lora.json` or `lora_config.json` beside it."""
+    """The JSON file that belongs to a loralib file: `lora.pt.json`, `lora.json` or `lora_config.json` next to it."""
     for path in (file.with_name(f"{file.name}.json"), file.with_suffix(".json"), file.with_name("lora_config.json")):
         if path.is_file():
             return path
@@ -72,7 +72,7 @@ def read_settings(path: Path) -> Settings:
     data = read_object(path, LoralibError)
     flags = data.get("enable_lora") or {}
     if isinstance(flags, list):
-        flags = {"": flags}  # as people write it who have one kind of MergedLinear
+        flags = {"": flags}  # the short form for files with one kind of MergedLinear
     try:
         return Settings(
             alpha=data.get("alpha", data.get("lora_alpha")),
@@ -95,7 +95,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     import torch
 
     if not file.is_file():
-        raise LoralibError(f"{file} is no file")
+        raise LoralibError(f"{file} is not a file")
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -132,13 +132,13 @@ def from_loralib(
         layout: `families.projections` of the base, against which heights are checked; () where it is not known.
 
     Raises:
-        LoralibError: alpha is not said, MergedLinear without enable_lora, Conv layers, tensors that are not LoRA.
+        LoralibError: alpha is missing, MergedLinear without enable_lora, Conv layers, tensors that are not LoRA.
     """
     problems: list[str] = []
     if settings.alpha is None and not settings.modules:
         problems.append(
-            "alpha is not said: loralib stores neither r nor lora_alpha in its file; give --alpha, or a JSON file "
-            'beside it with {"alpha": ...}'
+            "alpha is missing: loralib does not store r or lora_alpha in its file; pass --alpha, or save a JSON file "
+            'next to it with {"alpha": ...}'
         )
     modules = dict.fromkeys(key.rpartition(".")[0] for key in tensors if key.rpartition(".")[2] in ("lora_A", "lora_B"))
     other = [key for key in tensors if key.rpartition(".")[2] not in ("lora_A", "lora_B")]
@@ -148,7 +148,7 @@ def from_loralib(
             "lora.lora_state_dict(model), without biases: Phi-3 has none"
         )
     if not modules:
-        problems.append("no lora_A or lora_B is in it")
+        problems.append("it has no lora_A or lora_B")
     loras, rows = [], []
     for module in modules:
         a, b = tensors.get(f"{module}.lora_A"), tensors.get(f"{module}.lora_B")
@@ -179,8 +179,8 @@ def _one(
     )
     projection = next((p for p in layout if module.endswith(f".{p.path}")), None)
     if alpha is None and settings.modules:
-        raise LayoutError([f"{module}: alpha is not said"])
-    alpha = 1.0 if alpha is None else alpha  # already told; the shapes are looked at all the same
+        raise LayoutError([f"{module}: alpha is missing"])
+    alpha = 1.0 if alpha is None else alpha  # already reported; the shapes are checked all the same
     if kind.startswith("conv") or (a.dim() == 2 and a.shape[0] != b.shape[1] and a.shape[0] % b.shape[1]):
         raise LayoutError([
             f"{module}: a loralib Conv layer (A {tuple(a.shape)}, B {tuple(b.shape)}) has no PEFT counterpart: its "
@@ -195,11 +195,11 @@ def _one(
         return lora, f"MergedLinear {flags}: A kept, B block-diagonal, rank {lora.rank}, alpha {lora.alpha:g}"
     if a.shape[0] != b.shape[1]:
         raise LayoutError([
-            f"{module}: A has {a.shape[0]} rows and B {b.shape[1]} columns, so this is a MergedLinear; say its flags, "
+            f"{module}: A has {a.shape[0]} rows and B {b.shape[1]} columns, so this is a MergedLinear; pass its flags, "
             f"for example --enable-lora {module.rpartition('.')[2]}=T,F,T"
         ])  # fmt: skip
     if r is not None and r != b.shape[1]:
-        raise LayoutError([f"{module}: r is said to be {r}, but the tensors have rank {b.shape[1]} (a Conv layer?)"])
+        raise LayoutError([f"{module}: r is set to {r}, but the tensors have rank {b.shape[1]} (a Conv layer?)"])
     if projection and b.shape[0] != projection.out_features:
         raise LayoutError([_wrong_height(module, int(b.shape[0]), projection, 0)])
     return Lora(module, a, b, alpha, embedding=kind == "embedding"), "kept"
@@ -217,7 +217,7 @@ def _wrong_height(module: str, rows: int, projection: Projection, groups: int) -
     if groups:
         sizes = ", ".join(f"{part.name} {part.stop - part.start}" for part in projection.slices)
         return f"{problem}; loralib's groups are equal in height, the slices here are {sizes}"
-    return f"{problem}; if it was a MergedLinear, say its flags with --enable-lora {projection.name}=T,F,..."
+    return f"{problem}; if it was a MergedLinear, pass its flags with --enable-lora {projection.name}=T,F,..."
 
 
 def to_loralib(
@@ -262,7 +262,7 @@ def to_loralib(
 
 
 def write_loralib(file: Path, tensors: Mapping[str, Tensor], sidecar: Mapping[str, Any]) -> None:
-    """Write the one file of `lora_` tensors (`.pt` or `.safetensors`) and `NAME.json` beside it."""
+    """Write the one file of `lora_` tensors (`.pt` or `.safetensors`) and `NAME.json` next to it."""
     import torch
 
     if file.suffix == ".safetensors":

@@ -25,11 +25,11 @@ _IN_LAYER = re.compile(r"^(.*\blayers)\.(\d+)\.(.+)$")
 
 
 class MlxError(Phi3LoraError):
-    """A folder that is not an MLX adapter that can be read, or an adapter that mlx-lm cannot hold; tells why."""
+    """A folder that is not a readable MLX adapter, or an adapter that mlx-lm cannot hold; gives the reason."""
 
 
 def looks_like_mlx(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter of mlx-lm: its weights, or a config that speaks of `lora_parameters`."""
+    """Whether a folder holds an adapter of mlx-lm: its weights, or a config with `lora_parameters`."""
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
         return True
@@ -37,7 +37,7 @@ def looks_like_mlx(folder: str | Path) -> bool:
 
 
 def mlx_base(folder: str | Path) -> str | None:
-    """The model that an MLX adapter says it was trained on."""
+    """The model that an MLX adapter records as its base."""
     return _config(Path(folder)).get("model") or None
 
 
@@ -103,7 +103,7 @@ def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, drop
         layers: of the model; mlx-lm counts adapted layers from the last one.
 
     Raises:
-        MlxError: embeddings, DoRA beside plain LoRA, biases.
+        MlxError: embeddings, DoRA together with plain LoRA, biases.
     """
     problems = [f"{lora.module}: {what}; merge it" for lora in loras for what in _unfit(lora)]
     dora = {lora.magnitude is not None for lora in loras}

@@ -147,11 +147,11 @@ def parts(adapter: PeftAdapter) -> Parts:
 
     Raises:
         PeftFilesError: half a pair, a rank other than the config's, experts (`target_parameters`), or a starting
-            point that changed the base. Those who can handle the last two (merging) do not come here.
+            point that changed the base. Callers that can handle the last two (merging) do not use this.
     """
     config, problems = adapter.config, []
     if config.get("target_parameters"):
-        problems.append("it adapts stacked expert weights (target_parameters), for which no other layout exists")
+        problems.append("it adapts stacked expert weights (target_parameters), which have no other layout")
     if changes_base(config):
         problems.append(
             f"it started from {config['init_lora_weights']!r}, which took a part out of the base's weights, so it "
@@ -171,7 +171,7 @@ def parts(adapter: PeftAdapter) -> Parts:
             continue
         rank = pattern_value(config.get("rank_pattern"), module, config["r"])
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            problems.append(f"{module}: the config says rank {rank}, but A is {tuple(a.shape)} and B {tuple(b.shape)}")
+            problems.append(f"{module}: the config has rank {rank}, but A is {tuple(a.shape)} and B {tuple(b.shape)}")
             continue
         alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
         loras.append(Lora(module, a, b, alpha, bool(config.get("use_rslora")), embedding, magnitude, bias))
@@ -231,7 +231,7 @@ def peft_config(
 ) -> dict[str, Any]:  # fmt: skip
     """The smallest adapter_config.json for these updates: sorted, defaults left out, readable by older PEFT.
 
-    The rank and alpha that most modules have go on top, the others into rank_pattern and alpha_pattern.
+    The rank and alpha of most modules become r and lora_alpha, the others go into rank_pattern and alpha_pattern.
     """
     loras = list(loras)
     (rank, alpha), _ = Counter((lora.rank, lora.alpha) for lora in loras).most_common(1)[0] if loras else ((1, 1), 0)

@@ -18,7 +18,7 @@ def servable(folder: str | Path, max_rank: int = 64) -> list[str]:
         max_rank: the largest rank that the server was started for (vLLM: `--max-lora-rank`, 16 unless it is told).
 
     Raises:
-        PeftFilesError: there is no adapter_config.json to look at.
+        PeftFilesError: the folder has no adapter_config.json.
     """
     folder = Path(folder)
     config = read_config(folder)

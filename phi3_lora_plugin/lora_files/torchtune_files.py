@@ -41,19 +41,19 @@ def from_torchtune(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[
     """The updates of split projections in a torchtune adapter.
 
     Raises:
-        TorchtuneError: alpha is not said, or the file has keys that its Phi-3 builders do not make.
+        TorchtuneError: alpha is missing, or the file has keys that its Phi-3 builders do not make.
     """
     problems = []
     if alpha is None:
         problems.append(
-            "alpha is not said: torchtune stores none with a Phi-3 adapter; give --alpha (its recipes use 16)"
+            "alpha is missing: torchtune stores none with a Phi-3 adapter; pass --alpha (its recipes use 16)"
         )
     found: dict[str, dict[str, Tensor]] = {}
     sources = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None or match[2] not in _NAMES:
-            problems.append(f"{key!r} is no key of a torchtune Phi-3 adapter")
+            problems.append(f"{key!r} is not a key of a torchtune Phi-3 adapter")
             continue
         module = f"model.layers.{match[1]}.{_NAMES[match[2]]}"
         sources[module] = f"layers.{match[1]}.{match[2]}"

@@ -91,7 +91,7 @@ def quantization_config(kind: str, compute: Any) -> Any:
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
-    raise ModelError(f"quantize: {kind!r} is none of none, nf4, int8")
+    raise ModelError(f"quantize: {kind!r} is not one of none, nf4, int8")
 
 
 def keep_trainable_on_cpu(model: Any) -> None:

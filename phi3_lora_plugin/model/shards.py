@@ -160,7 +160,7 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise ModelError(f"{target} is not empty; name another place, or say --overwrite")
+        raise ModelError(f"{target} is not empty; choose another folder, or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = new_folder(target.parent, f".{target.name}.", ".tmp")
     try:

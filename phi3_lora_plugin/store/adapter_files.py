@@ -25,12 +25,12 @@ def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any
     """The files of an adapter: equal snapshots give equal bytes.
 
     Args:
-        format: "peft", "loralib" (one file of `lora_` keys and a sidecar of what they do not say) or "both". A model of
-            loralib's layers has no PEFT form and is always written as loralib's.
-        layout: `families.projections` of the base, by which slices become loralib's MergedLinear.
+        format: "peft", "loralib" (one file of `lora_` keys and a sidecar of what they do not store) or "both". A model
+            of loralib's layers has no PEFT form and is always written as loralib's.
+        layout: `families.projections` of the base, used to turn slices into loralib's MergedLinear.
 
     Raises:
-        LoralibError, PeftFilesError: loralib has no such thing (DoRA, experts).
+        LoralibError, PeftFilesError: loralib does not support it (DoRA, experts).
     """
     if format not in FORMATS:
         raise Phi3LoraError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
@@ -56,7 +56,7 @@ def peft_files(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 
 
 def reload_files(snapshot: Snapshot, format: str) -> dict[str, Content]:
-    """What Trainer needs beside `adapter_files` to load this state into the model that it came from."""
+    """What Trainer needs in addition to `adapter_files` to load this state into the model that it came from."""
     if snapshot.memory is not None:
         return {"model.safetensors": TensorFile(snapshot.memory)}
     if snapshot.raw is not None:

@@ -1,4 +1,4 @@
-"""Which adapter a path means, and what lies beside its weights: settings, manifest, the recipe of its run."""
+"""Which adapter a path means, and the files next to its weights: settings, manifest, the recipe of its run."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class Adapter:
 
     @property
     def chat(self) -> dict[str, Any]:
-        """How chats were rendered in training, as `data` of a recipe says it. Raises RecipeError."""
+        """How chats were rendered in training, as a recipe's `data` section. Raises RecipeError."""
         recipe = self.recipe() if "chat" not in self.manifest else None
         if recipe is None:
             return dict(self.manifest.get("chat", {}))
         return {"system": recipe.data.system, "template": recipe.data.template}
 
     def recipe(self, overrides: Sequence[str] = (), find: Callable[[str], Any] | None = None) -> Recipe | None:
-        """The recipe of its run, if it lies there; see `load_recipe`."""
+        """The recipe of its run, if it was saved there; see `load_recipe`."""
         return load_recipe(self.recipe_file, overrides, find) if self.recipe_file else None
 
 
 def read_adapter(path: str | Path, check: bool = True) -> Adapter:
-    """The adapter that `path` means and what lies beside it; without its weights, and before any model is loaded.
+    """The adapter that `path` means and the files next to it; without its weights, and before any model is loaded.
 
     Args:
         check: that every file is the one that the manifest lists.
@@ -93,7 +93,7 @@ def adapter_folder(path: str | Path) -> Path:
     """The adapter that `path` means: itself, or the newest complete checkpoint of the run or store it names.
 
     Raises:
-        AdapterError: nothing under `path` is an adapter; says what is there.
+        AdapterError: nothing under `path` is an adapter; the message lists what is there.
     """
     from phi3_lora_plugin.store.checkpoint import latest_complete
 

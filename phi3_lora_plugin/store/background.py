@@ -17,7 +17,7 @@ class Writer:
     """Runs jobs in order, at once or on a thread of its own. A job deals with its own errors.
 
     What is left is done before the interpreter exits, also after Ctrl-C; with `catch_sigterm` before SIGTERM ends the
-    process, where nobody else handles that.
+    process, where nothing else handles that.
     """
 
     def __init__(self, background: bool) -> None:
@@ -27,7 +27,7 @@ class Writer:
         self._previous: Any = None
 
     def submit(self, job: Callable[[], Any]) -> None:
-        """Run a job, or put it behind those that wait."""
+        """Run a job, or queue it after those that wait."""
         if self._pool is None:
             job()
             return

@@ -1,4 +1,4 @@
-"""The store of LoRA checkpoints on disk: each appears whole or not at all, and says by hashes whether it is whole.
+"""The store of LoRA checkpoints on disk: each appears whole or not at all, and its hashes show whether it is whole.
 
 `<store>/step-00000010/` holds the adapter's files and `manifest.json`; `LATEST` and `BEST` name one of them each.
 """
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def latest_complete(folder: str | Path) -> Path | None:
-    """The newest checkpoint, by step, of which every byte is as it was written; None if there is none.
+    """The newest checkpoint, by step, whose every byte is as it was written; None if there is none.
 
     Args:
         folder: a store, the output folder of a run, or a single checkpoint.
@@ -102,19 +102,19 @@ def write_checkpoint(
 ) -> Path:
     """Write `<store>/step-N/` so that at no moment it is half there, point `LATEST` and `BEST` at it, delete old ones.
 
-    Everything is staged beside its final name and synced to the disk, then renamed.
+    Everything is staged next to its final name and synced to the disk, then renamed.
 
     Args:
         step: its number; a checkpoint of the same step with other content is put aside, never overwritten.
         files: name -> bytes, pieces of them, or a function that writes them into a stream.
-        facts: what else the manifest says. Equal facts and files give equal bytes.
-        metric: {"name", "value", "greater_is_better"}, by which `BEST` is chosen.
-        resume: what training needs to go on, as `files`, with a manifest of its own.
-        delete: how a folder goes that nobody sees any more; what a crash leaves of it is swept by the next run.
+        facts: what else the manifest records. Equal facts and files give equal bytes.
+        metric: {"name", "value", "greater_is_better"}; decides which checkpoint `BEST` names.
+        resume: what training needs to resume, as `files`, with a manifest of its own.
+        delete: deletes a folder that no reader sees any more; the next run sweeps what a crash leaves of it.
 
     Raises:
         OSError: no space, no permission, a failing disk, with the path; the store is as before and holds nothing
-            unfinished. Where only pointers or old checkpoints could not be dealt with, that is logged.
+            unfinished. Failing to update pointers or to delete old checkpoints is only logged.
         StoreBusy: another run is writing into the store.
         Phi3LoraError: no files, names that are paths, or facts that a manifest cannot hold.
     """
@@ -138,8 +138,8 @@ def write_checkpoint(
         final = _publish(store, staging, store / step_name(step))
         try:
             _clean_up(store, latest, retention, delete)
-        except OSError as error:  # what was to be saved is saved
-            log.warning("%s is saved, but what belongs to it could not be done: %s", final, error)
+        except OSError as error:  # the checkpoint itself is saved
+            log.warning("%s is saved, but updating pointers or deleting old checkpoints failed: %s", final, error)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""Files that lie on the disk for certain, and what a manifest says about them."""
+"""Files that are certain to be on the disk, and what a manifest records about them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Content = bytes | Iterable[Any] | Callable[[BinaryIO], Any]
 
 
 class DiskWrites:
-    """New files of which all are on the disk when the block is left, unless an error ends it.
+    """New files that are all on the disk when the block is left, unless an error ends it.
 
     They are synced together at its end, when a journal has one thing to write and not one for each. What a manifest
-    says of them is found out on threads: a hash takes as long as the disk does.
+    records of them is computed on threads: a hash takes as long as the disk does.
 
     Raises:
         OSError: in the block or on leaving it, with the name of the file.
@@ -38,7 +38,7 @@ class DiskWrites:
         return self
 
     def write(self, path: Path, content: Content) -> Future[dict[str, Any]]:
-        """Write a new file; what a manifest says of it."""
+        """Write a new file; return what a manifest records of it."""
         with _named(path):
             file = path.open("xb")
             self._open.append((path, file))
@@ -69,7 +69,7 @@ class DiskWrites:
 
 
 def write_file(path: Path, content: Content) -> dict[str, Any]:
-    """Write a new file down to the disk; what a manifest says of it."""
+    """Write a new file down to the disk; return what a manifest records of it."""
     with DiskWrites() as disk:
         return disk.write(path, content).result()
 
@@ -83,7 +83,7 @@ def _describe(pieces: Iterable[Any]) -> dict[str, Any]:
 
 
 def _beside(function: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
-    """What a function gives on a thread of its own, or here and now where none can be had: the interpreter ends."""
+    """Run a function on its own thread, or right here if the interpreter is ending and no thread can be started."""
     found: Future[dict[str, Any]] = Future()
 
     def run() -> None:

@@ -18,9 +18,9 @@ from phi3_lora_plugin.store.manifest import RESUME, ManifestError, read_manifest
 log = logging.getLogger(__name__)
 
 LATEST, BEST = "LATEST", "BEST"
-#: Where a store lies in an output folder. A push to the hub leaves out what begins with `_`.
+#: Where a store is in an output folder. A push to the hub leaves out what begins with `_`.
 FOLDER, FOLDER_WHEN_PUSHED = "lora", "_lora"
-#: Behind the name of a checkpoint that was saved again, until it takes that name over.
+#: Ending of a checkpoint that was saved again, until it takes over the name without it.
 AGAIN = ".again"
 _OURS = re.compile(r"^\..+\.(?:tmp|old)-(?P<pid>\d+)-(?P<host>.+)$")
 _EARLIER = re.compile(r"^earlier-(\d+)$")
@@ -74,7 +74,7 @@ def stores_in(folder: Path) -> list[Path]:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """Folders of runs that found `folder` taken and got its name with a number behind."""
+    """Folders of runs that found `folder` taken and got its name with a number after it."""
     return [path for path in folder.parent.glob(f"{folder.name}-*") if path.name[len(folder.name) + 1 :].isdigit()]
 
 
@@ -104,7 +104,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def put_away(path: Path, store: Path) -> Path:
-    """Take a folder to a name that nobody reads before it is deleted, so that it is never half there."""
+    """Rename a folder to a name that readers ignore before deleting it, so that it is never half there."""
     name = path.name if path.parent == store else f"{path.parent.name}-{path.name}"
     away = beside(store, name, "old")
     shutil.rmtree(away, ignore_errors=True)
@@ -154,7 +154,7 @@ def _folders(store: Path) -> list[Path]:
 
 def _alive(pid: int, host: str) -> bool:
     if host != socket.gethostname() or pid == os.getpid():
-        return False  # the lock is ours, so whoever that was is gone
+        return False  # the lock is ours, so that process has ended
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

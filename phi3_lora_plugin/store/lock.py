@@ -29,13 +29,13 @@ class StoreBusy(Phi3LoraError):
 class StoreLock:
     """The right to write into a store, until `release` or the end of the process, however it ends.
 
-    A lock of the operating system on the open `.lock`: a killed process leaves nothing behind that anyone had to judge
-    stale, and whoever in this process copies the folder does not end it, as he would a record lock. Forked data loaders
-    close theirs, so that they do not hold it on.
+    A lock of the operating system on the open `.lock`: a killed process leaves no stale lock, and copying the folder
+    within this process does not release it, unlike a record lock. Forked data loaders close their copy, so that they
+    do not keep it locked.
 
     Args:
-        holder: two locks of one holder in one process are one run; so are two of one thread, of which the first can
-            only be left over from a run that failed.
+        holder: two locks of one holder in one process belong to one run; so do two of one thread: the first can only
+            be left over from a run that failed.
     """
 
     def __init__(self, store: Path, holder: object = None) -> None:
@@ -53,10 +53,10 @@ class StoreLock:
         _HELD[self.store] = self
 
     def renew(self) -> None:
-        """Take the lock again if its file was deleted, by whom ever; call it before each write.
+        """Take the lock again if its file was deleted; call it before each write.
 
         Raises:
-            StoreBusy: another run took the store meanwhile.
+            StoreBusy: another run has taken the store since.
         """
         if self._handle is None or _is_at(self._handle, self.store / NAME):
             return
@@ -71,9 +71,9 @@ class StoreLock:
             del _HELD[self.store]
         if self._handle is not None:
             try:
-                if _is_at(self._handle, self.store / NAME):  # not the one of somebody who came later
+                if _is_at(self._handle, self.store / NAME):  # not the file of a later run
                     (self.store / NAME).unlink(missing_ok=True)
-            except OSError as error:  # the file alone keeps nobody out
+            except OSError as error:  # the file alone locks nothing
                 log.debug("the lock file could not be deleted: %s", error)
             finally:
                 os.close(self._handle)
@@ -94,7 +94,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def holder_of(store: Path) -> object:
-    """Who of this thread has the lock of a store; None if nobody has it."""
+    """The lock of a store, if this thread holds it; None otherwise."""
     lock = _HELD.get(store.resolve())
     return lock.holder if lock is not None and lock.thread is threading.current_thread() else None
 
@@ -126,7 +126,7 @@ def _lock(path: Path) -> int | None:
         if _is_at(handle, path):
             _sign(handle)
             return handle
-        os.close(handle)  # the one who had it deleted the file in between: there is a new one
+        os.close(handle)  # its owner deleted the file in between: there is a new one
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -139,7 +139,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _sign(handle: int) -> None:
-    """Say in the file who has it, for the message to others; on a full disk the lock does without."""
+    """Write the owner into the file, for the message to other runs; on a full disk the lock works without it."""
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -67,7 +67,7 @@ def render_manifest(content: Mapping[str, Any]) -> bytes:
 
 
 def parse_manifest(raw: bytes) -> dict[str, Any]:
-    """What the bytes of a manifest say; raises `ManifestError` as `read_manifest` does."""
+    """The content of a manifest's bytes; raises `ManifestError` as `read_manifest` does."""
     _check(MANIFEST, raw)
     return dict(json.loads(raw))
 

@@ -19,7 +19,7 @@ class Retention:
         last: the newest ones; at least one.
         best: the best ones by their metric.
         every: those whose step divides by this, for good.
-        resume: of the newest ones, how many keep what training needs to go on (optimizer, schedule, random state).
+        resume: how many of the newest ones keep what is needed to resume (optimizer, schedule, random state).
     """
 
     last: int = 2
@@ -58,7 +58,7 @@ def by_metric(found: Sequence[Entry]) -> list[Entry]:
 def doomed(found: Sequence[Entry], rule: Retention) -> list[Path]:
     """What no rule keeps, of the `entries` of a store.
 
-    Nothing goes unless the newest checkpoint has all its bytes: there is always a good one.
+    Nothing is deleted unless the newest checkpoint has all its bytes: there is always a good one.
     """
     ours = [entry for entry in found if entry.path.name == step_name(entry.step)]  # not what people named
     if not ours or not _has_its_bytes(ours[0]):

@@ -27,7 +27,7 @@ class CheckpointRun:
     """One run and its store, which it holds locked from `open` to `close`. Lives on the process that writes.
 
     Attributes:
-        began_at: the step that the run went on from; checkpoints behind it are of another run and are put aside.
+        began_at: the step that the run resumed from; later checkpoints belong to another run and are put aside.
         saved: the newest checkpoint written.
         failed: the newest step and why it could not be written, if nothing has been written since.
     """
@@ -65,7 +65,7 @@ class CheckpointRun:
         self._writer.submit(partial(self._write, step, snapshot, resume, metric))
 
     def close(self) -> None:
-        """Wait for what is being written and let others write. Doing it twice does no harm."""
+        """Wait for what is being written, then release the store. Doing it twice does no harm."""
         self._writer.close()
         self._cleaner.close()
         if self._lock is not None:
@@ -117,7 +117,7 @@ def _delete(folder: Path) -> None:
 
 
 def end_left_over(store: Path) -> None:
-    """End a run of this thread that failed and has not let go of its store: it may still be writing."""
+    """End a run of this thread that failed and still holds its store: it may still be writing."""
     left = holder_of(store)
     if isinstance(left, CheckpointRun):
         left.close()

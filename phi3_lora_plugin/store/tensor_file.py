@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The types of adapters, in the order in which the format has them in a file.
+#: The dtypes of adapters, in the order that the format gives them in a file.
 _TYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 _METADATA = {"format": "pt"}
 
@@ -23,7 +23,7 @@ _METADATA = {"format": "pt"}
 class TensorFile:
     """The bytes that `safetensors.torch.save` makes of CPU tensors; iterating gives them piece by piece, uncopied.
 
-    The format is a length of 8 bytes, a header in JSON padded to 8 bytes, and the tensors as they lie in memory
+    The format is a length of 8 bytes, a header in JSON padded to 8 bytes, and the tensors as they are in memory
     (huggingface/safetensors, README, "Format").
     """
 
@@ -60,8 +60,8 @@ def _header(tensors: Sequence[tuple[str, Any, Sequence[int]]]) -> tuple[bytes, S
 
 
 def _memory(tensor: Tensor) -> Any:
-    """The bytes of a tensor where they lie: `tensor.numpy()` takes seven times as long, and has no bfloat16."""
+    """The bytes of a tensor, uncopied: `tensor.numpy()` takes seven times as long, and has no bfloat16."""
     whole = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
     piece: Any = (c_char * whole.nbytes).from_address(whole.data_ptr())
-    piece.owner = whole  # so that the memory stays for as long as somebody has the piece
+    piece.owner = whole  # so that the memory stays for as long as the piece is in use
     return piece

@@ -24,7 +24,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Return the installed transformers' `TrainingArguments` for a recipe.
 
-    What the recipe says wins over our defaults, and `ours` over both.
+    The recipe's settings win over our defaults, and `ours` over both.
 
     Args:
         has_eval: whether there are rows to evaluate on; without them nothing is evaluated.
@@ -44,7 +44,7 @@ def training_arguments(
         settings.setdefault("per_device_eval_batch_size", given["per_device_train_batch_size"])
     name = "activation_checkpointing" if "activation_checkpointing" in installed_fields() else "gradient_checkpointing"
     if settings.get(name):
-        # Reentrant checkpointing gives no gradient behind frozen embeddings.
+        # Reentrant checkpointing gives no gradient after frozen embeddings.
         settings[f"{name}_kwargs"] = {"use_reentrant": False} | (settings.get(f"{name}_kwargs") or {})
     if kind is not None:
         settings.setdefault(name, False)  # on by default in TRL's
@@ -53,7 +53,7 @@ def training_arguments(
 
 
 def checkpoints_activations(arguments: TrainingArguments) -> bool:
-    """Whether activations are computed twice, by the name that the installed version has for it."""
+    """Whether gradient checkpointing is on, by the name that the installed version has for it."""
     return bool(
         getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
     )
@@ -94,7 +94,7 @@ def same_batch(recipe: Recipe, processes: int) -> Recipe:
     Rows a device are divided, else the steps that are accumulated.
 
     Raises:
-        BatchError: neither can be divided.
+        BatchError: neither number can be divided.
     """
     rows = int(recipe.training.get("per_device_train_batch_size", 8))  # 8 is transformers' own
     steps = int(recipe.training.get("gradient_accumulation_steps", 1))

@@ -1,4 +1,4 @@
-"""One line for a Trainer that exists: LoRA-only checkpoints, stop tokens, a pad that is none, and the fast paths."""
+"""One line for a Trainer that exists: LoRA-only checkpoints, stop tokens, a pad that is not one, and the fast paths."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def attach(
 
     Args:
         recipe: its `checkpoint` and `speed` sections apply.
-        speed: "auto", "off" or {part: bool}, see `accelerate_phi3`; None: as the recipe says, or "auto".
+        speed: "auto", "off" or {part: bool}, see `accelerate_phi3`; None: as in the recipe, or "auto".
         callbacks: to add instead of `LoraCheckpoint`.
         checkpoint: what `LoraCheckpoint` takes, if neither `recipe` nor `callbacks` is given.
 
@@ -120,7 +120,7 @@ def _padded_already(rows: Any, pad: int | None) -> bool:
 
 
 def _targets_missed(model: Any) -> list[str]:
-    """Names of a `LoraConfig` that match nothing, of which PEFT says nothing as long as another one matches."""
+    """Names of a `LoraConfig` that match nothing; PEFT does not report them as long as another one matches."""
     from phi3_lora_plugin.model.families import projections
 
     adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}

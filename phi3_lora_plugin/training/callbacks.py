@@ -1,7 +1,7 @@
-"""`LoraCheckpoint`: LoRA-only checkpoints from any Trainer, in the store of checkpoint.py, beside the Trainer's own.
+"""`LoraCheckpoint`: LoRA-only checkpoints from any Trainer, in the store of checkpoint.py, next to the Trainer's own.
 
 A checkpoint is taken between two steps, when evaluation and the Trainer's own saving are over; so it has their metric,
-and the random state from which a resumed run goes on exactly.
+and the random state from which a resumed run continues exactly.
 """
 
 # This module defines a TrainerCallback, a subclass of something heavy; it is imported only inside functions.
@@ -49,18 +49,18 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
     Args:
         folder: the store; by default `lora/` in the Trainer's output folder (`_lora/` if that is pushed to the hub,
             which leaves out what begins with `_`).
-        every_steps: save each so many steps, whatever the Trainer saves; None: whenever the Trainer saves or has
+        every_steps: save every this many steps, whatever the Trainer saves; None: whenever the Trainer saves or has
             evaluated. The end of training is saved in any case.
         keep_last, keep_best, keep_every: see `retention.Retention`.
         format: "peft", "loralib" or "both"; see `adapter_files`.
-        background: write on a thread while training goes on.
-        resume: also write what `resume.resumable` needs to go on exactly.
+        background: write on a thread while training continues.
+        resume: also write what `resume.resumable` needs to resume exactly.
         adapter: of a PEFT model with several, which one.
         unhealthy: at weights, losses or gradients that are not finite, or a loss stuck at 0.0: "raise" a `HealthError`
             at the end of the step, "stop" training and set `reason`, or "ignore" (what is not finite is never saved).
-        zero_losses: so many logs of a loss of exactly 0.0 are stuck.
+        zero_losses: how many logs in a row of a loss of exactly 0.0 count as stuck.
         allow_drift: settings that may differ from those of the run that is resumed; see `run_facts.refuse_drift`.
-        facts: what else the manifests say.
+        facts: what else the manifests record.
 
     Attributes:
         reason: why training was stopped for its health; None if it was not.
@@ -68,11 +68,11 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
 
     Raises from within training:
         StateError: the model has no LoRA, or nothing that may be saved, before the first step.
-        LoralibError: it is no LoRA that `format` can hold, before the first step.
+        LoralibError: `format` cannot hold this kind of LoRA, before the first step.
         OSError: the folder cannot be written, before the first step.
         DriftError: resumed with other settings, before the first step.
         StoreBusy: another run writes into the folder, before the first step.
-        CheckpointError: the last state could not be written. Failures before that are logged, and training goes on.
+        CheckpointError: the last state could not be written. Failures before that are logged, and training continues.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._run: CheckpointRun | None = None  # on rank zero, from the first run on
         self._training = False
         self._began_at = 0
-        self._mergeable: list[Any] = []  # loralib's layers, which must not merge while training goes on
-        self._trained: list[tuple[str, Any]] | None = None  # while training goes on
+        self._mergeable: list[Any] = []  # loralib's layers, which must not merge during training
+        self._trained: list[tuple[str, Any]] | None = None  # during training
         self._inventory: Inventory | None = None  # likewise
         self._due: int | None = None  # the step that is to be taken before the next one
         self._taken: int | None = None
@@ -120,13 +120,13 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> LoraCheckpoint:
-        """As the recipe's `checkpoint` section says."""
+        """As configured by the recipe's `checkpoint` section."""
         about = {"recipe": {"name": recipe.name, "digest": recipe.digest()}, "quantize": recipe.model.quantize}
         return cls.from_sections(recipe.checkpoint, recipe.data, about)
 
     @classmethod
     def from_sections(cls, section: Any, data: Any, facts: Mapping[str, Any] | None = None) -> LoraCheckpoint:
-        """As a `checkpoint` section says; the manifests say how to ask the adapter: as `data` had it trained."""
+        """As configured by a `checkpoint` section; the manifests record how `data` rendered chats in training."""
         chat = {name: getattr(data, name) for name in ("system", "control_tokens", "tools", "tool_format", "thoughts")}
         return cls(
             every_steps=section.every_steps,
@@ -139,7 +139,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         )
 
     def bind(self, trainer: Any) -> None:
-        """Tell it the Trainer, of which it needs the folder of a hyperparameter trial and float16's loss scale."""
+        """Tell it the Trainer: it needs the folder of a hyperparameter trial and float16's loss scale from there."""
         self._trainer = trainer
 
     @property
@@ -202,7 +202,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             self._judge(sick_weights(model, self._trained), control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """As at the end of a step, for who saves by epochs; take the last state before anything changes it.
+        """As at the end of a step, for runs that save by epochs; take the last state before anything changes it.
 
         A run that stops within an epoch is evaluated as if the epoch were over, which draws random numbers that the
         run without the stop does not draw; and at the end of training the best weights are loaded over the last.
@@ -217,7 +217,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             self._take_if_due(args, state, control, {"model": model, **kwargs})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Look for losses and gradients that say that the run has gone wrong."""
+        """Look for losses and gradients that show that the run has gone wrong."""
         if not self._training or self.unhealthy == "ignore" or "loss" not in (logs or {}):
             return
         self._judge(sick_log(logs, state.global_step), control)
@@ -242,7 +242,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._take_if_due(args, state, control, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the end, wait for what is being written, and raise what must not stay unsaid."""
+        """Save the end, wait for what is being written, and raise if the last state was not saved."""
         if not self._training:
             return
         try:
@@ -277,7 +277,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         return output / (FOLDER_WHEN_PUSHED if getattr(args, "push_to_hub", False) else FOLDER)
 
     def _judge(self, reason: str | None, control: Any) -> None:
-        """Stop at the first reason; from then on nothing is saved, by the Trainer neither."""
+        """Stop at the first reason; from then on nothing is saved, not even by the Trainer."""
         if reason is not None and self.reason is None:
             self.reason = reason
             log.error("training stops: %s", reason)
@@ -317,7 +317,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
 
 
 def _metric(args: Any, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The metric by which checkpoints are compared: the Trainer's, else the evaluation loss."""
+    """The metric that compares checkpoints: the Trainer's, else the evaluation loss."""
     name = getattr(args, "metric_for_best_model", None) or "loss"
     name = name if name.startswith("eval_") else f"eval_{name}"
     if name not in metrics:
@@ -379,7 +379,7 @@ def _is_loralib(layer: Any) -> bool:
 
 
 def _raise_everywhere(args: Any, problem: Exception | None) -> None:
-    """Raise what the first process met on every process, where the others would wait for it in vain."""
+    """Raise the first process's error on every process: the others would wait for it in vain."""
     if args.world_size > 1:
         import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Signs that a run has gone wrong without saying so: values that are not finite, a loss stuck at exactly zero."""
+"""Signs that a run has silently gone wrong: values that are not finite, a loss stuck at exactly zero."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class HealthError(Phi3LoraError, RuntimeError):
 
 
 def sick_log(logs: Mapping[str, Any], step: int) -> str | None:
-    """Why one line of a Trainer's log says that the run has gone wrong; None if it does not."""
+    """Why one line of a Trainer's log shows that the run has gone wrong; None if it does not."""
     for name in ("loss", "grad_norm"):
         value = logs.get(name)
         if value is not None and not math.isfinite(float(value)):
@@ -26,10 +26,10 @@ def sick_log(logs: Mapping[str, Any], step: int) -> str | None:
 
 
 def is_zero_loss(logs: Mapping[str, Any]) -> bool:
-    """Whether a line of a Trainer's log says that the training loss was exactly 0, and not just very small.
+    """Whether a line of a Trainer's log shows that the training loss was exactly 0, and not just very small.
 
-    Trainers that learn from rewards (GRPO, RLOO, preferences) log them; there a loss of 0.0 is a batch in which all
-    answers were equally good, or far enough apart, and no sign of anything.
+    Trainers that learn from rewards (GRPO, RLOO, preferences) log them; there a loss of 0.0 is a batch whose answers
+    were all equally good, or different enough, and does not show that anything is wrong.
     """
     if any(name.startswith("reward") for name in logs):
         return False
@@ -38,7 +38,7 @@ def is_zero_loss(logs: Mapping[str, Any]) -> bool:
 
 
 def zero_loss(times: int, step: int) -> str:
-    """The reason to stop after so many logs of a loss of exactly 0."""
+    """The reason to stop after this many logs of a loss of exactly 0."""
     return (
         f"the loss was exactly 0.0 in the last {times} logs, up to step {step}: nothing is trained; look at the labels "
         "(phi3-lora data check), and whether logging_nan_inf_filter hides a loss that is not a number"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM finish the step and leave through the front door, so that the last state is saved."""
+"""Ctrl-C and SIGTERM finish the step and end training normally, so that the last state is saved."""
 
 # This module defines a TrainerCallback, a subclass of something heavy; it is imported only inside functions.
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import TrainerCallback  # noqa: TID253
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Ends training after the step in which SIGINT or SIGTERM came; a second signal ends it at once.
+    """Ends training after the step during which SIGINT or SIGTERM came; a second signal ends it at once.
 
     A context manager around `trainer.train()`. Outside the main thread, where Python takes no signals, it does nothing.
     """

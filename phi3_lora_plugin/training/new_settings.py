@@ -19,7 +19,7 @@ class NewSettings(TrainerCallback):  # type: ignore[misc]
     """Gives a restored optimizer and schedule the settings of the arguments at hand.
 
     Args:
-        trainer: of which the optimizer is not made yet, or was made by its user.
+        trainer: its optimizer does not exist yet, or was made by its user.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -15,7 +15,7 @@ from phi3_lora_plugin.wording import nearest
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
-#: Name in `report_to` -> (modules of which one is needed, what to install), as transformers.integrations has them.
+#: Name in `report_to` -> (modules, any one of them is enough; what to install), as in transformers.integrations.
 _REPORTS = {
     "azure_ml": (("azureml",), "azureml-sdk"),
     "clearml": (("clearml",), "clearml"),
@@ -47,7 +47,7 @@ _OPTIMIZERS = (
 
 
 class MissingPackage(Phi3LoraError):
-    """A setting needs something that is not installed, or names what does not exist; says all, each with its remedy."""
+    """A setting needs something that is not installed, or names what does not exist; lists all, with remedies."""
 
 
 def require_packages(recipe: Recipe) -> None:

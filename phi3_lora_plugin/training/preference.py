@@ -35,7 +35,7 @@ def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
         "loss_type": [section.loss],
         "label_smoothing": section.label_smoothing,
         "max_length": None,  # rows are cut already, and counted
-        "disable_dropout": False,  # as the recipe says
+        "disable_dropout": False,  # as set in the recipe
     }
     return training_arguments(recipe, has_eval, DPOConfig, **ours)
 

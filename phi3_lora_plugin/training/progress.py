@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one live line on a terminal, one plain line a log elsewhere."""
+"""What a person sees during a run: one live line on a terminal, one plain line a log elsewhere."""
 
 # This module defines a TrainerCallback, a subclass of something heavy; it is imported only inside functions.
 from __future__ import annotations

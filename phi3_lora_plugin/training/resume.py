@@ -31,9 +31,9 @@ class ResumeError(Phi3LoraError):
 
 
 def refuse_own_folder(given: Any) -> None:
-    """Raise `ResumeError` for `resume_from_checkpoint=` a checkpoint of our store, which has not what a Trainer reads.
+    """Raise `ResumeError` for `resume_from_checkpoint=` a checkpoint of our store, which lacks what a Trainer reads.
 
-    transformers would load its adapter, and then fail for want of trainer_state.json.
+    transformers would load its adapter, and then fail because trainer_state.json is missing.
     """
     folder = Path(given) if isinstance(given, str | os.PathLike) else None
     if folder is None or (folder / "trainer_state.json").is_file():
@@ -55,7 +55,7 @@ def resumable(
 ) -> Iterator[str | None]:
     """A folder that `trainer.train(resume_from_checkpoint=...)` resumes from exactly, or None to start at step 0.
 
-    The newest checkpoint is taken of which every byte is as it was written; newer ones that are torn are named.
+    The newest checkpoint whose every byte is as it was written is taken; newer ones that are damaged are named.
 
         with resumable(trainer) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -110,7 +110,7 @@ def resumable(
 
 
 def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
-    """The newest checkpoint that is whole and can be resumed from; says why newer ones cannot."""
+    """The newest checkpoint that is whole and can be resumed from; reports why newer ones cannot."""
     for store in stores_in(folder):
         for path in torn(store):
             say(f"skipped {path}: {'; '.join(check_folder(path).problems)}")
@@ -138,7 +138,7 @@ def _as_the_first_process(entry: Entry | None) -> Entry | None:
 
 
 def _is_over(args: Any, loader: Any, step: int) -> bool:
-    """Whether a run that has made so many steps has made them all."""
+    """Whether a run that has made this many steps has made them all."""
     if args.max_steps > 0:
         return bool(step >= args.max_steps)
     steps = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
@@ -147,7 +147,7 @@ def _is_over(args: Any, loader: Any, step: int) -> bool:
 
 @contextmanager
 def _over(trainer: Trainer) -> Iterator[None]:
-    """No epoch is left: where a run ends within one, the Trainer would go on with it for a step."""
+    """No epoch is left: where a run ends within one, the Trainer would continue it for one more step."""
     args = trainer.args
     length = args.max_steps, args.num_train_epochs
     args.max_steps, args.num_train_epochs = -1, 0
@@ -194,7 +194,7 @@ def _counting_epochs_on() -> Iterator[None]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """One name more for a file, where the system has that; `resume/` comes last and has its way."""
+    """Another name for a file (a hard link), where the system has that; files of `resume/` come last and win."""
     target.unlink(missing_ok=True)
     try:
         os.symlink(source.resolve(), target)

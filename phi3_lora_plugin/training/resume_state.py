@@ -1,4 +1,4 @@
-"""What training needs to go on exactly where it was: optimizer, schedule, counters and random state.
+"""What training needs to resume exactly where it was: optimizer, schedule, counters and random state.
 
 The files are named and filled as `transformers.Trainer` does, which reads them.
 """
@@ -21,12 +21,12 @@ def capture(
 ) -> dict[str, Content] | None:
     """File name -> content of a run between two steps. Collective where there are several processes.
 
-    Everything is copied, so that training may go on while the content is written.
+    Everything is copied, so that training can continue while the content is written.
 
     Args:
         args, state: the Trainer's arguments and `TrainerState`.
         optimizer, scheduler, scaler: as the callbacks of a Trainer get them; no scaler outside float16.
-        callbacks: the Trainer's, of which those that have a state have it saved; `state` has what they began with.
+        callbacks: the Trainer's; the state of those that have one is saved. `state` has what they began with.
 
     Returns:
         None where the optimizer is sharded (FSDP, DeepSpeed): such a run is resumed from the Trainer's own checkpoint.
@@ -56,7 +56,7 @@ def _trainer_state(state: Any, callbacks: Sequence[Any]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's or torch's as Python has it, of which other people's metrics are made; else its text."""
+    """A number of numpy's or torch's as a Python number, since metrics of other packages have these; else its text."""
     return value.item() if getattr(value, "ndim", None) == 0 else str(value)
 
 

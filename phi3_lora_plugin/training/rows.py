@@ -72,7 +72,7 @@ def require_weighted_loss(applied: Sequence[Any], arguments: Any) -> None:
     """Rows with weights need a loss that multiplies by them.
 
     Raises:
-        DataError: the loss of this run is somebody else's; says whose.
+        DataError: this run uses another loss; the message names it.
     """
     from phi3_lora_plugin.chat.dataset import DataError
 

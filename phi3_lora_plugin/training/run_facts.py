@@ -1,4 +1,4 @@
-"""What a run is made of, as its manifests say it, and what of that must not change when it is resumed."""
+"""What a run is made of, as its manifests record it, and which of that must not change when it is resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from phi3_lora_plugin.training.settings_facts import (
 )
 
 _PACKAGES = ("phi3-lora-plugin", "torch", "transformers", "peft", "trl", "accelerate")
-#: Settings of an adapter that say where it is from and how it is used, not what it is.
+#: Settings of an adapter that record where it is from and how it is used, not what it is.
 _ABOUT = ("base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping")
 #: Facts that have to be the same for a resumed run to be the same run.
 _BINDING = (
@@ -40,7 +40,7 @@ class DriftError(Phi3LoraError):
             never = cannot_change(name, was, now)
             lines.append(f"{name}: {was!r} in the checkpoint, {now!r} now{f' ({never})' if never else ''}")
             allowable += [] if never else [name]
-        advice = "Restore the old settings or start anew in another folder"
+        advice = "Restore the old settings, or start again in another folder"
         if allowable:
             advice += f"; to resume with a changed setting, pass --allow-drift {allowable[0]}"
         super().__init__(
@@ -59,7 +59,7 @@ def run_facts(
         tokenizer: the Trainer's `processing_class`, or None.
         dataset: the rows to train on, or None.
         adapter: of a PEFT model, which one; the trained one if not given.
-        optimizer: None if the Trainer makes it later, as its arguments say.
+        optimizer: None if the Trainer makes it later from its arguments.
     """
     from phi3_lora_plugin.lora.gather import unwrapped
 
@@ -94,7 +94,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         elif was != is_now and was is not None and is_now is not None:
             found[field.removesuffix(".fingerprint")] = _short(was), _short(is_now)
     if "training.learning_rate" in found:
-        found.pop("optimizer.learning_rates", None)  # the same change, said twice
+        found.pop("optimizer.learning_rates", None)  # the same change, reported twice
     return found
 
 
@@ -119,7 +119,7 @@ def refuse_drift(
 
 
 def base_facts(model: Any) -> dict[str, Any]:
-    """Name, commit and fingerprint of the base: of its files where they lie here, else of its values in memory."""
+    """Name, commit and fingerprint of the base: of its files if they are here, else of its values in memory."""
     from phi3_lora_plugin.lora.config import base_of
 
     name, commit = base_of(model)
@@ -181,7 +181,7 @@ def _rows_digest(dataset: Any) -> str | None:
 def _add_table(digest: Any, rows: Any) -> None:
     """Hash a `datasets.Dataset` by its Arrow buffers, which takes a second for a million rows.
 
-    Tables are read in pieces of the same length, and Arrow writes each piece without what lies before or behind it,
+    Tables are read in pieces of the same length, and Arrow writes each piece without what is before or after it,
     so that equal rows give equal bytes however the data set was cut, shuffled or loaded.
     """
     import pyarrow as pa
