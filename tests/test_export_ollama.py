@@ -190,7 +190,7 @@ def test_the_modelfile_says_it_all_and_the_model_says_the_same(tmp_path):
     told: dict[str, list[str]] = {}
     for word, argument in lines:
         told.setdefault(word, []).append(argument)
-    assert told["FROM"] == ["./Pirate Talk-f32.gguf"] and (tmp_path / "out" / told["FROM"][0]).is_file()
+    assert told["FROM"] == ["./Pirate-Talk-f32.gguf"] and (tmp_path / "out" / told["FROM"][0]).is_file()
     assert told["SYSTEM"] == ['Speak "plainly".']
     assert told["PARAMETER"] == ['stop "<|endoftext|>"', 'stop "<|end|>"', "num_ctx 512"]
     assert told["TEMPLATE"] == [go_template(TEMPLATES["phi-3-mini-4k"], TOKENS)]

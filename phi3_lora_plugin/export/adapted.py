@@ -186,9 +186,13 @@ def _recipe(adapter: Any) -> Any:
 
 
 def _name(adapter: Path) -> str:
-    """A run's name for its checkpoints, else the folder's."""
+    """A run's name for its checkpoints, else the folder's, fit for files and commands."""
+    import re
+
     resolved = adapter.resolve()
+    found = resolved.name
     for folder in (resolved, *resolved.parents[:2]):
         if (folder / "recipe.yaml").is_file():
-            return folder.name
-    return resolved.name
+            found = folder.name
+            break
+    return re.sub(r"[^\w.+-]+", "-", found).strip("-.") or "adapter"
