@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.evaluate import _NAMES, eval_command
 from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.evaluate.answer_scores import MEASURES
@@ -22,6 +23,14 @@ pytestmark = pytest.mark.slow
 PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "data.max_length=64"]
 FIRST = "phi3-lora train phi3-mini-4k-lora data.path=chats.jsonl data.eval_fraction=0.1"
+
+
+def shown_commands() -> typer.Typer:
+    """The commands that the page is about."""
+    app = typer.Typer()
+    for name, command in (("eval", eval_command), ("train", train_command), ("chat", chat_command)):
+        app.command(name)(command)
+    return app
 
 
 def blocks(kind: str) -> list[str]:
@@ -36,16 +45,17 @@ def test_every_command_and_snippet_runs(tmp_path: Path, monkeypatch: pytest.Monk
         Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     for name in ("gsm8k_train", "gsm8k_test"):
         Path(f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 3)
-    app = typer.Typer()
-    app.command("eval")(eval_command)
-    app.command("train")(train_command)
+    app = shown_commands()
     commands = [FIRST, *(line for block in blocks("sh") for line in block.splitlines())]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
-        words = shlex.split(command, comments=True)[1:]
+        # The base from the hub is the embedded one here.
+        words = shlex.split(command.replace("microsoft/Phi-3-mini-4k-instruct", "embedded:tiny-phi3"), comments=True)[
+            1:
+        ]
         small = SMALL if "phi3-mini-4k-lora" in words else []
         quick = ["--samples=0", "--no-check", "training.max_steps=1"] if words[0] == "train" else ["--max-new-tokens=8"]
-        done = CliRunner().invoke(app, [*words, *small, *quick])
+        done = CliRunner().invoke(app, [*words, *small, *quick], input="Where does the otter live?\n")
         if "--lm-eval" in words:  # its tasks come from the hub
             assert find_spec("lm_eval") is not None or isinstance(done.exception, HarnessError)
         else:
@@ -64,5 +74,6 @@ def test_every_figure_and_option_of_the_page_exists() -> None:
         *(_NAMES[name] for name in ("exact", "rouge_l", "stopped")),
     ]
     assert set(_NAMES) == {*MEASURES, "stopped"}
-    known = {f"--{word.replace('_', '-')}" for word in eval_command.__annotations__} | {"--json"}
+    commands = typer.main.get_command(shown_commands()).commands.values()
+    known = {option for command in commands for given in command.params for option in given.opts + given.secondary_opts}
     assert set(re.findall(r"--[a-z][\w-]+", PAGE)) <= known
