@@ -23,7 +23,8 @@ def layers_obstacle(base: Any) -> str | None:
 def fuse_layers(base: Any) -> int:
     """Give attention, MLP and norms of each layer our forward; return how many got one. `restore_layers` undoes it.
 
-    A layer that is called in an unusual way (a cache, a trained norm, another activation) takes its stock forward.
+    A layer that is called in an unusual way (a cache, a trained norm, another activation) takes its stock forward, and
+    so does every one in evaluation: there is nothing to keep, and a reloaded adapter gives the same numbers to the bit.
     """
     count = 0
     for module in base.model.modules():
@@ -45,14 +46,20 @@ def restore_layers(base: Any) -> None:
 
 def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
-    if weight.requires_grad or weight.dtype != hidden_states.dtype or hasattr(weight, "full_tensor"):
+    if (
+        not self.training
+        or weight.requires_grad
+        or weight.dtype != hidden_states.dtype
+        or hasattr(weight, "full_tensor")
+    ):
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
     return rms_norm(hidden_states, weight, self.variance_epsilon)
 
 
 def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if not isinstance(self.activation_fn, torch.nn.SiLU) and type(self.activation_fn).__name__ != "SiLUActivation":
+    silu = isinstance(self.activation_fn, torch.nn.SiLU) or type(self.activation_fn).__name__ == "SiLUActivation"
+    if not self.training or not silu:
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
     both, down = self.gate_up_proj(hidden_states), self.down_proj
@@ -80,7 +87,7 @@ def _attention(
 
     name = self.config._attn_implementation
     cached = past_key_values is not None or kwargs.get("past_key_value") is not None
-    unusual = cached or position_embeddings is None or name not in ALL_ATTENTION_FUNCTIONS
+    unusual = not self.training or cached or position_embeddings is None or name not in ALL_ATTENTION_FUNCTIONS
     if unusual or _rotates_wider(hidden_states.device.type, position_embeddings[0].dtype):
         kwargs |= {} if past_key_values is None else {"past_key_values": past_key_values}
         return type(self).forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
@@ -137,7 +144,7 @@ def _difference(attention: type, mlp: type, norm: type) -> str | None:
                     parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2 + 0.3)
                     parameter.requires_grad_(False)
                 want = module.eval()(*inputs)
-                got = _FORWARDS[type(module).__name__](module, *inputs)
+                got = _FORWARDS[type(module).__name__](module.train(), *inputs)
                 if isinstance(want, tuple):
                     want, got = want[0], got[0]
                 if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):
