@@ -1,4 +1,4 @@
-"""One switch for all that makes a step faster: what is safe here is applied, and every part says why or why not."""
+"""One switch for all that makes a step faster: what is safe here is applied, and every part reports why or why not."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
     """`speed_up` for a Trainer that exists already, in one line; call it before `trainer.train()`.
 
     TRL's trainers bypass a model's forward: there the head of `SFTTrainer` itself is replaced, where that is slow. The
-    loss that a plain Trainer computes in training and for `eval_loss` does without logits; whoever else asks for
-    outputs (`compute_metrics`, `return_outputs`, a `compute_loss` of one's own) gets them.
+    loss that a plain Trainer computes in training and for `eval_loss` does without logits; other code that asks for
+    outputs (`compute_metrics`, `return_outputs`, your own `compute_loss`) gets them.
     """
     from phi3_lora_plugin.speed.trainer_loss import follow, liger_loss, own_loss
 
@@ -142,7 +142,7 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
 
 
 def _sharded_later(trainer: Any) -> dict[str, str]:
-    """Part -> why it gives way to stock code in the wrappers that this trainer will put around the model."""
+    """Part -> why stock code runs instead in the wrappers that this trainer will put around the model."""
     if getattr(trainer, "is_deepspeed_enabled", False):
         plugin = trainer.accelerator.state.deepspeed_plugin
         if getattr(plugin, "zero_stage", 0) == 3:
@@ -165,7 +165,7 @@ def _base(model: Any) -> Any:
 def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
     if isinstance(parts, str):
         if parts not in ("auto", "off"):
-            raise SpeedError(f"speed: {parts!r} is neither 'auto' nor 'off' nor a mapping of {', '.join(PARTS)}")
+            raise SpeedError(f"speed: {parts!r} is not 'auto', 'off' or a mapping of {', '.join(PARTS)}")
         return dict.fromkeys(PARTS, parts == "auto")
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
@@ -184,7 +184,7 @@ def _apply_loss(model: Any, base: Any) -> Applied:
 
 
 def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
-    """The loss of a trainer that computes its own: of TRL's we know one that can be had from fewer positions."""
+    """The loss of a trainer that computes its own: one of TRL's can be computed from fewer positions."""
     if not any(parent.__module__.startswith("trl.") for parent in type(trainer).__mro__):
         return Applied("loss", False, own_loss)
     from phi3_lora_plugin.speed.trl_loss import fuse_trl_loss, trl_loss_obstacle
@@ -229,14 +229,16 @@ def _apply_masters(model: Any, base: Any) -> Applied:
     from phi3_lora_plugin.speed.masters import float32_adapters
 
     changed = float32_adapters(model)
-    return Applied("masters", True, f"{changed} adapter tensors were in half precision" if changed else "they are")
+    return Applied(
+        "masters", True, f"{changed} adapter tensors were in half precision" if changed else "already float32"
+    )
 
 
 def _apply_host(model: Any, base: Any) -> Applied:
     from phi3_lora_plugin.speed.host import fuse_host
 
     if not hasattr(type(base), "num_parameters"):
-        return Applied("host", False, f"{type(base).__name__} is no model of transformers")
+        return Applied("host", False, f"{type(base).__name__} is not a model of transformers")
     fuse_host(model, base)
     return Applied("host", True, PARTS["host"])
 

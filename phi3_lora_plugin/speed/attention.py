@@ -38,7 +38,7 @@ def document_attention(
 
     Args:
         query: [1, heads, tokens, head size]; `key` and `value` have as many heads or an even share of them (GQA).
-        attention_mask: None beside documents.
+        attention_mask: None with documents.
 
     Returns:
         ([1, tokens, heads, head size], None), as every attention function of transformers.

@@ -1,4 +1,4 @@
-"""Where the documents of a batch begin and end: found once a step, on the host, from what a batch says of itself."""
+"""Where the documents of a batch begin and end: found once a step, on the host, from the batch's own tensors."""
 
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a batch says of itself, read to the host in one go: each read waits for the card."""
+    """The facts that a batch carries about itself, read to the host at once: each read waits for the card."""
 
     of: tuple[Any, ...] = ()
     """The tensors that were read: labels, attention_mask, cu_seq_lens_q, position_ids."""
@@ -106,7 +106,7 @@ def packed(given: Any, known: Facts) -> list[int] | None:
         return None
     new = known.positions.diff(dim=1).ne(1)  # transformers' own sign of a new document
     if known.real is not None and known.real.shape == (rows, tokens):
-        new = new & known.real[:, 1:] & known.real[:, :-1]  # positions that jump in padding part nothing
+        new = new & known.real[:, 1:] & known.real[:, :-1]  # positions that jump in padding separate nothing
     if not bool(new.any()):
         return None
     first = torch.ones_like(new[:, :1])
@@ -126,13 +126,13 @@ def refuse_mask(mask: Any, given: Any) -> None:
     if mask is None:
         return
     raise PackingError(
-        f"attention_mask {tuple(mask.shape)} came along with documents packed into {given.shape[0]} row(s): beside it "
+        f"attention_mask {tuple(mask.shape)} came along with documents packed into {given.shape[0]} row(s): with it "
         "transformers ignores where documents begin and lets them see each other; leave attention_mask out of the batch"
     )
 
 
 def right_padded(real: torch.Tensor) -> list[int] | None:
-    """Tokens of each row [rows, tokens], if padding stands on the right only."""
+    """Tokens of each row [rows, tokens], if padding is on the right only."""
     if bool((real[:, 1:] & ~real[:, :-1]).any()):
         return None
     return [int(count) for count in real.sum(dim=1).tolist()]

@@ -1,8 +1,8 @@
 """Batches without their padding: rows and packs become one row of documents that attend to themselves.
 
 A batch padded to its longest row spends as much on padding as on text of the same length, in every layer. Here the
-decoder sees the real tokens only, end to end, and its hidden states are put back where they belong: whatever stands
-above it (our loss, TRL's head, stock code) sees the shapes it knows. Embeddings are made before, in the shape of the
+decoder sees the real tokens only, end to end, and its hidden states are put back where they belong: the code above
+it (our loss, TRL's head, stock code) sees the shapes it knows. Embeddings are made before, in the shape of the
 batch, wherever something hangs on them: NEFTune scales its noise by that shape.
 """
 
@@ -49,11 +49,11 @@ def documents_obstacle(base: Any) -> str | None:
 
 
 def fuse_documents(model: Any, base: Any, devices: Iterable[torch.device] = ()) -> None:
-    """Let the decoder of `base` take padding out and packs apart; `restore_documents` takes it back.
+    """Let the decoder of `base` drop padding and separate the documents of packs; `restore_documents` undoes it.
 
     Args:
         model: what a Trainer calls: `base` itself, or PEFT around it.
-        devices: where it will run, beside where it is; the kernels of attention are tried there, now.
+        devices: where it will run, in addition to where it is; the kernels of attention are tried there, now.
     """
     decoder = base.model
     if "_stock_forward" not in decoder.__dict__:
@@ -208,7 +208,7 @@ def _wants_more(decoder: Any, kwargs: Any) -> bool:
 
 
 def _cacheless(decoder: Any, use_cache: bool | None, labelled: bool) -> bool:
-    """Whether nobody wants keys and values back. Who computes a loss does not, unless they say so."""
+    """Whether the caller does not want keys and values back. One that computes a loss does not, unless it asks."""
     if use_cache is None:
         return decoder.training or labelled or not decoder.config.use_cache
     return not use_cache
@@ -221,7 +221,7 @@ def _draws(decoder: Any) -> bool:
     parts = [part for layer in decoder.layers for block in layer.children() for part in block.children()]
     known = decoder._dropouts
     if known is None or len(known[0]) != len(parts) or any(a is not b for a, b in zip(known[0], parts, strict=True)):
-        # Adapters come and go: the walk over all modules is made again when a projection is another object.
+        # Adapters are added and removed: walk over all modules again when a projection is another object.
         kinds = (torch.nn.ModuleDict, torch.nn.modules.dropout._DropoutNd)
         holders = [module for module in decoder.modules() if isinstance(module, kinds)]
         known = decoder._dropouts = parts, holders
@@ -233,13 +233,13 @@ def _draws(decoder: Any) -> bool:
 
 
 def _switches_rope(decoder: Any, lengths: Sequence[int], width: int) -> bool:
-    """Whether only the padding goes past the original context, from where stock longrope takes its long factors."""
+    """Whether only the padding exceeds the original context, after which stock longrope takes its long factors."""
     limit = decoder.rotary_emb._original_context
     return limit is not None and max(lengths) <= limit < width
 
 
 def _original_context(config: Any) -> int | None:
-    """The tokens from which longrope takes its long factors; None for other embeddings."""
+    """The number of tokens after which longrope takes its long factors; None for other embeddings."""
     rope = rope_of(config.to_dict())
     return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
 

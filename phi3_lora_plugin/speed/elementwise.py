@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a layer, with fewer passes over activations and less kept for backward.
+"""What runs between the matrix products of a layer, with fewer passes over activations and less kept for backward.
 
 Stock code writes each step as an operator of its own, and autograd keeps what each of them needs. Here normalisation,
 rotation and gate are one function each with its gradient by hand, in plain PyTorch on any device.
@@ -113,13 +113,13 @@ def rotate(
     size: int,
     reuse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take the fused projection apart and rotate queries and keys (Su et al. 2021, arXiv 2104.09864).
+    """Split the fused projection and rotate queries and keys (Su et al. 2021, arXiv 2104.09864).
 
     Args:
         qkv: [rows, tokens, (heads + 2 key heads) x size].
         cos, sin: [rows or 1, tokens, rotated], of the dtype of qkv, with equal halves; less than `size` is partial.
-        reuse: write q and k where qkv is, which then holds all three and nothing else is kept. Only where nobody else
-            looks at qkv any more; who has kept it for a gradient gets PyTorch's own error.
+        reuse: write q and k into qkv, which then holds all three and nothing else is kept. Only where no other code
+            reads qkv any more; if autograd has kept it for a gradient, PyTorch raises its own error.
 
     Returns:
         q [rows, heads, tokens, size], k and v [rows, key heads, tokens, size]; v is a view of qkv.

@@ -1,4 +1,4 @@
-"""What a Trainer does in every step although nothing has changed since the last one: counting and walking.
+"""What a Trainer repeats in every step although nothing has changed since the last one: counting and walking.
 
 On 32 layers, counting parameters for the FLOPs of a step takes 4 ms, `model.train()` 4.5 ms and `zero_grad` 3 ms.
 """
@@ -13,7 +13,7 @@ _NAMES = ("train", "zero_grad")
 
 
 def fuse_host(model: Any, base: Any) -> None:
-    """Remember counts and lists on `model` (what a Trainer calls); `restore_host` takes it back."""
+    """Remember counts and lists on `model` (what a Trainer calls); `restore_host` undoes it."""
     base._flops_parameters = None
     base.num_parameters = partial(_num_parameters, base)
     model._all_parameters = None
@@ -31,7 +31,7 @@ def restore_host(model: Any, base: Any) -> None:
 
 
 def _num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    # Remembered only as `floating_point_ops` asks for it in every step; who asks for the trainable ones wants them now.
+    # Remembered only in the form that `floating_point_ops` asks for in every step; counts of trainable ones are not cached.
     if only_trainable or not exclude_embeddings:
         return int(type(self).num_parameters(self, only_trainable, exclude_embeddings))
     if self._flops_parameters is None:
@@ -48,7 +48,7 @@ def _train(self: Any, mode: bool = True) -> Any:
 
 
 def _zero_grad(self: Any, set_to_none: bool = True) -> None:
-    # Parameters come and go with adapters, and before a run begins; not between two steps.
+    # Parameters change with adapters and before a run begins, not between two steps.
     adapters = tuple(getattr(self, "peft_config", ()))
     if self._all_parameters is None or self._all_parameters[0] != adapters:
         self._all_parameters = adapters, tuple(self.parameters())

@@ -12,7 +12,7 @@ from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu
 
 
 def layers_obstacle(base: Any) -> str | None:
-    """Why the layers of this causal model (PEFT taken off) keep their own forward; None if they need not."""
+    """Why the layers of this causal model (without PEFT) keep their own forward; None if they need not."""
     if getattr(base.config, "model_type", None) != "phi3" or type(getattr(base, "model", None)).__name__ != "Phi3Model":
         return f"{type(base).__name__} is not Phi-3 as transformers has it"
     from transformers.models.phi3 import modeling_phi3
@@ -70,7 +70,7 @@ def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _watched(module: Any) -> bool:
-    """Whether somebody looks at what goes into or comes out of a module."""
+    """Whether hooks look at the inputs or outputs of a module."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in module.__dict__
 
@@ -94,7 +94,7 @@ def _attention(
     qkv = self.qkv_proj(hidden_states)
     cos, sin = position_embeddings
     heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads
-    # What our projection gives is kept by nobody: the rotated queries and keys can take its place.
+    # Nothing keeps the output of our projection: the rotated queries and keys can take its place.
     reuse = hasattr(self.qkv_proj, "fast") and not _watched(self.qkv_proj) and qkv.grad_fn is not None
     query, key, value = rotate(qkv, cos, sin, heads, key_heads, self.head_dim, reuse)
     out, weights = ALL_ATTENTION_FUNCTIONS[name](

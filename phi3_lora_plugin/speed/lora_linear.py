@@ -5,7 +5,7 @@ it to the adapter's float32), the scaled copy and the out-sized sums are never m
 differentiated. Only the class of PEFT's layer is swapped: parameters, keys, files, merge and resume stay PEFT's.
 
 A 4-bit weight is unpacked once in each direction, into one buffer that all layers share (see lora_linear4bit.py).
-A layer whose parameters are not whole where they lie (FSDP, ZeRO-3, DTensors) takes PEFT's forward (see shards.py).
+A layer whose parameters are not whole (FSDP, ZeRO-3, DTensors) takes PEFT's forward (see shards.py).
 """
 
 # This module defines subclasses of something heavy; it is imported only inside functions.
@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 from phi3_lora_plugin.speed.elementwise import gate_backward
 from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
 
-_FEW = 16  # rows, up to which a pass over A and B costs more than one over them
+_FEW = 16  # rows; up to this many, a pass over A and B costs more than a pass over the rows
 
 #: One block of a block-diagonal B: (first row, end of rows, first column, end of columns).
 Block = tuple[int, int, int, int]
@@ -30,8 +30,8 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
     """x [n, in], weight [out, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself.
 
     `unpack` makes [out, in] of a weight that is stored otherwise; what it returns is used up before it is called again.
-    With `gated`, x is [n, 2 x in]: gate and up, of which SwiGLU makes the input here and once more in backward; it is
-    not kept beside them.
+    With `gated`, x is [n, 2 x in]: gate and up. SwiGLU makes the input from them here and again in backward, so that
+    it is not kept next to them.
     """
 
     @staticmethod

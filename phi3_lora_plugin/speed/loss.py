@@ -30,7 +30,7 @@ _FLOAT16_SCALE = 256.0
 class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Cross-entropy of each row [rows]; the head is frozen, so only the hidden states get a gradient.
 
-    `index` says which rows of `hidden` are meant, each once; without it, all. With `stats` also, without gradient, the
+    `index` selects rows of `hidden`, each once; without it, all. With `stats` also, without gradient, the
     entropy of each row's prediction and whether it is right.
     """
 
@@ -57,7 +57,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 share = (logits - norm).exp_()
                 entropy[chunk] = norm.squeeze(-1) - torch.linalg.vecdot(share, logits)
             if gradient is not None:
-                # d loss / d logits = softmax - onehot, in place of the logits that nobody needs any more
+                # d loss / d logits = softmax - onehot, in place of the logits, which are not needed any more
                 share = share if stats else logits.sub_(norm).exp_()
                 share[torch.arange(len(rows), device=rows.device), labels] -= 1
                 share = share if ctx.scale == 1.0 else share.mul_(ctx.scale)
@@ -158,14 +158,14 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__:
         return "hooks on the head, or a forward of its own, want its logits"
     if not hasattr(model, "model") or "loss_function" not in dir(model):
-        return f"{type(model).__name__} is not laid out as a causal model of transformers"
+        return f"{type(model).__name__} is not built like a causal model of transformers"
     if getattr(model.config, "model_type", None) != "phi3":
         return f"{type(model).__name__} adds terms of its own to the loss"
     return None
 
 
 def fuse_loss(model: Any) -> None:
-    """Let `model` (Phi3ForCausalLM) compute its training loss without logits; `restore_loss` takes it back.
+    """Let `model` (Phi3ForCausalLM) compute its training loss without logits; `restore_loss` undoes it.
 
     In training mode with labels the output then has `logits=None`; in evaluation mode only inside
     `asked(model, "loss")`. Without labels, inside `asked(model, "logits")`, or when the head has become trainable
@@ -178,7 +178,7 @@ def fuse_loss(model: Any) -> None:
 
 
 def only_if_asked(model: Any) -> None:
-    """From now on leave logits out inside `asked(model, "loss")` alone: whoever else calls the model gets them."""
+    """From now on leave logits out only inside `asked(model, "loss")`: other callers of the model get them."""
     model._asked = "logits"
 
 
@@ -188,13 +188,13 @@ def restore_loss(model: Any) -> None:
         return
     if getattr(model.__dict__.get("forward"), "func", None) is _forward:
         del model.forward, model._asked, model._stock_forward
-    else:  # someone has put another forward over ours; from here on ours hands everything through
+    else:  # other code has put another forward over ours; from here on ours passes everything through
         model._asked = "logits"
 
 
 @contextmanager
 def asked(model: Any, what: str) -> Iterator[None]:
-    """While the block runs, "logits" makes `model` give logits beside every loss, "loss" none in evaluation either."""
+    """While the block runs, "logits" makes `model` return logits with every loss, "loss" never, even in evaluation."""
     before = model.__dict__.get("_asked")
     if "_stock_forward" in model.__dict__:
         model._asked = what
@@ -258,7 +258,7 @@ def _forward(
 
 
 def _stock_weighted(self: Any, labels: Any, weights: Any, num_items: Any, inputs: dict[str, Any]) -> Any:
-    """The stock forward with a weighted loss from its logits, which transformers has none of."""
+    """The stock forward with a weighted loss from its logits, since transformers has no weighted loss."""
     outputs = self._stock_forward(**inputs)
     logits = outputs.logits[:, :-1].float().flatten(0, 1)
     targets = labels[:, 1:].flatten().to(logits.device)

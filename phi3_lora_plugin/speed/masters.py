@@ -15,7 +15,7 @@ import torch  # noqa: TID253
 def float32_adapters(model: Any) -> int:
     """Widen trained LoRA tensors that are in half precision, in place; return how many. `restore_masters` undoes it.
 
-    The `Parameter` objects stay, so that whoever holds them keeps them; call it before an optimizer is made.
+    The `Parameter` objects stay, so that references to them stay valid; call it before an optimizer is made.
     """
     changed = 0
     for name, parameter in model.named_parameters():

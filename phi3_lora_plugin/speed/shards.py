@@ -1,4 +1,4 @@
-"""Whether a layer's parameters can be read where they lie: of a sharded model they are whole only in its forward."""
+"""Whether a layer's parameters can be read directly: those of a sharded model are whole only in its forward."""
 
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
@@ -36,7 +36,7 @@ def linear_obstacle(layer: Any) -> str | None:
         if (wrapper := wrapper_of(layer)) or not sliced:
             return wrapper or f"a {type(layer).__name__}"
     if layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__:
-        return "hooks on their parts"  # of whoever counts, offloads or moves them: ZeRO-3, accelerate
+        return "hooks on their parts"  # of code that counts, offloads or moves them: ZeRO-3, accelerate
     if type(layer.weight) not in _WHOLE and not type(layer.weight).__module__.startswith("torch._subclasses"):
         return shard_obstacle(layer.weight) or f"weights of type {type(layer.weight).__name__}"
     return shard_obstacle(layer.weight, (layer.out_features, layer.in_features))

@@ -1,4 +1,4 @@
-"""The loss without logits under a Trainer: its own loss does without them, whoever else calls the model gets them."""
+"""The loss without logits under a Trainer: its own loss does without them, other callers of the model get them."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def liger_loss(trainer: Trainer) -> str | None:
 
 
 def follow(trainer: Any, base: Any) -> None:
-    """Let this trainer's own loss do without logits, and nobody else's: they stay in every other output of `base`."""
+    """Let only this trainer's own loss do without logits: they stay in every other output of `base`."""
     from phi3_lora_plugin.speed.loss import only_if_asked
 
     only_if_asked(base)
     if "_stock_compute_loss" in trainer.__dict__:
         return
     trainer._stock_compute_loss, trainer._stock_prediction_step = trainer.compute_loss, trainer.prediction_step
-    # `base` as it is now: later it may lie inside any number of wrappers
+    # `base` as it is now: later it may be inside any number of wrappers
     trainer.compute_loss = partial(_compute_loss, trainer, base)
     trainer.prediction_step = partial(_prediction_step, trainer, base)
 

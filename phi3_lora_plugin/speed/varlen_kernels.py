@@ -1,6 +1,6 @@
 """Kernels that attend within all documents of a row in one call: which are there, and which are proved right here.
 
-torch has `varlen_attn` from 2.10 on, with other arguments in each version: 2.10 takes neither scale nor window, 2.11
+torch has `varlen_attn` from 2.10 on, with other arguments in each version: 2.10 takes no scale and no window, 2.11
 no `enable_gqa` (its kernel shares keys by itself). `flash_attn` has `flash_attn_varlen_func`. A kernel is used only
 where it has given, with gradients, what one SDPA call a document gives, for this model on this card. That is tried
 when documents are fused, never inside a training step: tensors saved there would land in an activation checkpoint.
@@ -41,7 +41,7 @@ class Kernel:
         return _TITLES[self.library] + (" on repeated keys and values" if self.repeat else "")
 
     def obstacle(self, window: bool, scaling: float, head_size: int) -> str | None:
-        """Why its arguments cannot say what is wanted; None if they can."""
+        """Why its arguments cannot express what is wanted; None if they can."""
         scale, windowed = ("scale", "window_size") if self.library == "torch" else ("softmax_scale", "window_size")
         if window and windowed not in self.takes:
             return "takes no window"
