@@ -127,7 +127,7 @@ def test_presets_say_the_parameters_that_they_really_train(tmp_path: Path) -> No
         ("config.json", {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
         ("config.json", {"model_type": "phi3small"}, "Phi-3-small"),
         ("config.json", {"rope_parameters": {"rope_type": "linear"}}, "rope type 'linear'"),
-        ("generation_config.json", {"eos_token_id": 400}, "runs on behind the end of a turn"),
+        ("generation_config.json", {"eos_token_id": 400}, "continues after the end of a turn"),
         ("generation_config.json", {"pad_token_id": 403}, "pad id 403 is a stop token"),
         ("tokenizer_config.json", {"pad_token": "<|end|>"}, "pads with <|end|>, which is a stop token"),
         ("tokenizer_config.json", {"eos_token": "<|no|>"}, "<|no|>"),
@@ -160,7 +160,7 @@ def test_missing_and_pickled_weights_are_named(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "pickles" in whats(inspect(folder).problems)
     (folder / "pytorch_model.bin").unlink()
-    assert "there are no weights" in whats(inspect(folder).problems)
+    assert "the folder has no weights" in whats(inspect(folder).problems)
 
 
 def test_a_tokenizer_that_auto_tokenizer_would_misread_is_named(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_an_adapter_is_described_and_its_faults_are_named(tmp_path: Path) -> Non
     file.write_bytes(file.read_bytes()[:-10])
     assert "cut off or damaged" in whats(inspect(broken).problems)
     file.unlink()
-    assert "there are no adapter weights" in whats(inspect(broken).problems)
+    assert "the folder has no adapter weights" in whats(inspect(broken).problems)
 
 
 def test_parameters_of_whole_models(shared_data: Path, tmp_path: Path) -> None:
@@ -208,10 +208,10 @@ def test_parameters_of_whole_models(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit_of", "says", "fix"),
     [
-        ({"hidden_size": None}, "holds what is no size", "take it from where"),
-        ({"num_attention_heads": 0}, "holds what is no size", "take it from where"),
+        ({"hidden_size": None}, "has a size that is not a number", "copy it again from where"),
+        ({"num_attention_heads": 0}, "has a size that is not a number", "copy it again from where"),
         ({"vocab_size": 300}, "ids up to 404, the model 300 rows", "same repository"),
-        ({"intermediate_size": 65}, "4 weights have another shape than config.json says", "same model"),
+        ({"intermediate_size": 65}, "4 weights have another shape than in config.json", "same model"),
         ({"num_hidden_layers": 3}, "6 of 21 weights are missing", "fetch the weights again"),
     ],
     ids=str,
@@ -257,7 +257,7 @@ def test_an_adapter_is_held_against_the_base_that_it_names(tmp_path: Path) -> No
     save_file({n: each[:, :7].contiguous() if "lora_A" in n else each for n, each in tensors.items()}, file)
     assert "do not fit the model's weight (96, 32)" in whats(inspect(folder).problems)
     edit(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"), r="four")
-    assert "its base is not there" in whats(inspect(folder).problems)
+    assert "its base model is not found" in whats(inspect(folder).problems)
     assert "r and lora_alpha have to be numbers" in whats(inspect(folder).problems)
     for broken in ("{", "[]"):
         (folder / "adapter_config.json").write_text(broken)

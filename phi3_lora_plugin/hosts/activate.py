@@ -1,7 +1,7 @@
-"""What a host's process needs to be changed so that Phi-3 works in it: explicit, said in sentences, and reversible.
+"""What has to change in a host's process so that Phi-3 works in it: explicit, reported in sentences, and reversible.
 
-Nothing is changed by importing this package. `activate()` changes what is asked for, once; `deactivate()` takes it all
-back. Each part is one seam of a library that is meant to be filled (a table), or one function of it that is wrapped.
+Importing this package changes nothing. `activate()` changes what is asked for, once; `deactivate()` undoes all of it.
+Each part is one seam of a library that is meant to be filled (a table), or one function of it that is wrapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = {
     "trl": "TRL trains Phi-3 with our templates and exact masks",
     "trainers": "every Trainer gets our callbacks, repairs and fast paths as training begins",
 }
-#: Tables of names, which change nothing for anybody who does not use those names.
+#: Tables of names, which change nothing for code that does not use those names.
 TABLES = ("targets", "report_to")
 #: `report_to` takes this name.
 REPORT_TO = "phi3_lora"
@@ -31,7 +31,7 @@ TARGETS = {
     "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 
-Done = tuple[list[str], Callable[[], None]]  # a sentence for each thing done, and how to take it back
+Done = tuple[list[str], Callable[[], None]]  # a sentence for each thing done, and how to undo it
 _undo: dict[str, Callable[[], None]] = {}
 
 
@@ -44,7 +44,7 @@ def activate(
 ) -> list[str]:
     """Change this process so that Phi-3 works in any host that runs in it; return a sentence for each thing done.
 
-    A part that is active already is left as it is, and nothing is said about it.
+    A part that is already active is left as it is and not reported again.
 
     Args:
         recipe: its `checkpoint`, `speed` and `lora.targets` apply; without one, the defaults.
@@ -88,7 +88,7 @@ def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None
 
 
 def deactivate() -> None:
-    """Take back all that `activate` did in this process; Trainers that exist keep what they were given."""
+    """Undo all that `activate` did in this process; Trainers that exist keep what they were given."""
     while _undo:
         _undo.popitem()[1]()
 
@@ -99,7 +99,7 @@ def active() -> tuple[str, ...]:
 
 
 def _targets(recipe: Recipe | None) -> Done:
-    """Fill PEFT's table of default targets, which has `phi` but not `phi3`; what somebody else put there stays."""
+    """Fill PEFT's table of default targets, which has `phi` but not `phi3`; what other code put there stays."""
     table: dict[str, Any] = look_up("peft.targets")
     wanted, sentences = dict(TARGETS), []
     if recipe is not None and isinstance(recipe.lora.targets, list):

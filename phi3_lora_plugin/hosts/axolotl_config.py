@@ -68,12 +68,12 @@ def _targets(cfg: MutableMapping[str, Any], config: Mapping[str, Any]) -> list[s
 
 
 def _template(cfg: MutableMapping[str, Any], settings: HostSettings) -> list[str]:
-    """The tokenizer's own template unless one is named; axolotl's phi_3 is not what any Phi-3-mini was trained with."""
+    """The tokenizer's own template unless one is named; no Phi-3-mini was trained with axolotl's phi_3."""
     wanted = settings.data.template
     if wanted is not None:
         if wanted not in TEMPLATES or TEMPLATES[wanted].refused:
             usable = ", ".join(name for name, template in TEMPLATES.items() if not template.refused)
-            raise TemplateError(f"phi3_lora.data.template: {wanted!r} is none of {usable}")
+            raise TemplateError(f"phi3_lora.data.template: {wanted!r} is not one of {usable}")
         cfg["chat_template"], cfg["chat_template_jinja"] = "jinja", TEMPLATES[wanted].text
         return [f"chat_template: {wanted}"]
     given = cfg.get("chat_template")

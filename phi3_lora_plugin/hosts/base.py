@@ -13,7 +13,7 @@ def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:
     """The config of `base` (folder or hub id) as plain data if it is one of the family, else None; runs no remote code.
 
     Raises:
-        OSError: there is no config to read; says where it was looked for.
+        OSError: no config was found; the message names where it was looked for.
     """
     from transformers import PretrainedConfig
 
@@ -39,7 +39,7 @@ def linear_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def check_targets(config: Mapping[str, Any], named: str | Iterable[str], key: str) -> None:
-    """Refuse targets that a host would miss in part, in silence: a name that matches nothing, or a slice.
+    """Refuse targets that a host would silently miss in part: a name that matches nothing, or a slice.
 
     Hosts hand names to PEFT, which adapts what it finds; of `q_proj, o_proj` it finds only the second on a fused model.
 

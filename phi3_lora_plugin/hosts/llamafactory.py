@@ -1,6 +1,6 @@
 """LLaMA-Factory: `python -m phi3_lora_plugin.hosts.llamafactory config.yaml key=value ...`, also under `torchrun -m`.
 
-`llamafactory-cli train` starts itself anew under torchrun and forgets callbacks on the way; this is the same run,
+`llamafactory-cli train` restarts itself under torchrun and loses callbacks on the way; this is the same run,
 started by us. For a base of the family it names our template, checks the targets and adds LoRA-only checkpoints. Any
 other base it trains as `llamafactory-cli train` would.
 """

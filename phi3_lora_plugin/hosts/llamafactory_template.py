@@ -19,7 +19,7 @@ _ROLES = {"function": "assistant", "observation": "tool"}
 
 
 def register(data: ChatSection) -> None:
-    """Make `template: phi3_lora` known, encoding as `data` says; once more replaces it."""
+    """Register `template: phi3_lora`, which encodes as configured by `data`; calling it again replaces it."""
 
     class Phi3Template(look_up("llamafactory.template")):  # type: ignore[misc]
         def encode_multiturn(
@@ -32,7 +32,7 @@ def register(data: ChatSection) -> None:
         ) -> list[tuple[list[int], list[int]]]:
             row = encoded(conversation(messages, system or self.default_system, tools, _ROLES), tokenizer, data)
             cut = pairs(row["input_ids"], row["labels"])
-            # It is `mask_history` too: LLaMA-Factory then trains the last pair alone, in which something has to be.
+            # It is `mask_history` too: LLaMA-Factory then trains the last pair alone, which must not be empty.
             return cut[:-1] if discarding_history_cot and not cut[-1][1] else cut
 
         def encode_oneturn(
@@ -47,7 +47,7 @@ def register(data: ChatSection) -> None:
             return next(pair for pair in pairs(row["input_ids"], row["labels"]) if pair[1])
 
         def fix_special_tokens(self, tokenizer: Any) -> None:
-            """Leave the eos token as published; pad with what ends nothing; have the published ids."""
+            """Keep the eos token as published; pad with a token that ends nothing; use the published ids."""
             for sentence in restore(tokenizer) + repair_tokenizer(tokenizer):
                 log.warning("%s", sentence)
 

@@ -43,7 +43,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 
 def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection, train_on: str | None = None) -> Any:
-    """`{"input_ids", "labels"}` as `phi3_lora.data` says; `train_on` if given wins over it."""
+    """`{"input_ids", "labels"}` as configured by `phi3_lora.data`; `train_on`, if given, wins over it."""
     row = encode(
         turns,
         tokenizer,

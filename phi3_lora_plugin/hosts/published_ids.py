@@ -1,7 +1,7 @@
 """Give a host's tokenizer the published ids, where the class that it was loaded as gives others.
 
-`AutoTokenizer` builds a tokenizer anew from the class that tokenizer_config.json names. In some versions of
-transformers (5.6, for one) words behind a role token then begin with other pieces than tokenizer.json says.
+`AutoTokenizer` rebuilds a tokenizer from the class that tokenizer_config.json names. In some versions of transformers
+(5.6, for one) words after a role token then begin with other pieces than in tokenizer.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def restore(tokenizer: Any) -> list[str]:
     """Put tokenizer.json's own rules into `tokenizer`, in place, if it encodes differently; a sentence if it did.
 
     Raises:
-        TokenizerError: the tokenizer's own files cannot be read; says which.
+        TokenizerError: the tokenizer's own files cannot be read; the message names them.
         ActivationError: this version of transformers keeps the rules elsewhere.
     """
     from phi3_lora_plugin.model.tokenizer import load_tokenizer

@@ -1,6 +1,6 @@
-"""Ray Train: a recipe on the workers of a cluster, our checkpoints reported as Ray's, going on when a worker has died.
+"""Ray Train: a recipe on the workers of a cluster, our checkpoints reported as Ray's, resumed when a worker dies.
 
-Each worker runs the same `train` as one process would. A worker that dies has Ray start all of them again, which go on
+Each worker runs the same `train` as one process would. When a worker dies, Ray starts all of them again; they resume
 from the newest complete checkpoint: of the run's folder where they see it, else from the one that Ray keeps.
 """
 
@@ -34,7 +34,7 @@ class RayError(Phi3LoraError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """What `--ray KEY=VALUE` says; `use_gpu` follows the recipe's device where it is not said."""
+    """The settings of `--ray KEY=VALUE`; `use_gpu` follows the recipe's device if not set."""
 
     num_workers: int = 1
     use_gpu: bool | None = None
@@ -57,7 +57,7 @@ def read_settings(texts: Sequence[str]) -> Cluster:
         name, equals, value = text.strip().partition("=")
         if name not in kinds or not equals:
             near = closest(name, kinds)
-            problems.append(f"{text!r} is none of {', '.join(f'{kind}=' for kind in kinds)}")
+            problems.append(f"{text!r} is not one of {', '.join(f'{kind}=' for kind in kinds)}")
             problems[-1] += f"; did you mean {near}=?" if near and near != name else ""
         elif kinds[name].startswith("bool"):
             if value.lower() not in ("true", "false"):
@@ -94,9 +94,9 @@ def train_on_ray(
         ValueError: what `train` raises for wrong input.
     """
     try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import; nobody asked to be counted
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import; no usage statistics without consent
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine takes its time
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # of `print`, by which dill reads code to hash it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # of `print`, whose code dill would hash
         import ray
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -145,7 +145,7 @@ def train_on_ray(
     if isinstance(value, Exception):
         raise value
     if not isinstance(value, Result):
-        raise TrainingError("Ray gave nothing back from the first worker")
+        raise TrainingError("Ray returned no result from the first worker")
     return value
 
 
@@ -165,7 +165,7 @@ class ReportToRay(TrainerCallback):  # type: ignore[misc]
         self._ours = next(found, None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse to train workers apart, each on its own rows."""
+        """Refuse to train workers separately, each on its own rows."""
         if args.world_size > 1 and self._trainer.model_wrapped is self._trainer.model:
             raise TrainingError("the workers would not share their gradients: accelerate has not wrapped the model")
 
@@ -174,7 +174,7 @@ class ReportToRay(TrainerCallback):  # type: ignore[misc]
         self._metrics |= {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report what was taken at this step's beginning."""
+        """Report the checkpoint taken at this step's beginning."""
         self._report(state)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -213,7 +213,7 @@ def _work(config: dict[str, Any]) -> Result | Exception:
         os.chdir(where)  # relative paths of the recipe are meant from there
     context = ray_train.get_context()
     if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # as its launcher says it; else it wraps no model on a CPU
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # as its launcher sets it; else it wraps no model on a CPU
     kept = ray_train.get_checkpoint()
     if kept is not None and context.get_local_rank() == 0:
         _restore(kept, Path(recipe.output_dir))
@@ -232,7 +232,7 @@ def _work(config: dict[str, Any]) -> Result | Exception:
 
 
 def _as_the_first_worker(resume: bool) -> bool:
-    """Go on together or not at all, also where workers see different disks."""
+    """Resume together or not at all, also where workers see different disks."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -251,7 +251,7 @@ def _restore(kept: Any, output_dir: Path) -> None:
             return
         target = output_dir / FOLDER / step_name(step)
         if target.exists():
-            shutil.rmtree(target)  # torn, or it would be the newest
+            shutil.rmtree(target)  # damaged, or it would be the newest
         staged = target.with_name(f".{target.name}.from-ray")
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(folder, staged)

@@ -20,14 +20,14 @@ _LISTED = 20
 
 
 class RowsError(Phi3LoraError):
-    """Rows that cannot be encoded; says which and why, and how to leave them out."""
+    """Rows that cannot be encoded; the message lists them with reasons, and how to skip them."""
 
 
 def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection) -> list[dict[str, list[int]]]:
     """`{"input_ids", "labels"}` of each row, labels -100 where nothing is trained; skipped rows are left out.
 
     Raises:
-        RowsError: rows that are no chats or hold what the template would mistake, unless `data.on_error` is skip.
+        RowsError: rows that are not chats or contain control tokens, unless `data.on_error` is skip.
     """
     # A column that another row has is there and empty in this one: hosts read rows into tables.
     present = [{name: value for name, value in row.items() if value is not None} for row in rows]

@@ -1,4 +1,4 @@
-"""The section `phi3_lora:` that hosts' config files may have: a recipe's words for what a host has no words for."""
+"""The section `phi3_lora:` that hosts' config files may have: a recipe's keys for what a host has no keys for."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from phi3_lora_plugin.recipe.sections import ChatSection, CheckpointSection, Sec
 
 
 class SettingsError(Phi3LoraError):
-    """A `phi3_lora:` section, or a host's config beside it, that cannot be used; says every key that is wrong."""
+    """A `phi3_lora:` section, or a host's config around it, that cannot be used; names every key that is wrong."""
 
 
 class HostSettings(Section):
-    """What may stand under `phi3_lora:`; nothing has to."""
+    """The keys of `phi3_lora:`; all are optional."""
 
     data: ChatSection = ChatSection()
     checkpoint: CheckpointSection | Literal[False] = CheckpointSection()
-    """Which LoRA-only checkpoints are written beside the host's own; false: none."""
+    """Which LoRA-only checkpoints are written next to the host's own; false: none."""
     masks: bool = True
     """Encode chats here, so that ids are the published template's and labels exact; false leaves it to the host."""
 
@@ -52,7 +52,7 @@ def _lines(error: Exception) -> list[str]:
 
 
 def checkpoint_callback(settings: HostSettings) -> Any:
-    """The `LoraCheckpoint` that the section asks for, with how to ask the adapter later; None if it asks for none."""
+    """The `LoraCheckpoint` that the section configures, which records how chats were rendered; None for false."""
     if settings.checkpoint is False:
         return None
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint

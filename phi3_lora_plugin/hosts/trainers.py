@@ -1,4 +1,4 @@
-"""Every Trainer of a script that knows nothing of us: attached to as its training begins, when it is complete."""
+"""Every Trainer of a script that does not know this package: attached when its training begins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OURS = "phi3"  # the name under which this package registers itself
 
 
 class CallbackError(Phi3LoraError):
-    """A callback that was asked for by a name that nobody has."""
+    """A callback was asked for by an unknown name."""
 
 
 def attach_to_all(
@@ -32,7 +32,7 @@ def attach_to_all(
 ) -> tuple[list[str], Callable[[], None]]:
     """Wrap `Trainer.train`, which derived Trainers call; (sentences, undo).
 
-    One whose `train` never calls it gets nothing from us, and is told so as it is made.
+    A Trainer whose `train` never calls it gets nothing, which is reported when it is made.
     """
     from transformers import Trainer
 
@@ -75,7 +75,7 @@ def attach_to_all(
 
 
 def _trains_alone(kind: type) -> bool:
-    """Whether the class that `train` comes from, in code of its own, names neither `super` nor a Trainer's `train`."""
+    """Whether the class that defines `train` does so without naming `super` or a Trainer's `train`."""
     code = getattr(inspect.unwrap(kind.train), "__code__", None)  # type: ignore[attr-defined]
     home = next(each for each in kind.__mro__ if "train" in each.__dict__)
     if code is None or home.__module__ == "transformers.trainer":
@@ -87,7 +87,7 @@ def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) ->
     """Callbacks by name: a plugin's, for all that it offers for `recipe`, or `module:Class`, made without arguments.
 
     Args:
-        own: whether `recipe` is what a person asked for; else our own checkpoints go by their defaults.
+        own: whether the user asked for `recipe`; else our own checkpoints use their defaults.
     """
     from importlib import import_module
 
@@ -138,7 +138,7 @@ def _attach(trainer: Any, recipe: Recipe | None, names: Sequence[str], plugins: 
 
 
 def _described(trainer: Any, model: Any) -> Recipe:
-    """What a recipe can say of a script, for the callbacks of plugins that want one."""
+    """A recipe that describes a script as far as one can, for plugins' callbacks that want one."""
     from phi3_lora_plugin.recipe import Recipe
 
     path = getattr(getattr(model, "config", None), "name_or_path", "") or "unknown"

@@ -2,7 +2,7 @@
 
 TRL has training templates for two of the family, which it finds by comparing texts, and takes masks from characters:
 role tokens that swallow white space are then trained. Here templates are found by what they render, and rows of
-messages come from our own encoder. Also `phi3-lora trl sft ...`, in front of the scripts behind TRL's command line.
+messages come from our own encoder. Also `phi3-lora trl sft ...`, which runs the scripts of TRL's command line.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _takes_pairs(module: Any) -> bool:
     """Whether this TRL pads rows of the columns that `pairs` makes; before version 1 they had other names."""
     try:
         module.DataCollatorForPreference(pad_token_id=0)([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}])
-    except Exception:  # whatever an older collator says to a row that it does not know
+    except Exception:  # whatever an older collator raises for a row that it does not know
         return False
     return True
 
@@ -133,10 +133,10 @@ def _are_chats(row: dict[str, Any]) -> bool:
 def pairs(dataset: Any, tokenizer: Any) -> Any:
     """Rows that `chat.preferences` reads -> `prompt_ids`, `chosen_ids` and `rejected_ids`, TRL's own columns.
 
-    An answer is what is trained of it: the turn and its stop token, nothing behind.
+    An answer is what is trained of it: the turn and its stop token, nothing after.
 
     Raises:
-        TrlError: a row that cannot be encoded; says which and why.
+        TrlError: a row that cannot be encoded, with its number and the reason.
     """
 
     def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -185,7 +185,7 @@ def encoded(dataset: Any, tokenizer: Any) -> Any:
     """Rows with `messages`, or `prompt` and `completion` messages -> `input_ids` and masks, in TRL's own columns.
 
     Raises:
-        TrlError: a row that cannot be encoded; says which and why.
+        TrlError: a row that cannot be encoded, with its number and the reason.
     """
     first = next(iter(dataset))
     if "input_ids" in first or not isinstance(first.get("messages", first.get("completion")), list):
@@ -227,7 +227,7 @@ def _masks(
 
 
 def _when_imported(name: str, then: Callable[[Any], Callable[[], None]]) -> Callable[[], None]:
-    """Call `then(module)` once the module is imported, now if it is already; return how to take all of it back."""
+    """Call `then(module)` once the module is imported, now if it is already; return how to undo it."""
     undone: list[Callable[[], None]] = []
     if name in sys.modules:
         undone.append(then(sys.modules[name]))
@@ -245,7 +245,7 @@ def _when_imported(name: str, then: Callable[[Any], Callable[[], None]]) -> Call
 
 
 class _Finder:
-    """Finds one module as the others would, and looks at it after it was executed; then it is gone."""
+    """Finds one module as the other finders would, looks at it once it is executed, and removes itself."""
 
     def __init__(self, name: str, then: Callable[[Any], None]) -> None:
         self.name, self.then = name, then

@@ -1,4 +1,4 @@
-"""An adapter folder: what it adapts, and whether its files can be what was learned on the base that it names."""
+"""An adapter folder: what it adapts, and whether its files fit the base model that it names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         pickled = "adapter_model.bin" in files
         problems.append(
             Problem(
-                "weights are a pickle, which can execute code" if pickled else "there are no adapter weights",
+                "weights are a pickle, which can execute code" if pickled else "the folder has no adapter weights",
                 "save the adapter as safetensors" if pickled else AGAIN,
             )
         )
@@ -92,14 +92,14 @@ def _of_mlx(folder: Path, problems: list[Problem]) -> dict[str, Any]:
 
 
 def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict[str, Any] | None:
-    """The base's config, if it is on this machine; a hub id that is not is no problem."""
+    """The base's config, if it is on this machine; a hub id that is not cached is not a problem."""
     from phi3_lora_plugin.model.folder import ModelError, find_config, read_json
 
     try:
         file = find_config(base, revision)
     except ModelError as error:
         if Path(base).is_absolute() or base.startswith((".", "~")):
-            problems.append(Problem(f"its base is not there: {error}", "pass --base"))
+            problems.append(Problem(f"its base model is not found: {error}", "pass --base"))
         return None
     try:
         config = read_json(file)
@@ -119,7 +119,7 @@ def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict
 def _embedding_problems(
     shapes: dict[str, tuple[int, ...]], of_base: dict[str, Any] | None, about: dict[str, Any]
 ) -> list[Problem]:
-    """Embeddings and heads that are saved in full: how large they are goes into `about`."""
+    """Embeddings and heads that are saved in full; their sizes go into `about`."""
     from phi3_lora_plugin.lora_files.keys import read_key
 
     problems = []
@@ -137,7 +137,7 @@ def _embedding_problems(
 
 
 def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:
-    """What the numbers themselves say."""
+    """Problems of the values themselves."""
     from safetensors import safe_open
 
     problems = []
@@ -147,7 +147,7 @@ def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:
     broken = not_finite(tensors)
     loras = [key for key in keys if "lora_B" in key]
     if not loras:
-        problems.append(Problem("holds no LoRA tensor", "check what wrote it; it may be a full checkpoint"))
+        problems.append(Problem("has no LoRA tensors", "check what wrote it; it may be a full checkpoint"))
     elif len(dead) == len(loras):
         problems.append(Problem("every lora_B is zero: the adapter changes nothing", "check that it was trained"))
     elif dead:

@@ -13,19 +13,19 @@ from phi3_lora_plugin.wording import human
 
 
 class InspectError(Phi3LoraError):
-    """There is nothing at the path that could be looked at."""
+    """Nothing at the path can be inspected."""
 
 
 LFS = "is a Git LFS pointer, not the weights"
 PULL = "run git lfs pull"
-AGAIN = "take it from where the folder came from again"
+AGAIN = "copy it again from where the folder came from"
 FETCH = "fetch it again"
 OLDER = "take an older checkpoint"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that breaks or misleads a host, and how to mend it; `here`: this package gets round it by itself."""
+    """Something that breaks or misleads a host, and how to fix it; `here`: this package works around it by itself."""
 
     what: str
     fix: str
@@ -33,7 +33,7 @@ class Problem:
 
     @property
     def damage(self) -> bool:
-        """Whether nothing mends it but another copy."""
+        """Whether only another copy fixes it."""
         return self.fix in (PULL, AGAIN, FETCH, OLDER)
 
 
@@ -60,7 +60,7 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that was found in a folder; empty where the folder has nothing of the kind."""
+    """Everything that was found in a folder; fields are empty where the folder has nothing of the kind."""
 
     path: str
     kinds: tuple[str, ...]

@@ -34,7 +34,7 @@ def inspect(path: str | Path) -> Findings:
             its snapshot in the cache, or what is known of a published model that was not downloaded.
 
     Raises:
-        InspectError: nothing is known of it here, or neither model, tokenizer nor adapter is in it.
+        InspectError: nothing is known of it here, or it has no model, tokenizer or adapter.
     """
     try:
         folder = find_folder(path)
@@ -52,7 +52,7 @@ def inspect(path: str | Path) -> Findings:
     if "model" in kinds:
         found |= look_at_model(folder, files, problems)
     if "tokenizer" in kinds:
-        # What a config says of the family is more than what a template can say.
+        # A config identifies the family more exactly than a template can.
         found = _look_at_tokenizer(folder, files, problems) | found
     if "adapter" in kinds:
         found |= look_at_adapter(folder, files, problems)
@@ -92,7 +92,7 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
         problems.append(Problem(str(error), "download the tokenizer's files again"))
         return {}
     except UnsupportedModel:
-        return {}  # told of its config.json
+        return {}  # already reported for its config.json
     found: dict[str, Any] = {"pad_token": f"{tokenizer.pad_token} ({tokenizer.pad_token_id})"}
     stops = stop_token_ids(tokenizer)
     found["stop_tokens"] = tuple(f"{tokenizer.convert_ids_to_tokens(stop)} ({stop})" for stop in stops)
@@ -127,7 +127,7 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
 
 
 def _look_at_settings(folder: Path, files: set[str], tokenizer: Any, stops: list[int], problems: list[Problem]) -> None:
-    """What other hosts would make of the files beside tokenizer.json, and of what was saved inside it."""
+    """What other hosts would make of the files next to tokenizer.json, and of what was saved inside it."""
     settings = read_json(folder / "tokenizer_config.json", problems) if "tokenizer_config.json" in files else {}
     pad = settings.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
@@ -147,7 +147,7 @@ def _look_at_settings(folder: Path, files: set[str], tokenizer: Any, stops: list
     if settings.get("auto_map"):
         problems.append(
             Problem(
-                "tokenizer_config.json has auto_map: hosts with trust_remote_code run a stranger's code for it",
+                "tokenizer_config.json has auto_map: hosts with trust_remote_code run remote code for it",
                 "delete auto_map",
                 here=True,
             )
@@ -166,5 +166,5 @@ def _embedding_rows(folder: Path) -> int | None:
     try:
         rows = read_json_file(folder / "config.json")["vocab_size"]
     except (BadFile, KeyError, TypeError):
-        return None  # told of its config.json
+        return None  # already reported for its config.json
     return rows if isinstance(rows, int) else None

@@ -1,4 +1,4 @@
-"""A model folder: what it is, whether its files are what its config says, and what presets would train on it."""
+"""A model folder: what it is, whether its files match its config, and what presets would train on it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
         problems.append(Problem(str(error), AGAIN))
         return {}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else f"holds what is no size: {error}"
+        what = f"has no {error}" if isinstance(error, KeyError) else f"has a size that is not a number: {error}"
         problems.append(Problem(f"config.json {what}", AGAIN))
         return {}
     found: dict[str, Any] = {"family": f"{family.name} ({family.title})", "projections": layout}
@@ -63,7 +63,7 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
 
 
 def look_at_published(name: str, config: Mapping[str, Any]) -> Findings:
-    """What is known of a model that Microsoft has published and nobody has downloaded here."""
+    """What is known of a model that Microsoft has published and that is not downloaded here."""
     family = recognise(config)
     return Findings(
         path=name,
@@ -81,7 +81,7 @@ def look_at_published(name: str, config: Mapping[str, Any]) -> Findings:
 
 
 def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """A JSON object; anything else is a problem, and nothing."""
+    """A JSON object; anything else adds a problem and gives an empty one."""
     try:
         read = read_json_file(path)
     except BadFile as error:
@@ -89,7 +89,7 @@ def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
         return {}
     if isinstance(read, dict):
         return read
-    problems.append(Problem(f"{path.name} holds no JSON object", AGAIN))
+    problems.append(Problem(f"{path.name} is not a JSON object", AGAIN))
     return {}
 
 
@@ -114,7 +114,7 @@ def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
 
 
 def quantised(config: Mapping[str, Any]) -> list[Problem]:
-    """That weights are quantised, and by what; nothing where they are not."""
+    """Reports that weights are quantised, and by what; nothing where they are not."""
     method = quantized_by(config)
     if method is None:
         return []
@@ -162,7 +162,7 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
         pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in files)
         return [
             Problem(
-                "weights are pickles, which can execute code" if pickled else "there are no weights",
+                "weights are pickles, which can execute code" if pickled else "the folder has no weights",
                 "convert them to safetensors" if pickled else "fetch model.safetensors or its shards",
             )
         ]
@@ -185,7 +185,7 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
         name = other[0]
         problems.append(
             Problem(
-                f"{len(other)} weights have another shape than config.json says, such as {name}: "
+                f"{len(other)} weights have another shape than in config.json, such as {name}: "
                 f"{list(held[name])} instead of {list(wanted[name])}",
                 "take config.json and weights from the same model",
             )
@@ -203,7 +203,7 @@ def _generation_problems(
     if len(stops) < 2:
         found.append(
             Problem(
-                f"generation stops at {stops or 'nothing'} only, and runs on behind the end of a turn",
+                f"generation stops at {stops or 'nothing'} only, and continues after the end of a turn",
                 "give eos_token_id in generation_config.json both the end of turn and the end of text",
                 here=True,
             )
@@ -219,7 +219,7 @@ def _generation_problems(
 def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
     """What each of this model's presets would train, one line for each set of targets, rank and precision.
 
-    Sizes that nobody published have none of their own: then all presets are of use that can be.
+    Unpublished sizes have no presets of their own: then all presets that fit are listed.
     """
     from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
     from phi3_lora_plugin.recipe import load_recipe

@@ -10,7 +10,7 @@ from phi3_lora_plugin.wording import listed
 def weights_problems(folder: Path) -> list[str]:
     """What is wrong with the adapter in a folder, a sentence each; nothing for a folder without weights.
 
-    Looks at PEFT's and loralib's files, whoever wrote them.
+    Looks at PEFT's and loralib's files, whatever program wrote them.
     """
     from phi3_lora_plugin.lora_files.peft_files import CONFIG, WEIGHTS, PeftFilesError, changes_base, parts, read_peft
     from phi3_lora_plugin.store.adapter_files import LORALIB

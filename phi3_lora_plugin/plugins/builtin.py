@@ -1,4 +1,4 @@
-"""What this package itself registers, through the same entry point that a stranger's plugin would use."""
+"""What this package itself registers, through the same entry point that any other plugin uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a plugin's code so that what it raises, prints or spells can harm nobody but itself."""
+"""Run a plugin's code so that what it raises, prints or names can harm only itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pluggy
 
-LIMIT = 400  # characters of a stranger's text in one message of ours
+LIMIT = 400  # characters of a plugin's text in one message of ours
 #: CSI and OSC sequences of ECMA-48, whole, and whatever else follows an escape character.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?|\x9b[0-?]*[ -/]*[@-~]", re.DOTALL)
 
@@ -26,7 +26,7 @@ def prints_on_stderr() -> Iterator[None]:
 
 
 def clean(text: Any, limit: int = LIMIT) -> str:
-    """A stranger's text in one line: at most `limit` characters, no escape codes, nothing unprintable."""
+    """A plugin's text in one line: at most `limit` characters, no escape codes, nothing unprintable."""
     with suppress(Exception):
         start = _ESCAPES.sub("", str.__getitem__(text, slice(8 * limit)))
         words = " ".join("".join(c if c.isprintable() else " " for c in start).split())
@@ -63,6 +63,6 @@ def describe(error: BaseException) -> str:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """`error.add_note`, where the exception lets anybody."""
+    """`error.add_note`, where the exception allows it."""
     with suppress(Exception):
         BaseException.add_note(error, note)

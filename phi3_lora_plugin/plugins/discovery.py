@@ -29,7 +29,7 @@ __all__ = ["Failure", "Plugin", "PluginError", "PluginWarning", "Plugins", "load
 
 
 def load_plugins(strict: bool = False) -> Plugins:
-    """Load every plugin of entry-point group `phi3_lora_plugin`, sorted by name; each call starts afresh.
+    """Load every plugin of entry-point group `phi3_lora_plugin`, sorted by name; each call starts over.
 
     A plugin that cannot be loaded, or tries to end the process, is skipped with one `PluginWarning` and remembered in
     `.failures`; only Ctrl-C leaves. What plugins print goes to stderr. Names in the environment variable
@@ -85,7 +85,7 @@ def _claims(failures: list[Failure], strict: bool) -> dict[str, list[tuple[Plugi
             if NAME not in (distribution.read_text("entry_points.txt") or ""):
                 continue
             owner, version = (distribution.metadata[key] or "unknown" for key in ("Name", "Version"))
-            # The first one on the path is the one that Python imports; a checkout often stands beside its install.
+            # The first one on the path is the one that Python imports; a checkout often sits next to its install.
             canonical = re.sub(r"[-_.]+", "-", owner).lower()
             if owner != "unknown" and canonical in seen:
                 continue
@@ -124,7 +124,7 @@ def _load(manager: pluggy.PluginManager, plugin: Plugin, entry_point: metadata.E
         for implementation in (i for i in caller.get_hookimpls() if i.plugin is target):
             if caller.spec is None:
                 if not implementation.optionalhook:
-                    guess = nearest(caller.name, known, f"; there is: {', '.join(known)}")
+                    guess = nearest(caller.name, known, f"; available: {', '.join(known)}")
                     raise PluginError(f"implements unknown hook {caller.name!r}{guess}")
             elif switched_off := sorted(set(implementation.kwargnames) & set(caller.spec.argnames)):
                 raise PluginError(

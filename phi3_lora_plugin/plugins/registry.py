@@ -1,4 +1,4 @@
-"""What the loaded plugins offer: models, dataset adapters and recipes by name, callbacks for a run, and what failed.
+"""What the loaded plugins offer: models, data formats and recipes by name, callbacks for a run, and what failed.
 
 A plugin that was only found may fail softly: one warning, remembered. A thing that was asked for by name fails hard,
 and its error repeats what failed to load.
@@ -35,17 +35,17 @@ KINDS = {
     "recipes": "recipe",
     "exporters": "export target",
 }
-OURS = "phi3-lora-plugin"  # our own distribution, whose errors are not a stranger's
+OURS = "phi3-lora-plugin"  # our own distribution, whose errors are not wrapped
 _NAME_PATTERN = re.compile(r"[^\W_][\w.+-]{0,99}")  # never a path: `a/b`, `..` and `` are refused
 _EVENTS = ("on_init_end", "on_train_begin", "on_step_end", "on_save")  # what every TrainerCallback inherits
 
 
 class PluginError(Phi3LoraError):
-    """A plugin, a clash between two, or a name that nobody registered; the message says whose and what to do."""
+    """A plugin, a clash between two, or a name that is not registered; the message names the plugin and the fix."""
 
 
 class PluginWarning(UserWarning):
-    """A plugin that was found but cannot be used; the others go on without it."""
+    """A plugin that was found but cannot be used; the others continue without it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Plugins:
     def named(self, kind: str) -> dict[str, Any]:
         """Return everything registered of `kind` ("models", "dataset_adapters", "recipes" or "exporters") by name.
 
-        A name that two plugins claim is left out, and is nobody's: `pick` says why.
+        A name that two plugins claim is left out: `pick` explains why.
         """
         return dict(self._collect(kind).values)
 
@@ -111,7 +111,7 @@ class Plugins:
         """Load model and tokenizer by the loader that the recipe names.
 
         Raises:
-            PluginError: nobody has such a loader, or a stranger's loader raised; names the plugin.
+            PluginError: no plugin has such a loader, or another package's loader raised; names the plugin.
             Phi3LoraError: what is wrong with the model or the recipe.
         """
         name = recipe.model.loader
@@ -124,7 +124,7 @@ class Plugins:
         return made[0], made[1]
 
     def adapters(self, wanted: str = "auto") -> dict[str, Any]:
-        """Return the dataset adapters by name; what a stranger's raises names its plugin.
+        """Return the data formats' readers by name; an error raised by another package's names its plugin.
 
         Raises `PluginError` where two plugins claim the name `wanted`.
         """
@@ -162,14 +162,14 @@ class Plugins:
         return {name: str(clash) for name, clash in self._collect(kind).clashes.items()}
 
     def registered(self, plugin: Plugin) -> dict[str, list[str]]:
-        """Return the names that `plugin` owns, by kind; kinds of which it owns nothing are left out."""
+        """Return the names that `plugin` owns, by kind; kinds without any are left out."""
         names = {kind: [n for n, owner in self._collect(kind).owners.items() if owner == plugin] for kind in KINDS}
         return {kind: sorted(owned) for kind, owned in names.items() if owned}
 
     def callbacks(self, recipe: Recipe, only: str | None = None) -> list[TrainerCallback]:
         """Ask every plugin (or the one named `only`) for its callbacks; one list, each instance once, by plugin name.
 
-        A training run must not go on without a callback that someone relies on, so an exception here is not
+        A training run must not continue without a callback that someone relies on, so an exception here is not
         isolated: it leaves as `PluginError`, naming the plugin.
         """
         found: list[TrainerCallback] = []
@@ -266,7 +266,7 @@ def _registrar(
 ) -> Callable[[str, Any], None]:
     """Return the `register` that one plugin is called with: it fills `mine` and raises in that plugin's own line.
 
-    A name that somebody has already costs that name alone; it raises only if `strict`.
+    A name that is already taken loses only that name; it raises only if `strict`.
     """
 
     def register(name: str, value: Any) -> None:
@@ -281,7 +281,7 @@ def _registrar(
             raise PluginError(f"{KINDS[kind]} {name!r} is {shown(value)}; expected something that can be called")
         owner = plugin if name in mine else found.owners.get(name)
         if owner == plugin and (mine[name] is value or (kind == "recipes" and mine[name] == value)):
-            return  # saying the same thing twice is harmless
+            return  # registering the same thing twice is harmless
         if owner is not None:
             advice = f"uninstall one, rename, or block one with {BLOCK}={plugin.name} (or ={owner.name})"
             if owner == plugin:
@@ -304,7 +304,7 @@ def _as_list(answer: Any) -> list[Any]:
 
 
 def _hint(failure: Failure) -> str:
-    """Return how to install what a plugin failed to import, naming the extra of its distribution that holds it."""
+    """Return how to install what a plugin failed to import, naming the extra of its distribution that has it."""
     if not isinstance(failure.error, ModuleNotFoundError):
         return ""
     name = vars(ImportError)["name"].__get__(failure.error)  # a class of theirs may have any attribute of that name

@@ -23,13 +23,13 @@ HELD_OUT = 0.1
 SECTIONS = ("model", "data", "lora", "training", "preference", "checkpoint", "about")
 _NAME = re.compile(r"[^\W_][\w.+-]*")  # as discovery has it: never a path
 _YAML = re.compile(r"\.ya?ml$", re.IGNORECASE)
-#: Parents one after another; each is a file that somebody has to read to know what a run does.
+#: Parents in a chain; each is a file that people have to read to know what a run does.
 MAX_PARENTS = 16
 
 
 @dataclass
 class Layer:
-    """One file's or one override's say: data, the origin of each key in it, and what came up while reading."""
+    """One file or one override: data, the origin of each key in it, and the problems found while reading."""
 
     data: dict[str, Any] = field(default_factory=dict)
     origin: dict[Key, str] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass
 class Chain:
-    """A recipe's file and its parents', youngest first; `problems` are about reading them, not about what they say."""
+    """A recipe's file and its parents', youngest first; `problems` are about reading them, not about their content."""
 
     name: str
     layers: list[Layer] = field(default_factory=list)
@@ -66,9 +66,9 @@ def shipped_names() -> list[str]:
 
 
 def read_chain(wanted: str | Path, find: Find) -> Chain:
-    """Read `wanted` and follow `extends`; whatever is wrong on the way is in the chain's problems.
+    """Read `wanted` and follow `extends`; everything that is wrong on the way is in the chain's problems.
 
-    A file may extend another by a path from where it lies, ending in .yaml; a preset, whoever ships it, only by name.
+    A file may extend another by a path relative to itself, ending in .yaml; a preset of any package, only by name.
     """
     chain = Chain(Path(wanted).stem if _is_path(wanted) else str(wanted))
     names = [chain.name]
@@ -218,10 +218,10 @@ def merge(layers: Sequence[Layer]) -> Layer:
 
 
 def leave_embedded_evaluation(layers: Sequence[Layer], merged: Layer) -> None:
-    """Of a demonstration whose rows to train on were replaced by others, replace those to evaluate on as well.
+    """If a demonstration's training rows were replaced by others, replace its evaluation rows as well.
 
-    The embedded chats belong together; to evaluate other data on them means nothing, and mostly cannot be done. Only
-    they: an evaluation file of one's own, in a parent, may well be there for many children.
+    The embedded chats belong together; evaluating other data on them means nothing, and mostly cannot be done. Only
+    these are replaced: a user's own evaluation file, in a parent, may well serve many children.
     """
     data = merged.data.get("data")
     if not isinstance(data, dict) or _embedded(data.get("path")) or not _embedded(data.get("eval_path")):

@@ -51,7 +51,7 @@ def _problems(complaint: Any, model: type[Section], merged: Layer) -> Iterator[P
 
 
 def _field(location: Key, model: type[Section], data: Any) -> tuple[Key, Any, FieldInfo | None]:
-    """The field that pydantic's location lies in (it names union members there too), its value and definition."""
+    """The field that pydantic's location belongs to (it names union members too), its value and definition."""
     fields: Mapping[str, FieldInfo] = model.model_fields
     info: FieldInfo | None = None
     for depth, part in enumerate(location):

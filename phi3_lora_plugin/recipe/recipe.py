@@ -167,7 +167,7 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
     """
     chain = read_chain(name_or_path, find or shipped)
     for parent in chain.layers[1:]:
-        parent.data.pop("about", None)  # a child is not what its parent says about itself
+        parent.data.pop("about", None)  # a parent's description does not describe its child
     layers = [*reversed(chain.layers), *read_overrides(overrides)]
     for layer in layers:
         normalise(layer)

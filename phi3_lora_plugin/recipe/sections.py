@@ -32,7 +32,7 @@ INIT = rf"({'|'.join(INITS)}|pissa_niter_[1-9]\d*)"
 
 
 class Conflicts(Phi3LoraError):
-    """What a section says that cannot hold together, as (key, message) pairs."""
+    """Settings of a section that contradict each other, as (key, message) pairs."""
 
     def __init__(self, found: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {message}" for key, message in found))
@@ -40,7 +40,7 @@ class Conflicts(Phi3LoraError):
 
 
 class Section(BaseModel):
-    """Strict (`"8"` is no number, though 1 is a fine float), closed (unknown keys are errors) and frozen."""
+    """Strict (`"8"` is not a number, though 1 is a fine float), closed (unknown keys are errors) and frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -76,7 +76,7 @@ class ModelSection(Section):
 
 
 class MixtureSource(Section):
-    """One source of a mixture, an entry of the list `data.path`; what it leaves out is as the rest of `data` says."""
+    """One source of a mixture, an entry of the list `data.path`; what it leaves out comes from the rest of `data`."""
 
     path: OneOrMore
     weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
@@ -98,7 +98,7 @@ class ChatSection(Section):
     columns: dict[str, Text] = {}
     """The format's own names to the file's: `{prompt: question, completion: answer}`."""
     ignore: list[Text] = []
-    """Columns, and keys of messages, that do not matter although their names speak of what is trained."""
+    """Columns, and keys of messages, to ignore although their names suggest that they decide what is trained."""
     train_on: Literal["assistant", "last_turn", "all"] = "assistant"
     """Which tokens carry loss."""
     system: Literal["error", "fold", "drop"] = "error"
@@ -110,7 +110,7 @@ class ChatSection(Section):
     tool_format: Literal["auto", "functools", "phi4-mini", "text"] = "auto"
     """How calls are written: functools[...], <|tool_call|>[...]<|/tool_call|>, JSON; auto: as the model card says."""
     thoughts: Literal["error", "train", "context", "drop"] = "error"
-    """What to do with what the assistant thought before an answer; context: it is there and not trained."""
+    """What to do with the assistant's thoughts before an answer; context: keep them in the row, but not trained."""
     template: Text | None = None
     """Name of a chat template; None: the tokenizer's own, recognised by what it renders."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -121,7 +121,7 @@ class DataSection(ChatSection):
     """The rows, how they become chats, and how chats become tokens."""
 
     path: Text | Annotated[list[Text | dict[str, Any]], Field(min_length=1)] | None = None
-    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it for the command line to say. Mappings
+    """File, files, glob, folder, hub id, or `embedded:NAME`; a preset leaves it to the command line. Mappings
     in a list (path, weight, max_rows, format, columns, ignore, split) are the sources of a mixture."""
     split: Text = "train"
     """Split to train on, for hub ids and saved datasets."""
@@ -139,7 +139,7 @@ class DataSection(ChatSection):
     """Train on this many rows at most, from the top."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Rows for evaluation come from one place; a mixture says of each source what it takes of it."""
+        """Rows for evaluation come from one place; a mixture sets for each source what it takes from it."""
         entries = self.path if isinstance(self.path, list) else []
         wrong = [
             f"source {number}: {message}"
@@ -185,7 +185,7 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train too."""
     init: Annotated[Text, Field(pattern=rf"^{INIT}$")] = "default"
-    """How A and B begin, by PEFT's `init_lora_weights` names."""
+    """How A and B are initialised, by PEFT's `init_lora_weights` names."""
     dora: Switch = False
     """Train a magnitude for each output row as well (DoRA, arXiv 2402.09353)."""
     rslora: Switch = False
@@ -236,7 +236,7 @@ class PreferenceSection(Section):
     beta: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
     """How close to stay to the base, which is the reference; more is closer."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5, allow_inf_nan=False)] = 0.0
-    """Share of pairs whose order is taken to be wrong, for the losses sigmoid and robust."""
+    """Share of pairs whose order is assumed to be wrong, for the losses sigmoid and robust."""
 
     @property
     def on(self) -> bool:
@@ -253,17 +253,17 @@ class CheckpointSection(Section):
     """Which LoRA-only checkpoints are written and which are kept."""
 
     every_steps: Count | None = None
-    """Save each so many steps; None: at the end, and at each evaluation."""
+    """Save every this many steps; None: at the end, and at each evaluation."""
     keep_last: Count = 2
     """Newest ones to keep; never fewer than one good one."""
     keep_best: Annotated[int, Field(ge=0)] = 1
     """Best ones to keep, by evaluation loss."""
     keep_every: Count | None = None
-    """Keep each checkpoint whose step divides by this for good."""
+    """Keep for good each checkpoint whose step is a multiple of this."""
     format: Literal["peft", "loralib", "both"] = "peft"
     """peft: a folder that PEFT loads; loralib: one file with only `lora_` keys and its sidecar."""
     background: Switch = False
-    """Write while training goes on."""
+    """Write on a thread while training continues."""
 
 
 class Deviation(Section):
@@ -276,7 +276,7 @@ class Deviation(Section):
 
 
 class AboutSection(Section):
-    """What a preset says about itself, for `phi3-lora recipes`; it is not inherited and changes no run."""
+    """A preset's description, for `phi3-lora recipes`; it is not inherited and changes no run."""
 
     group: Text | None = None
     """Heading under which `phi3-lora recipes` lists it."""

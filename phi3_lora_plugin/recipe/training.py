@@ -100,7 +100,7 @@ _ELSEWHERE = {
     "peft_config": "write it under lora:",
 }
 
-# (smallest, is the smallest itself allowed) for numbers that the class itself takes without a look.
+# (smallest, is the smallest itself allowed) for numbers that the class itself does not check.
 _LEAST: dict[str, tuple[float, bool]] = {
     "per_device_train_batch_size": (1, True),
     "per_device_eval_batch_size": (1, True),

@@ -68,7 +68,7 @@ def read_file(path: Path | Traversable) -> Document:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        return _broken(name, "there is no such file")
+        return _broken(name, "no such file")
     except IsADirectoryError:
         return _broken(name, "this is a folder; a recipe is a YAML file")
     except Exception as error:  # ValueError: a NUL byte in the name; and a plugin may register anything that opens
@@ -117,7 +117,7 @@ def parse_value(text: str) -> Any:
     """Read the right side of an override as YAML; raises ValueError with a sentence.
 
     Text that YAML would take for an alias, a tag or a reserved character (`*.jsonl`, `@name`) is taken as it stands,
-    because nobody means those on a command line.
+    because they are never meant on a command line.
     """
     if text[:1] in tuple("*&!%@`|>"):
         return text
@@ -144,13 +144,13 @@ def dump(data: Mapping[str, Any]) -> str:
 
 
 def dump_line(value: Any) -> str:
-    """One value as YAML on one line, to stand behind a key or be one."""
+    """One value as YAML on one line, to follow a key or be one."""
     return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)[1:-2]
 
 
 @lru_cache(maxsize=64)
 def _composed(text: str) -> tuple[yaml.Node, ...]:
-    """The documents of a text as nodes, which nobody changes: parents of many recipes are read over and over."""
+    """The documents of a text as nodes, never changed: parents of many recipes are read over and over."""
     return tuple(_compose(text))
 
 
@@ -178,7 +178,7 @@ class _Builder:
     def build(self, node: yaml.Node, key: Key) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(key) > MAX_DEPTH:
-            if not self.gave_up:  # said once; the rest of the document is not looked at
+            if not self.gave_up:  # reported once; the rest of the document is not looked at
                 self._say(node, key[:2], f"more than {MAX_NODES} values or {MAX_DEPTH} levels: do aliases multiply?")
             self.gave_up, self.nodes = True, MAX_NODES
             return None

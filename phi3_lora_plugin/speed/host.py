@@ -31,7 +31,7 @@ def restore_host(model: Any, base: Any) -> None:
 
 
 def _num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    # Remembered only in the form that `floating_point_ops` asks for in every step; counts of trainable ones are not cached.
+    # Remembered only in the form that `floating_point_ops` asks for in every step; trainable ones are always counted.
     if only_trainable or not exclude_embeddings:
         return int(type(self).num_parameters(self, only_trainable, exclude_embeddings))
     if self._flops_parameters is None:

@@ -22,12 +22,12 @@ SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise
 
 
 class RenderError(Phi3LoraError):
-    """A recipe that a host cannot run in any form; says what it is that the host does not have."""
+    """A recipe that a host cannot run in any form; the message names what the host lacks."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One key of a host's config; `why` says where we had to choose. Without a key, `why` is a line of its own."""
+    """One key of a host's config; `why` explains our choice. Without a key, `why` is a line of its own."""
 
     key: str
     value: Any = None
@@ -36,19 +36,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A host's config: its text, and the files that have to lie beside it."""
+    """A host's config: its text, and the files that have to be next to it."""
 
     text: str
     beside: Mapping[str, str] = field(default_factory=dict)
 
 
 def note(why: str) -> Line:
-    """A line that only says something."""
+    """A comment line."""
     return Line("", why=why)
 
 
 def write(head: Iterable[str], lines: Iterable[Line]) -> str:
-    """YAML with a header, one line a key (mappings as blocks), and reasons behind `#`."""
+    """YAML with a header, one line a key (mappings as blocks), and reasons after `#`."""
     text = [f"# {line}".rstrip() for line in head]
     for line in lines:
         text += _block(line, "")
@@ -73,7 +73,7 @@ def _block(line: Line, indent: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A recipe's training in words that every host has some name for; `rest` is what only TrainingArguments has."""
+    """A recipe's training in settings that every host has some name for; `rest` is what only TrainingArguments has."""
 
     learning_rate: float
     epochs: float
@@ -92,7 +92,7 @@ class Numbers:
 
 
 def numbers(recipe: Recipe) -> Numbers:
-    """The training section, with TrainingArguments' defaults where it says nothing."""
+    """The training section, with TrainingArguments' defaults for what is not set."""
     given = dict(recipe.training)
     warmup = given.pop("warmup_steps", None) or given.pop("warmup_ratio", None) or 0
     for name in (
@@ -124,11 +124,11 @@ def numbers(recipe: Recipe) -> Numbers:
 
 
 def left_out(section: str, values: Mapping[str, Any], host: str) -> list[Line]:
-    """A line for each value that has no place in the host's config, so that nothing is lost in silence."""
+    """A line for each value that has no place in the host's config, so that nothing is silently lost."""
     return [note(f"not supported by {host}, left out: {section}.{key}: {dump_line(values[key])}") for key in values]
 
 
-# What every host has some word for; a renderer says the others that its host has.
+# What every host has some name for; a renderer adds the others that its host has.
 _LORA = ("r", "alpha", "dropout", "targets", "dora", "rslora")
 
 
@@ -219,7 +219,7 @@ def targets(recipe: Recipe) -> tuple[list[str] | str, str]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows are, and in which shape; `why` says what was assumed."""
+    """Where the rows are, and in which shape; `why` explains what was assumed."""
 
     path: str
     local: bool
@@ -230,10 +230,10 @@ class Rows:
 
 
 def rows(recipe: Recipe, evaluation: bool = False) -> Rows | None:
-    """The rows to train on (or to evaluate on), after a look at the first where they lie here; None if none are named.
+    """The rows to train on (or to evaluate on); looks at the first row of a local file. None if none are named.
 
     Raises:
-        RenderError: several paths, which hosts write in ways of their own.
+        RenderError: several paths, which each host writes differently.
     """
     from phi3_lora_plugin.embedded import locate
 

@@ -58,7 +58,7 @@ def render(recipe: Recipe) -> Rendered:
         Line(
             "flash_attn", {"auto": "sdpa", "eager": "disabled", "flash_attention_2": "fa2"}.get(model.attention, "sdpa")
         ),
-        Line("dataset_dir", ".", "where dataset_info.json lies; run it from there"),
+        Line("dataset_dir", ".", "the folder of dataset_info.json; run it from there"),
         *[Line(key, value, assumed if key == "dataset" else "") for key, value in chosen.items()],
         longest(recipe, "cutoff_len"),
         *([Line("packing", True), Line("neat_packing", True)] if data.packing else []),

@@ -12,16 +12,16 @@ from phi3_lora_plugin.hosts.render.common import Rendered, RenderError
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
-#: What the modules beside this one share; each of the others renders for the host that it is named after.
+#: What the modules next to this one share; each of the others renders for the host that it is named after.
 _SHARED = ("common", "render", "settings_section")
 HOSTS = tuple(sorted({found.name for found in iter_modules(__path__)} - {*_SHARED}))
 
 
 def render(recipe: Recipe, host: str) -> Rendered:
-    """The config with which `host` trains what the recipe says, as near as it can; what it cannot is a comment in it.
+    """The config that makes `host` train the recipe, as closely as it can; what it cannot is a comment in it.
 
     Raises:
-        RenderError: an unknown host, or a recipe that the host has nothing for.
+        RenderError: an unknown host, or a recipe that the host does not support.
     """
     if host not in HOSTS:
         raise RenderError(f"--host: {host!r} is not one of {', '.join(HOSTS)}")

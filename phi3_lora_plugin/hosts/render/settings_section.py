@@ -18,7 +18,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         for name, field in ChatSection.model_fields.items()
         if (value := getattr(recipe.data, name)) != field.default
     }
-    checkpoint = {  # not `every_steps`: ours are written with the host's own, whose `save_steps` says when
+    checkpoint = {  # not `every_steps`: ours are written with the host's own, at its `save_steps`
         name: value
         for name, field in type(recipe.checkpoint).model_fields.items()
         if name != "every_steps" and (value := getattr(recipe.checkpoint, name)) != field.default

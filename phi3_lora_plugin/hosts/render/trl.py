@@ -99,7 +99,7 @@ def _data(recipe: Recipe) -> list[Line]:
 
 
 def _template(recipe: Recipe) -> list[Line]:
-    """Our file of the model's template, which marks what the assistant says."""
+    """Our file of the model's template, which marks the assistant's text."""
     if recipe.data.train_on != "assistant":
         return [
             Line("assistant_only_loss", False),
@@ -112,7 +112,7 @@ def _template(recipe: Recipe) -> list[Line]:
     path = str(files("phi3_lora_plugin.chat").joinpath("templates", f"{name}.jinja"))
     return [
         Line("assistant_only_loss", True),
-        Line("chat_template_path", path, "renders as published and marks what the assistant says"),
+        Line("chat_template_path", path, "renders as published and marks the assistant's text"),
     ]
 
 

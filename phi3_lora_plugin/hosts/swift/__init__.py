@@ -1,6 +1,6 @@
 """ms-swift: `swift sft --external_plugins $(phi3-lora host-path swift) --callbacks phi3_lora ...`.
 
-The file that ms-swift is given lies alone in its folder, because ms-swift puts that folder on the import path.
+The file that ms-swift is given is alone in its folder, because ms-swift puts that folder on the import path.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from phi3_lora_plugin.seams import look_up
 
 VARIABLE = "PHI3_LORA_SETTINGS"
 CALLBACK = "phi3_lora"
-# ms-swift's names for the templates of the family; it finds them by the model's type, so nothing more has to be said.
+# ms-swift's names for the templates of the family; it finds them by the model's type, so nothing more has to be set.
 TEMPLATES = ("phi3", "phi4")
 _ROLES = {"tool_call": "assistant", "tool_response": "tool"}
 _TRAIN_ON = {"default": "assistant", "last_round": "last_turn", "all": "all"}
@@ -77,7 +77,7 @@ class Phi3TemplateMeta(look_up("swift.meta")):  # type: ignore[misc]
 
 
 def settings() -> HostSettings:
-    """What the environment says; read anew each time, since it is little.
+    """The settings of the environment; read again each time, since they are short.
 
     Raises:
         SettingsError: what is wrong with it.
@@ -119,6 +119,6 @@ def _say_once(sentence: str) -> None:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """Role, content, and `train: False` where ms-swift's `loss` says so."""
+    """Role, content, and `train: False` where ms-swift's `loss` is false."""
     turn = {"role": message["role"], "content": message["content"]}
     return turn | ({"train": False} if message.get("loss") in (False, 0) else {})
