@@ -188,3 +188,23 @@ def test_scores_that_a_runtime_gives_as_log_probabilities_are_compared_as_such()
     row = numpy.array([1.0, 3.0, -2.0], dtype=numpy.float32)
     assert numpy.exp(_as(row, "log-probabilities")).sum() == pytest.approx(1.0)
     assert _as(row, "logits") is row
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_system_message_of_training_is_shipped_where_every_row_had_it(tmp_path, same):
+    made = adapter(EMBEDDED, tmp_path / "run" / "lora")
+    rest = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    systems = ["Be a pirate."] * 2 + ["Be a pirate." if same else "Be kind."]
+    rows = [[{"role": "system", "content": system}, *rest] for system in systems]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    recipe = f"model: {{path: 'embedded:tiny-phi3'}}\ndata: {{path: {data}}}\n"
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe)
+    asked: list[str | None] = []
+
+    def target(adapted, wanted, folder):
+        asked.append(wanted.system)
+        return Shipped(("true",), unproven="nothing to run")
+
+    report = export(made, target, "note", tmp_path / "out")
+    assert asked == ["Be a pirate." if same else None] and report.unproven == "nothing to run"
