@@ -1,4 +1,4 @@
-"""A plain Trainer script that finds its Phi-3 parts by discovery: recipe, model loader, dataset adapter, callbacks.
+"""A plain Trainer script that finds its Phi-3 parts by discovery: recipe, model loader, data format, callbacks.
 
 python examples/host.py [RECIPE] [KEY=VALUE]...
 """
@@ -36,7 +36,7 @@ def main(name: str = "tiny-cpu", *overrides: str) -> None:
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"loss from {losses[0]:.3f} to {losses[-1]:.3f}; the adapter lies in {latest_complete(recipe.output_dir)}")
+    print(f"loss from {losses[0]:.3f} to {losses[-1]:.3f}; adapter saved to {latest_complete(recipe.output_dir)}")
 
 
 if __name__ == "__main__":

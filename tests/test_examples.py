@@ -121,7 +121,7 @@ def test_the_host_trains_with_what_it_finds(tmp_path: Path) -> None:
     output = run(
         str(EXAMPLES / "host.py"), "tiny-cpu", "training.num_train_epochs=8", "training.logging_steps=1", cwd=tmp_path
     )
-    first, last, adapter = re.search(r"loss from ([\d.]+) to ([\d.]+); the adapter lies in (.+)", output).groups()
+    first, last, adapter = re.search(r"loss from ([\d.]+) to ([\d.]+); adapter saved to (.+)", output).groups()
     assert float(last) < float(first)
     with safe_open(tmp_path / adapter / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())

@@ -1,4 +1,4 @@
-"""Support tickets as training data: a dataset adapter, a recipe that uses it, a callback, and an export target."""
+"""Support tickets as training data: a data format, a recipe that uses it, a callback, and an export target."""
 
 from importlib.resources import files
 
@@ -41,7 +41,7 @@ def register_exporters(register):
 @hookimpl
 def trainer_callbacks(recipe):
     if recipe.data.format != "tickets":
-        return None  # every plugin is asked for every run: add nothing to those of others
+        return None  # every plugin is called for every run: add nothing to the runs of others
     from my_plugin.loss_log import LossLog  # imports transformers, which takes seconds; discovery must not
 
     return [LossLog()]

@@ -42,7 +42,7 @@ class Transformers:
 
 
 def export(adapted, wanted, folder):
-    """Write `folder`; the command saves it only when the words are the adapter's."""
+    """Write `folder`; the command saves it only if the answers are the adapter's."""
     refuse("help-desk", wanted, forms=(True,))
     shutil.copytree(adapted.merged(), folder, dirs_exist_ok=True)
     (folder / "ask.py").write_text(ASK, encoding="utf-8")
