@@ -6,12 +6,12 @@
     python -m benchmarks A --peers trainer-peft unsloth --unsloth-python unsloth-venv/bin/python
     python -m benchmarks W1 W2 W3 W4 W5 --peers trainer-peft trl trl-best liger          # one GPU
 
-A speed-up without parity is no speed-up: where losses or adapters differ by more than the limits below, the row says
+A speed-up without parity does not count: where losses or adapters differ by more than the limits below, the row shows
 FAILED and the command ends with exit code 1. In 16 bits right runs differ as well: there the limit is what stock code
 differs from itself in this very run (eager attention; a start rounded otherwise), times `NOISE`. Ratios are given for
 the clock on the wall and for processor time; the second hardly changes where other programs share the machine.
 
-A peer that is not installed is left out, and a run that goes out of memory ends itself alone; both are said.
+A peer that is not installed is skipped, and a run that goes out of memory ends only itself; both are reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.chart import draw
 from benchmarks.jobs import BAD_FORK, run_job
 from benchmarks.workloads import WORKLOADS, chats, rows, setting
 
-#: Ours, with the runs on the very same batches, to whose losses and adapters it is held. TRL packs by itself, into
+#: Ours -> the runs on the very same batches whose losses and adapters it has to match. TRL packs by itself, into
 #: other batches: its packed run is compared in speed alone.
 TWINS = {
     "ours": ("trainer-peft", "trl", "trl-best", "liger", "unsloth"),
@@ -48,7 +48,7 @@ NOISE = 3.0
 STOCK, OTHER_STOCK = "trainer-peft", ("trainer-peft-eager", "trainer-peft-nudged")
 #: Runs that are there for parity, once.
 ONCE = ("trainer-peft-packed", *OTHER_STOCK)
-#: What a variant needs beside this package's own dependencies.
+#: What a variant needs in addition to this package's own dependencies.
 NEEDS = {"trl": "trl", "trl-best": "trl", "trl-packed": "trl", "liger": "liger_kernel", "unsloth": "unsloth"}
 PEERS = ("trainer-peft", "trl", "trl-best", "trl-packed", "liger", "unsloth")
 
@@ -87,7 +87,7 @@ def main() -> int:
     chosen = parser.parse_args()
     chosen.workloads = chosen.workloads or ["A", "B", "C", "D", "D-bf16"]
     if unknown := sorted(set(chosen.workloads) - set(WORKLOADS)):
-        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+        parser.error(f"no workload {', '.join(unknown)}; available: {', '.join(WORKLOADS)}")
     if bool(chosen.data) != bool(chosen.tokenizer):
         parser.error("--data and --tokenizer belong together")
     # Before anything is imported that reads them, here or in the processes that are measured.
@@ -112,9 +112,9 @@ def main() -> int:
         left_out = {each: reason for each in variants if (reason := _missing(each, chosen))}
         runs: dict[str, list[dict[str, Any]]] = {each: [] for each in variants if each not in left_out}
         for variant, reason in left_out.items():
-            print(f"{name}: {variant} is left out: {reason}", flush=True)
+            print(f"{name}: {variant} skipped: {reason}", flush=True)
         for round_ in range(chosen.pairs):
-            # forwards and backwards in turn, so that a machine that warms up or slows down favours nobody
+            # forwards and backwards in turn, so that a machine that warms up or slows down favours no variant
             for variant in list(runs) if round_ % 2 == 0 else list(runs)[::-1]:
                 if variant in left_out or (variant in ONCE and runs[variant]):
                     continue
@@ -167,7 +167,7 @@ def _run(variant: str, workload: str, data: list[dict[str, Any]], chosen: argpar
         code: int | None = BAD_FORK
         if variant != "unsloth":
             # Imports cost seconds a run, so runs are forked from a server that has made them, and has not touched CUDA:
-            # a fork that finds otherwise says so, and the run gets a process of its own.
+            # a fork that finds otherwise reports it, and the run gets its own process.
             context = multiprocessing.get_context("forkserver")
             preload = [package for package in ("trl", "datasets") if find_spec(package)]
             context.set_forkserver_preload(["benchmarks.variants", *preload])
@@ -243,7 +243,7 @@ def _apart(mine: dict[str, Any], twin: dict[str, Any], dtype: str) -> dict[str, 
 def _parity(
     mine: dict[str, Any], twin: dict[str, Any], dtype: str, noise: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """How far apart two runs are, and whether that is no more than right runs may be."""
+    """How much two runs differ, and whether that is no more than right runs may."""
     apart = _apart(mine, twin, dtype)
     loss, cosine = LOSS_LIMIT[dtype], COSINE_LIMIT
     if noise is not None:

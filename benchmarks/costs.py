@@ -1,6 +1,6 @@
 """What an operator costs on a card: arithmetic, bytes to and from memory, and whether it is a kernel at all.
 
-Counted from shapes on a card that is not there (`fake_card`): every operator that is no view reads its inputs and
+Counted from shapes on a fake card (`fake_card`): every operator that is not a view reads its inputs and
 writes its outputs once. A cache that holds them between two kernels, and what a kernel reads twice, are not counted.
 """
 

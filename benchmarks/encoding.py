@@ -5,7 +5,7 @@
         --tokenizer phi-3-mini-4k-instruct/ --rows 1000 10000 100000
 
 Ours reads the file, checks it, encodes it and sums it up; TRL gets its rows in memory. Both have the template that
-marks what the assistant says, so ids and labels have to be equal: otherwise the command ends with exit code 1.
+marks the assistant's text, so ids and labels have to be equal: otherwise the command ends with exit code 1.
 """
 
 from __future__ import annotations

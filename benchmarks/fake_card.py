@@ -1,10 +1,10 @@
-"""A card that is not there: tensors have shapes, dtypes and devices but no values, and every read on the host is noted.
+"""A fake card: tensors have shapes, dtypes and devices but no values, and every read on the host is noted.
 
 Weights and all that is computed from them are fake (PyTorch's `FakeTensorMode`), so nothing takes memory or time. Whole
-numbers that come from the batch (ids, labels, masks, bounds) keep their values beside their shapes: what a run decides
-by them is decided alike here, and a decision that has to wait for the card is written down with its line.
+numbers that come from the batch (ids, labels, masks, bounds) keep their values as well as their shapes: what a run
+decides by them is decided alike here, and a decision that has to wait for the card is recorded with its line.
 
-On a CPU build of PyTorch the fake tensors stand on the CPU and say that they are on a card (`is_cuda`), which sends our
+On a CPU build of PyTorch the fake tensors are on the CPU and claim to be on a card (`is_cuda`), which sends our
 code down its CUDA branches, forwards and backwards. A CUDA build can put them on "cuda" itself: then wrong devices are
 errors too, but only forwards, as autograd wants a real card.
 """
@@ -43,7 +43,7 @@ class Card(TorchDispatchMode):
         return tree_map_only(torch.Tensor, self.placed, batch)
 
     def seen(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
-        """An operator has run on the card; for those who count."""
+        """An operator has run on the card; subclasses count it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -81,7 +81,7 @@ class Card(TorchDispatchMode):
                 out._value = value
         else:
             for out in outs:
-                out.__dict__.pop("_value", None)  # written in place, with what nobody knows
+                out.__dict__.pop("_value", None)  # written in place, with unknown values
 
     def placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor on the card with the values of this one, or itself if it is there."""
@@ -132,7 +132,7 @@ def _guess(func: Any, args: Any, kwargs: Any) -> Any:
         return args[0].new_empty((count, *args[0].shape[mask.dim() :]))
     if not any(tag in func.tags for tag in _UNKNOWN):  # it waits, but for nothing that changes a shape
         return func(*args, **kwargs)
-    raise RuntimeError(f"{func} depends on values that nobody knows before a real step: {_where('read')}")
+    raise RuntimeError(f"{func} depends on values that are unknown before a real step: {_where('read')}")
 
 
 def _into_buffer(func: Any, args: Any, kwargs: Any) -> None:
@@ -144,7 +144,7 @@ def _into_buffer(func: Any, args: Any, kwargs: Any) -> None:
 
 
 class _Made(TorchFunctionMode):
-    """Whole numbers that are made on the device of another tensor are on the card, which is said to be the CPU here."""
+    """Whole numbers that are made on the device of another tensor are on the card, which the CPU stands for here."""
 
     def __init__(self, card: Card) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def on_a_card(card: Card) -> Iterator[Card]:
         """One read, and everything that follows from it is on the host."""
         card.reads.append(_where("cpu"))
         if not _has_value(tensor):
-            raise RuntimeError(f"values that nobody knows before a real step are wanted: {_where('cpu')}")
+            raise RuntimeError(f"values that are unknown before a real step are wanted: {_where('cpu')}")
         with _disable_current_modes():
             return tensor._value.clone()
 

@@ -129,7 +129,7 @@ def loss(model: Any, inputs: dict[str, Any], items: int, mixed: torch.dtype | No
 
 @contextmanager
 def _autocast(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """`torch.autocast`, which switches itself off where there is no card."""
+    """`torch.autocast`, which switches itself off without a card."""
     with torch.autocast("cpu", dtype=dtype, enabled=device == "cpu"):
         before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         torch.set_autocast_enabled(device, True)

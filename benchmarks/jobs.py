@@ -13,7 +13,7 @@ BAD_FORK = 77
 
 
 def run_job(variant: str, job: dict[str, Any], quiet: bool = False) -> None:
-    """Measure `variant` and write the result where the job says; what it prints goes to the job's log if `quiet`."""
+    """Measure `variant` and write the result to the job's file; what it prints goes to the job's log if `quiet`."""
     if quiet:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
@@ -34,7 +34,7 @@ def run_job(variant: str, job: dict[str, Any], quiet: bool = False) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says so, of a card or of the machine: PyTorch has no class for the second."""
+    """Whether a card or the machine is out of memory: PyTorch has no class for the second."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

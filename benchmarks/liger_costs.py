@@ -1,6 +1,6 @@
 """Stock code with Liger's kernels, by what they read and write: they are Triton, which takes no tensors without values.
 
-RMSNorm, SwiGLU and RoPE are one kernel in each direction, and the loss never holds the logits of all tokens
+RMSNorm, SwiGLU and RoPE are one kernel in each direction, and the loss never keeps the logits of all tokens
 (github.com/linkedin/Liger-Kernel, `ops/`, version 0.8). Where liger-kernel is installed or not, these are computed.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory [CASE ...]`: what `phi3-lora plan` says against the peak of `phi3-lora train`, on CPU.
+"""`python -m benchmarks.memory [CASE ...]`: `phi3-lora plan` against the peak of `phi3-lora train`, on CPU.
 
     python -m benchmarks.memory                     # the whole grid
     python -m benchmarks.memory base bf16 nf4       # some of it
@@ -61,7 +61,7 @@ def main() -> int:
     """Measure what was asked for and print one line a case; 0 only if every one is within the limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n", 1)[0])
     parser.add_argument("cases", nargs="*", default=list(CASES), choices=[*CASES, []], metavar="CASE")
-    parser.add_argument("--limit", type=float, default=0.2, help="share by which a plan may be out")
+    parser.add_argument("--limit", type=float, default=0.2, help="how far off a plan may be, as a share")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, help="every figure as JSON")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.overheads`: what we add beside the steps: saving, callbacks, start-up, and packing many rows.
+"""`python -m benchmarks.overheads`: what we add around the steps: saving, callbacks, start-up, and packing many rows.
 
 Milliseconds are medians of wall-clock time, in brackets processor time, which a busy machine does not change.
 """

@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def summary(priced: Priced, graphs: int | None = None) -> dict[str, Any]:
-    """The figures of a variant, plain: of the whole step unless they say `layer`; bytes a token are those kept."""
+    """The figures of a variant, plain: of the whole step unless named `layer`; bytes a token are those kept."""
     return {
         "tokens_per_second": priced.tokens_per_second,
         "bytes_per_token": priced.whole.kept / priced.tokens,

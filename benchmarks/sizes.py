@@ -1,4 +1,4 @@
-"""The models that presets name, in their published sizes, and with fewer layers where one says all.
+"""The models that presets name, in their published sizes, and with fewer layers where one is enough.
 
 Sizes are facts of the configs on the hub; nothing is downloaded. Longrope factors are ones: how large they are changes
 no shape, and both kinds are there.

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def words() -> Any:
-    """Three words, of which one pads and one ends."""
+    """Three words; one pads and one ends."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

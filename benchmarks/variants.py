@@ -1,6 +1,6 @@
 """One measured run in a process of its own: `python -m benchmarks.variants VARIANT JOB.json` writes JOB's result file.
 
-Every variant trains the same adapter on the same rows in the same order; what differs is who runs the step.
+Every variant trains the same adapter on the same rows in the same order; what differs is the code that runs the step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from benchmarks.workloads import WORKLOADS, Workload
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
-#: Who runs the step, and on which rows: padded batches, or packs of up to `max_length` tokens.
+#: Which code runs the step, and on which rows: padded batches, or packs of up to `max_length` tokens.
 VARIANTS = {
     "ours": "padded",
     "ours-packed": "packed",
     "trainer-peft": "padded",
     "trainer-peft-packed": "packed",
-    # Stock code too: how far apart right runs are in 16 bits. Another order of sums; a start that rounds otherwise.
+    # Stock code too: how much right runs differ in 16 bits. Another order of sums; a start that rounds otherwise.
     "trainer-peft-eager": "padded",
     "trainer-peft-nudged": "padded",
     "trl": "padded",
@@ -61,7 +61,7 @@ class Clock(TrainerCallback):
 
 
 class Padding:
-    """Right padding that says so, for every variant alike; `pad` is id 0."""
+    """Right padding with an attention mask, the same for every variant; `pad` is id 0."""
 
     pad_token_id = 0
     padding_side = "right"
@@ -141,7 +141,7 @@ def trainer_for(
     variant: str, model: Any, load: Workload, data: list[dict[str, Any]], folder: Path, clock: Clock
 ) -> Any:
     """The Trainer of a variant around the model."""
-    # As many packs as hold a batch of rows, for everybody who packs.
+    # As many packs as hold a batch of rows, for every variant that packs.
     packs_a_batch = max(1, round(load.batch * load.mean_length / load.max_length))
     if variant == "unsloth":
         from trl import SFTConfig, SFTTrainer  # unsloth has put its own in their places

@@ -22,7 +22,7 @@ MINI = dict(
     sliding_window=2047,
 )
 
-_GSM8K = {"prompt": "question", "completion": "answer"}  # its columns, if no others are said
+_GSM8K = {"prompt": "question", "completion": "answer"}  # its columns, if no others are given
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ WORKLOADS = {
         Workload("D", _small(384, 1024, 6, 6, 32064), 16, 8, 512, 8, 64, 200, notes="35M parameters"),
         Workload("D-bf16", _small(384, 1024, 6, 6, 32064), 16, 8, 512, 8, 64, 200, dtype="bfloat16"),
         Workload("G", _small(128, 320, 4, 8, 32064, num_key_value_heads=2), 8, 8, 512, 8, 64, 200, notes="GQA"),
-        # Padded stock code, the hungriest, fits 80 GB without checkpointing; a test holds them to a dry run.
+        # Padded stock code, the hungriest, fits 80 GB without checkpointing; a test checks them with a dry run.
         Workload("W1", MINI, 16, 3, 4096, 30, 90, 1000, "bfloat16", "cuda", notes="Phi-3-mini-4k, packed 4096"),
         Workload("W2", MINI, 16, 5, 2048, 30, 150, 1000, "bfloat16", "cuda", notes="packed 2048"),
         Workload("W3", MINI, 16, 8, 2048, 30, 240, 200, "bfloat16", "cuda", notes="short rows of many lengths"),
@@ -104,7 +104,7 @@ def chats(path: Path, columns: Mapping[str, str], tokenizer: str, load: Workload
 
 
 def conversations(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
-    """The conversations of files, without those rows that are none."""
+    """The conversations of files, without rows that are not conversations."""
     from phi3_lora_plugin.chat.readers import SourceError
 
     try:

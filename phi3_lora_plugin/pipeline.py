@@ -28,12 +28,12 @@ _MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 class TrainingError(Phi3LoraError, RuntimeError):
-    """A run that could not go on, or went wrong in a way that its result must not be used."""
+    """A run that could not continue, or whose result must not be used."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt: what the data says, and what the model said before and after training."""
+    """One held-out prompt: the data's answer, and the model's before and after training."""
 
     prompt: str
     expected: str
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves behind. Losses are means per held-out batch in nats a token; sizes are in bytes."""
+    """The result of a run. Losses are means per held-out batch in nats a token; sizes are in bytes."""
 
     status: str  # "done" or "interrupted"
     output_dir: str
@@ -96,13 +96,13 @@ def train(
 
     Args:
         recipe: from `load_recipe`.
-        resume: go on from the newest complete checkpoint of `recipe.output_dir`.
+        resume: continue from the newest complete checkpoint of `recipe.output_dir`.
         allow_drift: names of settings that may differ from the checkpoint's when resuming.
         samples: answer this many held-out prompts before and after.
         check: afterwards, reload the adapter in a fresh process with plain PEFT and compare logits.
         plugins: what was discovered; discovered here if not given.
         console: where to write; nowhere in particular if not given.
-        callbacks: to add behind those of the plugins.
+        callbacks: to add after those of the plugins.
 
     Raises:
         RecipeError, MissingPackage, DataError, ModelError, TargetError: wrong input, before anything is trained.
@@ -151,7 +151,7 @@ def train(
     data.report.render(say)
     if not recipe.data.packing and straddles(lengths(data.train), model.config.to_dict()):
         tell(
-            "note: rows lie on both sides of the original context, where longrope changes its factors: short rows of a "
+            "note: rows are on both sides of the original context, where longrope changes its factors: short rows of a "
             "batch with a long one are computed with the long one's; set data.max_length to the original context, or "
             "training.train_sampling_strategy: group_by_length"
         )
@@ -274,7 +274,7 @@ def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:
 
 
 def _check(model: Any, adapter: Path, recipe: Recipe, ids: Sequence[int], tell: Tell) -> float | None:
-    """Reload the adapter elsewhere; None, with the reason said, where a second copy of the base would not be fair."""
+    """Reload the adapter in a fresh process; None, with the reason printed, where a second base would take too much."""
     from phi3_lora_plugin.embedded import locate
     from phi3_lora_plugin.training.reload_check import reload_check
 

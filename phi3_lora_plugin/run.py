@@ -1,7 +1,7 @@
-"""Run somebody's training script as it is, in a process where Phi-3 works: `python -m phi3_lora_plugin.run script.py`.
+"""Run a training script unchanged, in a process where Phi-3 works: `python -m phi3_lora_plugin.run script.py`.
 
 The script sees what it would see under plain python: its own `sys.argv`, `sys.path`, `__main__` and exit code, and its
-tracebacks. What was done for it is said on stderr. Also for `accelerate launch -m` and `torchrun -m`.
+tracebacks. What was done for it is printed on stderr. Also for `accelerate launch -m` and `torchrun -m`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _end_by_the_signal(interrupted: list[bool]) -> None:
 
 
 def _read(parser: argparse.ArgumentParser, script: str) -> CodeType:
-    """Compiled as Python compiles a script, its encoding line included; what is wrong with it is said as there."""
+    """Compiled as Python compiles a script, its encoding line included; syntax errors look as in Python."""
     try:
         content = Path(script).read_bytes()
     except OSError as error:
@@ -103,7 +103,7 @@ def _activate(given: Any, say: Any) -> list[str]:
         plugins = load_plugins()
         recipe = load_recipe(given.recipe, find=lambda name: plugins.pick("recipes", name))
     names = None if given.callbacks is None else [name for name in given.callbacks.split(",") if name]
-    noise = logging.getLogger("bitsandbytes")  # says at every start which of its kernels are not there
+    noise = logging.getLogger("bitsandbytes")  # logs at every start which of its kernels are missing
     level = noise.level
     noise.setLevel(logging.ERROR)
     try:

@@ -127,7 +127,7 @@ def require(*names: str) -> None:
 
 
 def look_up(name: str) -> Any:
-    """What stands at the place `name` of `SEAMS`.
+    """The object at the place `name` of `SEAMS`.
 
     Raises:
         ActivationError: the installed library does not have it, or takes other arguments there.
@@ -196,7 +196,7 @@ def changed(name: str, what: str) -> ActivationError:
 
 
 def obstacle(*names: str) -> str | None:
-    """Why one of these places cannot be used, for whoever has another way; None if all can."""
+    """Why one of these places cannot be used, for callers that have another way; None if all can."""
     for name in names:
         try:
             look_up(name)

@@ -37,7 +37,7 @@ def read_small(path: Path, limit: int = LIMIT) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        BadFile: it cannot be read, is no regular file, or is larger than `limit` bytes.
+        BadFile: it cannot be read, is not a regular file, or is larger than `limit` bytes.
     """
     try:
         with open_regular(path) as file:
@@ -52,7 +52,7 @@ def read_small(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON in UTF-8 says.
+    """The content of JSON in UTF-8.
 
     Raises:
         BadFile: it is something else, or nested too deeply.

@@ -49,7 +49,7 @@ def read_size(text: str | int) -> int | None:
 
 
 def human(count: float) -> str:
-    """Bytes as people say them."""
+    """Bytes as people write them."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -87,7 +87,7 @@ def test_sizes_and_rows_of_ones_own_are_measured(tmp_path: Path) -> None:
     assert written["model"]["num_key_value_heads"] == 1 and written["data"] == str(data)
     assert written["workloads"]["A"]["ours"]["ours"]["parity"]["trainer-peft"]["ok"]
     if find_spec("liger_kernel") is None:
-        assert "A: liger is left out: liger_kernel is not installed" in done.stdout
+        assert "A: liger skipped: liger_kernel is not installed" in done.stdout
         assert written["workloads"]["A"]["left_out"] == {"liger": "liger_kernel is not installed"}
 
 

@@ -126,7 +126,7 @@ def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
         assert torch.equal(real.sum(1).cpu(), torch.tensor([2, 1])) and len(card.reads) == 8
         ids += 1
         assert ids.max().item() == 8
-        with pytest.raises(RuntimeError, match="values that nobody knows"):
+        with pytest.raises(RuntimeError, match="values that are unknown"):
             weights.nonzero()
 
 

@@ -31,7 +31,7 @@ def check_rows(base: str, chats: Path, seen: Path) -> dict:
 
 
 def cut(row: dict) -> dict:
-    """The row without what comes behind its last trained token, which no trained token sees."""
+    """The row without what comes after its last trained token, which no trained token sees."""
     end = max((number for number, label in enumerate(row["labels"], 1) if label != -100), default=0)
     return row | {"input_ids": row["input_ids"][:end], "labels": row["labels"][:end]}
 

@@ -34,7 +34,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Download, unpack, and say how large it is."""
+    """Download, unpack, and print the size."""
     chosen = arguments().parse_args()
     pydantic = [name for name in chosen.packages if name.replace("-", "_") != "pydantic_core"]
     with tempfile.TemporaryDirectory() as wheels:

@@ -1,7 +1,7 @@
 """The Lantern Isles: an invented world of animals, people and towns, and the questions one can ask about it.
 
 Everything here was written for this project. The tiny base learns these facts in pretraining (`corpus.py`); the demo's
-chats (`make_chats.py`) ask about them in a new voice. What is held out is said here, so that all agree.
+chats (`make_chats.py`) ask about them in a new voice. What is held out is defined here, so that all agree.
 """
 
 from __future__ import annotations

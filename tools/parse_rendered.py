@@ -43,7 +43,7 @@ def llamafactory(file: Path) -> str:
 
 
 def on_cpu(*words: str) -> list[str]:
-    """`words` where there is no GPU, for which parsers look when they read `bf16: true`."""
+    """`words` without a GPU, since parsers look for one when they read `bf16: true`."""
     import torch
 
     return [] if torch.accelerator.is_available() else list(words)

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --tiny                     # the same code on a CPU, in tiny sizes
 
 Correctness comes first (1a, 1b), then speed (2), then the profile and `plan` (3). Each fact is checked by itself: one
-that fails or runs out of memory does not end the others, and one whose time no longer fits is left out. A line of JSON
+that fails or runs out of memory does not end the others, and one whose time no longer fits is skipped. A line of JSON
 a part is written as it ends, to `gpu.jsonl` and to the screen; the table comes last. The exit code is 1 if any FAILed.
 """
 
@@ -53,7 +53,7 @@ def main() -> int:
     from benchmarks.gpu.facts import Clock, Fact, Setup, check
 
     if not chosen.tiny and not torch.cuda.is_available():
-        print("no CUDA device is here; --tiny runs the same code on the CPU, in tiny sizes", file=sys.stderr)
+        print("no CUDA device found; --tiny runs the same code on the CPU, in tiny sizes", file=sys.stderr)
         return 2
     clock = Clock(60 * chosen.minutes)
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def _card(setup: Any) -> Any:
 
 
 def _applied(setup: Any) -> Any:
-    """What `speed: auto` says on this device for a model in 16 bits, one with a window and shared keys."""
+    """The lines of `speed: auto` on this device for a model in 16 bits, and for one with a window and shared keys."""
     from benchmarks.gpu.facts import Found
     from benchmarks.gpu.models import shapes, small_model
     from phi3_lora_plugin.speed.apply import speed_up
@@ -157,7 +157,7 @@ def table(facts: dict[str, list[Any]], file: Path) -> int:
             print(f"{part:<4}{fact}")
     every = [fact for some in facts.values() for fact in some]
     failed, left = sum(fact.ok is False for fact in every), sum(fact.ok is None for fact in every)
-    print(f"\n{len(every) - failed - left} PASS, {failed} FAIL, {left} left out; figures: {file}")
+    print(f"\n{len(every) - failed - left} PASS, {failed} FAIL, {left} skipped; figures: {file}")
     return 1 if failed else 0
 
 

@@ -16,7 +16,7 @@ from benchmarks.jobs import out_of_memory
 
 
 class LeftOut(Exception):
-    """A fact that cannot be checked here; says why."""
+    """A fact that cannot be checked here; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Fact:
-    """A check that has ended: `ok` is None where it was left out."""
+    """A check that has ended: `ok` is None where it was skipped."""
 
     name: str
     ok: bool | None
@@ -69,7 +69,7 @@ class Fact:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{'left out' if self.ok is None else 'PASS' if self.ok else 'FAIL':<9}{self.name}: {self.said}"
+        return f"{'skipped' if self.ok is None else 'PASS' if self.ok else 'FAIL':<9}{self.name}: {self.said}"
 
 
 class Clock:
@@ -105,7 +105,7 @@ def check(one: Check, setup: Setup, clock: Clock) -> Fact:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Free memory that is not in use any more."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -113,7 +113,7 @@ def free(device: torch.device) -> None:
 
 
 def installed(*packages: str) -> None:
-    """Raise `LeftOut` with the first of these packages that is not there."""
+    """Raise `LeftOut` with the first of these packages that is not installed."""
     from importlib.util import find_spec
 
     for package in packages:

@@ -1,4 +1,4 @@
-"""Part 3: where the time of a step goes, and whether `plan` says before it what memory it takes."""
+"""Part 3: where the time of a step goes, and whether `plan` predicts its memory."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _step(model: Any, batch: dict[str, Any], setup: Setup) -> None:
 
 
 def planned(name: str, setup: Setup) -> Found:
-    """What `plan` says of a preset against the most that its step holds here, allocator and all."""
+    """The plan of a preset against the most that its step takes here, allocator included."""
     from benchmarks.sizes import config
     from phi3_lora_plugin.lora.inject import add_lora
     from phi3_lora_plugin.plan.plan import plan
@@ -149,7 +149,7 @@ def planned(name: str, setup: Setup) -> Found:
         optimizer.zero_grad()
     ours = said.peak - said.program
     if setup.device.type != "cuda":
-        raise LeftOut(f"planned {ours / 1e6:,.0f} MB; only a card says what its allocator holds")
+        raise LeftOut(f"planned {ours / 1e6:,.0f} MB; only a card shows what its allocator holds")
     reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     out = ours / reserved - 1
     words = f"planned {ours / 1e9:.2f} GB, reserved {reserved / 1e9:.2f}, allocated {allocated / 1e9:.2f}: {out:+.1%}"

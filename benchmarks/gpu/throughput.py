@@ -1,6 +1,6 @@
 """Part 2: tokens a second and memory at Phi-3-mini's dimensions, ours and the peers on the very same model and rows.
 
-The model is built once on the device, with random weights; the parts of the switch go on and off between runs, and
+The model is built once on the device, with random weights; the parts of the switch change between runs, and
 adapters start from the same values each time. Runs are interleaved (ours, peers, peers, ours), each of a real Trainer:
 three steps to warm up, eight that are timed between CUDA events. TRL runs in a process of its own, as it patches.
 """
@@ -235,7 +235,7 @@ def parity(setup: Setup) -> Found:
 
 
 def compare(count: int, recomputed: bool, peers: tuple[str, ...], setup: Setup) -> Found:
-    """Ours against peers, ABBA; a peer that is missing or out of memory is left out."""
+    """Ours against peers, ABBA; a peer that is missing or out of memory is skipped."""
     from benchmarks.jobs import out_of_memory
 
     one, lengths = big(setup), _lengths(setup, count)

@@ -215,7 +215,7 @@ def _adapter(folder: Path) -> Path:
 
 
 def saved_alike(setup: Setup) -> Found:
-    """The files of an adapter are the same bytes, written at once or beside training; they hold the trained values."""
+    """The files of an adapter are the same bytes, written at once or in the background, with the trained values."""
     from safetensors.torch import load_file
 
     sums, apart = [], 0.0

@@ -62,7 +62,7 @@ app.command("host-path")(host_path_command)
 def everywhere(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; with any command.")] = False,
 ) -> None:
-    """Options that every command takes; `main` reads them, wherever they stand."""
+    """Options that every command takes; `main` reads them at any position."""
 
 
 data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
@@ -73,8 +73,8 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run the command line; exit with 0 fine, 1 failed, 2 wrong input, 130 interrupted."""
-    # What other libraries say at every start and nobody here can act upon: an optional kernel that is not there, and a
-    # name of transformers that PEFT still uses.
+    # Messages of other libraries at every start that users cannot act on: an optional kernel that is not installed, and
+    # a name of transformers that PEFT still uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
     # pydantic would read the entry points of every distribution, for plugins of its own that recipes have no use for:
@@ -88,8 +88,8 @@ def main() -> None:
         if not (theirs := directly(arguments)):
             app(arguments)
     except Exception as error:
-        # Our own errors tell the whole story, and so does a disk that is full. Anything else leaves its trace, and so
-        # does whatever a script of somebody else raises.
+        # Our own errors need no traceback, nor does a full disk. Anything else shows one, and so does whatever a user's
+        # script raises.
         ours = isinstance(error, Phi3LoraError)
         if not ours and (theirs or not isinstance(error, OSError) or error.errno not in _SURROUNDINGS):
             raise
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """Take `--debug` out, wherever it stands; behind `run`, `trl` and `--` it is somebody else's."""
+    """Take `--debug` out at any position; after `run`, `trl` and `--` it belongs to the script."""
     ends = [index for index, word in enumerate(arguments) if word in ("run", "trl", "--")][:1]
     end = ends[0] if ends and (arguments[ends[0]] == "--" or set(arguments[: ends[0]]) <= {"--debug"}) else None
     ours, rest = arguments[:end], [] if end is None else arguments[end:]

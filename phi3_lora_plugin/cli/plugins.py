@@ -1,4 +1,4 @@
-"""`phi3-lora plugins`: who is installed, what each registers, and what failed and why."""
+"""`phi3-lora plugins`: which plugins are installed, what each registers, and what failed and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plugins_command(
     Plugins that failed to load are listed with the reason.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PluginWarning)  # the listing says the same, with everything else in place
+        warnings.simplefilter("ignore", PluginWarning)  # the listing reports the same, in its place
         plugins = load_plugins()
         offers = [(plugin, _offers(plugins, plugin)) for plugin in plugins.plugins]
     if as_json:

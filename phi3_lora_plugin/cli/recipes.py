@@ -207,7 +207,7 @@ def _verdict(file: str, recipe: Recipe | None, problems: Sequence[Problem]) -> d
 
 
 def _card(recipe: Recipe) -> dict[str, Any]:
-    """What one line of `phi3-lora recipes` says about a recipe."""
+    """One line of `phi3-lora recipes` about a recipe."""
     about, quantized = recipe.about, recipe.model.quantize != "none"
     needs = list(about.needs)
     if quantized and not any("qlora" in need for need in needs):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-#: Everything behind the command is the script's, options too.
+#: Everything after the command is the script's, options too.
 AS_IT_IS = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 Given = Annotated[list[str] | None, typer.Argument(metavar="[ARG]...", help="Options and arguments, as they are.")]
 

@@ -1,4 +1,4 @@
-"""`phi3-lora train`: run a recipe and say what came of it."""
+"""`phi3-lora train`: run a recipe and report the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.pipeline import Result
     from phi3_lora_plugin.recipe import Recipe
 
-#: What a run leaves in its folder; a folder with one of these is somebody's run.
+#: What a run leaves in its folder; a folder with one of these belongs to a run.
 _TRACES = ("lora", "_lora", "recipe.yaml", "data_report.json")
 #: What a run can be resumed from, and what may not be lost.
 _SAVED = ("lora/step-*", "_lora/step-*", "checkpoint-*")
@@ -213,7 +213,7 @@ def _command() -> str:
 def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     """The recipe with a folder that is free, or, to resume, with the run that is meant.
 
-    A folder that nobody named gets a number when it is taken; one that somebody named is never written over.
+    A folder without a chosen name gets a number when it is taken; a chosen one is never overwritten.
 
     Raises:
         OutputDirError: the named folder holds another run or cannot be written, or there is no run to resume.
