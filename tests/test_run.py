@@ -130,6 +130,6 @@ def test_two_processes_run_it_too_and_speak_once(place: Path) -> None:
     ends = re.findall(r"^finished 2 .*", ours.stdout, re.MULTILINE)
     assert len(ends) == 2 and ends[0] == ends[1], ends  # two processes, and they have learned the same
     assert "share gradients, which evaluating before training had undone" in ours.stderr
-    assert ours.stderr.count("LoRA-only checkpoints are written") == 1
+    assert ours.stderr.count("LoRA-only checkpoints are saved") == 1
     adapter = latest_complete(place / "two")
     assert adapter and verify(adapter)
