@@ -131,7 +131,7 @@ def main() -> int:
                 )
         runs = {variant: done for variant, done in runs.items() if done and variant not in left_out}
         report["workloads"][name] = result = _compare(runs, load.dtype) | {"left_out": left_out}
-        # what is asked for is ours; and without it there is no parity
+        # the comparison is with ours; without it no parity can be shown
         failed |= any(variant in left_out for variant in TWINS)
         failed |= not all(twin["ok"] for row in result["ours"].values() for twin in row["parity"].values())
         _table(name, load.notes, result)

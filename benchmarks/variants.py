@@ -161,7 +161,7 @@ def trainer_for(
             max_length=load.max_length,
             packing=packed,
             dataset_kwargs={"skip_prepare_dataset": not packed},
-            # TRL checkpoints activations unless told otherwise; at its best it does not, where memory allows
+            # TRL uses gradient checkpointing by default; at its best it does not, where memory allows
             gradient_checkpointing=variant == "trl",
         )
         return _sft(SFTTrainer, model, args, data, clock)

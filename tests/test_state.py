@@ -358,7 +358,7 @@ def test_values_that_are_no_numbers_are_named_where_they_are_for_something() -> 
     for strict in (True, False):
         with pytest.raises(StateError) as caught:
             load_lora_state_dict(model, {**state, **odd}, strict=strict)
-        assert "missing" not in str(caught.value) and "5 no floating-point numbers" in str(caught.value)
+        assert "missing" not in str(caught.value) and "5 not floating-point numbers" in str(caught.value)
         for said in ("linear.lora_A (NoneType)", "(ndarray)", "(bool)", "(complex64)", "embed.lora_B (meta device)"):
             assert said in str(caught.value)
     assert _equal(lora_state_dict(model), before)

@@ -107,7 +107,7 @@ def test_a_pattern_that_fits_the_end_of_a_fused_name_is_unclear() -> None:
         (["experts"], ["only PhiMoE has experts"]),
         ("q_proj,v_proj", ["several targets are a list: [q_proj,v_proj]"]),
         ([], ["no target is named"]),
-        (r"(q_proj", ["neither a name nor a regular expression"]),
+        (r"(q_proj", ["is not a name or a regular expression"]),
         (["model.layers.3.mlp.down_proj"], ["in layer 3 but not in layers 0-2, 4-31", "layers_to_transform=[3]"]),
         (r"model\.layers\.([0-9]|1\d)\.mlp.down_proj", ["in layers 0-19 but not in layers 20-31"]),
         (["lm_head"], ["LoRA on lm_head is refused", "modules_to_save=['lm_head']"]),

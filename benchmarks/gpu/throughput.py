@@ -214,7 +214,7 @@ def checks(setup: Setup) -> list[Check]:
         Check("TRL with its defaults", 45, partial(trl, "trl")),
         Check("TRL, checkpointing off", 40, partial(trl, "trl-best")),
     ]
-    return made[:-1] if setup.tiny else made  # the last two are one code, and a process that imports TRL is dear
+    return made[:-1] if setup.tiny else made  # the last two are one code, and a process that imports TRL takes long
 
 
 def parity(setup: Setup) -> Found:

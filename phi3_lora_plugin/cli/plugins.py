@@ -55,7 +55,7 @@ def _print(plugins: Plugins, offers: list[tuple[Plugin, dict[str, list[str]]]]) 
     from rich.table import Table
     from rich.text import Text
 
-    # Names and messages of strangers are never read as markup: `[qlora]` in a hint would vanish.
+    # Names and messages of plugins are never read as markup: `[qlora]` in a hint would vanish.
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if console.is_terminal:
         table = Table("plugin", "distribution", "version", "registers")

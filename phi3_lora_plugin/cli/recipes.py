@@ -231,5 +231,5 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[int, str]:
-    """The one to try first on top, strangers' and broken ones at the end."""
+    """The one to try first on top, other packages' and broken ones at the end."""
     return {"try it": 0, "published": 2, "other": 3, "broken": 4}.get(row["group"], 1), row["group"]

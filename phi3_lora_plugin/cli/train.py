@@ -216,7 +216,7 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     A folder without a chosen name gets a number when it is taken; a chosen one is never overwritten.
 
     Raises:
-        OutputDirError: the named folder holds another run or cannot be written, or there is no run to resume.
+        OutputDirError: the named folder holds another run or cannot be written, or has no run to resume.
     """
     from phi3_lora_plugin.store.layout import numbered
 

@@ -41,7 +41,7 @@ def gather(model: nn.Module, inner: nn.Module, names: Sequence[str]) -> dict[str
         leaves.setdefault(owners[name], {})[name.rpartition(".")[2]] = name
     found: dict[str, Any] = {}
     for module, inside in leaves.items():
-        # A layer's own state_dict, so that its hooks run: slices refuse to save what lies between them, and FSDP2 gives
+        # A layer's own state_dict, so that its hooks run: slices refuse values between their blocks, and FSDP2 gives
         # the shards where it has whole copies, of 16 bits perhaps.
         own = module.state_dict()
         found |= {name: own[leaf] for leaf, name in inside.items()}

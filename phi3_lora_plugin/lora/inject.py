@@ -291,7 +291,7 @@ def _check(model: Any, plan: TargetPlan, options: Mapping[str, Any]) -> None:
     config = model.peft_config["default"]
     planned = {target.module: target for target in plan.targets}
     problems = []
-    if methods.eva_rho(options) == 1:  # else EVA was told to move rank between layers, and the ranks are its own
+    if methods.eva_rho(options) == 1:  # else EVA is configured to move rank between layers, and chooses the ranks
         problems += [f"{path} has LoRA but is not in the plan" for path in sorted(layers.keys() - planned.keys())]
         problems += [f"{path} is planned but has no LoRA" for path in sorted(planned.keys() - layers.keys())]
         for path in sorted(layers.keys() & planned.keys()):

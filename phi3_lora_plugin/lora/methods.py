@@ -71,7 +71,7 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
             "which fills B between the slices; name the fused projection, or use the default or gaussian start"
         )
     if plan.target_parameters and not (isinstance(init, bool) or init == "gaussian"):
-        problems.append(f"init_lora_weights: {init!r} does not go with experts, whose weights are no linear layers")
+        problems.append(f"init_lora_weights: {init!r} does not go with experts, whose weights are not linear layers")
     for target in plan.targets:
         small = min(target.in_features, target.out_features)
         if target.rank > small and (_rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):

@@ -1,4 +1,4 @@
-"""A plan of where LoRA sits: which modules, what rank each, which rows of the fused ones; and how PEFT is told."""
+"""A plan of where LoRA sits: which modules, what rank each, which rows of the fused ones; and the settings for PEFT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Block:
 class Target:
     """One module, or one stack of expert weights, that gets LoRA.
 
-    `rank` and `alpha` are what PEFT is told. With `blocks`, that is the sum of their ranks, and the alpha that leaves
+    `rank` and `alpha` are PEFT's settings. With `blocks`, that is the sum of their ranks, and the alpha that leaves
     the scaling what `alpha / r` (rsLoRA: `alpha / sqrt(r)`) makes it for one block.
     """
 

@@ -123,9 +123,9 @@ def load_lora_state_dict(
         adapter: of a PEFT model with several, the one that a state without adapter names is for; else the active one.
 
     Raises:
-        StateError: missing or unexpected keys if `strict`; in any case misshapen or non-finite tensors, values that are
-            none, a key that could mean two parameters, or weights of another base, which PEFT writes next to adapted
-            embeddings. The model is then as before.
+        StateError: missing or unexpected keys if `strict`; in any case misshapen or non-finite tensors, values that
+            are not tensors, a key that could mean two parameters, or weights of another base, which PEFT writes next
+            to adapted embeddings. The model is then as before.
     """
 
     inner = unwrapped(model)
@@ -145,7 +145,7 @@ def load_lora_state_dict(
     if strict and unexpected:
         problems.append(_listed("unexpected, nothing in the model takes them", unexpected))
     if odd := {key: what for key in chosen if (what := no_numbers(state[key]))}:
-        problems.append(_listed("no floating-point numbers", [f"{key} ({what})" for key, what in odd.items()]))
+        problems.append(_listed("not floating-point numbers", [f"{key} ({what})" for key, what in odd.items()]))
     tensors = {key: name for key, name in chosen.items() if key not in odd}
     shapes = [
         f"{key}: {tuple(state[key].shape)}, the model has {tuple(whole_shape(targets[name]))}"
@@ -160,7 +160,7 @@ def load_lora_state_dict(
     if problems:
         raise StateError("the LoRA state does not fit the model:\n" + "\n".join(problems))
     if not chosen:
-        log.warning("none of the %d tensors is for this model: it is as it was", len(state))
+        log.warning("none of the %d tensors is for this model; nothing was loaded", len(state))
     with _unmerged(inner):
         _write(inner, targets, {name: state[key] for key, name in chosen.items()})
     return LoadReport(missing, unexpected)
@@ -303,7 +303,7 @@ def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Te
     try:
         for name, value in values.items():
             path, _, leaf = name.rpartition(".")
-            # By the layer's own hook, so that its checks run (slices refuse what lies between them).
+            # By the layer's own hook, so that its checks run (slices refuse values between their blocks).
             modules[path].load_state_dict({leaf: sharded_like(value, targets[name])}, strict=False)
     except RuntimeError as error:
         with torch.no_grad():

@@ -67,7 +67,7 @@ def resolve_targets(
     Args:
         model_or_config: a transformers model, its config, or the config as a mapping.
         rank_pattern: PEFT's; the first pattern that ends a module's path wins. Slices go by their own names here.
-        alpha_pattern: likewise.
+        alpha_pattern: in the same way.
         layers_to_transform: only these layers. Nothing else may leave a layer out, except `exclude_modules`.
         exclude_modules: PEFT's: names, or one regular expression over whole module paths.
         target_parameters: PEFT's; on PhiMoE the stacked expert weights, which `experts` in `targets` names too.
@@ -177,7 +177,7 @@ def _match(
         try:
             pattern = re.compile(target)
         except re.error as error:
-            problems.append(f"{target!r} is neither a name nor a regular expression: {error}")
+            problems.append(f"{target!r} is not a name or a regular expression: {error}")
             return {}
         found = {
             place: {layer for layer in range(layers) if pattern.fullmatch(_full(place, layer))}

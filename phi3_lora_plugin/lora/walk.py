@@ -81,9 +81,9 @@ def _parameters_in(modules: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 def walked_once(model: nn.Module) -> Iterator[None]:
     """Share one walk over the modules of `model` within this block; no module may be added or removed inside it.
 
-    Who asks for names, parameters, layers and shapes makes a dozen walks of 3 ms each over 32 layers.
+    Asking for names, parameters, layers and shapes makes a dozen walks of 3 ms each over 32 layers.
     """
-    if several_processes() or "named_modules" in model.__dict__:  # there may be a block like this one around
+    if several_processes() or "named_modules" in model.__dict__:  # perhaps inside another block like this one
         yield
         return
     modules = tuple(model.named_modules())

@@ -69,7 +69,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a conversion report: what became what, by which rule."""
+    """One line of a conversion report: source, result and the rule between them."""
 
     source: str
     target: str

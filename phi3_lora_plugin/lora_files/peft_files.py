@@ -39,7 +39,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class PeftFilesError(Phi3LoraError):
-    """A folder is no PEFT LoRA adapter that can be used as it was asked for; tells everything that is wrong."""
+    """A folder is not a PEFT LoRA adapter that can be used as asked; lists everything that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     config = read_config(folder)
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}, and only LORA is understood here")
+        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is supported")
     problems += [
         f"{name}={value!r} changes what the adapter computes in a way that is not known here"
         for name, value in config.items()
@@ -116,7 +116,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
 
 @contextmanager
 def loadable(folder: Path) -> Iterator[Path]:
-    """The adapter folder for PEFT's own loader, which skips keys with prefixes in silence: if it has any, a copy.
+    """The adapter folder for PEFT's own loader, which silently skips keys with prefixes: if it has any, a copy.
 
     Raises:
         PeftFilesError: the weights are missing or damaged.
@@ -138,7 +138,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         hint = f"; it has the adapters {', '.join(below)} inside: name one of these folders" if below else ""
-        raise PeftFilesError(f"{folder} is no PEFT adapter: {CONFIG} is missing{hint}")
+        raise PeftFilesError(f"{folder} is not a PEFT adapter: {CONFIG} is missing{hint}")
     return read_object(path, PeftFilesError)
 
 
@@ -177,7 +177,7 @@ def parts(adapter: PeftAdapter) -> Parts:
         loras.append(Lora(module, a, b, alpha, bool(config.get("use_rslora")), embedding, magnitude, bias))
     full, tokens = full_tensors(adapter, left)
     if not loras and not full and not tokens and not problems:
-        problems.append("it holds no LoRA tensor")
+        problems.append("it has no LoRA tensors")
     if problems:
         raise PeftFilesError(
             f"{adapter.folder or 'the adapter'}:\n" + "\n".join(f"  {problem}" for problem in problems)

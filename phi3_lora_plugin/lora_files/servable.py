@@ -15,7 +15,7 @@ def servable(folder: str | Path, max_rank: int = 64) -> list[str]:
     """What would keep vLLM, TGI, LoRAX or llama.cpp from serving this adapter as it is; empty if nothing.
 
     Args:
-        max_rank: the largest rank that the server was started for (vLLM: `--max-lora-rank`, 16 unless it is told).
+        max_rank: the largest rank that the server was started for (vLLM: `--max-lora-rank`, 16 by default).
 
     Raises:
         PeftFilesError: the folder has no adapter_config.json.
@@ -54,7 +54,7 @@ def servable(folder: str | Path, max_rank: int = 64) -> list[str]:
     if config.get("use_dora") or any("lora_magnitude_vector" in key for key in keys):
         problems.append("use_dora: DoRA needs the base's weights at load; merge the adapter instead")
     if config.get("bias", "none") != "none" or config.get("lora_bias") or any(key.endswith(".bias") for key in keys):
-        problems.append("bias: servers drop biases of adapters in silence; merge the adapter instead")
+        problems.append("bias: servers silently drop biases of adapters; merge the adapter instead")
     if config.get("target_parameters"):
         problems.append("target_parameters: expert weights are adapted, which servers do not apply")
     if changes_base(config):

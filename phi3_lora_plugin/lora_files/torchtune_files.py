@@ -29,7 +29,7 @@ _KEY = re.compile(r"^layers\.(\d+)\.(.+)\.(lora_a\.weight|lora_b\.weight|magnitu
 
 
 class TorchtuneError(Phi3LoraError):
-    """A torchtune adapter cannot be read; tells everything that is wrong."""
+    """A torchtune adapter cannot be read; lists everything that is wrong."""
 
 
 def looks_like_torchtune(keys: Iterable[str]) -> bool:

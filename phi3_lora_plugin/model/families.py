@@ -140,7 +140,7 @@ def _refuse_sizes(config: Mapping[str, Any]) -> None:
 
 
 def recognise(config: Mapping[str, Any]) -> Family:
-    """The member that a config (the content of config.json) describes; sizes nobody published are `phi3` or `phimoe`.
+    """The member that a config (the content of config.json) describes; unpublished sizes are `phi3` or `phimoe`.
 
     Raises:
         UnsupportedModel: another architecture; says why and what is possible.

@@ -40,7 +40,7 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
 
     Raises:
         ModelError: nothing there, or a file that is not JSON; TokenizerError, one of these: see there.
-        UnsupportedModel: there is no tokenizer.json, because the model is not one of the family.
+        UnsupportedModel: tokenizer.json is missing, because the model is not one of the family.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast

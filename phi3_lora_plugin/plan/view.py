@@ -37,7 +37,7 @@ def lines(plan: Plan) -> Sequence[str]:
     told.append(f"  {'total':<14}{human(plan.peak):>10}")
     told.append(f"checkpoint      {human(plan.checkpoint)}, and {human(plan.resume)} to resume from")
     if plan.steps is None:
-        told.append(f"steps           of up to {plan.tokens_per_step:,} tokens; give data.path to know how many")
+        told.append(f"steps           of up to {plan.tokens_per_step:,} tokens; set data.path to count them")
     else:
         told.append(f"steps           {plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all")
     if plan.device != "cpu":

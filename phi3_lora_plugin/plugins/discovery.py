@@ -75,7 +75,7 @@ def load_plugins(strict: bool = False) -> Plugins:
 def _claims(failures: list[Failure], strict: bool) -> dict[str, list[tuple[Plugin, metadata.EntryPoint]]]:
     """Return the entry points of our group by name, read from disk in one scan without importing anything.
 
-    `importlib.metadata.entry_points` would do, but it raises for all when one stranger's file is malformed, and drops
+    `importlib.metadata.entry_points` would do, but it raises for all when one package's file is malformed, and drops
     distributions whose folder names agree up to the first `-`.
     """
     claims: dict[str, list[tuple[Plugin, metadata.EntryPoint]]] = {}

@@ -116,7 +116,7 @@ def supervised_cross_entropy(
 
     Args:
         hidden: last hidden states [..., hidden], already aligned with `targets`.
-        weight: frozen head [vocabulary, hidden]; `bias` [vocabulary] likewise.
+        weight: frozen head [vocabulary, hidden]; `bias` [vocabulary] as well.
         targets: ids [...]; -100 where nothing is supervised.
         num_items: what the sum is divided by; the number of supervised positions if not given.
         weights: [...], what the cross-entropy of each position is multiplied by; `num_items` counts positions all the

@@ -1,7 +1,7 @@
 """Adapters in float32 on a base in half precision: steps smaller than half a unit in the last place are not lost.
 
 bfloat16 has 8 bits of mantissa: at a learning rate of 1e-5, a weight of 0.01 does not move in it. PEFT keeps adapters
-in float32 unless told otherwise; TRL casts those of QLoRA to bfloat16.
+in float32 by default; TRL casts those of QLoRA to bfloat16.
 """
 
 # Imported only inside functions, like everything that is heavy.

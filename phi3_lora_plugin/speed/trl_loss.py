@@ -38,7 +38,7 @@ def trl_loss_obstacle(trainer: Any, base: Any) -> str | None:
 
 
 def fuse_trl_loss(base: Any) -> None:
-    """Answer `fused_lm_head=True` from supervised positions; `restore_trl_loss` takes it back."""
+    """Answer `fused_lm_head=True` from supervised positions; `restore_trl_loss` undoes it."""
     if "_trl_forward" not in base.__dict__:
         base._trl_forward = base.forward
         base.forward = partial(_forward, base)

@@ -85,7 +85,7 @@ def read_adapter(path: str | Path, check: bool = True) -> Adapter:
 
 
 def damage(folder: Path) -> tuple[str, ...]:
-    """What differs from the manifest of an adapter folder, a sentence each; nothing where there is no manifest."""
+    """What differs from the manifest of an adapter folder, a sentence each; nothing without a manifest."""
     return check_folder(folder, resume=False).problems if (folder / MANIFEST).exists() else ()
 
 

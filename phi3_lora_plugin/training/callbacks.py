@@ -112,7 +112,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._began_at = 0
         self._mergeable: list[Any] = []  # loralib's layers, which must not merge during training
         self._trained: list[tuple[str, Any]] | None = None  # during training
-        self._inventory: Inventory | None = None  # likewise
+        self._inventory: Inventory | None = None  # during training, too
         self._due: int | None = None  # the step that is to be taken before the next one
         self._taken: int | None = None
         self._zeros = 0

@@ -47,7 +47,7 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]
             self._progress.update(self._task, completed=state.global_step, text=self._text(state))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Remember the loss; print a line where there is no live one."""
+        """Remember the loss; print a line if none is live."""
         if not logs or "loss" not in logs:
             return
         self.loss = float(logs["loss"])
