@@ -109,7 +109,7 @@ def test_other_code_and_other_versions_make_another_entry(chats: Path, monkeypat
     monkeypatch.setattr(cache, "version", lambda name: "0" if name == "tokenizers" else "1")
     assert load(chats).cached is None and load(chats).cached is not None
     names = {file.name for file in cache._code()}
-    assert {"encode.py", "formats.py", "turns.py", "dataset.py", "templates.py", "phi-3-mini-4k.jinja"} <= names
+    assert {"encode.py", "messages.py", "turns.py", "dataset.py", "templates.py", "phi-3-mini-4k.jinja"} <= names
     monkeypatch.setattr(cache, "_code", lambda: [Path(cache.__file__)])
     assert load(chats).cached is None
 

@@ -167,7 +167,7 @@ def _adapters(wanted: str, adapters: Mapping[str, Adapter]) -> list[list[str]] |
 def _code() -> list[Path]:
     """Return what turns rows into ids: an entry written by other code of the same version is not the same."""
     here = Path(__file__).parent
-    return sorted([*here.glob("*.py"), *here.glob("templates/*.jinja")])
+    return sorted([*here.rglob("*.py"), *here.glob("templates/*.jinja")])
 
 
 def _sha256(file: Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi3_lora_plugin.chat.content import read_text
-from phi3_lora_plugin.chat.formats import alpaca, query_response
+from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 
@@ -142,9 +142,9 @@ def _said(turn: Message) -> Message:
 
 def _prompt(row: Mapping[str, Any], name: str) -> list[Message]:
     if name in ("instruction", "query"):
-        read, answer = (alpaca, "output") if name == "instruction" else (query_response, "response")
+        kind, answer = ("alpaca", "output") if name == "instruction" else ("query_response", "response")
         without_answer = {key: row[key] for key in (name, "input", "history") if key in row}
-        return read(without_answer | {answer: "-"})[:-1]
+        return ADAPTERS[kind](without_answer | {answer: "-"})[:-1]
     return _turns(row[name], name, False)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_lora_plugin.chat.marks import ROW_MARKS
 from phi3_lora_plugin.chat.row_error import RowError, shown
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 
+REQUIRED = ("mapping",)
+OPTIONAL = ("current_node", *ROW_MARKS)
 _THOUGHTS = ("thoughts", "reasoning_recap")
 
 
-def chatgpt(row: Mapping[str, Any]) -> list[Message]:
+def adapt(row: Mapping[str, Any]) -> list[Message]:
     """Read one conversation; what its user wrote into the profile stands in the system message.
 
     Raises:
