@@ -348,7 +348,7 @@ def test_what_others_asked_of_the_tokenizer_cuts_and_pads_nothing(tmp_path: Path
         assert written["truncation"] is None and written["padding"] is None
 
 
-@pytest.mark.parametrize("mark", [{"train": 0}, {"train": "false"}, {"weight": "0"}, {"weight": 0.5}], ids=str)
+@pytest.mark.parametrize("mark", [{"train": 0}, {"train": "false"}, {"weight": "0"}, {"weight": -0.5}], ids=str)
 def test_a_mark_that_could_mean_anything_is_an_error(mark: dict[str, Any]) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"} | mark]
     with pytest.raises(EncodeError, match=r"message 2 \(assistant\) has (train|weight) .*; expected"):
