@@ -66,7 +66,7 @@ def test_a_named_template_goes_to_axolotl_as_text_and_an_unknown_one_nowhere() -
     cfg = documented()
     prepare(cfg, CONFIG, HostSettings(data=ChatSection(template="phi-4")), "<unk>")
     assert cfg["chat_template_jinja"] == TEMPLATES["phi-4"].text
-    with pytest.raises(TemplateError, match="none of phi-3-mini-4k"):
+    with pytest.raises(TemplateError, match="not one of phi-3-mini-4k"):
         prepare(documented(), CONFIG, HostSettings(data=ChatSection(template="phi_3")), "<unk>")
 
 
