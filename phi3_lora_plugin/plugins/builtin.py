@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.resources import files
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hookspecs import hookimpl
@@ -38,21 +40,15 @@ def register_recipes(register: Callable[[str, Any], None]) -> None:
 
 @hookimpl
 def register_exporters(register: Callable[[str, Any], None]) -> None:
-    from phi3_lora_plugin.export.targets import hub, llama_cpp, mlx, ollama, onnx, openvino, vllm
+    from phi3_lora_plugin.export import targets
 
-    register("llama.cpp", llama_cpp.export)
-    register("ollama", ollama.export)
-    register("mlx", mlx.export)
-    register("onnx", onnx.export)
-    register("vllm", vllm.export)
-    register("openvino", openvino.export)
-    register("hub", hub.export)
+    for found in iter_modules(targets.__path__, f"{targets.__name__}."):
+        target = import_module(found.name)
+        register(getattr(target, "NAME", found.name.rpartition(".")[2]), target.export)
 
 
 @hookimpl
 def trainer_callbacks(recipe: Recipe) -> list[TrainerCallback]:
-    from phi3_lora_plugin.training.callbacks import (
-        LoraCheckpoint,  # a subclass of TrainerCallback, so importing it is heavy
-    )
+    from phi3_lora_plugin.training.callbacks import LoraCheckpoint  # derives from TrainerCallback: importing is heavy
 
     return [LoraCheckpoint.from_recipe(recipe)]

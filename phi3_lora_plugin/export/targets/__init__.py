@@ -1,1 +1,1 @@
-"""Export targets, one module each; `plugins.builtin` registers them through the same hook as anybody else's."""
+"""Export targets, one module each with `export`; registered under the module's name, or its `NAME`."""

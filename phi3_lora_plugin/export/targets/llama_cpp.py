@@ -20,6 +20,9 @@ from phi3_lora_plugin.model.families import row_limit
 _ROUND = 256
 _SUFFIX = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
+#: As `--to` names it.
+NAME = "llama.cpp"
+
 
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write GGUF files for llama.cpp; see `exporter`."""
