@@ -614,7 +614,7 @@ def test_an_unknown_kind_lists_the_kinds() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("register('../up', print)", "'../up' cannot name a dataset adapter"),
+        ("register('../up', print)", "'../up' cannot name a data format"),
         ("register('a/b', print)", "cannot name"),
         ("register('', print)", "cannot name"),
         ("register(5, print)", "cannot name"),

@@ -181,7 +181,7 @@ def test_an_adapter_is_described_and_its_faults_are_named(tmp_path: Path) -> Non
     save_file(tensors | {name: tensors[name] * torch.nan}, file)
     assert f"1 tensors are not finite, such as {name}" in whats(inspect(broken).problems)
     save_file({f"module.{key}": tensor for key, tensor in tensors.items()}, file)
-    assert "8 keys are spelled in a way that PEFT ignores" in whats(inspect(broken).problems)
+    assert "8 keys are spelled in a way that PEFT silently ignores" in whats(inspect(broken).problems)
     split = {key.replace("qkv_proj", "q_proj"): tensor for key, tensor in tensors.items()}
     save_file(split, file)
     assert "adapts q_proj, which Microsoft's Phi-3 has fused" in whats(inspect(broken).problems)

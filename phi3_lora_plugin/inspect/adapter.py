@@ -170,7 +170,7 @@ def _layout_problems(
     if odd := [key for key in keys if key != PREFIX + read_key(key).shared]:
         problems.append(
             Problem(
-                f"{len(odd)} keys are spelled in a way that PEFT ignores in silence, such as {odd[0]}",
+                f"{len(odd)} keys are spelled in a way that PEFT silently ignores, such as {odd[0]}",
                 "phi3-lora convert SRC DST --to peft",
                 here=True,
             )

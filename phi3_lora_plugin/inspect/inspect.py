@@ -106,7 +106,7 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
         if not template.system:
             problems.append(
                 Problem(
-                    f"template {template.name} drops system messages in silence",
+                    f"template {template.name} silently drops system messages",
                     "data.system: fold, or drop",
                     here=True,
                 )

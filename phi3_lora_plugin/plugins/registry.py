@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BLOCK = "PHI3_LORA_BLOCK_PLUGINS"
 KINDS = {
     "models": "model loader",
-    "dataset_adapters": "dataset adapter",
+    "dataset_adapters": "data format",
     "recipes": "recipe",
     "exporters": "export target",
 }

@@ -212,7 +212,7 @@ class LoraSection(Section):
     """PEFT's EvaConfig fields, for init: eva."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """What PEFT would refuse later, or take in silence."""
+        """What PEFT would refuse later, or silently accept."""
         if self.loftq_config is not None and self.init != "loftq":
             yield "loftq_config", f"has no effect with lora.init: {self.init}; write lora.init: loftq"
         if self.eva_config is not None and self.init != "eva":

@@ -70,7 +70,7 @@ _ELSEWHERE = {
     "dataset_text_field": "rows are chats; write data.format and data.columns",
     "dataset_kwargs": "write data.format and data.columns",
     "dataset_num_proc": "rows are encoded in batches; there is nothing to set",
-    "formatting_func": "write data.format, or register a dataset adapter",
+    "formatting_func": "write data.format, or register a data format",
     "chat_template_path": "write data.template",
     "truncation_mode": "rows are cut at the end, and counted; see data.max_length",
     "shuffle_dataset": "rows are shuffled by seed",
