@@ -236,3 +236,17 @@ def test_every_summary_fits_80_columns_whole(
         said = capsys.readouterr().out
         assert "..." not in said.partition("Commands:")[2]
         assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["-h"], ["train", "-h"]])
+def test_version_and_short_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.metadata import version
+
+    from typer.main import get_command
+
+    from phi3_lora_plugin.cli import app
+
+    with pytest.raises(SystemExit) as left:
+        get_command(app).main(arguments, prog_name="phi3-lora")
+    said = capsys.readouterr().out
+    assert not left.value.code and (f"phi3-lora-plugin {version('phi3-lora-plugin')}" in said or "Usage: " in said)

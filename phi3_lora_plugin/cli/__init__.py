@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -37,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train_command)
 app.command("plan")(plan_command)
@@ -58,8 +60,17 @@ app.command("render")(render_command)
 app.command("host-path")(host_path_command)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"phi3-lora-plugin {version('phi3-lora-plugin')}")
+        raise typer.Exit
+
+
 @app.callback()
 def everywhere(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; with any command.")] = False,
 ) -> None:
     """Options that every command takes; `main` reads them at any position."""
