@@ -59,7 +59,7 @@ def test_an_adapter_and_a_model_answer_and_say_what_they_are(
     assert answers["base"] != answers["adapter"]
     say(place / "adapter", "hello", compare=True, monkeypatch=monkeypatch)
     assert capsys.readouterr().out == f"base model: {answers['base']}adapter: {answers['adapter']}"
-    with pytest.raises(ChatError, match="a model without an adapter"):
+    with pytest.raises(ChatError, match="--compare needs an adapter"):
         say(place / "base", "hello", compare=True, monkeypatch=monkeypatch)
 
 

@@ -319,7 +319,7 @@ def test_a_batch_gives_each_row_what_it_gets_alone() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="system='keep' is none of error, fold, drop"):
+    with pytest.raises(ValueError, match="system='keep' is not one of error, fold, drop"):
         encode([], tiny.tokenizer(), system="keep")
 
 

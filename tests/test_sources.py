@@ -187,7 +187,7 @@ def test_all_sources_that_are_wrong_are_said_at_once_with_the_nearest_name(tmp_p
     assert folder.endswith(
         "nothing: no data files in this folder; expected .csv, .json, .jsonl, .ndjson, .parquet, .tsv"
     )
-    assert deep.endswith(f"no such file or folder; there is no folder {tmp_path / 'there'}")
+    assert deep.endswith(f"no such file or folder; no such folder: {tmp_path / 'there'}")
 
 
 def test_a_hub_id_without_a_connection_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

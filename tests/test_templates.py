@@ -150,7 +150,7 @@ def test_no_template_is_plain_text_without_role_tokens_and_an_error_with_them(sh
     assert template_for(stories).name == "plain"
     with pytest.raises(TemplateError, match="does not have as a token"):
         template_for(stories, "phi-3-mini-4k")
-    with pytest.raises(TemplateError, match="'phi3' is none of phi-3-mini-4k"):
+    with pytest.raises(TemplateError, match="'phi3' is not one of phi-3-mini-4k"):
         template_for(stories, "phi3")
 
 

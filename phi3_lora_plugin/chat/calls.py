@@ -99,6 +99,6 @@ def _check_json(value: Any, what: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        raise RowError(f"{what} calls a tool with half of a surrogate pair, which is no character") from None
+        raise RowError(f"{what} calls a tool with half of a surrogate pair, which is not a character") from None
     except (TypeError, ValueError) as error:
         raise RowError(f"calls of {what} cannot be written as JSON: {error}") from None

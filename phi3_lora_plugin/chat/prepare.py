@@ -59,7 +59,7 @@ class Policy:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise Phi3LoraError(f"{name}={getattr(self, name)!r} is none of {', '.join(values)}")
+                raise Phi3LoraError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
 
 
 def prepare(
@@ -287,7 +287,7 @@ def _without_system(turns: list[dict[str, Any]], kind: Template, policy: str) ->
         )
     first = next((turn for turn in others if turn["role"] == "user"), None)
     if first is None:
-        raise EncodeError("system", "there is no user turn to fold the system message into")
+        raise EncodeError("system", "no user turn to fold the system message into")
     first["content"] = "\n\n".join([*texts, first["content"]])
     return others
 

@@ -196,7 +196,7 @@ def _nearest(path: Path) -> str:
             missing = path.relative_to(parent).parts[0]
             if near := closest(missing, [entry.name for entry in parent.iterdir()], 0.5):
                 return f"; nearest is {parent / near}"
-            return f"; there is no folder {parent / missing}" if missing != path.name and parent.parts else ""
+            return f"; no such folder: {parent / missing}" if missing != path.name and parent.parts else ""
     return ""
 
 

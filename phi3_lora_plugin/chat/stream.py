@@ -59,7 +59,9 @@ def encode_dataset(
     import datasets
 
     if isinstance(format, str) and format not in ADAPTERS:
-        raise Phi3LoraError(f"format={format!r} is none of {', '.join(ADAPTERS)}; give another plugin's adapter itself")
+        raise Phi3LoraError(
+            f"format={format!r} is not one of {', '.join(ADAPTERS)}; pass another plugin's adapter function itself"
+        )
     if on_error not in ("stop", "skip"):
         raise Phi3LoraError(f"on_error={on_error!r} is neither stop nor skip")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):

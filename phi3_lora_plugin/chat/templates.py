@@ -132,7 +132,7 @@ def template_for(tokenizer: Any, name: str | None = None) -> Template:
     """
     if name is not None:
         if name not in TEMPLATES:
-            raise TemplateError(f"data.template: {name!r} is none of {', '.join(_usable())}")
+            raise TemplateError(f"data.template: {name!r} is not one of {', '.join(_usable())}")
         found = TEMPLATES[name]
     elif tokenizer.chat_template is None:
         vocabulary = tokenizer.get_added_vocab()

@@ -56,7 +56,7 @@ def chat_command(
     declared = _declared(tools)
     partner = find_partner(model, base=base, check=check, say=say, dtype=dtype, quantize=quantize, device=device)
     if compare and partner.adapter is None:
-        raise ChatError(f"--compare shows an adapter beside its base model, and {model} is a model without an adapter")
+        raise ChatError(f"--compare needs an adapter, and {model} is a model without one")
     say(partner.banner())
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     talk = Conversation(partner, system, declared, compare, hide_thoughts, options)

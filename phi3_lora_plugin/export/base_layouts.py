@@ -177,9 +177,7 @@ def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         raise BaseLayoutError(f"model_type is {config.get('model_type')!r}; only phi3 has fused projections to split")
     rope = rope_of(config)
     if (share := rope["partial_rotary_factor"]) != 1.0:
-        problems.append(
-            f"it rotates only {share:.0%} of each head, which neither Llama nor Mistral can; there is no such layout"
-        )
+        problems.append(f"it rotates only {share:.0%} of each head, which neither Llama nor Mistral supports")
     if method := quantized_by(config):
         problems.append(f"it is quantised ({method}); convert the unquantised model")
     if problems:
@@ -202,7 +200,7 @@ def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     else:
         settings |= {"attention_bias": False, "mlp_bias": False}
         if window:
-            notes.append(f"the sliding window of {window} tokens is dropped: it is no shorter than the context")
+            notes.append(f"the sliding window of {window} tokens is dropped: it is not shorter than the context")
     if rope["rope_type"] == "longrope":
         original = rope["original_max_position_embeddings"]
         settings["original_max_position_embeddings"] = original

@@ -260,9 +260,7 @@ def _read(
 def _base_config(base: str | Path | None, revision: str | None, needed: bool) -> dict[str, Any] | None:
     if base is None:
         if needed:
-            raise ConvertError(
-                "the base model is not said, and its config tells where the rows begin; give it with --base"
-            )
+            raise ConvertError("the base model is missing; pass it with --base, its config tells where the rows begin")
         return None
     try:
         return read_json(find_config(base, revision))
@@ -392,7 +390,7 @@ def _beside_lora(name: str, found: peft_files.Parts) -> bool:
 def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
     """A path of the same name in a folder beside `target`; what is written there moves over when all went well."""
     if target.exists() and not overwrite:
-        raise ModelError(f"{target} exists; name another file, or say --overwrite")
+        raise ModelError(f"{target} exists; name another file or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = new_folder(target.parent, f".{target.name}.", ".tmp")
     try:

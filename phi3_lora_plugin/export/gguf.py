@@ -58,7 +58,7 @@ def write_gguf_adapter(
             problems.append(f"{lora.module}: an adapted embedding; merge it instead")
         elif place is None:
             problems.append(
-                f"{lora.module} is no weight of llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]}; fuse split adapters first"
+                f"{lora.module} is not a weight of llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]}; fuse split adapters first"
             )
         elif place in placed:
             problems.append(f"{lora.module} and {placed[place]} are the same weight in llama.cpp ({place})")

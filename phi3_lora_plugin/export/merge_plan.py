@@ -112,7 +112,7 @@ def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], u
         if one_side and not untie:
             problems.append(
                 "head and embeddings share one weight in this base, and the adapter trained only one of them; merged "
-                "they would be two: say --untie to write them apart, or train with ensure_weight_tying"
+                "they would differ: pass --untie to write them separately, or train with ensure_weight_tying"
             )
         untied = bool(one_side)
         if both:
