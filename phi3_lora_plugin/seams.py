@@ -87,6 +87,7 @@ SEAMS = {
     "torch.hooks": Seam("torch", "torch.nn:Module()._forward_hooks", "all fast paths"),
     "torch.pre_hooks": Seam("torch", "torch.nn:Module()._forward_pre_hooks", "all fast paths"),
     "torch.backward_hooks": Seam("torch", "torch.nn:Module()._backward_hooks", "all fast paths"),
+    "torch.backward_pre_hooks": Seam("torch", "torch.nn:Module()._backward_pre_hooks", "all fast paths"),
     "torch.save_state": Seam("torch", "torch.nn:Module._save_to_state_dict", "LoRA for slices of a projection"),
     "torch.load_state": Seam("torch", "torch.nn:Module._load_from_state_dict", "LoRA for slices of a projection"),
     "torch.fake": Seam("torch", "torch._subclasses.fake_tensor:FakeTensor", _MEASURED),

@@ -688,11 +688,15 @@ def test_a_disk_that_fails_for_a_while_is_warned_of_and_trained_through(
 def test_a_full_disk_keeps_the_last_good_one_and_is_an_error_at_the_end(
     background: bool, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def second_is_saved() -> bool:
+        newest = latest_complete(small_disk)  # None until the first is there, which the background takes its time for
+        return newest is not None and newest.name == "step-00000002"
+
     class Fills(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
                 deadline = time.monotonic() + 120
-                while latest_complete(small_disk).name != "step-00000002" and time.monotonic() < deadline:
+                while not second_is_saved() and time.monotonic() < deadline:
                     time.sleep(0.01)
                 with (small_disk / "others").open("wb", buffering=0) as stream:
                     try:

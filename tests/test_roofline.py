@@ -86,8 +86,8 @@ def test_ours_moves_and_keeps_less_and_waits_once(priced: dict[str, roofline.Pri
     assert ours.layer.reads == stock.layer.reads == 0 and ours.whole.reads <= 1
     assert ours.whole.kept < stock.whole.kept  # logits among others
     assert ours.tokens_per_second > stock.tokens_per_second
-    # of a layer: the residual stream in 16 and 32 bits, q, k, v, gate and up, and what their products saved
-    assert 100e3 < ours.layer.kept / TOKENS < 200e3
+    # of a layer: the residual stream in 16 and 32 bits, q, k, v, gate and up; SwiGLU's product is made again
+    assert 80e3 < ours.layer.kept / TOKENS < 150e3
 
 
 def test_four_bits_take_the_products_and_one_buffer() -> None:

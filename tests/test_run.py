@@ -127,7 +127,7 @@ def test_two_processes_run_it_too_and_speak_once(place: Path) -> None:
         "--per_device_train_batch_size", "2", "--report_to", "none", where=place,
     )  # fmt: skip
     assert ours.returncode == 0, ours.stderr[-3000:]
-    ends = re.findall(r"^finished 2 .*", ours.stdout, re.MULTILINE)
+    ends = re.findall(r"finished 2 [\d.]+", ours.stdout)  # anywhere: lines of two processes may meet in the pipe
     assert len(ends) == 2 and ends[0] == ends[1], ends  # two processes, and they have learned the same
     assert "share gradients, which evaluating before training had undone" in ours.stderr
     assert ours.stderr.count("LoRA-only checkpoints are saved") == 1

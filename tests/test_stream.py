@@ -124,7 +124,7 @@ def test_a_trainer_takes_a_stream(tmp_path: Path) -> None:
 
 def test_what_cannot_be_encoded_is_refused_at_once(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([chat("q")])
-    with pytest.raises(ValueError, match="messages, sharegpt"):
+    with pytest.raises(ValueError, match="is not one of .*messages, prompt_completion"):
         encode_dataset(rows, TOKENIZER, "tickets")
     with pytest.raises(ValueError, match="one split"):
         encode_dataset(datasets.DatasetDict(train=rows), TOKENIZER)  # type: ignore[arg-type]
