@@ -185,3 +185,17 @@ def test_layers_that_compute_something_else_are_left_alone(monkeypatch: pytest.M
     assert not line.on and line.why.startswith("the MLP of transformers") and "something else" in line.why
     stock = modeling_phi3.Phi3Attention, modeling_phi3.Phi3MLP.__mro__[1], modeling_phi3.Phi3RMSNorm
     assert layers._difference(*stock) is None
+
+
+def test_trying_the_layers_draws_no_random_number_of_the_run_and_says_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from transformers.models.phi3 import modeling_phi3 as stock
+
+    from phi3_lora_plugin.speed import layers
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = layers._difference.__wrapped__(stock.Phi3Attention, stock.Phi3MLP, stock.Phi3RMSNorm)
+    assert found is None and torch.equal(torch.get_rng_state(), before)
+    assert capfd.readouterr().err == ""

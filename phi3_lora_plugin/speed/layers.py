@@ -125,11 +125,13 @@ def _difference(attention: type, mlp: type, norm: type) -> str | None:
     """Whether the installed layers compute something else than ours: tried once, on a small layer of each kind."""
     from transformers import Phi3Config, __version__
 
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    # The layers' own initial values are drawn from the global generator, whose state belongs to the training run.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         for share in (1.0, 0.5):
             config = Phi3Config(
                 hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=8,
-                num_hidden_layers=1, pad_token_id=0, attn_implementation="sdpa",
+                num_hidden_layers=1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+                attn_implementation="sdpa",
             )  # fmt: skip
             draw = torch.Generator().manual_seed(0)
             x = torch.randn(2, 5, 32, generator=draw)
