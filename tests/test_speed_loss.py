@@ -145,3 +145,19 @@ def test_float16_keeps_gradients_that_are_smaller_than_float16(scale: float) -> 
         assert half.grad.isfinite().all()
         errors.append((half.grad.double() / scale - exact.grad).norm() / exact.grad.norm())
     assert errors[0] < 0.02 and errors[0] <= errors[1] * 1.5
+
+
+def test_a_hook_that_only_moves_inputs_leaves_the_loss_on_and_a_forward_of_its_own_does_not() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    from phi3_lora_plugin.speed.loss import head_obstacle
+
+    moved, counted = tiny.model(), tiny.model()
+    for model in (moved, counted):
+        model.requires_grad_(False)
+    add_hook_to_module(
+        moved.lm_head, AlignDevicesHook("cpu")
+    )  # as PEFT does where an adapter is loaded into a device_map
+    assert head_obstacle(moved) is None
+    counted.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, counted.lm_head.weight)
+    assert "a forward of its own" in str(head_obstacle(counted))

@@ -18,7 +18,7 @@ from torch import nn  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
 from phi3_lora_plugin.speed.bounds import to_device
-from phi3_lora_plugin.speed.shards import say_once, shard_obstacle, wrapper_of
+from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
 
 #: Rows of logits held at one time; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
@@ -155,7 +155,7 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
         return "the head is trained, so its own gradient is needed"
     if not units and (obstacle := shard_obstacle(head.weight, (head.out_features, head.in_features))):
         return f"the head has {obstacle}"
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__:
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or has_own_forward(head):
         return "hooks on the head, or a forward of its own, want its logits"
     if not hasattr(model, "model") or "loss_function" not in dir(model):
         return f"{type(model).__name__} is not built like a causal model of transformers"

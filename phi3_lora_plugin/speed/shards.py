@@ -29,6 +29,20 @@ def shard_obstacle(parameter: Any, shape: tuple[int, ...] | None = None) -> str 
     return None
 
 
+def has_own_forward(module: Any) -> bool:
+    """Whether a forward was put on this module itself, other than accelerate's that only moves inputs to its device.
+
+    accelerate puts that one on every module of a model with a `device_map`, as PEFT loads an adapter into it; on one
+    device there is nothing to move.
+    """
+    if "forward" not in module.__dict__:
+        return False
+    hook, stock = module.__dict__.get("_hf_hook"), module.__dict__.get("_old_forward")
+    only_moves = type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
+    one_device = module.weight.device.type == "cpu" or torch.cuda.device_count() <= 1
+    return not (only_moves and one_device and getattr(stock, "__func__", None) is type(module).forward)
+
+
 def linear_obstacle(layer: Any) -> str | None:
     """Why the weights of this linear layer must not be read past its forward; None if they may."""
     if type(layer) is not torch.nn.Linear:
