@@ -121,6 +121,11 @@ def test_a_trainer_with_a_train_of_its_own_is_told_what_it_does_not_get(tmp_path
     assert len(told) == 1 and told[0].startswith("Alone has its own train()") and "attach(trainer)" in told[0]
     assert any(sentence.startswith("Polite: ") for sentence in said)
     assert Trainer.__init__.__qualname__ == "Trainer.__init__"
+    for kind, warned in ((Alone, True), (Polite, False), (Trainer, False)):
+        told = attach(
+            kind(model=peft_model(), args=arguments(tmp_path, max_steps=1), train_dataset=rows()), speed="off"
+        )
+        assert any("has its own train()" in sentence for sentence in told) == warned
 
 
 def test_a_checkpoint_of_ours_given_to_the_trainer_is_refused_with_the_way_that_works(tmp_path: Path) -> None:

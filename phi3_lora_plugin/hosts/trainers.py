@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.seams import look_up
-from phi3_lora_plugin.training.attach import attach, wrap_again
+from phi3_lora_plugin.training.attach import attach, trains_alone, wrap_again
 from phi3_lora_plugin.training.resume import refuse_own_folder
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def attach_to_all(
     @wraps(stock_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
-        if _trains_alone(type(self)):
+        if trains_alone(type(self)):
             tell(
                 f"{type(self).__name__} has its own train(), which does not call Trainer.train: no callbacks, stop "
                 "tokens or fast paths were added; call phi3_lora_plugin.attach(trainer) before trainer.train()"
@@ -72,15 +71,6 @@ def attach_to_all(
 
     sentence = f"every Trainer gets the callbacks of {', '.join(wanted)} when it starts training"
     return [sentence if wanted else "no callbacks added"], undo
-
-
-def _trains_alone(kind: type) -> bool:
-    """Whether the class that defines `train` does so without naming `super` or a Trainer's `train`."""
-    code = getattr(inspect.unwrap(kind.train), "__code__", None)  # type: ignore[attr-defined]
-    home = next(each for each in kind.__mro__ if "train" in each.__dict__)
-    if code is None or home.__module__ == "transformers.trainer":
-        return False
-    return not ({"super", "train", "_inner_training_loop"} & {*code.co_names, *code.co_freevars})
 
 
 def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) -> list[TrainerCallback]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,11 @@ def attach(
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
     done = []
+    if trains_alone(type(trainer)):
+        done.append(
+            f"WARNING: {type(trainer).__name__} has its own train(), which does not call Trainer.train: callbacks, and the "
+            "Trainer's own evaluation and saving, run only where it calls them"
+        )
     present = trainer.callback_handler.callbacks
     if callbacks is not None:
         wanted = list(callbacks)
@@ -67,6 +73,15 @@ def attach(
         done += _targets_missed(model)
     parts = speed if speed is not None else "auto" if recipe is None else recipe.speed
     return done + _speed(trainer, model, parts)
+
+
+def trains_alone(kind: type) -> bool:
+    """Whether the class that defines `train` does so without naming `super` or a Trainer's `train`."""
+    code = getattr(inspect.unwrap(kind.train), "__code__", None)  # type: ignore[attr-defined]
+    home = next(each for each in kind.__mro__ if "train" in each.__dict__)
+    if code is None or home.__module__ == "transformers.trainer":
+        return False
+    return not ({"super", "train", "_inner_training_loop"} & {*code.co_names, *code.co_freevars})
 
 
 def wrap_again(trainer: Trainer) -> bool:
