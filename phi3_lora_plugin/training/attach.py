@@ -44,8 +44,8 @@ def attach(
     done = []
     if trains_alone(type(trainer)):
         done.append(
-            f"WARNING: {type(trainer).__name__} has its own train(), which does not call Trainer.train: callbacks, and the "
-            "Trainer's own evaluation and saving, run only where it calls them"
+            f"WARNING: {type(trainer).__name__} has its own train(), which does not call Trainer.train: callbacks, "
+            "and the Trainer's own evaluation and saving, run only where it calls them"
         )
     present = trainer.callback_handler.callbacks
     if callbacks is not None:
