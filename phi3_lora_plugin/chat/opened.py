@@ -17,7 +17,7 @@ PACKED = (".gz", ".zst", ".zstd")
 
 
 class TooLong(bytes):
-    """The beginning of a line that is longer than `LONGEST_LINE`; the rest of it was passed over."""
+    """The beginning of a line that is longer than `LONGEST_LINE`; the rest of it was skipped."""
 
     length = 0
 

@@ -55,7 +55,7 @@ def find_sources(
             (`owner/name`, or `owner/name:config`); or several of them.
         split: which split, where there are several; None: the only one.
         key: how the recipe calls `path`, for errors.
-        hub: load what looks like a hub id; else it is passed over, as something that only a connection can tell.
+        hub: load what looks like a hub id; else it is skipped, as only a connection can tell.
 
     Raises `SourceError` with everything that was not found or cannot be read.
     """
