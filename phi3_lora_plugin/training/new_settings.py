@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback  # noqa: TID253
 
-#: What the groups of an optimizer hold that is not a setting.
-_NOT_SETTINGS = ("params", "initial_lr", "lr")
+#: What the schedule makes of the learning rate.
+_RATES = ("initial_lr", "lr")
 
 
 class NewSettings(TrainerCallback):  # type: ignore[misc]
@@ -34,11 +34,9 @@ class NewSettings(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Comes after the Trainer has restored what was saved, and before its first step."""
         schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's wrapper
-        rates = [group.get("initial_lr", group["lr"]) for group in self.groups]
-        for group, new in zip(optimizer.param_groups, self.groups, strict=True):
-            group.update({key: value for key, value in new.items() if key not in _NOT_SETTINGS})
-        for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
-            group["initial_lr"] = rate
+        for number, (group, new) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
+            group.update({key: value for key, value in new.items() if key not in _RATES})
+            group["initial_lr"] = rate = new.get("initial_lr", new["lr"])
             if hasattr(schedule, "base_lrs"):
                 schedule.base_lrs[number] = rate
             if hasattr(schedule, "lr_lambdas"):
