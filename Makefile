@@ -11,7 +11,7 @@ WORKERS ?= auto
 # file keeps one worker busy while the others wait.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-fast lint bench clean
+.PHONY: help demo test test-fast test-long lint bench clean
 .DEFAULT_GOAL := demo
 
 help:  ## show this list
@@ -32,7 +32,10 @@ test: $(VENV)/.installed  ## run the whole suite on all cores; WORKERS=1 uses on
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.installed  ## run the tests that take no training run, under a minute
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
+
+test-long: $(VENV)/.installed  ## run what make test leaves out: others' scripts, browsers, notebooks, several nodes
+	$(BIN)/python -m pytest $(PARALLEL) -m long
 
 lint: $(VENV)/.installed  ## check style, types and import direction
 	$(BIN)/ruff check .

@@ -36,8 +36,10 @@ def test_make_help_lists_every_target_with_what_it_does() -> None:
 
 def test_make_runs_the_whole_suite_or_the_fast_part_on_workers() -> None:
     whole, fast = (made("--dry-run", name, "WORKERS=3").splitlines()[-1] for name in ("test", "test-fast"))
+    long = made("--dry-run", "test-long", "WORKERS=3").splitlines()[-1]
     assert "-m pytest -n 3 --dist worksteal" in whole
-    assert fast == f'{whole} -m "not slow"'
+    assert fast == f'{whole} -m "not slow and not long"'
+    assert long == f"{whole} -m long"
 
 
 def test_hooks_are_local_and_run_what_the_environment_of_developers_has() -> None:
