@@ -9,9 +9,9 @@ batch, wherever something hangs on them: NEFTune scales its noise by that shape.
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch  # noqa: TID253
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID25
 from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
+from phi3_lora_plugin.speed.arguments import by_name
 from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
 from phi3_lora_plugin.speed.bounds import (
     Documents,
@@ -129,9 +130,7 @@ def _cards(decoder: Any) -> set[torch.device]:
 
 
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
-    if args:  # positional arguments by their names
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+    kwargs = by_name(type(module), args, kwargs)
     of = tuple(kwargs.get(name) for name in ("labels", "attention_mask", "cu_seq_lens_q", "position_ids"))
     if kwargs.get("past_key_values") is not None:
         decoder._facts = Facts()  # a token of generation: nothing here is wanted
@@ -139,64 +138,42 @@ def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
         decoder._facts = facts(*of)
 
 
-def _forward(
-    self: Any,
-    input_ids: Any = None,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    past_key_values: Any = None,
-    inputs_embeds: Any = None,
-    use_cache: Any = None,
-    **kwargs: Any,
-) -> Any:
-    given = inputs_embeds if input_ids is None else input_ids
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    kwargs = by_name(type(self), args, kwargs)
+    embedded = kwargs.get("input_ids") is None
+    given = kwargs.get("inputs_embeds" if embedded else "input_ids")
+    mask, starts, positions = (kwargs.get(name) for name in ("attention_mask", "cu_seq_lens_q", "position_ids"))
     known, self._facts = self._facts, Facts()  # of this call alone: the decoder is called without its model, too
-
-    def stock(**changes: Any) -> Any:
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-        )
-        return self._stock_forward(**(inputs | changes), **kwargs)
-
-    if given is None or past_key_values is not None or _wants_more(self, kwargs):
-        return stock()
-    starts = kwargs.get("cu_seq_lens_q")
-    if not known.are_of(attention_mask, starts, position_ids):
-        known = facts(None, attention_mask, starts, position_ids)
+    if given is None or kwargs.get("past_key_values") is not None or _wants_more(self, kwargs):
+        return self._stock_forward(**kwargs)
+    if not known.are_of(mask, starts, positions):
+        known = facts(None, mask, starts, positions)
     bounds = packed(given, known)
     if bounds is not None:
-        refuse_mask(attention_mask, given)
-        return _flat(self, given, position_ids, known, bounds, kwargs, input_ids is None, by_document=True)
-    if not _cacheless(self, use_cache, known.supervised is not None) or known.trains_padding():
-        return stock()
+        refuse_mask(mask, given)
+        return _flat(self, given, positions, known, bounds, kwargs, embedded, by_document=True)
+    if not _cacheless(self, kwargs.get("use_cache"), known.supervised is not None) or known.trains_padding():
+        return self._stock_forward(**kwargs)
     rows, width = given.shape[:2]
-    if attention_mask is None:
+    if mask is None:
         lengths = [width] * rows
     elif known.real is None or known.real.shape != given.shape[:2]:
-        return stock()
+        return self._stock_forward(**kwargs)
     else:
         found = right_padded(known.real)
         if found is None:
-            return stock()
+            return self._stock_forward(**kwargs)
         lengths = found
-    full = min(lengths) == width
     window = getattr(self.config, "sliding_window", None)
-    if full and (window is None or width <= window):
-        return stock(attention_mask=None, use_cache=False)
+    unmasked = kwargs | {"attention_mask": None, "use_cache": False}
+    if min(lengths) == width and (window is None or width <= window):
+        return self._stock_forward(**unmasked)
     if max(lengths) == 0:
-        return stock()
+        return self._stock_forward(**kwargs)
     if (self.training and _draws(self)) or _switches_rope(self, lengths, width):
-        return stock(attention_mask=None, use_cache=False)
-    bounds = [0]
-    for length in lengths:
-        if length:
-            bounds.append(bounds[-1] + length)
-    return _flat(self, given, position_ids, known, bounds, kwargs, input_ids is None)
+        return self._stock_forward(**unmasked)
+    bounds = [0, *accumulate(length for length in lengths if length)]
+    return _flat(self, given, positions, known, bounds, kwargs, embedded)
 
 
 def _wants_more(decoder: Any, kwargs: Any) -> bool:
@@ -267,7 +244,7 @@ def _flat(
         where = to_device(known.real.flatten().nonzero().flatten(), given.device)
         flat, positions = flat.index_select(1, where), positions.index_select(1, where)
     documents = Documents(bounds, given.device, decoder._kernels)
-    extra = {name: value for name, value in kwargs.items() if name not in _FLASH}
+    extra = {name: value for name, value in kwargs.items() if name not in _OF_THE_BATCH}
     if decoder.config._attn_implementation == NAME:
         extra["documents"] = documents
     else:  # a flash kernel of transformers
@@ -299,7 +276,11 @@ def _flat(
     return BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
-_FLASH = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "documents")
+#: What the flat row has its own of.
+_OF_THE_BATCH = frozenset(
+    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache "
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx documents".split()
+)
 
 
 def _hangs_on(embedding: Any) -> bool:

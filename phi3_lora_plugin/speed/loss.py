@@ -8,6 +8,7 @@ gradient of the hidden states is formed in the same pass, so that memory does no
 # This module defines an autograd function, a subclass of something heavy; it is imported only inside functions.
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
+from phi3_lora_plugin.speed.arguments import by_name
 from phi3_lora_plugin.speed.bounds import to_device
 from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
 
@@ -175,6 +177,8 @@ def fuse_loss(model: Any) -> None:
         return
     model._stock_forward, model._asked = model.forward, None
     model.forward = partial(_forward, model)
+    # Trainer drops the columns of a dataset that are not named here.
+    model.forward.__signature__ = inspect.signature(model._stock_forward)
 
 
 def only_if_asked(model: Any) -> None:
@@ -205,40 +209,25 @@ def asked(model: Any, what: str) -> Iterator[None]:
             model._asked = before
 
 
-def _forward(
-    self: Any,
-    input_ids: Any = None,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    past_key_values: Any = None,
-    inputs_embeds: Any = None,
-    labels: Any = None,
-    use_cache: Any = None,
-    logits_to_keep: Any = 0,
-    **kwargs: Any,
-) -> Any:
-    inputs = dict(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        inputs_embeds=inputs_embeds,
-        use_cache=use_cache,
-    )
-    some = torch.is_tensor(logits_to_keep) or logits_to_keep != 0
-    weights = kwargs.pop("loss_weights", None)
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    kwargs = by_name(type(self), args, kwargs)
+    labels, weights, keep = kwargs.get("labels"), kwargs.pop("loss_weights", None), kwargs.get("logits_to_keep", 0)
+    some = torch.is_tensor(keep) or keep != 0
     wanted = self._asked == "logits" or not (self.training or self._asked == "loss")
-    if weights is not None and labels is not None and (wanted or some or head_obstacle(self)):
-        return _stock_weighted(self, labels, weights, kwargs.pop("num_items_in_batch", None), inputs | kwargs)
-    if labels is None or wanted or some:
-        return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
-    if obstacle := head_obstacle(self):
+    if labels is None or weights is None and (wanted or some):
+        return self._stock_forward(**kwargs)
+    obstacle = head_obstacle(self)
+    if weights is not None and (wanted or some or obstacle):
+        return _stock_weighted(self, weights, kwargs)
+    if obstacle:
         say_once(f"loss: transformers computes the logits of every position: {obstacle}")
-        return self._stock_forward(labels=labels, logits_to_keep=logits_to_keep, **inputs, **kwargs)
+        return self._stock_forward(**kwargs)
+    del kwargs["labels"]
+    kwargs.pop("logits_to_keep", None)
     num_items = kwargs.pop("num_items_in_batch", None)
     shifted = kwargs.pop("shift_labels", None)
     known = getattr(self.model, "_facts", None)  # what the part for documents has read already
-    outputs = self.model(**inputs, **kwargs)
+    outputs = self.model(**kwargs)
     hidden = outputs.last_hidden_state
     supervised = None
     if shifted is None:
@@ -257,12 +246,14 @@ def _forward(
     return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
 
 
-def _stock_weighted(self: Any, labels: Any, weights: Any, num_items: Any, inputs: dict[str, Any]) -> Any:
+def _stock_weighted(self: Any, weights: Any, inputs: dict[str, Any]) -> Any:
     """The stock forward with a weighted loss from its logits, since transformers has no weighted loss."""
+    labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+    inputs.pop("logits_to_keep", None)
     outputs = self._stock_forward(**inputs)
     logits = outputs.logits[:, :-1].float().flatten(0, 1)
     targets = labels[:, 1:].flatten().to(logits.device)
     losses = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-    items = num_items if num_items is not None else targets.ne(-100).sum().clamp(min=1)
+    items = items if items is not None else targets.ne(-100).sum().clamp(min=1)
     outputs.loss = (losses * weights[:, 1:].flatten().to(losses)).sum() / items
     return outputs
