@@ -19,6 +19,14 @@ _MINI = dict(
     original_max_position_embeddings=4096,
     sliding_window=2047,
 )
+_SLIM_MOE = _MINI | dict(  # SlimMoE, arXiv 2506.18349: pruned from Phi-3.5-MoE
+    hidden_size=4096,
+    num_local_experts=16,
+    num_experts_per_tok=2,
+    head_dim=128,
+    attention_bias=True,
+    lm_head_bias=True,
+)
 _MEDIUM = _MINI | dict(
     hidden_size=5120,
     intermediate_size=17920,
@@ -66,6 +74,9 @@ SIZES: dict[str, dict[str, Any]] = {
         attention_bias=True,
         lm_head_bias=True,
     ),
+    "microsoft/Phi-mini-MoE-instruct": _SLIM_MOE | dict(intermediate_size=960, num_key_value_heads=8),
+    "microsoft/Phi-tiny-MoE-instruct": _SLIM_MOE
+    | dict(intermediate_size=448, num_attention_heads=16, num_key_value_heads=4),
     "embedded:tiny-phi3": dict(
         hidden_size=64,
         intermediate_size=128,

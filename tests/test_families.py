@@ -61,6 +61,9 @@ def longrope(first: float = 1.03, count: int = 48, kind: str = "longrope") -> di
         (PHI4 | {"max_position_embeddings": 32768, "rope_theta": 500000.0}, "phi-4-reasoning"),
         (PHI4_MINI | longrope(1.0), "phi-4-mini"),
         (MOE, "phi-3.5-moe"),
+        (MOE | {"intermediate_size": 6400}, "phi-3.5-moe"),
+        (MOE | {"intermediate_size": 960}, "phi-mini-moe"),
+        (MOE | {"intermediate_size": 448, "num_attention_heads": 16, "head_dim": 128}, "phi-tiny-moe"),
         (MINI | {"hidden_size": 64}, "phi3"),
         (MOE | {"hidden_size": 64}, "phimoe"),
     ],
@@ -114,12 +117,15 @@ def test_projections_are_those_of_the_real_modules() -> None:
     for each in projections(model.config.to_dict()):
         weight = model.get_parameter(f"model.layers.1.{each.path}.weight")
         assert weight.shape == (each.out_features, each.in_features)
-    config = PhimoeConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=4, vocab_size=64)
-    moe = dict(PhimoeForCausalLM(config).named_parameters())
-    for each in projections(config.to_dict()):
-        name = f"model.layers.0.{each.path}" if each.experts else f"model.layers.0.{each.path}.weight"
-        head = (each.experts,) if each.experts else ()
-        assert moe[name].shape == (*head, each.out_features, each.in_features)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=4, vocab_size=64)
+    # Phi-tiny-MoE has had heads pruned: all of them together are smaller than the hidden size.
+    for heads in ({}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}):
+        config = PhimoeConfig(**sizes, **heads)
+        moe = dict(PhimoeForCausalLM(config).named_parameters())
+        for each in projections(config.to_dict()):
+            name = f"model.layers.0.{each.path}" if each.experts else f"model.layers.0.{each.path}.weight"
+            head = (each.experts,) if each.experts else ()
+            assert moe[name].shape == (*head, each.out_features, each.in_features)
 
 
 def test_every_spelling_of_longrope_becomes_the_same() -> None:

@@ -74,6 +74,7 @@ def moe(tmp_path_factory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,  # of pruned heads, as in Phi-tiny-MoE: together they are not the hidden size
         num_local_experts=4,
         num_experts_per_tok=2,
         attention_bias=True,

@@ -86,6 +86,23 @@ def test_phimoe_trains_saves_reloads_with_plain_peft_and_merges(targets: Any, op
     assert (expected - logits(moe())).abs().max() > 1e-3
 
 
+def test_pruned_heads_and_jitter_as_in_phi_tiny_moe(tmp_path: Path) -> None:
+    def pruned() -> PhimoeForCausalLM:
+        return moe(head_dim=4, input_jitter_noise=0.01)
+
+    model = add_lora(pruned(), ["all-linear", "experts"], 4, 8)
+    shapes = {row.module: row.shape for row in coverage(model)}
+    assert shapes["self_attn.q_proj"] == (16, 32) and shapes["self_attn.o_proj"] == (32, 16)
+    frozen = routers(model)
+    losses = step(model, 16)
+    assert losses[-1] < losses[0] and all(map(torch.equal, frozen, routers(model)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(pruned(), tmp_path)
+    assert torch.equal(logits(fresh), expected)
+    torch.testing.assert_close(logits(fresh.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_experts_of_some_layers_only() -> None:
     model = build(["experts"], layers_to_transform=[1])
     assert {row.layers for row in coverage(model)} == {(1,)} and len(coverage(model)) == 2

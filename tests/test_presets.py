@@ -369,6 +369,8 @@ def tiny_base(path: str) -> Any:
                 eos_token_id=2,
                 attention_bias=True,
                 lm_head_bias=True,
+                # Pruned heads: together they are not the hidden size.
+                **({"head_dim": 4, "router_jitter_noise": 0.01, "input_jitter_noise": 0.01} if "tiny" in path else {}),
             )
         )
     traits: dict[str, Any] = {}

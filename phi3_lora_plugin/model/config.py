@@ -29,12 +29,25 @@ def native_config(given: dict[str, Any], where: str) -> Any:
         repaired = {key: value for key, value in repair_rope(given).items() if key not in ("auto_map", "_name_or_path")}
         native = CONFIG_MAPPING[repaired["model_type"]]
         if not hasattr(native(), "rope_parameters"):
+            _refuse_pruned_heads(repaired, where)
             repaired = _old_layout(repaired)
         return native.from_dict(repaired)
-    except (UnsupportedModel, RopeError):
+    except (UnsupportedModel, RopeError, ModelError):
         raise
     except Exception as error:  # sizes that are not numbers; the native class raises errors of its own
         raise ModelError(f"{where} does not describe a model: {type(error).__name__}: {error}") from error
+
+
+def _refuse_pruned_heads(config: dict[str, Any], where: str) -> None:
+    """transformers before 5 computes the size of a head of PhiMoE, and does not look at `head_dim`."""
+    import transformers
+
+    heads, size = int(config["num_attention_heads"]), config.get("head_dim")
+    if config["model_type"] == "phimoe" and size and heads * int(size) != int(config["hidden_size"]):
+        raise ModelError(
+            f"{where}: {heads} heads of {size} are not hidden_size {config['hidden_size']}, as in Phi-tiny-MoE; this "
+            f"needs transformers 5 or newer, and {transformers.__version__} is installed: pip install -U transformers"
+        )
 
 
 def _old_layout(config: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ FAMILIES = {
             _PHI4_MINI_PAD,
         ),
         Family("phi-3.5-moe", "Phi-3.5-MoE-instruct", "phimoe", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
+        Family("phi-mini-moe", "Phi-mini-MoE-instruct", "phimoe", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
+        Family("phi-tiny-moe", "Phi-tiny-MoE-instruct", "phimoe", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
         Family("phi3", "a model of the Phi-3 architecture", "phi3", (), _PHI3_STOP + _PHI4_STOP, ("<unk>",)),
         Family("phimoe", "a model of the PhiMoE architecture", "phimoe", (), _PHI3_STOP, ("<unk>",)),
     )
@@ -149,8 +151,11 @@ def recognise(config: Mapping[str, Any]) -> Family:
     if kind in ("phi3", "phimoe"):
         _refuse_sizes(config)
     if kind == "phimoe":
-        published = _sizes(config) == (4096, 32, 32064)
-        return FAMILIES["phi-3.5-moe" if published else "phimoe"]
+        if _sizes(config) != (4096, 32, 32064):
+            return FAMILIES["phimoe"]
+        # SlimMoE (arXiv 2506.18349) made the two smaller ones by pruning experts, of the smallest heads as well.
+        width = int(config.get("intermediate_size") or 0)
+        return FAMILIES[{960: "phi-mini-moe", 448: "phi-tiny-moe"}.get(width, "phi-3.5-moe")]
     if kind != "phi3":
         reason = _REFUSED.get(str(kind), "it is not a model of the Phi-3 family")
         raise UnsupportedModel(f"model_type {kind!r}: {reason}. Supported are `phi3` and `phimoe`.")

@@ -25,7 +25,7 @@ def published_config(name: str) -> dict[str, Any] | None:
         return None
     config = json.loads(json.dumps(known))
     if (rope := config.get("rope_scaling")) is not None:
-        size = config["hidden_size"] // config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         count = int(size * config.get("partial_rotary_factor", 1.0)) // 2
         for key in ("short_factor", "long_factor"):
             first = rope.get(key, [])
