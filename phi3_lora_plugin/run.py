@@ -108,7 +108,8 @@ def _activate(given: Any, say: Any) -> list[str]:
     noise.setLevel(logging.ERROR)
     try:
         parts = list(PARTS) if given.parts is None else [part for part in given.parts.split(",") if part]
-        return activate(recipe, parts=parts, callbacks=[] if names == ["none"] else names, say=say)
+        optional = ["trl"] if given.parts is None else []  # a script that has no use for TRL runs beside any release
+        return activate(recipe, parts=parts, callbacks=[] if names == ["none"] else names, optional=optional, say=say)
     finally:
         noise.setLevel(level)
 

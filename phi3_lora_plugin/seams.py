@@ -73,10 +73,11 @@ SEAMS = {
     "transformers.backend": Seam(
         "transformers", "transformers:PreTrainedTokenizerFast.backend_tokenizer", "published ids in a host's tokenizer"
     ),
-    "trl.sft_parser": Seam("trl", "trl.scripts.sft:make_parser", "phi3-lora trl sft"),
-    "trl.sft_main": Seam("trl", "trl.scripts.sft:main", "phi3-lora trl sft"),
-    "trl.dpo_parser": Seam("trl", "trl.scripts.dpo:make_parser", "phi3-lora trl dpo"),
-    "trl.dpo_main": Seam("trl", "trl.scripts.dpo:main", "phi3-lora trl dpo"),
+    **{
+        f"trl.{script}_{kind}": Seam("trl", f"trl.scripts.{script}:{place}", f"phi3-lora trl {script}")
+        for script in ("sft", "dpo", "kto", "reward", "grpo", "rloo")
+        for kind, place in (("parser", "make_parser"), ("main", "main"))
+    },
     # Read, though private.
     "torch.parameters": Seam("torch", "torch.nn:Module()._parameters", _MODULE),
     "torch.modules": Seam("torch", "torch.nn:Module()._modules", _MODULE),
@@ -141,8 +142,10 @@ def look_up(name: str) -> Any:
             found = getattr(found, part.removesuffix("()"))
             if part.endswith("()"):
                 found = found()
-    except (ImportError, AttributeError) as error:
+    except (ModuleNotFoundError, AttributeError) as error:
         raise changed(name, f"has no {seam.place.replace(':', '.').replace('()', '')}") from error
+    except Exception as error:  # whatever a broken release raises while it is imported
+        raise changed(name, f"cannot be imported ({type(error).__name__}: {error})") from error
     if seam.takes and tuple(inspect.signature(found).parameters)[: len(seam.takes)] != seam.takes:
         takes = ", ".join(inspect.signature(found).parameters)
         raise changed(name, f"has {seam.place.replace(':', '.')} with other arguments ({takes})")
@@ -159,7 +162,7 @@ def look_into(name: str) -> None:
     module, _, path = seam.place.partition(":")
     kind, _, method = path.partition(".")
     spec = None if module in sys.modules else _spec(module)
-    if module not in sys.modules and spec is None and _spec(module.partition(".")[0]) is None:
+    if module not in sys.modules and spec is None and not is_installed(module.partition(".")[0]):
         return
     try:
         tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")) if spec is not None else None
@@ -175,25 +178,31 @@ def look_into(name: str) -> None:
         raise changed(name, f"has {seam.place.replace(':', '.')} with other arguments ({', '.join(takes)})")
 
 
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be found; it is not imported."""
+    return sys.modules.get(module) is not None or _spec(module) is not None
+
+
 def _spec(module: str) -> ModuleSpec | None:
     try:
         return find_spec(module)
-    except (ImportError, ValueError):
+    except Exception:  # its package is imported for it, and a broken release raises whatever it raises
         return None
 
 
 def changed(name: str, what: str) -> ActivationError:
     """The error for a library that is not as it was."""
     seam = SEAMS[name]
+    remedy = "install a version that phi3-lora-plugin is tested with (docs/hosts.md)"
     try:
         installed = f"{seam.library} {metadata.version(seam.library)} {what}"
     except metadata.PackageNotFoundError:
-        installed = f"{seam.library} is not installed"
+        if is_installed(seam.place.partition(":")[0].partition(".")[0]):  # a checkout on the path has no version
+            installed = f"{seam.library} {what}"
+        else:
+            installed, remedy = f"{seam.library} is not installed", f"pip install {seam.library}"
     advice = "leave that part out (parts=, or --parts of phi3-lora run), or " if "(part " in seam.off else ""
-    return ActivationError(
-        f"{installed}, so this is switched off: {seam.off}; {advice}install a version that phi3-lora-plugin is tested "
-        "with (docs/hosts.md)"
-    )
+    return ActivationError(f"{installed}, so this is switched off: {seam.off}; {advice}{remedy}")
 
 
 def obstacle(*names: str) -> str | None:

@@ -69,6 +69,8 @@ def test_a_trainer_script_with_one_line_more_leaves_an_adapter_that_peft_loads_e
 
 def test_an_sft_script_with_one_line_more(tmp_path: Path) -> None:
     from datasets import Dataset
+
+    pytest.importorskip("trl")
     from trl import SFTConfig, SFTTrainer
 
     chats = [

@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
-from trl import SFTConfig, SFTTrainer
 
 from phi3_lora_plugin import encode, load_recipe, load_tokenizer
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
@@ -335,12 +334,14 @@ def test_train_on_and_template_reach_the_encoder(tmp_path: Path) -> None:
 
 
 def test_ids_and_labels_are_those_that_trl_makes_with_a_marked_template(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
     given = [chat(f"what is {n}?", f" it is\n{n}\n" * (n % 5)) for n in range(20)]
     given += [{"messages": [{"role": "system", "content": "be brief"}, *row["messages"] * 2]} for row in given]
     tokenizer = tiny.tokenizer(template=template_for(TOKENIZER).text)
-    arguments = SFTConfig(str(tmp_path), max_length=64, assistant_only_loss=True, report_to="none", use_cpu=True)
+    arguments = trl.SFTConfig(str(tmp_path), max_length=64, assistant_only_loss=True, report_to="none", use_cpu=True)
     rows_of_trl = datasets.Dataset.from_list(given)
-    theirs = SFTTrainer(tiny.model(), arguments, train_dataset=rows_of_trl, processing_class=tokenizer).train_dataset
+    made = trl.SFTTrainer(tiny.model(), arguments, train_dataset=rows_of_trl, processing_class=tokenizer)
+    theirs = made.train_dataset
     ours = load(write(tmp_path / "a.jsonl", given), "data.max_length=64").train
     assert ours["input_ids"][:] == theirs["input_ids"][:]
     swallowing = [n for n, row in enumerate(rows(ours)) if row["labels"] != theirs[n]["labels"]]

@@ -40,6 +40,7 @@ def activate(
     *,
     parts: Sequence[str] = TABLES,
     callbacks: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
     say: Callable[[str], Any] | None = None,
 ) -> list[str]:
     """Change this process so that Phi-3 works in any host that runs in it; return a sentence for each thing done.
@@ -50,11 +51,12 @@ def activate(
         recipe: its `checkpoint`, `speed` and `lora.targets` apply; without one, the defaults.
         parts: of `PARTS`; by default those that only fill tables.
         callbacks: for "trainers", what `hosts.trainers.chosen` takes; None: those of every plugin.
+        optional: of `parts`, those that stay off, with a sentence, where their library has changed.
         say: is called with each sentence that comes up later, when a Trainer begins; None: they go to the log.
 
     Raises:
-        ActivationError: an unknown part, or an installed library that has changed where a part holds on to it; names
-            the library, its version and what is switched off. Nothing is activated then.
+        ActivationError: an unknown part, or an installed library that has changed where a part that is not optional
+            holds on to it; names the library, its version and what is switched off. Nothing is activated then.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
@@ -63,7 +65,7 @@ def activate(
     new = [part for part in PARTS if part in parts and part not in _undo]
     try:
         for part in new:
-            sentences, _undo[part] = _activated(part, recipe, callbacks, say)
+            sentences, _undo[part] = _activated(part, recipe, callbacks, part in optional, say)
             done += sentences
     except BaseException:
         for part in new:
@@ -73,7 +75,7 @@ def activate(
     return done
 
 
-def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None, say: Any) -> Done:
+def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None, optional: bool, say: Any) -> Done:
     if part == "targets":
         return _targets(recipe)
     if part == "report_to":
@@ -81,7 +83,7 @@ def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None
     if part == "trl":
         from phi3_lora_plugin.hosts.trl import exact_rows
 
-        return exact_rows()
+        return exact_rows(optional)
     from phi3_lora_plugin.hosts.trainers import attach_to_all
 
     return attach_to_all(recipe, callbacks, say)

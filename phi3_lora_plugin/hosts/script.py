@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from phi3_lora_plugin.hosts.trl import TrlError
 from phi3_lora_plugin.seams import look_up
 
-SCRIPTS = ("sft", "dpo")
+SCRIPTS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
 
 
 def run_script(name: str, arguments: Sequence[str]) -> None:
@@ -17,10 +17,9 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
 
     if name not in SCRIPTS:
         raise TrlError(f"trl {name}: expected one of {', '.join(SCRIPTS)}")
-    say = _say
-    for sentence in activate(parts=list(PARTS), say=say):
-        say(sentence)
     make_parser, script = look_up(f"trl.{name}_parser"), look_up(f"trl.{name}_main")
+    for sentence in activate(parts=list(PARTS), say=_say):
+        _say(sentence)
     sys.argv = [f"phi3-lora trl {name}", *arguments]
     parser = make_parser()
     parsed = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)

@@ -9,55 +9,76 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.seams import look_into, look_up
+from phi3_lora_plugin.seams import ActivationError, is_installed, look_into, look_up
 
 
 class TrlError(Phi3LoraError):
     """Rows that cannot be trained on as they are, or a command that TRL does not have."""
 
 
-def exact_rows() -> tuple[list[str], Callable[[], None]]:
-    """Wrap what TRL finds templates with and, once it is imported, how `SFTTrainer` encodes; (sentences, undo)."""
-    look_into("trl.sft_rows")
-    look_into("trl.dpo_rows")
-    undone = [
-        _our_templates(),
-        _when_imported("trl.trainer.sft_trainer", _wrap_sft),
-        _when_imported("trl.trainer.dpo_trainer", _wrap_dpo),
-    ]
+def exact_rows(partly: bool = False) -> tuple[list[str], Callable[[], None]]:
+    """Wrap what TRL finds templates with and how its trainers encode, each as it is imported; (sentences, undo).
+
+    Args:
+        partly: where TRL has changed, say so and leave out what cannot be wrapped.
+
+    Raises:
+        ActivationError: TRL has changed, and `partly` is false.
+    """
+    unusable = _unusable()
+    if unusable and (partly or "installed" in unusable):
+        return [f"TRL {unusable}: part trl does nothing"], lambda: None
+    sentences: list[str] = []
+    undone = [_when_imported("trl.chat_template_utils", _our_templates)]
+    for seam, module, wrap, sentence in _TRAINERS:
+        try:
+            look_into(seam)
+        except ActivationError as error:
+            if not partly:
+                raise
+            sentences.append(str(error))
+        else:
+            undone.append(_when_imported(module, wrap))
+            sentences.append(sentence)
 
     def undo() -> None:
         for take_back in undone:
             take_back()
 
-    return [
-        "SFTTrainer masks rows of Phi-3 chats exactly where assistant_only_loss asks for masks",
-        "DPOTrainer reads preferences of Phi-3 chats in every common shape, and compares answers only",
-    ], undo
+    return sentences, undo
 
 
-def _our_templates() -> Callable[[], None]:
-    """Have TRL's search for a training template find ours; older ones have no such search."""
+def _unusable() -> str | None:
+    """Why nothing of TRL can be imported; None if something can. Its package itself imports next to nothing."""
+    if not is_installed("trl"):
+        return "is not installed"
     try:
-        from trl import chat_template_utils
-    except ImportError:
-        return lambda: None
-    stock = getattr(chat_template_utils, "get_training_chat_template", None)
+        import_module("trl")
+    except Exception as error:  # whatever a broken release raises
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def _our_templates(module: Any) -> Callable[[], None]:
+    """Have TRL's search for a training template find ours; older ones have no such search."""
+    stock = getattr(module, "get_training_chat_template", None)
     if stock is None:
         return lambda: None
 
-    def get_training_chat_template(processing_class: Any = None, tokenizer: Any = None) -> Any:
-        found = _marked(processing_class if processing_class is not None else tokenizer)
-        return found if found is not None else stock(processing_class, tokenizer)
+    def get_training_chat_template(*given: Any, **named: Any) -> Any:
+        tokenizer = given[0] if given else named.get("processing_class") or named.get("tokenizer")
+        found = _marked(tokenizer)
+        return found if found is not None else stock(*given, **named)
 
     get_training_chat_template.__wrapped__ = stock  # type: ignore[attr-defined]
-    chat_template_utils.get_training_chat_template = get_training_chat_template
+    module.get_training_chat_template = get_training_chat_template
 
     def undo() -> None:
-        chat_template_utils.get_training_chat_template = stock
+        module.get_training_chat_template = stock
 
     return undo
 
@@ -114,6 +135,23 @@ def _wrap_dpo(module: Any) -> Callable[[], None]:
         trainer._prepare_dataset = stock
 
     return undo
+
+
+#: (seam, module, how to wrap its trainer, what that gives).
+_TRAINERS = (
+    (
+        "trl.sft_rows",
+        "trl.trainer.sft_trainer",
+        _wrap_sft,
+        "SFTTrainer masks rows of Phi-3 chats exactly where assistant_only_loss asks for masks",
+    ),
+    (
+        "trl.dpo_rows",
+        "trl.trainer.dpo_trainer",
+        _wrap_dpo,
+        "DPOTrainer reads preferences of Phi-3 chats in every common shape, and compares answers only",
+    ),
+)
 
 
 def _takes_pairs(module: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,15 +52,18 @@ class MissingPackage(Phi3LoraError):
 
 
 def require_packages(recipe: Recipe) -> None:
-    """Raise `MissingPackage` for what `training:` of a recipe needs and this environment does not have."""
-    problems = [*_reports(recipe.training), *_optimizer(recipe.training), *_deepspeed(recipe.training)]
+    """Raise `MissingPackage` for what a recipe needs and this environment does not have."""
+    problems = [
+        *_reports(recipe.training),
+        *_optimizer(recipe.training),
+        *_deepspeed(recipe.training),
+        *_preference(recipe),
+    ]
     if problems:
         raise MissingPackage("\n  ".join(["this recipe cannot be run here:", *problems]))
 
 
 def _reports(training: Any) -> Iterator[str]:
-    from importlib import import_module
-
     given = training.get("report_to") or []
     for name in [given] if isinstance(given, str) else given:
         if name in ("all", "none"):
@@ -92,6 +96,19 @@ def _deepspeed(training: Any) -> Iterator[str]:
             json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             yield f"training.deepspeed: {given} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _preference(recipe: Recipe) -> Iterator[str]:
+    """The one objective whose trainer is TRL's; everything else runs without TRL, and with a broken release of it."""
+    if not recipe.preference.on:
+        return
+    if not _installed("trl"):
+        yield "preference.loss needs TRL: pip install trl"
+        return
+    try:
+        import_module("trl.trainer.dpo_trainer")
+    except Exception as error:  # whatever a broken release raises while it is imported
+        yield f"preference.loss needs TRL, which cannot be imported here ({error}): pip install 'trl>=1.0'"
 
 
 def _installed(module: str) -> bool:
