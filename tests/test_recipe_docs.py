@@ -13,6 +13,7 @@ import tiny
 import torch
 from transformers import Trainer
 
+from phi3_lora_plugin.cli.overrides import undashed
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.lora.methods import loraplus_optimizer
 from phi3_lora_plugin.recipe import RecipeError, load_recipe
@@ -29,7 +30,7 @@ def test_the_commands_name_recipes_that_exist_and_overrides_that_hold() -> None:
     assert {line[1] for line in lines} == {"recipes", "show", "validate", "train"}
     for _, command, *rest in lines:
         if command != "recipes":
-            recipe, *overrides = [word for word in rest if not word.startswith("--")]
+            recipe, *overrides = [word for word in undashed(rest, {"--resolved"}) if word != "--resolved"]
             load_recipe(recipe, overrides)
 
 

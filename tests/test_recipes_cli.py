@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -18,19 +19,34 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
-def test_recipes_groups_by_base_and_says_method_memory_and_needs() -> None:
+def test_recipes_is_a_table_with_headings_that_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     shown = run("recipes")
 
     assert shown.exit_code == 0
-    lines = [line.strip() for line in shown.stdout.splitlines()]
+    lines = shown.stdout.splitlines()
+    assert lines[0].split() == ["recipe", "method", "memory", "peak", "needs"]
+    assert max(map(len, lines)) <= 80
     for name in shipped_names():
         assert any(line.startswith(f"{name} ") for line in lines), name
-    assert lines[0] == "try it:"
-    assert lines.index("Phi-4 (14B):") < lines.index("published:")
+    assert lines[2] == "try it" and lines.index("Phi-4 (14B)") < lines.index("published")
     (qlora,) = [line for line in lines if line.startswith("phi4-qlora ")]
-    assert qlora.split("  ")[0] == "phi4-qlora"
-    for part in ("microsoft/phi-4", "QLoRA", "24 GB", "phi3-lora-plugin[qlora], data.path"):
-        assert part in qlora
+    assert re.split("  +", qlora) == ["phi4-qlora", "QLoRA", "24 GB", "13.85 GB", "qlora, data"]
+    assert "qlora: pip install 'phi3-lora-plugin[qlora]'" in lines
+
+
+def test_recipes_for_a_memory_are_those_that_plan_says_fit() -> None:
+    rows = json.loads(run("recipes", "--for", "16GB", "--json").stdout)
+    names = {row["name"] for row in rows}
+
+    assert {"phi3-mini-4k-lora-16gb", "phi4-qlora"} <= names
+    assert not names & {"phi3-mini-4k-lora-80gb", "phi4-lora", "phi3-mini-4k-olive"}  # 16.02 GB
+    assert all(row["peak"] < 16e9 for row in rows)
+    assert "phi3-mini-4k-lora " not in run("recipes", "--for", "8 GB").stdout
+    none = run("recipes", "--for", "500MB")
+    assert none.exit_code == 1 and "the smallest is tiny-cpu" in none.stderr
+    for wrong in ("huge", "8"):
+        assert "write 24GB" in str(run("recipes", "--for", wrong).exception)
 
 
 def test_recipes_as_json() -> None:

@@ -20,6 +20,8 @@ from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.cli.export import export_command
 from phi3_lora_plugin.cli.hosts import host_path_command, render_command
 from phi3_lora_plugin.cli.inspect import inspect_command
+from phi3_lora_plugin.cli.new import new_command
+from phi3_lora_plugin.cli.overrides import TakesOverrides
 from phi3_lora_plugin.cli.plan import plan_command
 from phi3_lora_plugin.cli.plugins import plugins_command
 from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
@@ -35,20 +37,20 @@ app = typer.Typer(
     name="phi3-lora",
     help="Fine-tune Microsoft's Phi-3 family with LoRA: a recipe in, a checked adapter out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train_command)
-app.command("plan")(plan_command)
+app.command("new")(new_command)
+app.command("train", cls=TakesOverrides)(train_command)
+app.command("plan", cls=TakesOverrides)(plan_command)
 app.command("chat")(chat_command)
-app.command("eval")(eval_command)
+app.command("eval", cls=TakesOverrides)(eval_command)
 app.command("verify")(verify_command)
 app.command("inspect")(inspect_command)
 app.command("recipes")(recipes_command)
-app.command("show")(show_command)
-app.command("validate")(validate_command)
+app.command("show", cls=TakesOverrides)(show_command)
+app.command("validate", cls=TakesOverrides)(validate_command)
 app.command("schema")(schema_command)
 app.command("plugins")(plugins_command)
 app.command("convert")(convert_command)
@@ -56,7 +58,7 @@ app.command("merge")(merge_command)
 app.command("export")(export_command)
 app.command("run", context_settings=AS_IT_IS, add_help_option=False)(run_command)
 app.command("trl", context_settings=AS_IT_IS, add_help_option=False)(trl_command)
-app.command("render")(render_command)
+app.command("render", cls=TakesOverrides)(render_command)
 app.command("host-path")(host_path_command)
 
 
@@ -77,7 +79,7 @@ def everywhere(
 
 
 data = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
-data.command("check")(check_command)
+data.command("check", cls=TakesOverrides)(check_command)
 data.callback()(lambda: None)  # keeps `check` a word of its own although it is the only one
 app.add_typer(data, name="data")
 

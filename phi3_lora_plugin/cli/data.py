@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+
 if TYPE_CHECKING:
     from phi3_lora_plugin.chat.near_duplicates import Near
 
 
 def check_command(
-    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example data.path=x.")
-    ] = None,
+    recipe: RecipeName = "tiny-cpu",
+    overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=0, help="Encoded rows to show.")] = 3,
     near: Annotated[
         float | None, typer.Option(min=0.1, max=1.0, help="Report rows at least this alike, for example 0.8.")

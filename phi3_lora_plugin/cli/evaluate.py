@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import Overrides
 from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ class EvalOptionError(Phi3LoraError):
 
 def eval_command(
     what: Annotated[str, typer.Argument(help="Adapter, run or model folder, preset or YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example data.format=x.")
-    ] = None,
+    overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="Evaluation data; default: held-out rows.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if it moved since training.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many rows.")] = None,

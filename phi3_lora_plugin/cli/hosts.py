@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+
 
 def render_command(
-    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl or swift.")] = "",
     out: Annotated[Path | None, typer.Option("--out", help="Output file; related files go next to it.")] = None,
 ) -> None:

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+from phi3_lora_plugin.wording import human
+
 
 def plan_command(
-    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
-    ] = None,
+    recipe: RecipeName = "tiny-cpu",
+    overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="Memory limit, for example 24GB; default: this machine's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda (need not be present) or auto.")] = "auto",
     config: Annotated[Path | None, typer.Option(help="Model config.json, if model.path is missing.")] = None,
@@ -28,6 +29,8 @@ def plan_command(
 
     Exit code 1: it does not fit.
     """
+    from rich.console import Console
+
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import Recipe, load_recipe
 
@@ -40,33 +43,43 @@ def plan_command(
 
     run = read()
 
-    from phi3_lora_plugin.model.config import read_config
-    from phi3_lora_plugin.model.published import read_planning_config
-    from phi3_lora_plugin.plan.feed import encoded_lengths
-    from phi3_lora_plugin.plan.machine import size
-    from phi3_lora_plugin.plan.plan import Plan, plan
-    from phi3_lora_plugin.plan.view import lines
+    # On a terminal one line says what is being done; elsewhere only the tries of --fit, which take a second each.
+    console = Console(stderr=True, highlight=False, markup=False)
+    tried = 0
+    with console.status(f"planning {run.name}: starting") as status:
+        from phi3_lora_plugin.model.config import read_config
+        from phi3_lora_plugin.model.published import read_planning_config
+        from phi3_lora_plugin.plan.feed import encoded_lengths
+        from phi3_lora_plugin.plan.fit import fit as find_fit
+        from phi3_lora_plugin.plan.machine import size
+        from phi3_lora_plugin.plan.plan import Plan, plan
+        from phi3_lora_plugin.plan.view import lines
 
-    room = size(memory) if memory is not None else None
-    native = read_config(config) if config else read_planning_config(run.model.path, run.model.revision)
-    lengths = None
-    if run.data.path is not None:
-        lengths = encoded_lengths(run, plugins.adapters(run.data.format), native)
-    made = plan(run, room, device, native, lengths)
+        room = size(memory) if memory is not None else None
+        native = read_config(config) if config else read_planning_config(run.model.path, run.model.revision)
+        lengths = None
+        if run.data.path is not None:
+            status.update(f"planning {run.name}: encoding rows")
+            lengths = encoded_lengths(run, plugins.adapters(run.data.format), native)
+        status.update(f"planning {run.name}: one step, on tensors without storage")
+        made = plan(run, room, device, native, lengths)
 
-    def replan(more: Sequence[str]) -> Plan:
-        return plan(read(more), made.memory, made.device, native, lengths, made.program)
+        def replan(more: Sequence[str]) -> Plan:
+            nonlocal tried
+            tried += 1
+            status.update(f"planning {run.name}: settings {tried}, {' '.join(more)}")
+            other = plan(read(more), made.memory, made.device, native, lengths, made.program)
+            console.print(f"tried {' '.join(more)}: {human(other.peak)}", soft_wrap=True)
+            return other
+
+        found = find_fit(made, replan, made.memory) if fit and made.memory is not None else None
 
     if not fit:
         print(made.to_json() if as_json else "\n".join(lines(made)))
         raise typer.Exit(1 if made.fits is False else 0)
-
-    from phi3_lora_plugin.plan.fit import fit as find_fit
-
     if made.memory is None:
         print("--fit needs a memory limit: pass --memory", file=sys.stderr)
         raise typer.Exit(2)
-    found = find_fit(made, replan, made.memory)
     if as_json:
         shown = None if found is None else {"overrides": list(found.overrides), "plan": asdict(found.plan)}
         print(json.dumps({"plan": asdict(made), "fit": shown}))

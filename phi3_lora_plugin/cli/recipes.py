@@ -10,18 +10,61 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import human, read_size
+
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
     from phi3_lora_plugin.recipe.yaml_file import Problem
 
+
+class SizeError(Phi3LoraError):
+    """A size of memory that cannot be read."""
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
-]
 
 
-def recipes_command(as_json: AsJson = False) -> None:
-    """List the available recipes."""
+def recipes_command(
+    room: Annotated[
+        str | None, typer.Option("--for", metavar="MEMORY", help="Only those that fit, for example 16GB.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the available recipes.
+
+    --for leaves out what does not fit into the memory of your card, by the figures of phi3-lora plan.
+    """
+    from phi3_lora_plugin.cli.recipe_table import print_table
+
+    memory = None if room is None else _memory(room)
+    rows = all_cards()
+    if memory is not None:
+        fitting = [row for row in rows if row.get("peak") is not None and row["need"].fits_into(memory)]
+        if not fitting:
+            smallest = min((row for row in rows if row.get("peak") is not None), key=lambda row: row["peak"])
+            print(
+                f"nothing fits {room}; the smallest is {smallest['name']} with {human(smallest['peak'])}",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1)
+        rows = fitting
+    if as_json:
+        print(json.dumps([{key: value for key, value in row.items() if key != "need"} for row in rows], indent=2))
+    else:
+        print_table(rows)
+
+
+def _memory(text: str) -> int:
+    memory = None if text.strip().isdigit() else read_size(text)  # a bare number is bytes, which nobody has few of
+    if memory is None:
+        raise SizeError(f"--for {text}: not a size; write 24GB, 16GiB or 500MB")
+    return memory
+
+
+def all_cards() -> list[dict[str, Any]]:
+    """What the list knows of every recipe that is installed, of the broken ones too."""
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
@@ -33,27 +76,15 @@ def recipes_command(as_json: AsJson = False) -> None:
         except RecipeError as error:
             rows.append({"name": name, "group": "broken", "problems": [str(problem) for problem in error.problems]})
         else:
-            rows.append({"name": name} | _card(recipe) | {"plugin": plugins.owner("recipes", name).name})
+            owner = plugins.owner("recipes", name)
+            rows.append({"name": name} | _card(recipe, owner.is_ours) | {"plugin": owner.name})
     for name, problem in plugins.contested("recipes").items():
         rows.append({"name": name, "group": "broken", "problems": [problem]})
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    columns = ("name", "base", "method", "memory", "needs")
-    widths = {column: max((len(_cell(row, column)) for row in rows), default=0) for column in columns[:-1]}
-    for group in dict.fromkeys(row["group"] for row in sorted(rows, key=_rank)):
-        print(f"{group}:")
-        for row in (row for row in rows if row["group"] == group):
-            if group == "broken":
-                print(f"  {row['name']}\n    " + "\n    ".join(row["problems"]))
-            else:
-                print("  " + "  ".join(_cell(row, column).ljust(widths.get(column, 0)) for column in columns).rstrip())
-        print()
-    print("phi3-lora show NAME [--resolved] prints one; phi3-lora train NAME data.path=FILE runs it")
+    return rows
 
 
 def show_command(
-    name: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
+    name: RecipeName,
     overrides: Overrides = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="Show merged values and their sources.")] = False,
     as_json: AsJson = False,
@@ -206,30 +237,26 @@ def _verdict(file: str, recipe: Recipe | None, problems: Sequence[Problem]) -> d
     return {"recipe": file, "valid": good, "problems": listed, "notes": _notes(recipe) if recipe else []}
 
 
-def _card(recipe: Recipe) -> dict[str, Any]:
+def _card(recipe: Recipe, ours: bool) -> dict[str, Any]:
     """One line of `phi3-lora recipes` about a recipe."""
+    from phi3_lora_plugin.plan.presets import preset_needs
+
     about, quantized = recipe.about, recipe.model.quantize != "none"
     needs = list(about.needs)
     if quantized and not any("qlora" in need for need in needs):
         needs.append("phi3-lora-plugin[qlora]")
     if recipe.data.path is None:
         needs.append("data.path")
+    need = preset_needs().get(recipe.name) if ours else None
     return {
         "group": about.group or "other",
         "base": recipe.model.path,
         "method": about.method or ("QLoRA" if quantized else "LoRA"),
         "memory": about.memory,
+        "device": None if need is None else need.device,
+        "peak": None if need is None else need.peak,
+        "need": need,
         "needs": needs,
         "source": about.source,
         "file": str(recipe.source),
     }
-
-
-def _cell(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    return ", ".join(value) if isinstance(value, list) else str(value or "-")
-
-
-def _rank(row: Mapping[str, Any]) -> tuple[int, str]:
-    """The one to try first on top, other packages' and broken ones at the end."""
-    return {"try it": 0, "published": 2, "other": 3, "broken": 4}.get(row["group"], 1), row["group"]

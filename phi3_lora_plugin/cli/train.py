@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.wording import human
 
@@ -35,10 +36,8 @@ class OutputDirError(Phi3LoraError):
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny-cpu",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.")
-    ] = None,
+    recipe: RecipeName = "tiny-cpu",
+    overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest complete checkpoint.")] = False,
     allow_drift: Annotated[
         list[str] | None, typer.Option(help="Setting allowed to differ on resume; repeatable.")

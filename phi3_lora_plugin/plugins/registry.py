@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,7 @@ KINDS = {
 }
 OURS = "phi3-lora-plugin"  # our own distribution, whose errors are not wrapped
 _NAME_PATTERN = re.compile(r"[^\W_][\w.+-]{0,99}")  # never a path: `a/b`, `..` and `` are refused
+_LISTED = 12  # names in a message
 _EVENTS = ("on_init_end", "on_train_begin", "on_step_end", "on_save")  # what every TrainerCallback inherits
 
 
@@ -145,7 +146,7 @@ class Plugins:
             return found.values[name]
         lines = [
             f"no {KINDS[kind]} is named {name!r}{nearest(name, found.values)}",
-            f"available: {', '.join(sorted(found.values)) or 'none'}",
+            f"available: {_available(kind, found.values)}",
             *(f"failed: {failure}" for failure in self.failures),
         ]
         if self.blocked:
@@ -243,6 +244,13 @@ class Plugins:
             found.owners.pop(name, None)
         self._found[kind] = found
         return found
+
+
+def _available(kind: str, values: Mapping[str, Any]) -> str:
+    """The names, or the command that lists them where they would fill a screen."""
+    if len(values) > _LISTED:
+        return f"{len(values)} of them; `phi3-lora {'recipes' if kind == 'recipes' else 'plugins'}` lists them"
+    return ", ".join(sorted(values)) or "none"
 
 
 def _contained(plugin: Plugin, doing: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ HELD_OUT = 0.1
 SECTIONS = ("model", "data", "lora", "training", "preference", "checkpoint", "about")
 _NAME = re.compile(r"[^\W_][\w.+-]*")  # as discovery has it: never a path
 _YAML = re.compile(r"\.ya?ml$", re.IGNORECASE)
+_DATA = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.gz|\.zst|\.xz)?$", re.IGNORECASE)
 #: Parents in a chain; each is a file that people have to read to know what a run does.
 MAX_PARENTS = 16
 
@@ -74,6 +75,10 @@ def read_chain(wanted: str | Path, find: Find) -> Chain:
     names = [chain.name]
     by_path = _is_path(wanted)
     try:
+        if isinstance(wanted, str) and _DATA.search(wanted):
+            raise ValueError(f"{shorten(wanted)} is data; name a recipe, then the data: RECIPE data.path={wanted}")
+        if by_path and Path(wanted).expanduser().is_dir():
+            raise ValueError(f"{wanted} is a folder; a recipe is a YAML file, and data is data.path={wanted}")
         file = Path(wanted).expanduser() if by_path else _find(str(wanted), find)
     except ValueError as error:
         chain.problems.append(Problem("", "", str(error)))
@@ -146,7 +151,7 @@ def _override(text: str) -> Layer:
     if keys[0].startswith("-"):
         layer.problems.append(Problem(where, "", f"write it without dashes: {text.lstrip('-')}"))
     elif not equals or not all(keys):
-        layer.problems.append(Problem(where, "", "expected section.key=value, such as lora.r=8"))
+        layer.problems.append(Problem(where, "", f"expected section.key=value, {_meant(text)}"))
     elif keys == ("extends",):
         layer.problems.append(Problem(where, "extends", "is for files; name that recipe instead of this one"))
     else:
@@ -160,6 +165,15 @@ def _override(text: str) -> Layer:
             data = {key: data}
         layer.data = data
     return layer
+
+
+def _meant(text: str) -> str:
+    """What a word without `=`, or without a key before it, may have been meant as."""
+    if _DATA.search(text) or Path(text).exists():
+        return f"such as data.path={text.lstrip('=')}"
+    if text in shipped_names() or _YAML.search(text):
+        return f"and {text} is a recipe; the recipe comes first"
+    return "such as lora.r=8"
 
 
 def normalise(layer: Layer) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from phi3_lora_plugin.recipe.layers import Layer
+from phi3_lora_plugin.recipe.near_keys import other_word
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES, Conflicts, Section
 from phi3_lora_plugin.recipe.training import installed_fields
 from phi3_lora_plugin.recipe.yaml_file import Key, Problem
@@ -93,6 +94,8 @@ def _did_you_mean(location: Key, model: type[Section]) -> str:
     elsewhere += [name] if parents and name in known else []
     if near or elsewhere:
         return near or f"; did you mean {elsewhere[0]!r}?"
+    if other := other_word(name):
+        return f"; did you mean {other!r}?"
     names = [key for key in known.get(parents[0], []) if key not in PEFT_NAMES] if parents else ["extends", *known]
     return f"; available: {', '.join(names)}" if names else ""
 

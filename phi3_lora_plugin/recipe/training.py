@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+from phi3_lora_plugin.recipe.near_keys import other_word
 from phi3_lora_plugin.wording import describe, nearest, shorten
 
 Kinds = frozenset[str]
@@ -346,4 +347,5 @@ def _is_choice(line: ast.stmt) -> bool:
 
 def _unknown(key: str, fields: Mapping[str, Kinds]) -> str:
     names = [*fields, *(name for names in _RENAMED for name in names), "warmup_ratio", *_ELSEWHERE]
-    return f"the installed transformers has no such argument{nearest(key, names)}"
+    near = f"; did you mean {other!r}?" if (other := other_word(key)) else nearest(key, names)
+    return f"the installed transformers has no such argument{near}"

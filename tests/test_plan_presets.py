@@ -1,0 +1,46 @@
+"""The table of what presets take is what `plan` says of them today."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+
+from phi3_lora_plugin.plan.plan import plan
+from phi3_lora_plugin.plan.presets import preset_needs
+from phi3_lora_plugin.recipe import load_recipe
+from phi3_lora_plugin.recipe.layers import shipped_names
+
+TABLE = json.loads((files("phi3_lora_plugin.plan") / "presets.json").read_text())
+
+
+def test_every_preset_as_it_is_now_is_in_the_table() -> None:
+    """A preset that changed has another digest: run tools/plan_presets.py."""
+    assert list(TABLE) == shipped_names()
+    digests = {name: load_recipe(name).digest() for name in TABLE}
+    assert {name: row["digest"] for name, row in TABLE.items()} == digests
+
+
+def check(name: str) -> None:
+    need, recipe = preset_needs()[name], load_recipe(name)
+    made = plan(recipe, int(1e12), need.device)
+    # On cards all is computed; elsewhere the size of the planning process is part of it.
+    assert made.peak == pytest.approx(need.peak, rel=0 if need.device == "cuda" else 0.25), name
+    assert made.margin == round(need.margin * 1e12)
+    assert need.fits_into(int(need.peak / (1 - need.margin)) + 1) and not need.fits_into(need.peak - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="workspaces are those of the card that is here")
+@pytest.mark.parametrize("name", ["phi3-mini-4k-qlora", "phi3-mini-4k-dpo-lora", "tiny-cpu"])
+def test_the_table_has_what_plan_says(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(torch.cuda.is_available(), reason="workspaces are those of the card that is here")
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_whole_table_has_what_plan_says(name: str) -> None:
+    check(name)
