@@ -106,6 +106,8 @@ SEAMS = {
     ),
     # What hosts have for plugins.
     "axolotl.plugin": Seam("axolotl", "axolotl.integrations.base:BasePlugin", _AXOLOTL),
+    "axolotl.model": Seam("axolotl", "axolotl.model_support.base:ModelSupport", _AXOLOTL),
+    "axolotl.unsupported": Seam("axolotl", "axolotl.model_support.base:Unsupported", _AXOLOTL),
     "axolotl.rows": Seam("axolotl", "axolotl.prompt_tokenizers:PromptTokenizingStrategy", _AXOLOTL),
     "llamafactory.templates": Seam("llamafactory", "llamafactory.data.template:TEMPLATES", _FACTORY),
     "llamafactory.template": Seam("llamafactory", "llamafactory.data.template:Template", _FACTORY),

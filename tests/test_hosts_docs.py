@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,11 +42,15 @@ def test_the_commands_of_ours_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_axolotl_config_is_made_fit() -> None:
     (text,) = block("yaml axolotl")
     cfg = yaml.safe_load(text)
-    (plugin,) = cfg["plugins"]
+    (plugin,) = set(re.findall(r"plugins: \[([\w.]+)\]", DOC))
     module, _, name = plugin.rpartition(".")
-    spec = find_spec(module)
-    assert spec is not None and spec.origin is not None
-    assert f"{name}.register" in host_hooks.signatures(Path(spec.origin).read_text(encoding="utf-8"))
+    # Either way it is one plugin: axolotl writes an entry point as a config does.
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert declared["axolotl.plugins"] == {"phi3-lora": f"{module}:{name}"}
+    for target in (declared["axolotl.plugins"]["phi3-lora"], declared["axolotl.model_support"]["phi3-lora"]):
+        spec = find_spec(target.partition(":")[0])
+        assert spec is not None and spec.origin is not None
+        assert f"class {target.partition(':')[2]}(" in Path(spec.origin).read_text(encoding="utf-8")
     said = prepare(cfg, tiny.config().to_dict(), HostSettings(), "<unk>")
     assert cfg["lora_target_modules"] and cfg["datasets"][0]["type"] == "phi3_lora_plugin.hosts.axolotl_rows" and said
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from phi3_lora_plugin.chat.templates import TEMPLATES, TemplateError
+from phi3_lora_plugin.hosts.axolotl_options import row_options
 from phi3_lora_plugin.hosts.base import check_targets, linear_names, no_remote_code
 from phi3_lora_plugin.hosts.settings import HostSettings
 
@@ -87,12 +88,22 @@ def _template(cfg: MutableMapping[str, Any], settings: HostSettings) -> list[str
 def _rows(cfg: MutableMapping[str, Any], settings: HostSettings) -> list[str]:
     """Have chats encoded by us; axolotl keeps encoded rows under a name made of `type` and `conversation` too."""
     changed: list[str] = []
+    ignored: list[str] = []
     for key in ("datasets", "test_datasets"):
         for rows in cfg.get(key) or ():
             kind = rows.get("type")
-            if kind == ROWS or (isinstance(kind, str) and kind.split(".")[0].split(":")[0] in _CHATS) or kind is None:
-                if kind != ROWS:
-                    changed.append(f"{rows.get('path')} ({kind})")
-                rows["type"] = ROWS
-                rows["conversation"] = f"phi3_lora {settings.digest()}"
-    return [f"rows of {', '.join(changed)} are encoded with exact masks"] if changed else []
+            chats = isinstance(kind, str) and kind.split(".")[0].split(":")[0] in _CHATS
+            if not (kind is None or kind == ROWS or chats):
+                changed.append(f"rows of {rows.get('path')} ({_short(kind)}) are left to axolotl")
+                continue
+            options, sentences = row_options(cfg, rows)
+            ignored += [f"ignored for rows of {rows.get('path')}: {sentence}" for sentence in sentences]
+            if kind != ROWS:
+                changed.append(f"rows of {rows.get('path')} ({_short(kind)}) are encoded with exact masks")
+            rows["type"] = ROWS
+            rows["conversation"] = f"phi3_lora {settings.digest()} {options.digest()}"
+    return list(dict.fromkeys([*changed, *ignored]))
+
+
+def _short(kind: Any) -> str:
+    return kind if isinstance(kind, str) else "a format of its own" if kind is not None else "no type"

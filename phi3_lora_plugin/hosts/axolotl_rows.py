@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_lora_plugin.hosts.axolotl_options import RowOptions, read, row_options
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.rows import encode_rows
 from phi3_lora_plugin.hosts.settings import read_settings
@@ -23,9 +24,10 @@ log = logging.getLogger("axolotl.phi3_lora_plugin")
 class ChatRows(look_up("axolotl.rows")):  # type: ignore[misc]
     """Encodes a batch of rows; axolotl cuts or drops those longer than `sequence_len` afterwards."""
 
-    def __init__(self, tokenizer: Any, data: ChatSection) -> None:
+    def __init__(self, tokenizer: Any, data: ChatSection, options: RowOptions | None = None) -> None:
         super().__init__(None, tokenizer)
-        self.data = data
+        self.options = options or RowOptions()
+        self.data = self.options.data(data)
         for sentence in restore(tokenizer):
             log.warning("phi3_lora_plugin: %s", sentence)
 
@@ -41,7 +43,7 @@ class ChatRows(look_up("axolotl.rows")):  # type: ignore[misc]
         """
         names = list(prompt)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*prompt.values(), strict=True)]
-        encoded = encode_rows(rows, self.tokenizer, self.data)
+        encoded = encode_rows([read(row, self.options) for row in rows], self.tokenizer, self.data)
         return {
             "input_ids": [row["input_ids"] for row in encoded],
             "attention_mask": [[1] * len(row["input_ids"]) for row in encoded],
@@ -49,20 +51,8 @@ class ChatRows(look_up("axolotl.rows")):  # type: ignore[misc]
         }
 
 
-def load(tokenizer: Any, cfg: Any, ds_cfg: Mapping[str, Any] | None = None) -> ChatRows:
-    """What axolotl calls for `type:`; the data set's own `field_messages` and `message_property_mappings` are read."""
-    data = read_settings(cfg.get("phi3_lora")).data
-    return ChatRows(tokenizer, data.model_copy(update={"columns": _columns(ds_cfg or {}) | data.columns}))
-
-
-def _columns(ds_cfg: Mapping[str, Any]) -> dict[str, str]:
-    columns = {}
-    field = ds_cfg.get("field_messages")
-    if field and field not in ("messages", "conversations"):
-        columns["messages"] = str(field)
-    mappings = ds_cfg.get("message_property_mappings") or {}
-    for ours, theirs in mappings.items():
-        known = {"role": ("role", "from"), "content": ("content", "value")}.get(ours, ())
-        if known and theirs not in known:
-            columns[ours] = str(theirs)
-    return columns
+def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> ChatRows:
+    """What axolotl calls for `type:`; `ds_cfg` is the data set's entry, as a mapping or as axolotl's own model."""
+    rows: Mapping[str, Any] = ds_cfg or {} if isinstance(ds_cfg, Mapping | None) else ds_cfg.model_dump()
+    options, _ = row_options(cfg, rows)
+    return ChatRows(tokenizer, read_settings(cfg.get("phi3_lora")).data, options)
