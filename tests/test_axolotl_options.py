@@ -89,8 +89,15 @@ def test_what_cannot_apply_is_named_once_in_the_log(rows: dict[str, Any], cfg: d
     assert sum(f"ignored for rows of a.jsonl: {named}" in sentence for sentence in said) == 1
 
 
-@pytest.mark.parametrize("rows", [{}, {"train_on_eos": "turn", "roles_to_train": ["assistant"]}, {"roles_to_train": None},
-                                  {"chat_template": "tokenizer_default", "message_property_mappings": {"role": "from"}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {},
+        {"train_on_eos": "turn", "roles_to_train": ["assistant"]},
+        {"roles_to_train": None},
+        {"chat_template": "tokenizer_default", "message_property_mappings": {"role": "from"}},
+    ],
+)
 def test_what_says_the_same_as_here_is_not_mentioned(rows: dict[str, Any]) -> None:
     entry = {"path": "a.jsonl", "type": "chat_template"} | rows
     assert not [one for one in prepare({"datasets": [entry]}, CONFIG, HostSettings(), "<unk>") if "ignored" in one]

@@ -9,7 +9,6 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
-import host_hooks
 import pytest
 import tiny
 import yaml

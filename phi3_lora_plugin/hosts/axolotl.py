@@ -1,8 +1,8 @@
 """axolotl: active by itself where the base is a Phi, through axolotl's entry points (0.21 and later).
 
-Before 0.21, `plugins: [phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin]`. The config is corrected before axolotl validates
-it (axolotl_config.py), chats are encoded with exact masks, LoRA-only checkpoints are saved and the stop tokens set. Any
-other base is left alone. `phi3_lora: false` in the config, or PHI3_LORA_ACTIVATE=0, switches it off.
+Before 0.21, `plugins: [phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin]`. The config is corrected before axolotl
+validates it (axolotl_config.py), chats are encoded with exact masks, LoRA-only checkpoints are saved and the stop
+tokens set. Any other base is left alone. `phi3_lora: false` in the config, or PHI3_LORA_ACTIVATE=0, switches it off.
 """
 
 # A plugin of axolotl's is a subclass of something heavy; this module is imported only by axolotl.
@@ -94,7 +94,7 @@ class Phi3LoraPlugin(look_up("axolotl.plugin")):  # type: ignore[misc]
         merged = Path(output_path)
         write_generation_config(merged, merged, read_json(merged / "config.json"))
         log.info(
-            "phi3_lora_plugin: %s stops where its template ends a turn; for other runtimes: phi3-lora export %s --to ollama",
+            "phi3_lora_plugin: %s stops where its template ends a turn; next: phi3-lora export %s --to ollama",
             output_path,
             adapter_path,
         )

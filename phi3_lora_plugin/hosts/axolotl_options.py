@@ -147,7 +147,7 @@ def _turn(message: Any, keys: Mapping[str, str], roles: Mapping[str, str], optio
     mapped = {ours for theirs, ours in keys.items() if message.get(theirs) is not None}
     turn = {keys.get(key, key): value for key, value in message.items() if keys.get(key) or key not in mapped}
     place = "role" if turn.get("role") is not None else "from"
-    role = turn.get(place)
+    role = str(turn.get(place))
     if role in roles:
         turn[place] = role = roles[role]
     if role in ("system", "developer") and options.drop_system:
