@@ -97,6 +97,7 @@ SEAMS = {
     "torch.without_modes": Seam("torch", "torch.utils._python_dispatch:_disable_current_modes", _MEASURED),
     "torch.leaves": Seam("torch", "torch.utils._pytree:tree_leaves", _MEASURED),
     "torch.item": Seam("torch", "torch:ops.aten._local_scalar_dense.default", _MEASURED),
+    "torch.device": Seam("torch", "torch:ops.prim.device.default", _MEASURED),
     "torch.storage": Seam("torch", "torch:UntypedStorage()._cdata", _MEASURED),
     "transformers.attention": Seam(
         "transformers", "transformers:PretrainedConfig()._attn_implementation", "attention by documents"

@@ -105,8 +105,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
 
     say = console or Console(quiet=True)
     recipe, adapter, notes = target.recipe, target.adapter, [*target.notes]
-    if wanted.tasks:
-        require_lm_eval(wanted.tasks, wanted.task_options)
+    harness = require_lm_eval(wanted.tasks, wanted.task_options) if wanted.tasks else None
     exporter = None
     if wanted.as_shipped:
         exporter = plugins.pick("exporters", read_form(wanted.as_shipped)[0])
@@ -142,12 +141,12 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         say.print(f"note: {note}", markup=False)
 
     say.print(f"measuring the base {recipe.model.path}", markup=False)
-    base, tokens, said = _measure(model, tokenizer, rows, asked, measures, wanted)
+    base, tokens, said = _measure(model, tokenizer, rows, asked, measures, wanted, harness)
     ours, also = None, None
     if adapter is not None:
         model = with_adapter(model, adapter)
         say.print(f"measuring the adapter {adapter}", markup=False)
-        ours, _, also = _measure(model, tokenizer, rows, asked, measures, wanted)
+        ours, _, also = _measure(model, tokenizer, rows, asked, measures, wanted, harness)
     theirs, third = None, None
     if exporter is not None and adapter is not None and ours is not None and wanted.as_shipped:
         del model
@@ -196,7 +195,13 @@ def _has_rows(target: Target, wanted: Wanted) -> bool:
 
 
 def _measure(
-    model: Any, tokenizer: Any, rows: Any, asked: Sequence[Question], measures: Sequence[str], wanted: Wanted
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    asked: Sequence[Question],
+    measures: Sequence[str],
+    wanted: Wanted,
+    harness: Any,
 ) -> tuple[Figures, int, list[str]]:
     """(figures, trained tokens, answers) of one model."""
     from phi3_lora_plugin.evaluate.answer_scores import score_answers
@@ -211,7 +216,11 @@ def _measure(
     if made:
         answers = score_answers(texts, [question.expected for question in asked], measures)
         answers["stopped"] = sum(one.stopped for one in made) / len(made)
-    tasks = run_tasks(model, tokenizer, wanted.tasks, wanted.task_options, wanted.batch_size) if wanted.tasks else {}
+    tasks = (
+        run_tasks(model, tokenizer, wanted.tasks, wanted.task_options, wanted.batch_size, harness)
+        if wanted.tasks
+        else {}
+    )
     if scores is None:
         return Figures(answers=answers, tasks=tasks), 0, texts
     return Figures(scores.loss, scores.perplexity, scores.token_accuracy, answers, tasks), scores.tokens, texts

@@ -16,8 +16,10 @@ class HarnessError(Phi3LoraError):
     """The harness is not installed, or does not take what it was asked for."""
 
 
-def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> None:
-    """Check what can be checked before a model is loaded.
+def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> Any:
+    """The harness's `TaskManager`, once what can be checked before a model is loaded was checked.
+
+    It reads some 14,000 files, which takes seconds, so `run_tasks` gets this one for the base and the adapter.
 
     Raises:
         HarnessError: the package is missing, an option or a task that it does not have.
@@ -35,6 +37,7 @@ def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> None:
     manager = TaskManager(include_path=options.get("include_path"))
     if absent := [task for task in tasks if not manager.match_tasks([task])]:
         raise HarnessError(f"lm_eval knows no task {', '.join(absent)}; lm_eval ls tasks lists them")
+    return manager
 
 
 def run_tasks(
@@ -43,22 +46,23 @@ def run_tasks(
     tasks: Sequence[str],
     options: Mapping[str, Any],
     batch_size: int,
+    manager: Any,
 ) -> dict[str, dict[str, float]]:
     """Task -> metric -> value, as `lm_eval.simple_evaluate` gives them, without its notes and names.
 
     Args:
         options: what `simple_evaluate` takes (`num_fewshot`, `limit`, `apply_chat_template`, ...), and `include_path`,
             a folder with tasks of your own.
+        manager: what `require_lm_eval` gave.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     given = {key: value for key, value in options.items() if key != "include_path"}
     done = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=given.pop("batch_size", batch_size)),
         tasks=list(tasks),
-        task_manager=TaskManager(include_path=options.get("include_path")),
+        task_manager=manager,
         **given,
     )
     return {

@@ -18,6 +18,7 @@ _TorchDispatchMode: Any = look_up("torch.dispatch")
 _disable_current_modes: Any = look_up("torch.without_modes")
 _leaves: Any = look_up("torch.leaves")
 _ITEM: Any = look_up("torch.item")
+_DEVICE: Any = look_up("torch.device")
 require("torch.storage")
 
 KINDS = ("base", "adapter", "gradients", "optimizer", "activations", "logits")
@@ -62,6 +63,8 @@ class Live(_TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked more often than all else is done, and makes nothing
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         tensors = [each for each in _leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         if self.real:
             made = func(*args, **(kwargs or {}))
