@@ -36,11 +36,11 @@ def write(file: Path, rows: list[Any]) -> Path:
     return file
 
 
-def check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`phi3-lora data check` in a fresh process, as what is said by imports and what encodings do need one."""
+def fresh_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`phi3-lora data check` in a fresh process, as what is said by imports needs one."""
     return subprocess.run(
         [sys.executable, "-c", COMMAND, "data", "check", *arguments],
-        capture_output=True, encoding="utf-8", env=os.environ | {"COLUMNS": "80"} | environment, timeout=100,
+        capture_output=True, encoding="utf-8", env=os.environ | {"COLUMNS": "80"}, timeout=100,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_long_texts_are_shown_by_their_ends(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_data_check_in_a_pipe_is_plain_and_complete() -> None:
-    done = check("tiny-cpu")
+    done = fresh_check("tiny-cpu")
     assert done.returncode == 0 and done.stderr == "" and "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -178,16 +178,17 @@ def test_data_check_in_a_pipe_is_plain_and_complete() -> None:
 
 
 @pytest.mark.slow
-def test_data_check_as_json_and_with_a_terminal_that_knows_no_unicode(tmp_path: Path) -> None:
+def test_data_check_as_json_and_with_a_terminal_that_knows_no_unicode(tmp_path: Path, warm: Warm) -> None:
     file = write(tmp_path / "a.jsonl", [chat("wie geht's?", "schön 😀")])
-    arguments = ("tiny-cpu", f"data.path={file}", "data.eval_path=null", "data.template=phi-3.5-mini")
-    done = check(*arguments, "--json", PYTHONIOENCODING="ascii")
+    arguments = ("data", "check", "tiny-cpu", f"data.path={file}", "data.eval_path=null", "data.template=phi-3.5-mini")
+    there: dict[str, Any] = {"cwd": tmp_path, "COLUMNS": "80", "PYTHONIOENCODING": "ascii"}
+    done = warm.command(*arguments, "--json", **there)
     value = json.loads(done.stdout)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
     assert (
         value["train"]["rows"] == 1 and value["template"] == "phi-3.5-mini" and value["sources"][0]["name"] == str(file)
     )
-    done = check(*arguments, PYTHONIOENCODING="ascii")
+    done = warm.command(*arguments, **there)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "sch?n" in done.stdout
 
 

@@ -56,9 +56,9 @@ def run(*arguments: str, cwd: Path, site: Path | None = None) -> str:
     return done.stdout
 
 
-def run_warm(warm: Warm, program: str, *arguments: str, cwd: Path, site: Path) -> str:
+def run_warm(warm: Warm, program: str, *arguments: str, cwd: Path, site: Path | None = None) -> str:
     """The same for `python -c program`, forked off a process with its imports done."""
-    done = warm.run(program, *arguments, cwd=cwd, PYTHONPATH=str(site), PHI3_LORA_BLOCK_PLUGINS="")
+    done = warm.run(program, *arguments, cwd=cwd, PYTHONPATH=str(site or ""), PHI3_LORA_BLOCK_PLUGINS="")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -109,18 +109,18 @@ def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_pa
     assert (tmp_path / result["adapter"] / "adapter_model.safetensors").is_file()
     # Its export target ships what was trained, proved by the same command that proves the built-in ones.
     [export] = re.findall(r"^\$ phi3-lora (export .+)$", readme, re.MULTILINE)
-    told = json.loads(run("-c", COMMAND, *export.split(), "--prompts", "4", "--json", cwd=tmp_path, site=site))
+    words = [*export.split(), "--prompts", "4", "--json"]
+    told = json.loads(run_warm(warm, COMMAND, *words, cwd=tmp_path, site=site))
     assert told["comparisons"][0]["holds"] and (tmp_path / "help-desk" / "ask.py").is_file()
-    said = run("help-desk/ask.py", "Where is my parcel?", cwd=tmp_path)
+    said = run_warm(warm, SCRIPT, "help-desk/ask.py", "Where is my parcel?", cwd=tmp_path)
     assert said.strip()
 
 
-def test_the_host_trains_with_what_it_finds(tmp_path: Path) -> None:
+def test_the_host_trains_with_what_it_finds(tmp_path: Path, warm: Warm) -> None:
     from safetensors import safe_open
 
-    output = run(
-        str(EXAMPLES / "host.py"), "tiny-cpu", "training.num_train_epochs=8", "training.logging_steps=1", cwd=tmp_path
-    )
+    overrides = ["training.num_train_epochs=8", "training.logging_steps=1"]
+    output = run_warm(warm, SCRIPT, str(EXAMPLES / "host.py"), "tiny-cpu", *overrides, cwd=tmp_path)
     first, last, adapter = re.search(r"loss from ([\d.]+) to ([\d.]+); adapter saved to (.+)", output).groups()
     assert float(last) < float(first)
     with safe_open(tmp_path / adapter / "adapter_model.safetensors", "pt") as file:

@@ -52,6 +52,9 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
 sys.stdin = open(0, closefd=False)
 if request["environment"].get("PYTHONUNBUFFERED"):
     sys.stdout.reconfigure(write_through=True)
+if encoding := request["environment"].get("PYTHONIOENCODING"):
+    for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        stream.reconfigure(encoding=encoding, errors=errors)
 signal.alarm(request["timeout"])  # a child that hangs is ended, with exit code -14
 os.environ.clear()
 os.environ.update(request["environment"])
