@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from phi3_lora_plugin.chat.formats import OPTIONAL, REQUIRED
-from phi3_lora_plugin.chat.marks import decisive, label_of
+from phi3_lora_plugin.chat.marks import LABELS, decisive, label_of
 from phi3_lora_plugin.chat.row_error import RowError, named
 from phi3_lora_plugin.chat.turns import KEYS
 from phi3_lora_plugin.wording import nearest
@@ -74,7 +74,7 @@ def unread_values(row: Mapping[str, Any], known: Collection[str]) -> Iterator[tu
     for column, value in row.items():
         if column not in known:
             yield column, value
-        elif column == "label" and value is not None and label_of(row) is None:
+        elif column in LABELS and value is not None and label_of(row) is None:
             yield column, value
         elif isinstance(value, list) and column in _LISTS and column != "conversation":
             for item in value:

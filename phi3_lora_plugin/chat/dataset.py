@@ -128,7 +128,7 @@ def _encode_all(
     rows: dict[str, list[tuple[Part, Rows]]] = {part.key: [] for part in parts}
     for part in parts:
         try:
-            read = read_part(part, adapters, fate, recipe.preference.on)
+            read = read_part(part, adapters, fate, recipe.preference.rows)
             rows[part.key].append((part, encoded(read, tokenizer, data, limit, fate)))
         except SourceError as error:
             if part.key == "data.path":
@@ -157,6 +157,11 @@ def _encode_all(
         if halves is None:
             raise DataError(["data.eval_fraction: all rows are the same conversation, so there is nothing to hold out"])
         train, held_out = halves
+    if len(set(train.good)) == 1:
+        raise DataError([
+            f"{len(train.good):,} rows to train on, all with label: {str(train.good[0]).lower()}; preference.loss: kto "
+            "learns from good and bad answers, so it needs rows of both"
+        ])  # fmt: skip
     known = set(train.digests)
     leaked = (
         [
@@ -182,6 +187,7 @@ def _encode_all(
         empty=tuple(fate.empty),
         unreadable=tuple(fate.unreadable),
         weighed=len(train.weights),
+        good=sum(train.good) if train.good else None,
         calls=fate.calls,
         tool_format=tool_format(data.tool_format, template).name if fate.calls else None,
         duplicates=tuple(duplicates(train)),

@@ -114,6 +114,28 @@ def encode_batch(
     return rows
 
 
+def encode_prompts(
+    conversations: Sequence[Sequence[Message]], tokenizer: Any, policy: Policy, template: str | None = None
+) -> list[list[int] | EncodeError]:
+    """Ids to generate the next turn from, as `prompt_ids`, of many conversations; a failure takes its row's place."""
+    kind, control = template_for(tokenizer, template), control_pattern(tokenizer)
+    prepared: list[list[dict[str, Any]] | EncodeError] = []
+    for conversation in conversations:
+        try:
+            made = prepare(conversation, kind, policy, control)
+        except EncodeError as error:
+            prepared.append(error)
+            continue
+        if not made or made[-1]["role"] == "assistant":
+            prepared.append(EncodeError("messages", "the next turn is not the assistant's; end with a user message"))
+        else:
+            prepared.append(made)
+    chats = [one for one in prepared if not isinstance(one, EncodeError)]
+    texts = render(kind.text, chats, _tokens(tokenizer), add_generation_prompt=True)[0] if chats else []
+    encoded = iter(whole_texts(tokenizer).encode_batch(texts, add_special_tokens=False))
+    return [one if isinstance(one, EncodeError) else list(next(encoded).ids) for one in prepared]
+
+
 def prompt_ids(
     messages: Sequence[Message],
     tokenizer: Any,
@@ -129,16 +151,14 @@ def prompt_ids(
     Raises:
         EncodeError: as `encode`.
     """
-    kind = template_for(tokenizer, template)
     # A model may think where its data did not: what it said a turn ago is no reason to stop.
     policy = Policy(
         "assistant", system, tools, control_tokens, tool_format, "train" if thoughts == "error" else thoughts
     )
-    prepared = prepare(messages, kind, policy, control_pattern(tokenizer))
-    if not prepared or prepared[-1]["role"] == "assistant":
-        raise EncodeError("messages", "the next turn is not the assistant's; end with a user message")
-    (text,), _ = render(kind.text, [prepared], _tokens(tokenizer), add_generation_prompt=True)
-    return list(whole_texts(tokenizer).encode(text, add_special_tokens=False).ids)
+    (ids,) = encode_prompts([messages], tokenizer, policy, template)
+    if isinstance(ids, EncodeError):
+        raise ids
+    return ids
 
 
 def _of_chat(

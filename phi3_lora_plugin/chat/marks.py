@@ -1,7 +1,7 @@
 """How much of a row is to be learned: the marks that data sets use, and the keys that nobody may pass over in silence.
 
 Read are OpenAI's and Mistral's `weight`, ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`, axolotl's
-`train` and `train_detail`, and `label` as TRL's KTOTrainer means it. Any other key whose name speaks of learning is an
+`train` and `train_detail`, and KTO's `label`. Any other key whose name speaks of learning is an
 error.
 """
 
@@ -20,8 +20,9 @@ Span = tuple[int, int, float]  # first character, the one after the last, and ho
 MARKS = ("train", "trainable", "training", "loss", "loss_mask", "weight", "loss_weight", "loss_scale")
 #: Everything that is read of a message for this.
 MESSAGE_MARKS = (*MARKS, "train_detail")
-#: Everything that is read of a row for this.
-ROW_MARKS = (*MARKS, "label")
+#: Whether a row's answer is good, by TRL's and by LLaMA-Factory's name; the rest is what a row may have for this.
+LABELS = ("label", "kto_tag")
+ROW_MARKS = (*MARKS, *LABELS)
 
 #: No weight may be larger; one of a thousand is a mistake.
 HEAVIEST = 1000
@@ -31,7 +32,8 @@ _WORDS = frozenset(
     "learned supervise supervised ignore ignored segments".split()
 )
 _INVERSE = frozenset("mask masks masked ignore ignored untrained".split())
-_MEDIA = frozenset("image images video videos audio audios image_url image_urls image_path pixel_values".split())
+#: Names of columns that hold something else than text.
+MEDIA = frozenset("image images video videos audio audios image_url image_urls image_path pixel_values".split())
 _PAIRS = frozenset("chosen rejected rejected_response chosen_messages rejected_messages preferred_output "
                    "non_preferred_output".split())  # fmt: skip
 _DEEPEST = 8  # levels of unread values that are looked through
@@ -94,7 +96,7 @@ def joined(weights: list[float]) -> list[Span]:
 
 def label_of(row: Mapping[str, Any]) -> bool | None:
     """KTO's `label` of a row, also as 0 or 1 or as the text of a CSV file; None for anything else."""
-    value = row.get("label")
+    value = next((row[name] for name in LABELS if row.get(name) is not None), None)
     if isinstance(value, str):
         value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
     return bool(value) if isinstance(value, bool) or value in (0, 1) else None
@@ -140,7 +142,7 @@ def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 @lru_cache(maxsize=4096)
 def _kind(name: str) -> str | None:
     words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
-    if name.lower() in _MEDIA:
+    if name.lower() in MEDIA:
         return "media"
     if name.lower() in _PAIRS:
         return "pairs"

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.adapt import Reading, conversations
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.formats import Adapter
+from phi3_lora_plugin.chat.judged import Judged, encode_judged, read_judged
 from phi3_lora_plugin.chat.pairs import encode_pairs, read_pairs
 from phi3_lora_plugin.chat.preferences import Pair
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import Left, SourceReport
 from phi3_lora_plugin.chat.rows import Rows
 from phi3_lora_plugin.chat.sources import Found
+from phi3_lora_plugin.chat.tasks import Task, encode_tasks, read_tasks
 from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.chat.tool_formats import ToolFormat, lost_by, tool_format
 
@@ -54,8 +55,11 @@ class Fate:
     read: int = 0
 
 
-def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, pairs: bool) -> Iterator[tuple[Place, Any]]:
-    """Conversations of one part, or pairs of them, from the top; what is wrong with rows goes into `fate`.
+def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, kind: str) -> Iterator[tuple[Place, Any]]:
+    """Rows of one part from the top; what is wrong with some goes into `fate`.
+
+    Args:
+        kind: "chats", "pairs" of them, "judged" ones, or "tasks" to answer.
 
     Raises:
         SourceError: a source that cannot be read at all, once the others are read.
@@ -67,12 +71,15 @@ def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, pairs: bo
     for source in part.found.sources:
         reading = Reading(source.name)
         try:
-            items: Iterator[Any] = (
-                read_pairs(source, reading, data.columns, data.ignore)
-                if pairs
-                else conversations(source, reading, data.format, data.columns, adapters, data.ignore)
-            )
-            for item in islice(items, left):
+            items: Iterator[Any]
+            if kind == "pairs":
+                items = read_pairs(source, reading, data.columns, data.ignore)
+            else:
+                items = _READERS[kind](source, reading, data.format, data.columns, adapters, data.ignore)
+            for item in items:
+                if left is not None and reading.rows > left:
+                    reading.rows -= 1  # one row may give several items, so it is read before it is one too many
+                    break
                 if isinstance(item, Problem):
                     fate.problems.append(item)
                 else:
@@ -92,40 +99,40 @@ def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, pairs: bo
 def encoded(
     read: Iterator[tuple[Place, Any]], tokenizer: Any, data: DataSection, limit: int | None, fate: Fate
 ) -> Rows:
-    """Conversations or pairs as rows; those that have nothing to train, or cannot be encoded, go into `fate`."""
+    """What was read as rows; those that have nothing to train, or cannot be encoded, go into `fate`."""
     policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
     how = tool_format(data.tool_format, template_for(tokenizer, data.template).name)
     rows = Rows()
     for batch in _batches(read):
-        both = isinstance(batch[0][1], Pair)
-        encode_all = encode_pairs if both else encode_batch
-        encoded = encode_all([chat for _, chat in batch], tokenizer, limit, policy, data.template)
-        for (place, chat), row in zip(batch, encoded, strict=True):
+        encode_all = _ENCODERS.get(type(batch[0][1]), encode_batch)
+        encoded = encode_all([item for _, item in batch], tokenizer, limit, policy, data.template)
+        for (place, item), row in zip(batch, encoded, strict=True):
+            chat = _chats(item)[0]
             if isinstance(row, EncodeError):
                 if row.reason in ("untrained", "truncated"):
                     fate.dropped.append(Left(str(place), str(row)))
                 else:
                     fate.problems.append(Problem(place, str(row)))
                 continue
-            for turn in chat.chosen if both else chat:
+            for turn in chat:
                 fate.calls += len(turn.get("calls", ()))
-            if servers := _lost(chat.chosen if both else chat, how):
+            if servers := _lost(chat, how):
                 why = f"{', '.join(servers)} stops at the first ], so it loses a call with a list or a bracket"
                 fate.unreadable.append(Left(str(place), why))
-            if (empty := _empty(chat.chosen if both else chat, both)) is not None:
+            if (empty := _empty(chat, isinstance(item, Pair | Judged))) is not None:
                 fate.empty.append(Left(str(place), empty))
             if row["truncated"]:
                 fate.truncated.append(Left(str(place), f"longer than {limit} tokens; its end was cut off"))
-            rows.add(str(place), row, tuple(message["role"] for message in (chat.chosen if both else chat)))
+            rows.add(str(place), row, tuple(message["role"] for message in chat))
     return rows
 
 
 def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, Any]]]:
-    """Batches of conversations or pairs, of so many and, where they are long, of so many characters."""
+    """Batches of what was read, of so many and, where they are long, of so many characters."""
     batch: list[tuple[Place, Any]] = []
     size = 0
     for item in read:
-        chats = (item[1].chosen, item[1].rejected) if isinstance(item[1], Pair) else (item[1],)
+        chats = _chats(item[1])
         batch.append(item)
         size += sum(len(turn["content"]) for chat in chats for turn in chat)
         if len(batch) == _BATCH or size > _CHARACTERS:
@@ -133,6 +140,22 @@ def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, An
             batch, size = [], 0
     if batch:
         yield batch
+
+
+_READERS: dict[str, Any] = {"chats": conversations, "judged": read_judged, "tasks": read_tasks}
+_ENCODERS: dict[type, Any] = {Pair: encode_pairs, Judged: encode_judged, Task: encode_tasks}
+
+
+def _chats(item: Any) -> tuple[Sequence[Mapping[str, Any]], ...]:
+    """The chats of what was read of one row; of a pair the chosen one first."""
+    match item:
+        case Pair():
+            return item.chosen, item.rejected
+        case Judged():
+            return (item.chat,)
+        case Task():
+            return (item.messages,)
+    return (item,)
 
 
 def _lost(chat: Sequence[Mapping[str, Any]], how: ToolFormat) -> tuple[str, ...]:

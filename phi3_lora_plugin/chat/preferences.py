@@ -35,6 +35,11 @@ class Pair:
     rejected: list[Message]
 
 
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a column that holds a rejected answer."""
+    return any(row.get(name) is not None for name in _REJECTED)
+
+
 def preference(row: Mapping[str, Any]) -> Pair:
     """Read one row.
 

@@ -58,6 +58,8 @@ def render(report: DataReport, console: Console) -> None:
                 line(title, pieces)
     if report.weighed:
         line("weights", [f"{report.weighed:,} rows to train on have weights other than 0 and 1"])
+    if report.good is not None:
+        line("labels", _balance(report.good, report.train.rows - report.good))
     if report.unread:
         line("not used", _listed([f"{name} ({count:,})" for name, count in report.unread.items()]))
     for title, rows in _fates(report):
@@ -74,6 +76,16 @@ _KINDS = (
         re.compile(r"<\|tool_call\|>.*?(?:<\|/tool_call\|>|$)|functools\[.*?(?=<\||$)", re.DOTALL),
     ),
 )
+
+
+def _balance(good: int, bad: int) -> list[str]:
+    """How many answers are good and bad, and the weights that the KTO paper advises where that differs much."""
+    pieces = [f"{good:,} good,", f"{bad:,} bad"]
+    if max(good, bad) > 4 / 3 * min(good, bad):  # its equation 8
+        name, weight = ("undesirable", good / bad) if good > bad else ("desirable", bad / good)
+        pieces[-1] += ";"
+        pieces += [f"preference.{name}_weight: {weight:.3g}", "makes both count alike"]
+    return pieces
 
 
 def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> None:

@@ -24,7 +24,9 @@ class Rows:
     labels: array[int] = field(default_factory=lambda: array("i"))
     weights: dict[int, array[float]] = field(default_factory=dict)  # by row; of others all that is trained counts as 1
     cuts: list[int] = field(default_factory=list)  # of pairs: where the rejected chat begins, behind the chosen one
-    groups: list[bytes] = field(default_factory=list)  # of pairs: rows with the same prompt are of one group
+    good: list[bool] = field(default_factory=list)  # of judged answers
+    tasks: list[str] = field(default_factory=list)  # of rows to answer: `tasks.Task` as JSON
+    groups: list[bytes] = field(default_factory=list)  # of preferences: rows with the same prompt are of one group
     about: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)  # place, tokens, trained, roles
     digests: list[bytes] = field(default_factory=list)
     roles: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # most rows share theirs
@@ -39,15 +41,25 @@ class Rows:
         if "weights" in row:
             self.weights[len(self.about) - 1] = array("f", row["weights"])
             extra = self.weights[len(self.about) - 1].tobytes()
+        if "task" in row:
+            self.tasks.append(row["task"])
         if "cut" in row:
             self.cuts.append(row["cut"])
+        if "label" in row:
+            self.good.append(row["label"])
+            extra = bytes([row["label"]])
+        if "cut" in row or "label" in row:
             prompt = ids[: next(index for index, label in enumerate(labels) if label != IGNORE)]
             self.groups.append(hashlib.blake2b(prompt.tobytes(), digest_size=16).digest())
         self.digests.append(hashlib.blake2b(ids.tobytes() + labels.tobytes() + extra, digest_size=16).digest())
 
 
+#: What only some kinds of rows have, each row one.
+_BY_ROW = ("cuts", "good", "tasks", "groups")
+
+
 def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows] | None:
-    """Hold out a share of the distinct conversations (of pairs: of the prompts), so that no copy is trained on.
+    """Hold out a share of the distinct conversations (of preferences: of the prompts), so that no copy is trained on.
 
     None if there are not two of them.
     """
@@ -76,8 +88,8 @@ def take(rows: Rows, numbers: Sequence[int]) -> Rows:
             part.weights[len(part.about)] = rows.weights[number]
         part.about.append(rows.about[number])
         part.digests.append(rows.digests[number])
-        part.cuts += rows.cuts[number : number + 1]
-        part.groups += rows.groups[number : number + 1]
+        for name in _BY_ROW:
+            getattr(part, name).extend(getattr(rows, name)[number : number + 1])
     return part
 
 
@@ -86,7 +98,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     whole = Rows()
     for part in parts:
         whole.weights |= {number + len(whole.about): weights for number, weights in part.weights.items()}
-        for name in ("ids", "labels", "cuts", "groups", "about", "digests"):
+        for name in ("ids", "labels", "about", "digests", *_BY_ROW):
             getattr(whole, name).extend(getattr(part, name))
     return whole
 
@@ -114,7 +126,14 @@ def to_table(rows: Rows) -> pyarrow.Table:
         for number, weights in rows.weights.items():
             flat[offsets[number] : offsets[number + 1]] = weights
         table = table.append_column("weights", pa.LargeListArray.from_arrays(offsets, pa.array(flat)))
-    return table.append_column("cut", pa.array(rows.cuts, pa.int32())) if rows.cuts else table
+    for name, values, kind in (
+        ("cut", rows.cuts, pa.int32()),
+        ("label", rows.good, pa.bool_()),
+        ("task", rows.tasks, pa.large_string()),
+    ):
+        if values:
+            table = table.append_column(name, pa.array(values, kind))
+    return table
 
 
 def lengths(rows: Any) -> list[int]:

@@ -77,9 +77,10 @@ def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     Raises:
         RowError: KTO's `label: false`, or a mark that cannot be honoured.
     """
-    if row.get("label") is not None and label_of(row) is False:
+    if label_of(row) is False:
         raise RowError(
-            "has label: false, an answer that is not to be learned (KTO); leave such rows out with data.on_error: skip"
+            "has label: false, an answer that is not to be learned; set preference.loss: kto to learn from it, or "
+            "leave such rows out with data.on_error: skip"
         )
     try:
         weight = weight_of(row, "row")

@@ -110,15 +110,30 @@ class Recipe(Section):
             yield "training.fp16", "set together with training.bf16; keep one"
 
     def _preference_conflicts(self) -> Iterator[tuple[str, str]]:
-        data, lora = self.data, self.lora
+        data, lora, training, loss = self.data, self.lora, self.training, self.preference.loss
         if data.packing:
-            yield "data.packing", "pairs are not packed; write data.packing: false"
-        if data.format != "auto":
+            kind = "pairs" if self.preference.rows == "pairs" else "judged rows"
+            yield "data.packing", f"{kind} are not packed; write data.packing: false"
+        if data.format != "auto" and self.preference.rows == "pairs":
             yield "data.format", "pairs are recognised by their columns chosen and rejected; write data.format: auto"
         if data.train_on != "assistant":
-            yield "data.train_on", "preference pairs compare answers only; write data.train_on: assistant"
-        if lora.init not in ("default", "gaussian"):
+            yield "data.train_on", "preferences compare answers only; write data.train_on: assistant"
+        if self.preference.has_reference and lora.init not in ("default", "gaussian"):
             yield "lora.init", f"{lora.init} does not start at the base model, which is the reference; write default"
+        yield from self._not_honoured(f"preference.loss: {loss}")
+        if loss == "kto":
+            if training.get("per_device_train_batch_size", 8) < 2:
+                yield "training.per_device_train_batch_size", "kto compares rows of a batch; write at least 2"
+            ordered = [name for name in ("train_sampling_strategy", "group_by_length") if training.get(name)]
+            if ordered and training[ordered[0]] != "sequential":
+                yield f"training.{ordered[0]}", "kto takes rows in their order; leave it out"
+
+    def _not_honoured(self, loss: str) -> Iterator[tuple[str, str]]:
+        """Settings of the plain loss, which another loss would ignore."""
+        if self.training.get("label_smoothing_factor"):
+            yield "training.label_smoothing_factor", f"has no effect with {loss}; leave it out"
+        if self.training.get("use_liger_kernel"):
+            yield "training.use_liger_kernel", f"Liger's loss is not the one of {loss}; leave it out"
 
     @property
     def name(self) -> str:

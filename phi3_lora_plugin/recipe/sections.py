@@ -228,25 +228,53 @@ class LoraSection(Section):
                     yield name, f"{pattern!r} is not a regular expression ({error})"
 
 
-class PreferenceSection(Section):
-    """Train on which of two answers is better, and not on answers alone."""
+#: Losses of TRL's DPOTrainer, which compare with a reference.
+DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down")
 
-    loss: Literal["none", "sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down"] = "none"
-    """none: rows are chats; else rows have `chosen` and `rejected`, compared by this loss of TRL's DPOTrainer."""
+
+class PreferenceSection(Section):
+    """Train on which answers are better, and not on answers alone."""
+
+    loss: Literal["none", "sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "kto", "orpo", "simpo"] = "none"
+    """none: rows are chats; kto: chats with a `label` (arXiv 2402.01306); else rows have `chosen` and `rejected`,
+    compared by a loss of TRL's DPOTrainer, by orpo (arXiv 2403.07691) or simpo (arXiv 2405.14734)."""
     beta: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.1
-    """How close to stay to the base, which is the reference; more is closer."""
+    """How close to stay to the base, which is the reference; of orpo the weight of its odds ratio, of simpo the scale
+    of its rewards."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5, allow_inf_nan=False)] = 0.0
-    """Share of pairs whose order is assumed to be wrong, for the losses sigmoid and robust."""
+    """Share of pairs whose order is assumed to be wrong, for the losses sigmoid, robust and simpo."""
+    desirable_weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    """Weight of rows with `label: true`, for kto."""
+    undesirable_weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    """Weight of rows with `label: false`, for kto."""
+    gamma: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.5
+    """Margin that the chosen answer's reward is to have, for simpo."""
+    cpo_alpha: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """Weight of the chosen answer's own loss, for simpo; 0 is SimPO as published, more is CPO-SimPO."""
 
     @property
     def on(self) -> bool:
-        """Whether rows are pairs."""
+        """Whether rows say which answers are better."""
         return self.loss != "none"
+
+    @property
+    def rows(self) -> Literal["chats", "pairs", "judged"]:
+        """What rows are: chats to learn, two answers each, or one answer with a label."""
+        return "judged" if self.loss == "kto" else "pairs" if self.on else "chats"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with the base model."""
+        return self.loss == "kto" or self.loss in DPO_LOSSES
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """What the loss would not look at."""
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
             yield "label_smoothing", f"has no effect with preference.loss: {self.loss}"
+        of = {"desirable_weight": "kto", "undesirable_weight": "kto", "gamma": "simpo", "cpo_alpha": "simpo"}
+        for name, loss in of.items():
+            if self.loss != loss and getattr(self, name) != type(self).model_fields[name].default:
+                yield name, f"has no effect with preference.loss: {self.loss}; it is for {loss}"
 
 
 class CheckpointSection(Section):

@@ -1,4 +1,4 @@
-"""What a run learns from, chats or pairs of answers, and what it takes to train on that."""
+"""What a run learns from: chats, pairs of answers, judged answers, and what it takes to train on that."""
 
 from __future__ import annotations
 
@@ -29,6 +29,14 @@ class Objective:
 
 def objective_of(recipe: Recipe) -> Objective:
     """The objective that a recipe names."""
+    if recipe.preference.loss == "kto":
+        from phi3_lora_plugin.training.kto import JudgedTrainer, feed_judged, kto_arguments
+
+        return Objective(JudgedTrainer, kto_arguments, feed_judged)
+    if recipe.preference.loss in ("orpo", "simpo"):
+        from phi3_lora_plugin.training.reference_free import feed_two_sides, pair_arguments, pair_trainer
+
+        return Objective(pair_trainer(recipe.preference.loss), pair_arguments, feed_two_sides)
     if recipe.preference.on:
         from phi3_lora_plugin.training.preference import PreferenceTrainer, feed_pairs, preference_arguments
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch  # noqa: TID253
@@ -12,23 +13,22 @@ from trl import DPOConfig, DPOTrainer  # noqa: TID253
 
 from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.chat.pad import pad
-from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-
-
-class PreferenceError(Phi3LoraError):
-    """The installed TRL cannot train on pairs as this package makes them."""
+from phi3_lora_plugin.training.trl_trainers import ObjectiveError
 
 
 def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
     """The recipe's `training` and `preference` as TRL's own arguments.
 
     Raises:
-        PreferenceError: TRL is too old.
+        ObjectiveError: TRL is too old.
     """
     if not hasattr(DPOTrainer, "compute_ref_log_probs"):  # came with the columns that the collator below makes
-        raise PreferenceError("preference.loss needs a newer TRL: pip install 'trl>=1.0'")
+        raise ObjectiveError(
+            f"preference.loss: {recipe.preference.loss} needs DPOTrainer as TRL 1.0 has it; installed is TRL "
+            f"{version('trl')}: pip install 'trl>=1.0'"
+        )
     section = recipe.preference
     ours: dict[str, Any] = {
         "beta": section.beta,
@@ -40,17 +40,24 @@ def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
     return training_arguments(recipe, has_eval, DPOConfig, **ours)
 
 
+def forget_copy(trainer: Any) -> None:
+    """Delete the copy of the adapter that TRL makes as the reference, where it did not make the adapter itself.
+
+    A new adapter is nothing yet: the base is the reference, without a copy that every checkpoint would have to tell
+    from the adapter.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+        model.set_adapter("default")
+
+
 class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
     """DPOTrainer that leaves encoded rows as they are and a new adapter alone."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        # For an adapter that it did not make itself, TRL copies it as the reference. A new one is nothing yet: the base
-        # is the reference, without a copy that every checkpoint would have to tell from the adapter.
-        model = self.accelerator.unwrap_model(self.model)
-        if "ref" in model.peft_config:
-            model.delete_adapter("ref")
-            model.set_adapter("default")
+        forget_copy(self)
 
     def _prepare_dataset(self, dataset: Any, *others: Any, **named: Any) -> Any:
         return dataset
