@@ -21,6 +21,7 @@ from phi3_lora_plugin.chat.dataset import DataError, load_data
 from phi3_lora_plugin.training.arguments import lora_options
 from phi3_lora_plugin.training.trl_trainers import ObjectiveError, trl_trainer
 
+pytest.importorskip("trl.trainer.dpo_trainer")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 

@@ -41,6 +41,12 @@ def trl_trainer(
         if own.__name__.endswith(f"{name.lower()}_trainer") and fits(own):
             return trainer, arguments
     raise ObjectiveError(
-        f"{setting} needs {name}Trainer as TRL {since} has it; installed is TRL {metadata.version('trl')}: "
-        f"pip install 'trl>={since}'"
+        f"{setting} needs {name}Trainer as TRL {since} has it; {_installed()}: pip install 'trl>={since}'"
     )
+
+
+def _installed() -> str:
+    try:
+        return f"installed is TRL {metadata.version('trl')}"
+    except metadata.PackageNotFoundError:
+        return "TRL is not installed"
