@@ -1,4 +1,4 @@
-"""Plan every preset and write the figures that `phi3-lora recipes` shows.
+"""Plan the presets that are new or changed, or those named, and write the figures that `phi3-lora recipes` shows.
 
 python tools/plan_presets.py [NAME...]
 """
@@ -27,7 +27,8 @@ def row(name: str) -> dict[str, object]:
 
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-    for name in sys.argv[1:] or shipped_names():
+    changed = [name for name in shipped_names() if table.get(name, {}).get("digest") != load_recipe(name).digest()]
+    for name in sys.argv[1:] or changed:
         table[name] = row(name)
     TABLE.write_text(json.dumps({name: table[name] for name in shipped_names()}, indent=1) + "\n")
 
