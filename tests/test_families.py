@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from phi3_lora_plugin.inspect.inspect import inspect
+from phi3_lora_plugin.model.base_size import base_size, size_of_config
 from phi3_lora_plugin.model.families import (
     RopeError,
     UnsupportedModel,
@@ -17,6 +19,10 @@ from phi3_lora_plugin.model.families import (
     row_limit,
     straddles,
 )
+from phi3_lora_plugin.model.folder import ModelError, find_config, find_folder, model_folder
+from phi3_lora_plugin.model.load import load_model
+from phi3_lora_plugin.model.published import published_config, read_planning_config, why_refused
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
 MINI = {
     "model_type": "phi3",
@@ -72,13 +78,39 @@ def test_a_member_is_recognised_by_its_config(config: dict[str, object], name: s
     assert recognise(config).name == name
 
 
-@pytest.mark.parametrize(
-    "kind", ["phi3small", "phi3_v", "phi4mm", "phi4_multimodal", "phi4flash", "phi", "llama", None]
-)
+@pytest.mark.parametrize("kind", ["phi3small", "phi3_v", "phi4mm", "phi4flash", "phi", "llama", None])
 def test_anything_else_is_refused_with_a_reason(kind: str | None) -> None:
     with pytest.raises(UnsupportedModel, match=f"model_type {kind!r}: .{{30,}}") as caught:
         recognise(MINI | {"model_type": kind})
-    assert "`phi3` and `phimoe`" in str(caught.value)
+    assert "Supported are `phi3`, `phimoe` and the text side of `phi4_multimodal`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("microsoft/Phi-4-mini-flash-reasoning", "SambaY.*train microsoft/Phi-4-mini-reasoning"),
+        ("microsoft/Phi-4-multimodal-instruct", "model.revision=refs/pr/70"),
+        ("Microsoft/phi-3.5-vision-instruct", "try Phi-3.5-mini for text"),
+        ("microsoft/Phi-3-small-8k-instruct", "try Phi-3-mini or -medium"),
+    ],
+)
+def test_published_models_that_are_refused_are_before_any_download(name: str, words: str) -> None:
+    for ask in (find_folder, find_config, model_folder, load_model, load_tokenizer, read_planning_config, inspect):
+        with pytest.raises(UnsupportedModel, match=words):
+            ask(name)
+    assert base_size(name) is None and why_refused(name)
+    # Another revision may hold another layout, as of Phi-4-multimodal: only its files tell.
+    with pytest.raises(ModelError):
+        find_folder(name, "refs/pr/99")
+
+
+def test_the_text_side_of_phi_4_multimodal_is_a_member() -> None:
+    config = published_config("microsoft/Phi-4-multimodal-instruct", "refs/pr/70")
+    assert config is not None and recognise(config).name == "phi-4-multimodal"
+    mini = published_config("microsoft/Phi-4-mini-instruct")
+    assert mini is not None and projections(config) == projections(mini)
+    # 5.57 billion with its vision and speech LoRA, r 256 and 320, of 1,441,792 parameters for each of r.
+    assert size_of_config(config).parameters + (256 + 320) * 1_441_792 == 5_574_476_224
 
 
 @pytest.mark.parametrize(

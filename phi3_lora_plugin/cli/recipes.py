@@ -99,6 +99,8 @@ def show_command(
         recipe = load_recipe(name, overrides or (), find=_finder())
     except RecipeError as error:
         _wrong_input(error)
+    for problem in _unsupported_base(recipe):
+        print(problem, file=sys.stderr)
     if as_json:
         about_it = {"name": recipe.name, "source": str(recipe.source), "digest": recipe.digest()}
         print(json.dumps({**about_it, "recipe": recipe.resolved(), "provenance": dict(recipe.provenance)}, indent=2))
@@ -129,7 +131,14 @@ def validate_command(
         except RecipeError as error:
             found[file] = (None, error.problems)
         else:
-            found[file] = (recipe, [*_unregistered(recipe, plugins.pick), *_missing_data(recipe)])
+            found[file] = (
+                recipe,
+                [
+                    *_unregistered(recipe, plugins.pick),
+                    *_unsupported_base(recipe),
+                    *_missing_data(recipe),
+                ],
+            )
     if not found:
         print("nothing to validate: name a recipe before its overrides", file=sys.stderr)
         raise typer.Exit(2)
@@ -198,6 +207,15 @@ def _unregistered(recipe: Recipe, pick: Callable[[str, str], Any]) -> list[Probl
         except ValueError as error:
             problems.append(Problem(recipe.provenance.get(key, ""), key, str(error)))
     return problems
+
+
+def _unsupported_base(recipe: Recipe) -> list[Problem]:
+    """A base that no loader of ours can train; a loader of another package may."""
+    from phi3_lora_plugin.model.published import why_refused
+    from phi3_lora_plugin.recipe.yaml_file import Problem
+
+    why = why_refused(recipe.model.path, recipe.model.revision) if recipe.model.loader == "phi3" else None
+    return [Problem(recipe.provenance.get("model.path", ""), "model.path", why)] if why else []
 
 
 def _missing_data(recipe: Recipe) -> list[Problem]:

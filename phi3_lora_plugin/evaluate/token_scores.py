@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Rows of logits held at one time; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 _CHUNK = 256
 #: Families whose logits are the head applied to the last hidden states and nothing else.
-_PLAIN_HEADS = ("phi3", "phimoe")
+_PLAIN_HEADS = ("phi3", "phimoe", "phi4_multimodal")
 
 
 class NothingTrained(Phi3LoraError):

@@ -10,6 +10,7 @@ from typing import Any
 from phi3_lora_plugin.export.merge_check import check_written, compare_logits, fits, quantization_loss
 from phi3_lora_plugin.export.merge_module import MergeError
 from phi3_lora_plugin.export.merge_plan import VerificationError, merged_tensors, plan_merge
+from phi3_lora_plugin.lora.text_side import refuse_merging
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
@@ -124,6 +125,8 @@ def merge(
             f"{source} is quantised ({method}): adding to rounded weights and rounding them again loses much of the "
             "adapter; merge onto the unquantised base, with --base"
         )
+    if why := refuse_merging(config):
+        raise MergeError(f"{folder}: {why}")
     weights = Weights(source)
     plan = plan_merge(peft, weights, config, untie)
     if how not in ("none", "nf4", "int8") or (dequantize and how == "none"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: What can be activated, and what it does.
 PARTS = {
-    "targets": "PEFT knows which modules of phi3 and phimoe get LoRA where a LoraConfig names none",
+    "targets": "PEFT knows which modules of phi3, phimoe and phi4_multimodal get LoRA where a LoraConfig names none",
     "report_to": "report_to: phi3_lora adds LoRA-only checkpoints where a host passes nothing but names",
     "trl": "TRL trains Phi-3 with our templates and exact masks",
     "trainers": "every Trainer gets our callbacks, repairs and fast paths as training begins",
@@ -25,10 +25,13 @@ PARTS = {
 TABLES = ("targets", "report_to")
 #: `report_to` takes this name.
 REPORT_TO = "phi3_lora"
-#: Every projection of a layer, as published recipes for Phi-3 have it; of PhiMoE the attention, never the router.
+#: Every projection of a layer, as published recipes for Phi-3 have it; of PhiMoE the attention, never the router; of
+#: Phi-4-multimodal the text side.
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    # PEFT matches the ends of paths, and `self_attn.o_proj` is one of the audio tower's as well.
+    "phi4_multimodal": ["qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"],
 }
 
 Done = tuple[list[str], Callable[[], None]]  # a sentence for each thing done, and how to undo it
@@ -61,7 +64,7 @@ def activate(
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ActivationError(f"unknown part {', '.join(unknown)}; available: {', '.join(PARTS)}")
-    done: list[str] = []
+    done: list[str] = [] if recipe is None else _base_refused(recipe)
     new = [part for part in PARTS if part in parts and part not in _undo]
     try:
         for part in new:
@@ -73,6 +76,13 @@ def activate(
                 _undo.pop(part)()
         raise
     return done
+
+
+def _base_refused(recipe: Recipe) -> list[str]:
+    from phi3_lora_plugin.model.published import why_refused
+
+    why = why_refused(recipe.model.path, recipe.model.revision)
+    return [] if why is None else [f"WARNING: {recipe.name} names {recipe.model.path}, which is not supported: {why}"]
 
 
 def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None, optional: bool, say: Any) -> Done:

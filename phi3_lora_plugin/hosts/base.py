@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from phi3_lora_plugin.lora.targets import ALL_LINEAR, TargetError, describe, resolve_targets
-from phi3_lora_plugin.model.families import UnsupportedModel, projections, recognise
+from phi3_lora_plugin.model.families import UnsupportedModel, has_towers, projections, recognise
+from phi3_lora_plugin.model.refused import REFUSED_IDS
+
+log = logging.getLogger(__name__)
 
 
 def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:
     """The config of `base` (folder or hub id) as plain data if it is one of the family, else None; runs no remote code.
+
+    Phi-4-multimodal counts as none: hosts name targets by their ends. Of it, and of what is refused, the log says so.
 
     Raises:
         OSError: no config was found; the message names where it was looked for.
@@ -20,7 +26,15 @@ def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:
     config, _ = PretrainedConfig.get_config_dict(base, revision=revision)
     try:
         recognise(config)
-    except UnsupportedModel:
+    except UnsupportedModel as error:
+        if config.get("model_type") in REFUSED_IDS.values():
+            log.warning("phi3_lora_plugin: %s: %s", base, error)
+        return None
+    if has_towers(config):
+        log.warning(
+            "phi3_lora_plugin: %s: names of targets fit its audio tower as well, and nothing is changed for this host; "
+            "its text side is trained by `phi3-lora train`", base,
+        )  # fmt: skip
         return None
     return dict(config)
 

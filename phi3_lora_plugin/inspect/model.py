@@ -229,7 +229,7 @@ def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
     rows: dict[tuple[str, int, str], Trainable] = {}
     for name in shipped_names():
         recipe = load_recipe(name)
-        known = published_config(recipe.model.path)
+        known = published_config(recipe.model.path, recipe.model.revision)
         if family.templates and (known is None or recognise(known) != family):
             continue
         lora = recipe.lora

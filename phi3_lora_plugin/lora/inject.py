@@ -14,6 +14,7 @@ from phi3_lora_plugin.lora.coverage import coverage as coverage
 from phi3_lora_plugin.lora.coverage import render_coverage as render_coverage
 from phi3_lora_plugin.lora.plan import TargetPlan
 from phi3_lora_plugin.lora.targets import TargetError, describe, resolve_targets
+from phi3_lora_plugin.lora.text_side import text_side_problems
 from phi3_lora_plugin.wording import nearest
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def _config_fields(
         "target_modules": plan.target_modules or None,
         "target_parameters": plan.target_parameters or None,
         "layers_to_transform": plan.layers_to_transform,
+        "exclude_modules": plan.exclude_modules,
         "rank_pattern": plan.rank_pattern,
         "alpha_pattern": plan.alpha_pattern,
         "modules_to_save": _full_where_ambiguous(options.get("modules_to_save"), model),
@@ -183,6 +185,7 @@ def _misfits(
     from phi3_lora_plugin.lora import methods
 
     problems = methods.init_problems(model, plan, init, options)
+    problems += text_side_problems(model, methods.rewrites_base(init), init, options)
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         problems.append(f"dropout: expected a number from 0 to below 1, got {dropout!r}")
     modules = dict(model.named_modules())

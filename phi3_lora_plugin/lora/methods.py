@@ -39,7 +39,7 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
     elif not known:
         problems.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITS)}{nearest(init, INITS)}")
     quantised = bool(getattr(model, "is_quantized", False))
-    if _rewrites_base(init) and quantised:
+    if rewrites_base(init) and quantised:
         problems.append(
             f"init_lora_weights: {init!r} takes part of the base weights into the adapter, and rounding the rest again "
             "would lose the quantised base that the adapter belongs to; use an unquantised base"
@@ -65,7 +65,7 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
     for name, owner in (("eva_config", "eva"), ("loftq_config", "loftq")):
         if options.get(name) and init != owner:
             problems.append(f"{name}: only init_lora_weights={owner!r} uses it, not {init!r}")
-    if plan.blocks and (_rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):
+    if plan.blocks and (rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):
         problems.append(
             f"init_lora_weights: {init!r} starts from a factorisation for all rows of the fused projection at once, "
             "which fills B between the slices; name the fused projection, or use the default or gaussian start"
@@ -74,7 +74,7 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
         problems.append(f"init_lora_weights: {init!r} does not go with experts, whose weights are not linear layers")
     for target in plan.targets:
         small = min(target.in_features, target.out_features)
-        if target.rank > small and (_rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):
+        if target.rank > small and (rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):
             problems.append(
                 f"init_lora_weights: {init!r} needs a rank of at most {small} in {target.module}, got {target.rank}"
             )
@@ -135,7 +135,7 @@ def finish_init(model: PeftModel, init: Any, options: Mapping[str, Any]) -> None
         initialize_eva(model, options["data"])
     elif init == "loftq":
         initialize_loftq(model)
-    elif _rewrites_base(init):
+    elif rewrites_base(init):
         _keep_start(model)
 
 
@@ -251,7 +251,7 @@ def plain_lora(model: PeftModel, adapter: str = "default") -> tuple[dict[str, Te
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     config = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = True
-    if not _rewrites_base(config.init_lora_weights):
+    if not rewrites_base(config.init_lora_weights):
         return {name: tensor.detach() for name, tensor in state.items()}, config
     plain = {name: tensor.detach() for name, tensor in state.items()}
     for module, layer in lora_layers(model, adapter).items():
@@ -272,7 +272,7 @@ def plain_lora(model: PeftModel, adapter: str = "default") -> tuple[dict[str, Te
     return plain, config
 
 
-def _rewrites_base(init: Any) -> bool:
+def rewrites_base(init: Any) -> bool:
     """Whether this init subtracts the start of the adapter from the base weights."""
     return init in ("pissa", "olora") or bool(re.fullmatch(r"pissa_niter_\d+", str(init)))
 

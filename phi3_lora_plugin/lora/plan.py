@@ -47,13 +47,17 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """Everything that gets LoRA, in the order of the model, and how to write it as a `peft.LoraConfig`."""
+    """Everything that gets LoRA, in the order of the model, and how to write it as a `peft.LoraConfig`.
+
+    `exclude_modules` is PEFT's: what has the names of targets and is outside the decoder layers.
+    """
 
     r: int
     alpha: float
     rslora: bool
     layers: int
     targets: tuple[Target, ...]
+    exclude_modules: str | None = None
 
     @property
     def parameters(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
+from phi3_lora_plugin.lora.text_side import excluded_modules
 from phi3_lora_plugin.model.families import Projection, projections
 from phi3_lora_plugin.wording import closest
 
@@ -105,7 +106,7 @@ def resolve_targets(
         problems += ranks.unused(chosen) + alphas.unused(chosen)
     if problems:
         raise TargetError(list(dict.fromkeys(problems)), describe(config))
-    return TargetPlan(r, alpha, rslora, layers, tuple(resolved))
+    return TargetPlan(r, alpha, rslora, layers, tuple(resolved), excluded_modules(config))
 
 
 def describe(config: Mapping[str, Any]) -> str:

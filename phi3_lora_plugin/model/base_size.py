@@ -10,7 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.model.families import projections
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.families import has_towers, projections
+from phi3_lora_plugin.model.towers import tower_shapes
 
 _SAVED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -25,7 +27,6 @@ class BaseSize:
 
 def base_size(name: str, revision: str | None = None) -> BaseSize | None:
     """The size of a model whose files or config are here; None of one that is not known here. Never downloads."""
-    from phi3_lora_plugin.model.folder import ModelError
     from phi3_lora_plugin.model.published import planning_config
 
     try:
@@ -35,7 +36,7 @@ def base_size(name: str, revision: str | None = None) -> BaseSize | None:
         if config.name == "config.json" and (found := size_of_files(config.parent)) is not None:
             return found
         return size_of_config(json.loads(config.read_text(encoding="utf-8")))
-    except (ModelError, OSError, ValueError, KeyError, TypeError, ArithmeticError):
+    except (Phi3LoraError, OSError, ValueError, KeyError, TypeError, ArithmeticError):
         return None  # loading reports what is wrong
 
 
@@ -85,7 +86,7 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (vocabulary, hidden)
     if moe and config.get("lm_head_bias"):
         shapes["lm_head.bias"] = (vocabulary,)
-    return shapes
+    return shapes | tower_shapes(config) if has_towers(config) else shapes
 
 
 def parameters(config: Mapping[str, Any]) -> int:

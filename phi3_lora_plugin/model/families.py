@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.refused import REFUSED, REFUSED_IDS
 
 
 class UnsupportedModel(Phi3LoraError):
@@ -100,6 +101,14 @@ FAMILIES = {
             ("<|end|>", "<|endoftext|>"),
             _PHI4_MINI_PAD,
         ),
+        Family(
+            "phi-4-multimodal",
+            "the text side of Phi-4-multimodal-instruct",
+            "phi4_multimodal",
+            ("phi-4-mini",),
+            ("<|end|>", "<|endoftext|>"),
+            _PHI4_MINI_PAD,
+        ),
         Family("phi-3.5-moe", "Phi-3.5-MoE-instruct", "phimoe", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-mini-moe", "Phi-mini-MoE-instruct", "phimoe", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
         Family("phi-tiny-moe", "Phi-tiny-MoE-instruct", "phimoe", ("phi-3.5-mini",), _PHI3_STOP, _PHI3_PAD),
@@ -108,20 +117,10 @@ FAMILIES = {
     )
 }
 
-_REFUSED = {
-    "phi": "Phi-1, 1.5 and 2 have another architecture (`phi`); PEFT has targets of its own for them",
-    "phi3small": "Phi-3-small runs only through remote code, which is never executed here; try Phi-3-mini or -medium",
-    "phi3_v": "Phi-3-vision runs only through remote code, which is never executed here; try Phi-3.5-mini for text",
-    "phi4mm": "Phi-4-multimodal as published runs only through remote code; its text sibling is Phi-4-mini",
-    "phi4_multimodal": "Phi-4-multimodal has vision and audio towers whose modules share names with the text model's; "
-    "its text sibling is Phi-4-mini",
-    "phi4flash": "Phi-4-mini-flash runs only through remote code, which is never executed here; Phi-4-mini will do",
-    "llama": "a Llama-layout copy of Phi-3 has other module names than the model it was made from; "
-    "use the original, and `phi3-lora convert` for its adapters",
-    "mistral": "a Mistral-layout copy of Phi-3 has other module names than the model it was made from; "
-    "use the original, and `phi3-lora convert` for its adapters",
-}
-
+#: Every `model_type` that is trained here.
+SUPPORTED = ("phi3", "phimoe", "phi4_multimodal")
+#: Where Phi-4-multimodal keeps what sees and hears; some modules in there have the names of the text model's.
+TOWERS = "model.embed_tokens_extend"
 
 #: Larger than any model that fits a machine: a damaged or forged config beyond them would keep loops running for ever.
 _LARGEST = {
@@ -148,17 +147,20 @@ def recognise(config: Mapping[str, Any]) -> Family:
         UnsupportedModel: another architecture; says why and what is possible.
     """
     kind = config.get("model_type")
-    if kind in ("phi3", "phimoe"):
-        _refuse_sizes(config)
+    if kind not in SUPPORTED:
+        reason = REFUSED.get(str(kind), "it is not a model of the Phi-3 family")
+        raise UnsupportedModel(
+            f"model_type {kind!r}: {reason}. Supported are `phi3`, `phimoe` and the text side of `phi4_multimodal`."
+        )
+    _refuse_sizes(config)
+    if kind == "phi4_multimodal":
+        return FAMILIES["phi-4-multimodal"]
     if kind == "phimoe":
         if _sizes(config) != (4096, 32, 32064):
             return FAMILIES["phimoe"]
         # SlimMoE (arXiv 2506.18349) made the two smaller ones by pruning experts, of the smallest heads as well.
         width = int(config.get("intermediate_size") or 0)
         return FAMILIES[{960: "phi-mini-moe", 448: "phi-tiny-moe"}.get(width, "phi-3.5-moe")]
-    if kind != "phi3":
-        reason = _REFUSED.get(str(kind), "it is not a model of the Phi-3 family")
-        raise UnsupportedModel(f"model_type {kind!r}: {reason}. Supported are `phi3` and `phimoe`.")
     long_context = int(config.get("max_position_embeddings") or 0) > 4096
     match _sizes(config):
         case (3072, 32, 32064):
@@ -177,6 +179,18 @@ def recognise(config: Mapping[str, Any]) -> Family:
         case (3072, 32, 200064):
             return FAMILIES["phi-4-mini"]
     return FAMILIES["phi3"]
+
+
+def refuse_id(name: str, revision: str | None = None) -> None:
+    """Raise UnsupportedModel for the hub id of a published model that `recognise` refuses; other revisions pass."""
+    kind = REFUSED_IDS.get(name.lower())
+    if kind is not None and revision in (None, "main"):
+        recognise({"model_type": kind})
+
+
+def has_towers(config: Mapping[str, Any]) -> bool:
+    """Whether a model sees and hears as well (Phi-4-multimodal), of which only the text side is trained."""
+    return config.get("model_type") == "phi4_multimodal"
 
 
 def projections(config: Mapping[str, Any]) -> tuple[Projection, ...]:

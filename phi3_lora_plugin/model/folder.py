@@ -8,6 +8,7 @@ from typing import Any
 
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.families import refuse_id
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
 
@@ -27,11 +28,13 @@ def find_folder(name: str | Path, revision: str | None = None, download: Sequenc
 
     Raises:
         ModelError: there is none.
+        UnsupportedModel: the hub id of a published model that is refused; before it is downloaded.
     """
     text = str(name)
     folder = Path(locate(text))
     if folder.is_dir():
         return folder
+    refuse_id(text, revision)
     if folder.exists() or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ModelError(f"{text}: no such folder, and not the id of a hub repository (OWNER/NAME)")
     from huggingface_hub import snapshot_download

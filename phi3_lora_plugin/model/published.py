@@ -12,15 +12,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.model.folder import ModelError, find_config
+from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.families import UnsupportedModel, recognise
+from phi3_lora_plugin.model.folder import ModelError, find_config, read_json
 
 
-def published_config(name: str) -> dict[str, Any] | None:
+def published_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
     """The sizes in the config.json of a hub id; None for one that is not known. Upper and lower case are the same.
+
+    Of Phi-4-multimodal only the revision is known that transformers can load.
 
     Factors of longrope are all 1.0 here but for a first one that tells two members of the family from one another.
     """
-    known = _published().get(name.lower())
+    known = _published().get(f"{name}@{revision}".lower()) or _published().get(name.lower())
     if known is None:
         return None
     config = json.loads(json.dumps(known))
@@ -42,9 +46,21 @@ def planning_config(name: str, revision: str | None = None) -> Path | dict[str, 
     try:
         return find_config(name, revision)
     except ModelError:
-        if (known := published_config(name)) is None:
+        if (known := published_config(name, revision)) is None:
             raise
         return known
+
+
+def why_refused(name: str, revision: str | None = None) -> str | None:
+    """Why a model is not supported, as far as its config is known here; None if it is, or if nothing is known."""
+    try:
+        found = planning_config(name, revision)
+        recognise(found if isinstance(found, dict) else read_json(found))
+    except UnsupportedModel as error:
+        return str(error)
+    except (Phi3LoraError, ValueError, TypeError):  # loading reports what else is wrong
+        return None
+    return None
 
 
 def read_planning_config(name: str, revision: str | None = None) -> Any:

@@ -161,8 +161,11 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
         return "hooks on the head, or a forward of its own, want its logits"
     if not hasattr(model, "model") or "loss_function" not in dir(model):
         return f"{type(model).__name__} is not built like a causal model of transformers"
-    if getattr(model.config, "model_type", None) != "phi3":
+    kind = getattr(model.config, "model_type", None)
+    if kind == "phimoe":
         return f"{type(model).__name__} adds terms of its own to the loss"
+    if kind != "phi3":
+        return f"{type(model).__name__} is not Phi-3 as transformers has it"
     return None
 
 

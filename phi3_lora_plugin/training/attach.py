@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.model.families import SUPPORTED
+from phi3_lora_plugin.model.refused import REFUSED, REFUSED_IDS
+
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
@@ -71,6 +74,9 @@ def attach(
     if _is_phi(model):
         done += _stop_tokens(trainer, model)
         done += _targets_missed(model)
+        done += _towers_reached(model)
+    elif (kind := _kind(model)) in REFUSED_IDS.values():
+        done.append(f"WARNING: model_type {kind!r}: {REFUSED[kind]}; its stop tokens and LoRA targets are not checked")
     parts = speed if speed is not None else "auto" if recipe is None else recipe.speed
     return done + _speed(trainer, model, parts)
 
@@ -100,8 +106,12 @@ def wrap_again(trainer: Trainer) -> bool:
     return True
 
 
+def _kind(model: Any) -> Any:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def _is_phi(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", None) in ("phi3", "phimoe")
+    return _kind(model) in SUPPORTED
 
 
 def _stop_tokens(trainer: Any, model: Any) -> list[str]:
@@ -150,6 +160,18 @@ def _targets_missed(model: Any) -> list[str]:
                 "name those in target_modules, or use phi3_lora_plugin.add_lora to adapt slices"
             )
     return said
+
+
+def _towers_reached(model: Any) -> list[str]:
+    """LoRA that names such as `o_proj` have put into the audio tower of Phi-4-multimodal."""
+    from phi3_lora_plugin.lora.text_side import reached_towers
+
+    if not (found := reached_towers(model)):
+        return []
+    return [
+        f"WARNING: LoRA sits in {len(found)} modules of the vision and audio towers, such as {found[0]}: text rows do "
+        r"not train them; pass exclude_modules=r'.*embed_tokens_extend\..*', or use phi3_lora_plugin.add_lora"
+    ]
 
 
 def _speed(trainer: Any, model: Any, parts: Any) -> list[str]:

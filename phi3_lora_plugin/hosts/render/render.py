@@ -7,7 +7,8 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from phi3_lora_plugin.hosts.render import __path__
-from phi3_lora_plugin.hosts.render.common import Rendered, RenderError
+from phi3_lora_plugin.hosts.render.common import Rendered, RenderError, base_config
+from phi3_lora_plugin.model.families import has_towers
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -27,5 +28,10 @@ def render(recipe: Recipe, host: str) -> Rendered:
         raise RenderError(f"--host: {host!r} is not one of {', '.join(HOSTS)}")
     if recipe.preference.on:
         raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
+    if has_towers(base_config(recipe) or {}):
+        raise RenderError(
+            f"{recipe.model.path}: {host} would give LoRA to the audio tower as well, whose modules have the names of "
+            "the text model's; its text side is trained by `phi3-lora train`"
+        )
     made: Rendered = import_module(f"phi3_lora_plugin.hosts.render.{host}").render(recipe)
     return made
