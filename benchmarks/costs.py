@@ -35,6 +35,8 @@ _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 _FREE |= {"sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "lift_fresh", "set_", "resize_"}
 #: What reads of its first input only the rows that it is asked for.
 _ROWS = {"embedding", "index_select", "gather", "index"}
+#: What writes into its first input without a look at it.
+_OVERWRITES = {"copy_", "fill_", "zero_"}
 _SMALL_RANK = 256  # a product with an inner or outer side no larger is LoRA's
 
 
@@ -85,6 +87,8 @@ class Meter(Card):
         else:
             written = [each for each in inputs if _is_written(func, args, kwargs, each)]
             moved = sum(_bytes(each) for each in inputs) + sum(_bytes(each) for each in (*outs, *written))
+            if name in _OVERWRITES or func._overloadname == "out":  # what was there before is not read
+                moved -= sum(_bytes(each) for each in written)
             if outs and written:  # in place: what comes out is what was written
                 moved -= sum(_bytes(each) for each in outs)
         self.note(*self._work(name, args, outs), moved)

@@ -111,7 +111,7 @@ def installed(patch: pytest.MonkeyPatch, varlen: Any = None, flash: Any = None) 
         other = ModuleType("flash_attn")
         other.flash_attn_varlen_func = flash
     patch.setitem(sys.modules, "flash_attn", other)
-    patch.setattr(documents, "_cards", lambda decoder: {CPU})
+    patch.setattr(documents, "cards_of", lambda decoder: {CPU})
     calls.clear()
 
 
@@ -337,10 +337,10 @@ def test_float32_a_cache_and_dropout_stay_with_sdpa(monkeypatch: pytest.MonkeyPa
 
 def test_a_model_that_moves_to_another_device_is_tried_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, torch_2_12)
-    monkeypatch.setattr(documents, "_cards", lambda decoder: set())
+    monkeypatch.setattr(documents, "cards_of", lambda decoder: set())
     model = lora(torch.bfloat16)
     assert said(model) == "one SDPA call a document: no GPU"
-    monkeypatch.setattr(documents, "_cards", lambda decoder: {CPU})
+    monkeypatch.setattr(documents, "cards_of", lambda decoder: {CPU})
     assert said(model).startswith("varlen_attn")
 
 

@@ -184,7 +184,8 @@ def test_layers_that_compute_something_else_are_left_alone(monkeypatch: pytest.M
     (line,) = [one for one in speed_up(lora(torch.float32)) if one.part == "layers"]
     assert not line.on and line.why.startswith("the MLP of transformers") and "something else" in line.why
     stock = modeling_phi3.Phi3Attention, modeling_phi3.Phi3MLP.__mro__[1], modeling_phi3.Phi3RMSNorm
-    assert layers._difference(*stock) is None
+    layer = modeling_phi3.Phi3DecoderLayer
+    assert layers._difference(*stock, layer) is None
 
 
 def test_trying_the_layers_draws_no_random_number_of_the_run_and_says_nothing(
@@ -196,6 +197,8 @@ def test_trying_the_layers_draws_no_random_number_of_the_run_and_says_nothing(
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    found = layers._difference.__wrapped__(stock.Phi3Attention, stock.Phi3MLP, stock.Phi3RMSNorm)
+    found = layers._difference.__wrapped__(
+        stock.Phi3Attention, stock.Phi3MLP, stock.Phi3RMSNorm, stock.Phi3DecoderLayer
+    )
     assert found is None and torch.equal(torch.get_rng_state(), before)
     assert capfd.readouterr().err == ""

@@ -69,8 +69,8 @@ def speed_up(
                 done.append(Applied(part, False, "switched off"))
             elif changed:
                 done.append(Applied(part, False, changed))
-            elif part == "attention":
-                done.append(_apply_attention(model, base, where))
+            elif part in ("attention", "layers"):
+                done.append((_apply_attention if part == "attention" else _apply_layers)(model, base, where))
             else:
                 done.append(_APPLY[part](model, base))
     return tuple(done)
@@ -216,13 +216,14 @@ def _apply_attention(model: Any, base: Any, devices: Iterable[torch.device]) -> 
     return Applied("attention", True, f"{PARTS['attention']}; {attention_used(base)}")
 
 
-def _apply_layers(model: Any, base: Any) -> Applied:
-    from phi3_lora_plugin.speed.layers import fuse_layers, layers_obstacle
+def _apply_layers(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+    from phi3_lora_plugin.speed.layers import fuse_layers, kernels_used, layers_obstacle
 
     obstacle = layers_obstacle(base)
-    if obstacle is None:
-        fuse_layers(base)
-    return Applied("layers", obstacle is None, obstacle or PARTS["layers"])
+    if obstacle is not None:
+        return Applied("layers", False, obstacle)
+    fuse_layers(base)
+    return Applied("layers", True, f"{PARTS['layers']}; {kernels_used(base, devices)}")
 
 
 def _apply_masters(model: Any, base: Any) -> Applied:
@@ -248,7 +249,6 @@ _ALL_LOGITS = "transformers computes the logits of every position"
 _APPLY = {
     "loss": _apply_loss,
     "lora": _apply_lora,
-    "layers": _apply_layers,
     "masters": _apply_masters,
     "host": _apply_host,
 }

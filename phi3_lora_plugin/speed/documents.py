@@ -32,6 +32,7 @@ from phi3_lora_plugin.speed.bounds import (
     right_padded,
     to_device,
 )
+from phi3_lora_plugin.speed.proved_kernels import cards_of
 from phi3_lora_plugin.speed.varlen_kernels import Kernels
 
 __all__ = ["PackingError", "attention_used", "documents_obstacle", "fuse_documents", "restore_documents"]
@@ -108,7 +109,7 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
     attention = next(each for each in decoder.modules() if hasattr(each, "qkv_proj") and hasattr(each, "scaling"))
     config, known = decoder.config, decoder._kernels
     tried = {device for device, _, _ in (*known.proved, *known.refused)}
-    places = {str(place): place for place in (*_cards(decoder), *devices)}
+    places = {str(place): place for place in (*cards_of(decoder), *devices)}
     new = varlen_kernels.prove(
         [place for name, place in places.items() if name not in tried],
         config.num_attention_heads,
@@ -118,15 +119,6 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
         getattr(config, "sliding_window", None),
     )
     return Kernels(known.proved | new.proved, known.refused | new.refused)
-
-
-def _cards(decoder: Any) -> set[torch.device]:
-    """The GPUs that the decoder is on, or, while it is still on the CPU, the one that it will be moved to."""
-    found = {parameter.device for parameter in decoder.parameters()}
-    cards = {device for device in found if device.type == "cuda"}
-    if not cards and all(device.type == "cpu" for device in found) and torch.cuda.is_available():
-        cards.add(torch.device("cuda", torch.cuda.current_device()))
-    return cards
 
 
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:

@@ -3,12 +3,16 @@
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
 
 import torch  # noqa: TID253
 
+from phi3_lora_plugin.model.families import rope_of
+from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, takes, watched
 from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu
+from phi3_lora_plugin.speed.proved_kernels import cards_of, prove
 
 
 def layers_obstacle(base: Any) -> str | None:
@@ -17,7 +21,9 @@ def layers_obstacle(base: Any) -> str | None:
         return f"{type(base).__name__} is not Phi-3 as transformers has it"
     from transformers.models.phi3 import modeling_phi3
 
-    return _difference(modeling_phi3.Phi3Attention, modeling_phi3.Phi3MLP, modeling_phi3.Phi3RMSNorm)
+    return _difference(
+        modeling_phi3.Phi3Attention, modeling_phi3.Phi3MLP, modeling_phi3.Phi3RMSNorm, modeling_phi3.Phi3DecoderLayer
+    )
 
 
 def fuse_layers(base: Any) -> int:
@@ -27,6 +33,10 @@ def fuse_layers(base: Any) -> int:
     so does every one in evaluation: there is nothing to keep, and a reloaded adapter gives the same numbers to the bit.
     """
     count = 0
+    for layer in base.model.layers:
+        layer.__dict__.pop("_stock", None)
+        if type(layer) is FastDecoderLayer.__base__:
+            layer.__class__ = FastDecoderLayer
     for module in base.model.modules():
         forward = _FORWARDS.get(type(module).__name__)
         if forward is None or "forward" in module.__dict__:
@@ -36,25 +46,37 @@ def fuse_layers(base: Any) -> int:
     return count
 
 
+def kernels_used(base: Any, devices: Iterable[torch.device]) -> str:
+    """Try the kernels of the layers of `base` on these cards and the one that it is on; say which will run."""
+    cards = {str(device): device for device in (*cards_of(base), *devices)}
+    attention = next(each for each in base.modules() if hasattr(each, "qkv_proj") and hasattr(each, "scaling"))
+    config = base.config
+    half = int(attention.head_dim * rope_of(config.to_dict()).get("partial_rotary_factor", 1.0)) // 2
+    sizes = {
+        "norm": (config.hidden_size,),
+        "rotate": (config.num_attention_heads, config.num_key_value_heads, attention.head_dim, half),
+        "gate": (config.intermediate_size,),
+    }
+    return prove(cards.values(), {base.model.norm.weight.dtype}, sizes)
+
+
 def restore_layers(base: Any) -> None:
     """Undo `fuse_layers`."""
     ours = tuple(_FORWARDS.values())
     for module in base.modules():
         if getattr(module.__dict__.get("forward"), "func", None) in ours:
             del module.forward
+        if type(module) is FastDecoderLayer:
+            module.__class__ = FastDecoderLayer.__base__
+        elif isinstance(module, FastDecoderLayer):  # FSDP2 has put a class of its own over ours
+            module.__dict__["_stock"] = True
 
 
 def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    weight = self.weight
-    if (
-        not self.training
-        or weight.requires_grad
-        or weight.dtype != hidden_states.dtype
-        or hasattr(weight, "full_tensor")
-    ):
+    if not self.training or not takes(self, hidden_states):
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
-    return rms_norm(hidden_states, weight, self.variance_epsilon)
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -64,15 +86,9 @@ def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return stock
     both, down = self.gate_up_proj(hidden_states), self.down_proj
     out: torch.Tensor | None = None
-    if hasattr(down, "fast") and torch.is_grad_enabled() and not _watched(down):
+    if hasattr(down, "fast") and torch.is_grad_enabled() and not watched(down):
         out = down.fast(both, gated=True)
     return down(swiglu(both)) if out is None else out  # type: ignore[no-any-return]
-
-
-def _watched(module: Any) -> bool:
-    """Whether hooks look at the inputs or outputs of a module."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
 
 
 def _attention(
@@ -95,7 +111,7 @@ def _attention(
     cos, sin = position_embeddings
     heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads
     # Nothing keeps the output of our projection: the rotated queries and keys can take its place.
-    reuse = hasattr(self.qkv_proj, "fast") and not _watched(self.qkv_proj) and qkv.grad_fn is not None
+    reuse = hasattr(self.qkv_proj, "fast") and not watched(self.qkv_proj) and qkv.grad_fn is not None
     query, key, value = rotate(qkv, cos, sin, heads, key_heads, self.head_dim, reuse)
     out, weights = ALL_ATTENTION_FUNCTIONS[name](
         self,
@@ -121,7 +137,7 @@ _FORWARDS = {"Phi3Attention": _attention, "Phi3MLP": _mlp, "Phi3RMSNorm": _norm}
 
 
 @cache
-def _difference(attention: type, mlp: type, norm: type) -> str | None:
+def _difference(attention: type, mlp: type, norm: type, layer: type) -> str | None:
     """Whether the installed layers compute something else than ours: tried once, on a small layer of each kind."""
     from transformers import Phi3Config, __version__
 
@@ -140,13 +156,16 @@ def _difference(attention: type, mlp: type, norm: type) -> str | None:
                 "attention": (attention(config, 0), (x, (angles.cos(), angles.sin()), None)),
                 "MLP": (mlp(config), (x,)),
                 "norm": (norm(32, eps=1e-5), (x,)),
+                "layer": (layer(config, 0), (x,)),
             }
             for what, (module, inputs) in calls.items():
+                named = {"position_embeddings": calls["attention"][1][1]} if what == "layer" else {}
                 for parameter in module.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2 + 0.3)
                     parameter.requires_grad_(False)
-                want = module.eval()(*inputs)
-                got = _FORWARDS[type(module).__name__](module.train(), *inputs)
+                want = module.eval()(*inputs, **named)
+                forward = FastDecoderLayer.forward if what == "layer" else _FORWARDS[type(module).__name__]
+                got = forward(module.train(), *inputs, **named)
                 if isinstance(want, tuple):
                     want, got = want[0], got[0]
                 if not torch.allclose(got, want, rtol=1e-4, atol=1e-5):

@@ -17,7 +17,7 @@ from typing import Any
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
-from phi3_lora_plugin.speed.elementwise import gate_backward
+from phi3_lora_plugin.speed.proved_kernels import passes_for
 from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
 
 _FEW = 16  # rows; up to this many, a pass over A and B costs more than a pass over the rows
@@ -50,8 +50,7 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
     ) -> Any:
         kept = x if seen is None else seen
         if gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = torch.nn.functional.silu(gate).mul_(up)
+            x = passes_for("gate", x, x.shape[-1] // 2).gate(x)
         down = (x if seen is None else seen) @ a.t().to(x.dtype)
         # A weight of another dtype (autocast) is cast again in backward: kept, it would be a copy of the whole base.
         out = torch.nn.functional.linear(x, weight.to(x.dtype) if unpack is None else unpack(), bias)
@@ -66,18 +65,16 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         seen, down, weight, a, b = ctx.saved_tensors
-        if ctx.gated:
-            gate, up = seen.chunk(2, dim=-1)
-            opened = torch.nn.functional.silu(gate)
-            seen = opened * up
-        grad_b = torch.zeros_like(b)
-        grad_down = torch.empty_like(down)
         wide = b.to(grad.dtype)
-        for top, bottom, left, right in ctx.blocks or ((0, b.shape[0], 0, b.shape[1]),):
-            part = grad[:, top:bottom]
-            grad_b[top:bottom, left:right] = (part.t() @ down[:, left:right]).mul_(ctx.scaling)
-            grad_down[:, left:right] = (part @ wide[top:bottom, left:right]).mul_(ctx.scaling)
-        grad_a = (grad_down.t() @ seen).to(a.dtype)
+        if ctx.blocks:
+            grad_b, grad_down = torch.zeros_like(b), torch.empty_like(down)
+            for top, bottom, left, right in ctx.blocks:
+                part = grad[:, top:bottom]
+                grad_b[top:bottom, left:right] = (part.t() @ down[:, left:right]).mul_(ctx.scaling)
+                grad_down[:, left:right] = (part @ wide[top:bottom, left:right]).mul_(ctx.scaling)
+        else:
+            grad_b = (grad.t() @ down).mul_(ctx.scaling).to(b.dtype)
+            grad_down = (grad @ wide).mul_(ctx.scaling)
         grad_x = grad_seen = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ (weight.to(grad.dtype) if ctx.unpack is None else ctx.unpack())
@@ -85,8 +82,13 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
             grad_seen = grad_down @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
         elif grad_x is not None:
             grad_x.addmm_(grad_down, a.to(grad.dtype))
-        if ctx.gated and grad_x is not None:
-            grad_x = gate_backward(grad_x, gate, up, opened)
+        if ctx.gated:
+            run = passes_for("gate", seen, seen.shape[-1] // 2)
+            if grad_x is None:
+                seen = run.gate(seen)
+            else:
+                grad_x, seen = run.gate_backward(grad_x, seen)
+        grad_a = (grad_down.t() @ seen).to(a.dtype)
         return grad_x, grad_seen, None, None, grad_a, grad_b, None, None, None, None
 
 

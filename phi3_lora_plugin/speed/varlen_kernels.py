@@ -63,8 +63,9 @@ class Kernel:
         if self.repeat and shared:
             key, value = (repeated(part, query.shape[1]) for part in (key, value))
             shared = False
-        # No `.contiguous()`: kernels take any strides as long as the last dimension is dense.
-        rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+        # No `.contiguous()`: kernels take any strides as long as the last dimension is dense. Not `part[0]`, whose
+        # gradient is written into zeros of the whole shape.
+        rows = [part.squeeze(0).transpose(0, 1) for part in (query, key, value)]
         sees = (-1 if window is None else window - 1, 0)
         if self.library == "torch":
             options: dict[str, Any] = {"scale": scaling, "window_size": sees, "enable_gqa": shared, "is_causal": True}

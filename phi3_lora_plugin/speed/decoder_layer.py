@@ -1,0 +1,50 @@
+"""The decoder layer with each sum and its norm in one function; its class is swapped, as `lora_swap` does it.
+
+A class and not a forward on the instance: transformers wraps the `forward` of a class of layers, and checkpoints
+activations there.
+"""
+
+# This module defines a subclass of something heavy; it is imported only inside functions.
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # noqa: TID253
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer  # noqa: TID253
+
+from phi3_lora_plugin.speed.elementwise import add_and_norm
+
+
+class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
+    """`Phi3DecoderLayer`; in evaluation, with dropout or where others look at its norms it is that one exactly."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        dropouts = self.resid_attn_dropout, self.resid_mlp_dropout
+        drops = any(dropout.p or watched(dropout) for dropout in dropouts)
+        ours = all(takes(norm, hidden_states) and not watched(norm) for norm in (before, after))
+        if args or drops or not ours or not self.training or "_stock" in self.__dict__:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        residual, normed = add_and_norm(hidden_states, None, before.weight, before.variance_epsilon)
+        attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
+        residual, normed = add_and_norm(attended, residual, after.weight, after.variance_epsilon)
+        return residual + self.mlp(normed)
+
+
+# FSDP and accelerate find the layers to wrap by the name of their class.
+FastDecoderLayer.__name__ = Phi3DecoderLayer.__name__
+
+
+def takes(norm: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether the functions of `elementwise` have the numbers and gradients of this norm."""
+    weight = norm.weight
+    return not weight.requires_grad and weight.dtype == hidden_states.dtype and not hasattr(weight, "full_tensor")
+
+
+def watched(module: Any) -> bool:
+    """Whether code other than ours looks at the inputs or outputs of a module, or has put a forward on it."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    forward = module.__dict__.get("forward")
+    ours = getattr(getattr(forward, "func", None), "__module__", "") == "phi3_lora_plugin.speed.layers"
+    return any(hooks) or (forward is not None and not ours)

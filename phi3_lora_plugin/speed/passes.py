@@ -1,0 +1,93 @@
+"""The passes over activations between the matrix products of a layer, in plain PyTorch, on any device.
+
+Each is a forward or a backward without autograd, which `elementwise` puts together. On a card `card_passes` has the
+same functions as one kernel each; these are their twins.
+"""
+
+# Imported only inside functions, like everything that is heavy.
+from __future__ import annotations
+
+import torch  # noqa: TID253
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
+    """(x / rms(x) * weight [.., width], 1 / rms(x) [.., 1] in float32), as `Phi3RMSNorm` of transformers has it."""
+    wide = x.to(torch.float32)  # as transformers does, whatever the dtype
+    scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze_(-1)
+    return (wide * scale).to(x.dtype).mul_(weight), scale
+
+
+def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
+    """(x + residual, and `norm` of it: what is normed, its scale)."""
+    total = x + residual
+    return (total, *norm(total, weight, eps))
+
+
+def norm_backward(
+    grad: torch.Tensor, ahead: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x from that of its norm, `grad`, and from what else comes back to x, `ahead`."""
+    wide = x.to(torch.float32)
+    out = (grad * weight).to(torch.float32)
+    # d x = scale * (g - x * scale^2 * mean(g * x)), with g the gradient of x * scale
+    share = torch.linalg.vecdot(out, wide).div_(x.shape[-1]).unsqueeze_(-1).mul_(scale * scale)
+    out = torch.addcmul(out, wide, share, value=-1).mul_(scale).to(x.dtype)
+    return out if ahead is None else out.add_(ahead)
+
+
+def turn_(both: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate heads in place: both [rows, tokens, heads, size], cos and sin [rows or 1, tokens, half of what turns]."""
+    half = cos.shape[-1]
+    cosine, sine = cos.unsqueeze(2), sin.unsqueeze(2)
+    first, second = both[..., :half], both[..., half : 2 * half]
+    turned = (first * cosine).addcmul_(second, sine, value=-1)
+    second.mul_(cosine).addcmul_(first, sine)
+    first.copy_(turned)
+
+
+def turn_backward(
+    grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The gradient [rows, tokens, (heads + 2 key heads) x size] of a projection, from those of its parts.
+
+    Args:
+        grad_q: [rows, heads, tokens, size], of the rotated queries; `grad_k` and `grad_v` have the key heads.
+        cos, sin: as for `turn_`.
+    """
+    rows, heads, tokens, size = grad_q.shape
+    key_heads = grad_k.shape[1]
+    out = torch.empty(rows, tokens, heads + 2 * key_heads, size, dtype=grad_q.dtype, device=grad_q.device)
+    _turn_back(grad_q.transpose(1, 2), cos, sin, out[:, :, :heads])
+    _turn_back(grad_k.transpose(1, 2), cos, sin, out[:, :, heads : heads + key_heads])
+    out[:, :, heads + key_heads :] = grad_v.transpose(1, 2)
+    return out.view(rows, tokens, -1)
+
+
+def _turn_back(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    half = cos.shape[-1]
+    cosine, sine = cos.unsqueeze(2), sin.unsqueeze(2)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.mul(first, cosine, out=out[..., :half]).addcmul_(second, sine)
+    torch.mul(second, cosine, out=out[..., half : 2 * half]).addcmul_(first, sine, value=-1)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
+
+
+def gate(both: torch.Tensor) -> torch.Tensor:
+    """[rows, 2 x width] -> [rows, width]: silu(first half) x second half."""
+    opened, up = both.chunk(2, dim=-1)
+    return torch.nn.functional.silu(opened).mul_(up)
+
+
+def gate_backward(grad: torch.Tensor, both: torch.Tensor) -> Pair:
+    """(gradient of `both`, `gate(both)` again), from the gradient [rows, width] of `gate(both)`."""
+    closed, up = both.chunk(2, dim=-1)
+    opened = torch.nn.functional.silu(closed)
+    out = torch.empty_like(both, memory_format=torch.contiguous_format)
+    into_gate, into_up = out.chunk(2, dim=-1)
+    torch.mul(opened, grad, out=into_up)
+    torch.mul(grad, up, out=into_gate)
+    torch.ops.aten.silu_backward.grad_input(into_gate, closed, grad_input=into_gate)
+    return out, opened.mul_(up)
