@@ -90,7 +90,7 @@ def reload_in_fork(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         assert command[:2] == [sys.executable, "-c"]
-        return warm.run(*command[2:], cwd=Path.cwd())
+        return warm.run(*command[2:], cwd=Path.cwd(), plain=True)
 
     monkeypatch.setattr(reload_check, "subprocess", SimpleNamespace(run=run))
 

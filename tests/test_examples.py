@@ -14,12 +14,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from warm_process import COMMAND, Warm
+from warm_process import COMMAND, FILE, Warm
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"  # as `python a.py` does
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +111,15 @@ def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_pa
     words = [*export.split(), "--prompts", "4", "--json"]
     told = json.loads(run_warm(warm, COMMAND, *words, cwd=tmp_path, site=site))
     assert told["comparisons"][0]["holds"] and (tmp_path / "help-desk" / "ask.py").is_file()
-    said = run_warm(warm, SCRIPT, "help-desk/ask.py", "Where is my parcel?", cwd=tmp_path)
-    assert said.strip()
+    done = warm.run(FILE, "help-desk/ask.py", "Where is my parcel?", cwd=tmp_path, plain=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def test_the_host_trains_with_what_it_finds(tmp_path: Path, warm: Warm) -> None:
     from safetensors import safe_open
 
     overrides = ["training.num_train_epochs=8", "training.logging_steps=1"]
-    output = run_warm(warm, SCRIPT, str(EXAMPLES / "host.py"), "tiny-cpu", *overrides, cwd=tmp_path)
+    output = run_warm(warm, FILE, str(EXAMPLES / "host.py"), "tiny-cpu", *overrides, cwd=tmp_path)
     first, last, adapter = re.search(r"loss from ([\d.]+) to ([\d.]+); adapter saved to (.+)", output).groups()
     assert float(last) < float(first)
     with safe_open(tmp_path / adapter / "adapter_model.safetensors", "pt") as file:
@@ -130,7 +129,7 @@ def test_the_host_trains_with_what_it_finds(tmp_path: Path, warm: Warm) -> None:
 
 def test_the_host_finds_the_plugin_too(site: Path, tmp_path: Path, warm: Warm) -> None:
     overrides = ["training.max_steps=2", "training.logging_steps=1"]
-    run_warm(warm, SCRIPT, str(EXAMPLES / "host.py"), "support-tickets", *overrides, cwd=tmp_path, site=site)
+    run_warm(warm, FILE, str(EXAMPLES / "host.py"), "support-tickets", *overrides, cwd=tmp_path, site=site)
     assert len(losses(tmp_path / "runs" / "support-tickets" / "loss_log.csv")) == 2
 
 

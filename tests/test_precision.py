@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from phi3_lora_plugin.model.device import Device, elsewhere, read_device, with_p
 from phi3_lora_plugin.model.folder import ModelError
 from phi3_lora_plugin.model.load import load_model
 from phi3_lora_plugin.model.precision import Precision, choose, precision_elsewhere, precision_for
+from phi3_lora_plugin.plan import dry_run
 from phi3_lora_plugin.plan.plan import plan
 from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.training.arguments import training_arguments
@@ -78,6 +80,24 @@ def as_card(patch: pytest.MonkeyPatch, capability: tuple[int, int] | None, bfloa
     patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation)
 
 
+@pytest.fixture(scope="module")
+def same_steps_once() -> Iterator[None]:
+    """The dry run of a step takes a second and knows no card: one for all that differ in nothing that it is given."""
+    made: dict[str, Any] = {}
+    real = dry_run.footprint
+
+    def footprint(config: Any, lora: Any, arguments: Any, batch: Any, **more: Any) -> Any:
+        given = repr((config.to_dict(), lora, arguments.to_dict(), batch, sorted(more.items())))
+        if given not in made:
+            made[given] = real(config, lora, arguments, batch, **more)
+        return made[given]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "footprint", footprint)
+        yield
+
+
+@pytest.mark.usefixtures("same_steps_once")
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
 def test_a_card_without_bfloat16_gets_float16_everywhere(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch

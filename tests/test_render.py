@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import tiny
 import yaml
 from typer.testing import CliRunner
+from warm_process import FILE, Warm
 
 from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.hosts.render.common import RenderError
@@ -140,12 +140,10 @@ def test_the_command_writes_what_belongs_together_and_overwrites_nothing(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
-def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path) -> None:
+def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path, warm: Warm) -> None:
     environment = os.environ.get("PHI3_HOST_ENVS")
-    python = Path(environment, host, "bin", "python") if environment else None
-    if host == "trl":
-        python = Path(sys.executable)
-    if python is None or not python.is_file():
+    python = Path(environment, host, "bin", "python") if environment and host != "trl" else None
+    if host != "trl" and (python is None or not python.is_file()):
         pytest.skip(f"no environment for {host}; PHI3_HOST_ENVS=FOLDER names those of tools/host_matrix")
     files = []
     for name in ("tiny-cpu", "phi3-mini-4k-lora", "phi3-mini-4k-qlora"):
@@ -153,13 +151,13 @@ def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path)
         made = render(load_recipe(name, words), host)
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(made.text)
-    done = subprocess.run(
-        [python, ROOT / "tools" / "parse_rendered.py", host, *files],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=600,
-        env={**os.environ, "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"},
-    )
+    words = [ROOT / "tools" / "parse_rendered.py", host, *files]
+    quiet = {"DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+    if python is None:
+        done = warm.run(FILE, *map(str, words), cwd=tmp_path, plain=True, **quiet)
+    else:
+        done = subprocess.run(
+            [python, *words], capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, **quiet}
+        )
     said = [line for line in done.stdout.splitlines() if ": accepted" in line or ": refused" in line]
     assert done.returncode == 0 and len(said) == 3, "\n".join([*said, done.stderr[-2000:]])

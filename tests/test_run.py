@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from warm_process import FILE, Warm
 
 from phi3_lora_plugin import latest_complete, verify
 
@@ -102,9 +103,10 @@ def test_what_cannot_be_run_is_said_as_python_says_it(place: Path) -> None:
     assert missing.returncode == 2 and "can't open file 'nowhere.py': [Errno 2]" in missing.stderr
 
 
-def test_a_trainer_script_for_other_models_trains_phi3(place: Path) -> None:
+def test_a_trainer_script_for_other_models_trains_phi3(place: Path, warm: Warm) -> None:
     common = ["--use_cpu", "--max_steps", "4", "--per_device_train_batch_size", "4", "--report_to", "none"]
-    plain = call(sys.executable, "train.py", "base", "--output_dir", "plain", *common, where=place)
+    arguments = ["train.py", "base", "--output_dir", "plain", *common]
+    plain = warm.run(FILE, *arguments, cwd=place, plain=True, ACCELERATE_USE_CPU="true")
     assert plain.returncode == 1 and "Please specify `target_modules`" in plain.stderr
     ours = call(
         *OURS["command"], "--recipe", "tiny-cpu", "train.py", "base", "--output_dir", "out", *common, where=place

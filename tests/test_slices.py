@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +210,7 @@ def test_slices_not_named_never_change() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
-def test_sliced_adapter_is_plain_peft_on_disk(tmp_path: Path, rslora: bool) -> None:
+def test_sliced_adapter_is_plain_peft_on_disk(tmp_path: Path, rslora: bool, warm: Warm) -> None:
     model = sliced(["q_proj", "k_proj", "v_proj", "up_proj", "o_proj"], tiny.model(**GQA), use_rslora=rslora)
     train(model, 3)
     model.eval()
@@ -223,6 +221,7 @@ def test_sliced_adapter_is_plain_peft_on_disk(tmp_path: Path, rslora: bool) -> N
     # A process that cannot know this package: plain transformers and peft, merged and unmerged.
     code = """
 import sys, torch
+assert not any(name.startswith("phi3_lora") for name in sys.modules)
 sys.modules["phi3_lora_plugin"] = None
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -231,7 +230,7 @@ expected, ids = torch.load("logits.pt", weights_only=True), torch.arange(3, 27).
 assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5), "unmerged"
 assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-5), "merged"
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run(code, cwd=tmp_path, plain=True)
     assert done.returncode == 0, done.stderr
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)

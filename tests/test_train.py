@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
+from warm_process import Warm
 
 from phi3_lora_plugin import attach, latest_complete, load_recipe, train, verify
 from phi3_lora_plugin.cli.train import report
@@ -92,7 +91,7 @@ def test_the_report_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) 
         assert part in shown
 
 
-def test_the_adapter_opens_with_nothing_but_transformers_and_peft(place: Path, tmp_path: Path) -> None:
+def test_the_adapter_opens_with_nothing_but_transformers_and_peft(place: Path, tmp_path: Path, warm: Warm) -> None:
     result = train(recipe(place, tmp_path / "run", "training.max_steps=2"), check=False)
     program = (
         "import sys; from transformers import AutoModelForCausalLM; from peft import AutoPeftModelForCausalLM\n"
@@ -100,7 +99,7 @@ def test_the_adapter_opens_with_nothing_but_transformers_and_peft(place: Path, t
         "assert not any(name.startswith('phi3_lora') for name in sys.modules)\n"
         "print(sum(p.numel() for n, p in model.named_parameters() if 'lora_' in n))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    done = warm.run(program, cwd=tmp_path, plain=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == result.trainable_parameters
 

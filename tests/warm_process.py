@@ -3,7 +3,8 @@
 A fresh interpreter spends five seconds of CPU on those imports. A fork has what a test of a command needs of a process:
 an id to send signals to, an exit code, its own memory, environment, working directory, stdout and stderr, and an end
 with joined threads and `atexit`. What it does not have is an unimported module: tests of what gets imported, of hash
-seeds and of the interpreter's own options start fresh interpreters.
+seeds and of the interpreter's own options start fresh interpreters. With `plain=True` the fork has only the libraries
+and nothing of ours, which it can import like everybody else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import Any
 #: What the `phi3-lora` script does, as a program for `Warm.run` or `python -c`.
 COMMAND = "from phi3_lora_plugin.cli import main; main()"
 
+#: What `python FILE ARGUMENTS` does, as a program for `Warm.run`, which gets the file as its first argument.
+FILE = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
 _CALL = "import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
 
 #: Hash seed of the warm process and its forks: not the one of this process, so that what depends on it shows.
@@ -29,22 +33,31 @@ HASH_SEED = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
 
 _WAITS = """
 import gc, json, os, signal, sys
-tests = sys.argv[1]
-sys.path.insert(1, tests)
-import datasets, lora_runs, phi3_lora_plugin.training.callbacks, phi3_lora_plugin.training.resume, torch.optim
-lora_runs.peft_model()  # fills caches
-sys.path.remove(tests)
+tests, asked, told = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+import datasets, peft, torch.optim
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3ForCausalLM, Trainer
 gc.collect()
 gc.freeze()  # or every Trainer of a child would look through all modules
-print("ready", flush=True)
-for line in iter(sys.stdin.readline, ""):
+if os.fork() == 0:  # the plain one, which shares all memory with this one
+    requests, answers = open(asked), open(told, "w")
+else:
+    sys.path.insert(1, tests)
+    import lora_runs, phi3_lora_plugin.training.callbacks, phi3_lora_plugin.training.resume
+    lora_runs.peft_model()  # fills caches
+    sys.path.remove(tests)
+    gc.collect()
+    gc.freeze()
+    os.close(asked), os.close(told)
+    requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
+print("ready", file=answers, flush=True)
+for line in iter(requests.readline, ""):
     request = json.loads(line)
     if "wait" in request:
-        print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), file=answers, flush=True)
     elif (child := os.fork()) == 0:
         break
     else:
-        print(child, flush=True)
+        print(child, file=answers, flush=True)
 else:
     os._exit(0)
 for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -100,21 +113,40 @@ class Warm:
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory()
+        asked, told = os.pipe(), os.pipe()  # of the plain one
         self._parent = subprocess.Popen(
-            [sys.executable, "-c", _WAITS, str(Path(__file__).parent)],
+            [sys.executable, "-c", _WAITS, str(Path(__file__).parent), str(asked[0]), str(told[1])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONHASHSEED": HASH_SEED},
+            pass_fds=(asked[0], told[1]),
         )  # fmt: skip
-        assert self._parent.stdout is not None and self._parent.stdout.readline() == "ready\n"
+        os.close(asked[0])
+        os.close(told[1])
+        self._lines = {
+            False: (self._parent.stdin, self._parent.stdout),
+            True: (os.fdopen(asked[1], "w"), os.fdopen(told[0])),
+        }
+        for _, answers in self._lines.values():
+            assert answers is not None and answers.readline() == "ready\n"
 
     def run(
-        self, program: str, *arguments: str, cwd: Path, input: str = "", timeout: int = 300, **environment: str
+        self,
+        program: str,
+        *arguments: str,
+        cwd: Path,
+        input: str = "",
+        timeout: int = 300,
+        plain: bool = False,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """What `python -c program arguments` gives, without the time for imports; `PYTHONPATH` is heeded."""
+        """What `python -c program arguments` gives, without the time for imports; `PYTHONPATH` is heeded.
+
+        With `plain`, nothing of ours is imported.
+        """
         place = Path(mkdtemp(dir=self._folder.name))
         (place / "stdin").write_text(input, encoding="utf-8")
         files = [place / name for name in ("stdin", "stdout", "stderr")]
-        pid = self._start(program, arguments, cwd, timeout, environment, *files)
-        code = int(self._ask(wait=pid))
+        pid = self._start(program, arguments, cwd, timeout, environment, *files, plain=plain)
+        code = int(self._ask(plain, wait=pid))
         said = [file.read_bytes().decode("utf-8") for file in files[1:]]
         return subprocess.CompletedProcess([program, *arguments], code, *said)
 
@@ -160,27 +192,37 @@ class Warm:
         return list(said)
 
     def _start(
-        self, program: str, arguments: tuple[str, ...], cwd: Path, timeout: int, changes: dict[str, str], *files: Path
+        self,
+        program: str,
+        arguments: tuple[str, ...],
+        cwd: Path,
+        timeout: int,
+        changes: dict[str, str],
+        *files: Path,
+        plain: bool = False,
     ) -> int:
         environment = os.environ | {"PYTHONHASHSEED": HASH_SEED} | changes
         return int(
             self._ask(
-                program=program, arguments=arguments, cwd=str(cwd), timeout=timeout, environment=environment,
+                plain, program=program, arguments=arguments, cwd=str(cwd), timeout=timeout, environment=environment,
                 paths=[path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path],
                 **dict(zip(("stdin", "stdout", "stderr"), map(str, files), strict=True)),
             )
         )  # fmt: skip
 
-    def _ask(self, **request: Any) -> str:
-        assert self._parent.stdin is not None and self._parent.stdout is not None
-        self._parent.stdin.write(json.dumps(request) + "\n")
-        self._parent.stdin.flush()
-        return self._parent.stdout.readline()
+    def _ask(self, plain: bool = False, **request: Any) -> str:
+        requests, answers = self._lines[plain]
+        assert requests is not None and answers is not None
+        requests.write(json.dumps(request) + "\n")
+        requests.flush()
+        return answers.readline()
 
     def __enter__(self) -> Warm:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lines[True][0].close()  # which ends the plain one
+        self._lines[True][1].close()
         self._parent.kill()
         self._parent.wait()
         self._folder.cleanup()
