@@ -11,7 +11,7 @@ WORKERS ?= auto
 # file keeps one worker busy while the others wait.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-fast test-long lint bench clean
+.PHONY: help demo test test-fast test-long lint dist sbom bench clean
 .DEFAULT_GOAL := demo
 
 help:  ## show this list
@@ -42,6 +42,18 @@ lint: $(VENV)/.installed  ## check style, types and import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+dist: $(VENV)/.installed  ## build the wheel and the sdist, and check both
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m check_wheel_contents dist/*.whl
+
+sbom: dist  ## write the bill of materials of an environment with the wheel alone (CycloneDX)
+	rm -rf build/sbom && $(PYTHON) -m venv build/sbom
+	build/sbom/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/phi3-lora-plugin.cdx.json build/sbom/bin/python
 
 bench: $(VENV)/.installed  ## compare speed with the peers, half an hour and more; BENCH="A --pairs 2" for less
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -196,7 +196,7 @@ def _spec(module: str) -> ModuleSpec | None:
 def changed(name: str, what: str) -> ActivationError:
     """The error for a library that is not as it was."""
     seam = SEAMS[name]
-    remedy = "install a version that phi3-lora-plugin is tested with (docs/hosts.md)"
+    remedy = "install a version that phi3-lora-plugin is tested with: phi3-lora docs versions"
     try:
         installed = f"{seam.library} {metadata.version(seam.library)} {what}"
     except metadata.PackageNotFoundError:

@@ -16,6 +16,7 @@ import typer
 from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.convert import convert_command, merge_command
 from phi3_lora_plugin.cli.data import check_command
+from phi3_lora_plugin.cli.docs import docs_command
 from phi3_lora_plugin.cli.doctor import doctor_command
 from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.cli.export import export_command
@@ -55,6 +56,7 @@ app.command("validate", cls=TakesOverrides)(validate_command)
 app.command("schema")(schema_command)
 app.command("plugins")(plugins_command)
 app.command("doctor")(doctor_command)
+app.command("docs")(docs_command)
 app.command("convert")(convert_command)
 app.command("merge")(merge_command)
 app.command("export")(export_command)

@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 def convert_command(
     src: Annotated[Path, typer.Argument(help="Adapter folder or file, checkpoint, run, or model folder.")],
     dst: Annotated[Path, typer.Argument(help="Output folder or file.")],
-    to: Annotated[Target, typer.Option(help="Output format; see docs/export.md.")],
+    to: Annotated[Target, typer.Option(help="Output format; see phi3-lora docs export.")],
     base: Annotated[str | None, typer.Option(help="Base model, if the adapter records none.")] = None,
     target_base: Annotated[str | None, typer.Option(help="Base model to record in the new adapter.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora_alpha for loralib and torchtune files.")] = None,

@@ -13,7 +13,9 @@ import typer
 
 def export_command(
     adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder; an MLX adapter too.")],
-    to: Annotated[str, typer.Option(help="Target; `phi3-lora plugins` lists them, docs/deploy.md describes them.")],
+    to: Annotated[
+        str, typer.Option(help="Target; `phi3-lora plugins` lists them, `phi3-lora docs deploy` describes them.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: NAME-TARGET in this folder.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model, if it moved since training.")] = None,
     merged: Annotated[

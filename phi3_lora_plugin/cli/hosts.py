@@ -51,7 +51,7 @@ def host_path_command(
     For example: swift sft --external_plugins $(phi3-lora host-path swift) ...
     """
     if host != "swift":
-        print(f"{host}: only swift takes a file; axolotl takes a dotted name (docs/hosts.md)", file=sys.stderr)
+        print(f"{host}: only swift takes a file; axolotl takes a dotted name: phi3-lora docs hosts", file=sys.stderr)
         raise typer.Exit(2)
     from phi3_lora_plugin.hosts.swift import plugin_file
 

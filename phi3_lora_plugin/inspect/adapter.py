@@ -193,7 +193,11 @@ def _layout_problems(
         fix = "load it with the version of PEFT that wrote it"
         return problems + [Problem(line.strip(), fix) for line in told[1:] or told]
     if not split:
-        problems += [Problem(text, "see docs/export.md") for text in servable(folder) if "base_model_name" not in text]
+        problems += [
+            Problem(text, "phi3-lora docs export says how to convert it")
+            for text in servable(folder)
+            if "base_model_name" not in text
+        ]
     if config.get("target_parameters") or changes_base(config):
         return problems
     try:
