@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
+from phi3_lora_plugin.store.run_file import FAILED, INTERRUPTED, RunFile
 from phi3_lora_plugin.training.rows import first_batches, require_weighted_loss
 
 Tell = Callable[[str], None]
@@ -94,6 +95,8 @@ def train(
 ) -> Result:
     """Run a recipe and return what came of it; what `phi3-lora train` does.
 
+    Leaves `metrics.jsonl` and `run.json` in `recipe.output_dir`, however the run ends.
+
     Args:
         recipe: from `load_recipe`.
         resume: continue from the newest complete checkpoint of `recipe.output_dir`.
@@ -110,15 +113,46 @@ def train(
         TrainingError: the run stopped for its health (non-finite or stuck loss).
         ReloadError: the saved adapter is not the trained one.
     """
+    record = RunFile(Path(recipe.output_dir).expanduser())
+    told: dict[str, Any] = {"status": FAILED}
+    try:
+        result = _train(
+            recipe, record, resume, allow_drift, samples, check, plugins or load_plugins(), console, callbacks
+        )
+        told = {"status": result.status, "result": asdict(result)}
+    except KeyboardInterrupt:
+        told = {"status": INTERRUPTED}
+        raise
+    except Exception as error:
+        told["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record.end(**told)
+    return result
+
+
+def _train(
+    recipe: Recipe,
+    record: RunFile,
+    resume: bool,
+    allow_drift: Sequence[str],
+    samples: int,
+    check: bool,
+    plugins: Plugins,
+    console: Console | None,
+    callbacks: Sequence[TrainerCallback],
+) -> Result:
     from rich.console import Console
     from transformers import PrinterCallback, set_seed
 
     from phi3_lora_plugin.chat.dataset import load_data
+    from phi3_lora_plugin.chat.marked import marked_rows
     from phi3_lora_plugin.chat.rows import lengths
     from phi3_lora_plugin.evaluate.answers import questions
     from phi3_lora_plugin.evaluate.generate import stop_ids
     from phi3_lora_plugin.lora.coverage import coverage, render_coverage
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing, prepare_for_loss_scaling
+    from phi3_lora_plugin.model.device import device_name
     from phi3_lora_plugin.model.families import row_limit, straddles
     from phi3_lora_plugin.speed.apply import accelerate_phi3
     from phi3_lora_plugin.store.checkpoint import latest_complete
@@ -127,9 +161,11 @@ def train(
     from phi3_lora_plugin.training.callbacks import CheckpointError
     from phi3_lora_plugin.training.health import HealthError
     from phi3_lora_plugin.training.interrupt import StopOnSignal
+    from phi3_lora_plugin.training.metrics_log import MetricsLog
     from phi3_lora_plugin.training.objective import objective_of
     from phi3_lora_plugin.training.packages import require_packages
     from phi3_lora_plugin.training.progress import ProgressReport
+    from phi3_lora_plugin.training.run_facts import versions
 
     started = time.monotonic()
     say = console or Console(quiet=True)
@@ -137,7 +173,6 @@ def train(
     def tell(text: str) -> None:
         say.print(text, markup=False, highlight=False, soft_wrap=True)  # a path may hold [brackets]
 
-    plugins = plugins or load_plugins()
     output_dir = Path(recipe.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
     for note in recipe.notes:
@@ -161,7 +196,8 @@ def train(
         options["data"] = first_batches(data.train, tokenizer, model.device)
     set_seed(recipe.seed)  # A depends on the seed alone, not on how the model was loaded
     model = add_lora(model, **options)
-    say.print(render_coverage(coverage(model)))
+    trained_modules = coverage(model)
+    say.print(render_coverage(trained_modules))
     objective = objective_of(recipe)
     arguments = objective.arguments(recipe, data.eval is not None)
     if checkpoints_activations(arguments):
@@ -169,7 +205,7 @@ def train(
     if arguments.fp16:
         prepare_for_loss_scaling(model)
 
-    stop, progress = StopOnSignal(), ProgressReport(say)
+    stop, metrics = StopOnSignal(), MetricsLog(output_dir)
     callbacks = [*plugins.callbacks(recipe), *callbacks]
     rows, collator = objective.feed(data.train, recipe, tokenizer, longest)
     trainer = objective.trainer(
@@ -179,7 +215,12 @@ def train(
         eval_dataset=data.eval,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[progress, stop, *callbacks],  # in this order: what a callback of ours raises comes last
+        callbacks=[
+            metrics,
+            ProgressReport(say, metrics),
+            stop,
+            *callbacks,
+        ],  # in this order: what a callback of ours raises comes last
         optimizers=(_optimizer(model, arguments, recipe), None),
     )
     applied = accelerate_phi3(trainer, recipe.speed)
@@ -191,11 +232,25 @@ def train(
     for callback in callbacks:
         if hasattr(callback, "bind"):
             callback.bind(trainer)
+    called = trainer.callback_handler.callbacks
+    called.insert(0, called.pop(called.index(metrics)))  # before trackers, which get its figures
 
     # Not earlier: what is refused until here leaves a folder that the repaired recipe may use.
     if os.environ.get("RANK", "0") == "0":
         (output_dir / "data_report.json").write_text(data.report.to_json() + "\n", encoding="utf-8")
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        record.begin(
+            resume,
+            name=recipe.name,
+            provenance=dict(recipe.provenance),
+            notes=list(recipe.notes),
+            coverage=[asdict(row) for row in trained_modules],
+            speed=[asdict(one) for one in applied],
+            rows=[asdict(row) for row in marked_rows(data.train, tokenizer)],
+            device=device_name(arguments.device),
+            processes=arguments.world_size,
+            versions=versions(),
+        )
 
     before = _eval_loss(trainer)
     wrap_again(trainer)
@@ -229,7 +284,7 @@ def train(
         epochs=round(trainer.state.epoch or 0.0, 4),
         tokens=trainer.state.num_input_tokens_seen,
         seconds=round(time.monotonic() - started, 2),
-        train_loss=progress.loss,
+        train_loss=metrics.loss,
         eval_loss_before=before,
         eval_loss_after=after,
         trainable_parameters=trainable,

@@ -68,7 +68,7 @@ def render(report: DataReport, console: Console) -> None:
 
 
 # What stands out in a row beside what is trained; the model's own text is looked at, as only the screen needs it.
-_KINDS = (
+KINDS = (
     ("thoughts", "blue", re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)),
     (
         "tool calls",
@@ -101,7 +101,7 @@ def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> No
     if count:
         some = "the first row as the model sees it" if count == 1 else f"the first {count} rows as the model sees them"
         shown = "".join(tokenizer.decode(rows[index]["input_ids"]) for index in range(count))
-        others = [f"{name} in {colour}" for name, colour, pattern in _KINDS if pattern.search(shown)]
+        others = [f"{name} in {colour}" for name, colour, pattern in KINDS if pattern.search(shown)]
         marked = "between ⟦ and ⟧" if plain else ", ".join(["in green", *others])
         console.print(f"\n{some}, trained tokens {marked}:", highlight=False)
     for index in range(count):
@@ -112,7 +112,7 @@ def show_rows(console: Console, rows: Any, tokenizer: Any, count: int = 3) -> No
             much = "" if weight in (0, 1) else f"{weight:g}× "
             start = len(text)
             text.append(f"⟦{much}{said}⟧" if plain and weight else f"{much}{said}", "bold green" if weight else "dim")
-            for _, colour, pattern in _KINDS:
+            for _, colour, pattern in KINDS:
                 for found in () if plain else pattern.finditer(text.plain, start):
                     text.stylize(f"bold {colour}" if weight else f"dim {colour}", *found.span())
         trained = len(row["labels"]) - row["labels"].count(-100)

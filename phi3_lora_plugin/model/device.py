@@ -113,3 +113,29 @@ def _cpu_is_faster_in_bfloat16() -> bool:
 
     with torch.inference_mode():
         return seconds(torch.bfloat16) <= _FASTER * seconds(torch.float32)
+
+
+def device_name(device: Any) -> str:
+    """What a `torch.device` is: the name of the card, or its kind."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else _TITLES.get(device.type, "CPU")
+
+
+def peak_memory(device: Any) -> int | None:
+    """Bytes that torch held at most on a `torch.device` so far, on a CPU those of the whole process; None: unknown."""
+    import torch
+
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).max_memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())  # now, which on MPS hardly ever shrinks
+    if device.type != "cpu":
+        return None
+    import psutil
+
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if psutil.MACOS else 1024)

@@ -68,6 +68,7 @@ def _defaults(recipe: Recipe, device: Device) -> dict[str, Any]:
         "report_to": "none",
         "save_strategy": "no",  # LoraCheckpoint saves
         "logging_steps": 10,
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it shows a NaN loss as 0.0
         "label_names": ["labels"],
         "remove_unused_columns": False,  # rows are encoded and have no others

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -43,3 +44,21 @@ def zero_loss(times: int, step: int) -> str:
         f"the loss was exactly 0.0 in the last {times} logs, up to step {step}: nothing is trained; look at the labels "
         "(phi3-lora data check), and whether logging_nan_inf_filter hides a loss that is not a number"
     )
+
+
+#: Earlier losses that a new one is compared with, and how many there have to be.
+_WINDOW, _ENOUGH = 20, 5
+
+
+def is_spike(loss: float, earlier: Sequence[float]) -> bool:
+    """Whether a loss stands out from the ones before it.
+
+    It does if it is above their median by more than six times what their own distance to it is (the median absolute
+    deviation, which one earlier spike does not move) and by a quarter. Of the last 20; fewer than 5 say nothing.
+    """
+    window = [value for value in earlier[-_WINDOW:] if math.isfinite(value)]
+    if len(window) < _ENOUGH:
+        return False
+    usual = median(window)
+    spread = 1.4826 * median(abs(value - usual) for value in window)  # as a standard deviation, of a normal one
+    return loss > usual + max(6 * spread, 0.25 * abs(usual))

@@ -73,8 +73,13 @@ def run_facts(
         "training": training_facts(args),
         "optimizer": optimizer_facts(optimizer, args),
         "world_size": args.world_size,
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Package -> version of what a run depends on."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,0 +1,74 @@
+"""One line of `metrics.jsonl` as people read it, within 80 columns where nothing is unusual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phi3_lora_plugin.store.metrics_file import EVAL
+
+#: What `marks` of a line can hold.
+BEST, RISING, SPIKE, NOT_FINITE = "best", "rising", "spike", "not finite"
+#: How `rich` shows a line with such a mark.
+STYLES = {NOT_FINITE: "bold red", SPIKE: "yellow", RISING: "yellow", BEST: "green"}
+
+
+def log_line(line: Mapping[str, Any], steps: int | None = None) -> str:
+    """The text of a line; `steps` is how many the run has, if known."""
+    at = f"step {line['step']}" + (f"/{steps}" if steps else "")
+    parts = _evaluated(line) if line["kind"] == EVAL else _trained(line)
+    return "  ".join([at, *parts])
+
+
+def style_of(line: Mapping[str, Any]) -> str:
+    """The style of the first of `STYLES` that a line is marked with; empty if it is not."""
+    return next((style for mark, style in STYLES.items() if mark in (line.get("marks") or ())), "")
+
+
+def duration(seconds: float) -> str:
+    """As a clock shows it."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _trained(line: Mapping[str, Any]) -> list[str]:
+    marks = line.get("marks") or ()
+    parts = [f"loss {_number(line.get('loss'))}"]
+    if NOT_FINITE in marks:
+        parts[0] += "  NOT FINITE"
+    if SPIKE in marks:
+        parts[0] += "  SPIKE"
+    if (accuracy := line.get("rewards/accuracies")) is not None:
+        parts.append(f"accuracy {accuracy:.2f}")
+    if (rate := line.get("learning_rate")) is not None:
+        parts.append(f"lr {rate:.1e}")
+    if (speed := line.get("tokens_per_second")) is not None:
+        parts.append(f"{speed:,.0f} tokens/s")
+    if (memory := line.get("peak_memory_gb")) is not None:
+        parts.append(f"{memory:.{1 if memory < 10 else 0}f} GB")
+    if (left := line.get("seconds_left")) is not None:
+        parts.append(f"ETA {duration(left)}")
+    return parts
+
+
+def _evaluated(line: Mapping[str, Any]) -> list[str]:
+    marks = line.get("marks") or ()
+    parts = [f"eval loss {_number(line.get('eval_loss'))}"]
+    if NOT_FINITE in marks:
+        parts[0] += "  NOT FINITE"
+    if (accuracy := line.get("eval_rewards/accuracies")) is not None:
+        parts.append(f"accuracy {accuracy:.2f}")
+    if line["step"] == 0:
+        parts.append("before training")
+    elif BEST in marks:
+        parts.append("best so far")
+    elif (best := line.get("best")) is not None:
+        parts.append(f"best {_number(best)} at step {line.get('best_step')}")
+    if RISING in marks:
+        parts.append("RISING: train less")
+    return parts
+
+
+def _number(value: Any) -> str:
+    return "not a number" if value is None else f"{value:.4f}"
