@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
+from phi3_lora_plugin.report.page import try_report
 from phi3_lora_plugin.store.run_file import FAILED, INTERRUPTED, RunFile
 from phi3_lora_plugin.training.rows import first_batches, require_weighted_loss
 
@@ -95,7 +96,7 @@ def train(
 ) -> Result:
     """Run a recipe and return what came of it; what `phi3-lora train` does.
 
-    Leaves `metrics.jsonl` and `run.json` in `recipe.output_dir`, however the run ends.
+    Leaves `report.html`, `metrics.jsonl` and `run.json` in `recipe.output_dir`, however the run ends.
 
     Args:
         recipe: from `load_recipe`.
@@ -128,6 +129,8 @@ def train(
         raise
     finally:
         record.end(**told)
+        if record.content and (problem := try_report(record.folder)) and console:
+            console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
     return result
 
 

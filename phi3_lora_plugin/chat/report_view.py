@@ -62,7 +62,7 @@ def render(report: DataReport, console: Console) -> None:
         line("labels", _balance(report.good, report.train.rows - report.good))
     if report.unread:
         line("not used", _listed([f"{name} ({count:,})" for name, count in report.unread.items()]))
-    for title, rows in _fates(report):
+    for title, rows in fates(report):
         if rows:
             _print_fate(console, f"{len(rows):,} of {report.rows_read:,} rows {title}", rows, shorten)
 
@@ -73,7 +73,11 @@ KINDS = (
     (
         "tool calls",
         "magenta",
-        re.compile(r"<\|tool_call\|>.*?(?:<\|/tool_call\|>|$)|functools\[.*?(?=<\||$)", re.DOTALL),
+        re.compile(
+            r"<\|tool_call\|>.*?(?:<\|/tool_call\|>|$)|"
+            r'(?:functools\[|\[?\{"name": "[^"]*", "arguments": ).*?(?=<\||$)',
+            re.DOTALL,
+        ),
     ),
 )
 
@@ -174,7 +178,8 @@ def _figures(name: str, part: Part) -> Iterator[tuple[str, list[str]]]:
         yield "", [f"≤ {limit:>6,}  {'█' * max(1, round(30 * count / most_rows))} {count:,}"]
 
 
-def _fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
+def fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
+    """(what happened to rows, these rows) for everything that can happen to one."""
     return [
         ("malformed, left out", report.skipped),
         ("without a trained token, left out", report.dropped),

@@ -27,9 +27,11 @@ from phi3_lora_plugin.cli.overrides import TakesOverrides
 from phi3_lora_plugin.cli.plan import plan_command
 from phi3_lora_plugin.cli.plugins import plugins_command
 from phi3_lora_plugin.cli.recipes import recipes_command, schema_command, show_command, validate_command
+from phi3_lora_plugin.cli.report import report_command
 from phi3_lora_plugin.cli.run import AS_IT_IS, directly, run_command, trl_command
 from phi3_lora_plugin.cli.train import train_command
 from phi3_lora_plugin.cli.verify import verify_command
+from phi3_lora_plugin.cli.watch import watch_command
 from phi3_lora_plugin.error import Phi3LoraError
 
 #: What the machine refuses, whatever the input was.
@@ -46,6 +48,8 @@ app = typer.Typer(
 app.command("new")(new_command)
 app.command("train", cls=TakesOverrides)(train_command)
 app.command("plan", cls=TakesOverrides)(plan_command)
+app.command("watch")(watch_command)
+app.command("report")(report_command)
 app.command("chat")(chat_command)
 app.command("eval", cls=TakesOverrides)(eval_command)
 app.command("verify")(verify_command)

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,8 @@ def check_command(
     near: Annotated[
         float | None, typer.Option(min=0.1, max=1.0, help="Report rows at least this alike, for example 0.8.")
     ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Write the report as a page, data.html.")] = False,
+    output: Annotated[Path, typer.Option(help="File for --html.")] = Path("data.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
 ) -> None:
     """Encode the data of a recipe and report on it.
@@ -69,11 +72,18 @@ def check_command(
     if as_json:
         found = {} if alike is None else dict(zip(("near_duplicates", "near_leaked"), map(_rows, alike), strict=True))
         print(json.dumps(json.loads(data.report.to_json()) | found, ensure_ascii=False))
-        return
-    data.report.render(console)
-    if alike is not None:
-        show_near(console, alike)
-    show_rows(console, data.train, tokenizer, rows)
+    else:
+        data.report.render(console)
+        if alike is not None:
+            show_near(console, alike)
+        show_rows(console, data.train, tokenizer, rows)
+    if html:
+        from phi3_lora_plugin.chat.marked import marked_rows
+        from phi3_lora_plugin.cli.report import write_page
+        from phi3_lora_plugin.report.page import render_data
+
+        page = render_data(data.report, marked_rows(data.train, tokenizer, rows), f"Data of {run.name}")
+        write_page(output, page, console)
 
 
 def _rows(found: Sequence[Near]) -> list[dict[str, float]]:

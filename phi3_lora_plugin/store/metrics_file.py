@@ -78,7 +78,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and _is_step(line.get("step")) and isinstance(line.get("kind"), str):
-            found.append({name: value for name, value in line.items() if _is_plain(value)})
+            found.append({name: value for name, value in line.items() if _is_ours(name, value)})
     return found
 
 
@@ -110,7 +110,7 @@ def _of_history(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = TRAIN if "loss" in entry else EVAL if "eval_loss" in entry else None
     if kind is None or not _is_step(entry.get("step")):
         return None
-    return {"kind": kind, **{name: value for name, value in entry.items() if _is_plain(value)}}
+    return {"kind": kind, **{name: value for name, value in entry.items() if _is_ours(name, value)}}
 
 
 def _text(line: Mapping[str, Any]) -> str:
@@ -124,7 +124,10 @@ def _is_step(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(one, str) for one in value)
-    return value is None or isinstance(value, str | int | float)
+def _is_ours(name: str, value: Any) -> bool:
+    """Whether a value is of the kind that lines have under this name: all numbers, but for two."""
+    if name == "marks":
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if name == "kind":
+        return isinstance(value, str)
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -82,7 +82,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         if kind == TRAIN:
             logs.update(self._figures(args, state))
         line = {"step": state.global_step, "kind": kind, "time": round(time.time(), 3)}
-        line |= {name: value for name, value in logs.items() if isinstance(value, str | int | float)}
+        line |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
         if kind == TRAIN and state.max_steps > state.global_step > self._began_at:
             each = (time.monotonic() - self._started) / (state.global_step - self._began_at)
             line["seconds_left"] = round(each * (state.max_steps - state.global_step), 1)
