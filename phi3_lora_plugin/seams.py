@@ -113,6 +113,14 @@ SEAMS = {
     "llamafactory.templates": Seam("llamafactory", "llamafactory.data.template:TEMPLATES", _FACTORY),
     "llamafactory.template": Seam("llamafactory", "llamafactory.data.template:Template", _FACTORY),
     "llamafactory.register": Seam("llamafactory", "llamafactory.data.template:register_template", _FACTORY),
+    "llamafactory.v1_rendering": Seam(
+        "llamafactory", "llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin", _FACTORY
+    ),
+    "llamafactory.v1_known": Seam(
+        "llamafactory",
+        "llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin._attempted_template_imports",
+        _FACTORY,
+    ),
     "llamafactory.run": Seam("llamafactory", "llamafactory.train.tuner:run_exp", _FACTORY),
     "llamafactory.read": Seam("llamafactory", "llamafactory.hparams.parser:read_args", _FACTORY),
     "swift.callbacks": Seam("ms-swift", "swift.callbacks.mapping:callbacks_map", _SWIFT),

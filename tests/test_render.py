@@ -135,6 +135,8 @@ def test_the_command_writes_what_belongs_together_and_overwrites_nothing(tmp_pat
     with pytest.raises(RenderError, match="is not one of axolotl, llamafactory, swift, trl"):
         render(load_recipe("tiny-cpu"), "unsloth")
     assert CliRunner().invoke(app, ["host-path", "swift"]).output.strip().endswith("phi3_lora_swift.py")
+    (folder,) = CliRunner().invoke(app, ["host-path", "startup"]).output.split()
+    assert [file.name for file in Path(folder).glob("*.py")] == ["sitecustomize.py"]
     assert CliRunner().invoke(app, ["host-path", "axolotl"]).exit_code == 2
 
 

@@ -44,14 +44,20 @@ def render_command(
 
 
 def host_path_command(
-    host: Annotated[str, typer.Argument(help="swift")],
+    host: Annotated[str, typer.Argument(help="swift or startup")],
 ) -> None:
-    """Print the path of the plugin file for a host.
+    """Print the path of what a host is given: a plugin file, or a folder.
 
     For example: swift sft --external_plugins $(phi3-lora host-path swift) ...
+    or PYTHONPATH=$(phi3-lora host-path startup) PHI3_LORA_ACTIVATE=1 trl sft ...
     """
+    if host == "startup":
+        from phi3_lora_plugin.hosts.startup import folder
+
+        print(folder())
+        return
     if host != "swift":
-        print(f"{host}: only swift takes a file; axolotl takes a dotted name: phi3-lora docs hosts", file=sys.stderr)
+        print(f"{host}: available: swift, startup; axolotl needs no path: phi3-lora docs hosts", file=sys.stderr)
         raise typer.Exit(2)
     from phi3_lora_plugin.hosts.swift import plugin_file
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import wraps
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -18,6 +19,7 @@ from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpo
 from phi3_lora_plugin.seams import look_up
 
 TEMPLATE = "phi3_lora"
+_FILES = (".yaml", ".yml", ".json")
 log = logging.getLogger(__name__)
 
 
@@ -49,17 +51,32 @@ def run(words: Sequence[str]) -> None:
     Raises:
         SettingsError, TargetError, EncodeError: what is wrong with the config, or with a row.
     """
-    args = _read(words)
-    settings = read_settings(args.pop("phi3_lora", None))
+    run_exp = look_up("llamafactory.run")
+    train(_read(words), getattr(run_exp, "__wrapped__", run_exp), words[0])
+
+
+def train(args: dict[str, Any], run_exp: Any, source: str, callbacks: Sequence[Any] = ()) -> None:
+    """Call LLaMA-Factory's `run_exp` with what Phi-3 needs.
+
+    Args:
+        args: LLaMA-Factory's arguments, and perhaps `phi3_lora`; changed in place.
+        source: where they are from, for messages.
+        callbacks: those of the caller, which stay.
+
+    Raises:
+        SettingsError, TargetError, EncodeError: what is wrong with the config, or with a row.
+    """
+    section = args.pop("phi3_lora", None)
     base = args.get("model_name_or_path")
     if not base:
-        raise SettingsError(f"{words[0]}: names no model_name_or_path")
-    run_exp = look_up("llamafactory.run")
+        raise SettingsError(f"{source}: names no model_name_or_path")
     config = phi_config(str(base), args.get("model_revision"))
-    if config is None:
-        log.warning("%s is not a supported Phi model; nothing changed", base)
-        run_exp(args)
+    if config is None or section is False:
+        why = "is not a supported Phi model" if config is None else "is trained without us (phi3_lora: false)"
+        log.warning("%s %s; nothing changed", base, why)
+        run_exp(args, callbacks=list(callbacks))
         return
+    settings = read_settings(section)
     for sentence in prepare(args, config, settings):
         log.warning("%s", sentence)
     if settings.masks:
@@ -67,12 +84,29 @@ def run(words: Sequence[str]) -> None:
 
         register(settings.data)
     callback = checkpoint_callback(settings) if args.get("finetuning_type", "lora") == "lora" else None
-    run_exp(args, callbacks=[] if callback is None else [callback])
+    run_exp(args, callbacks=[*callbacks, *([] if callback is None else [callback])])
+
+
+def wrapped(run_exp: Any) -> Any:
+    """`run_exp` for whoever calls it without us, such as `llamafactory-cli train`; a mistake ends it in a sentence."""
+
+    @wraps(run_exp)
+    def run(args: Any = None, callbacks: Any = None) -> Any:
+        if isinstance(args, list) or (args is None and len(sys.argv) > 1 and not sys.argv[1].endswith(_FILES)):
+            return run_exp(args, callbacks)  # words of a command line, which LLaMA-Factory alone takes apart
+        try:
+            given = _read(sys.argv[1:]) if args is None else dict(args)
+            return train(given, run_exp, sys.argv[1] if args is None else "the arguments", callbacks or ())
+        except Phi3LoraError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+    return run
 
 
 def _read(words: Sequence[str]) -> dict[str, Any]:
     """The config as LLaMA-Factory's own reader gives it, which looks at `sys.argv`."""
-    if not words or not words[0].endswith((".yaml", ".yml", ".json")):
+    if not words or not words[0].endswith(_FILES):
         raise SettingsError("expected a config file first: python -m phi3_lora_plugin.hosts.llamafactory config.yaml")
     read_args = look_up("llamafactory.read")
     kept, sys.argv = sys.argv, ["llamafactory-cli", *words]

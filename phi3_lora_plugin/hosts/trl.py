@@ -7,12 +7,12 @@ messages come from our own encoder. Also `phi3-lora trl sft ...`, which runs the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts.on_import import when_imported
 from phi3_lora_plugin.seams import ActivationError, is_installed, look_into, look_up
 
 
@@ -33,7 +33,7 @@ def exact_rows(partly: bool = False) -> tuple[list[str], Callable[[], None]]:
     if unusable and (partly or "installed" in unusable):
         return [f"TRL {unusable}: part trl does nothing"], lambda: None
     sentences: list[str] = []
-    undone = [_when_imported("trl.chat_template_utils", _our_templates)]
+    undone = [when_imported("trl.chat_template_utils", _our_templates)]
     for seam, module, wrap, sentence in _TRAINERS:
         try:
             look_into(seam)
@@ -42,7 +42,7 @@ def exact_rows(partly: bool = False) -> tuple[list[str], Callable[[], None]]:
                 raise
             sentences.append(str(error))
         else:
-            undone.append(_when_imported(module, wrap))
+            undone.append(when_imported(module, wrap))
             sentences.append(sentence)
 
     def undo() -> None:
@@ -262,47 +262,3 @@ def _masks(
         if both:
             made["completion_mask"].append(mask)
     return made
-
-
-def _when_imported(name: str, then: Callable[[Any], Callable[[], None]]) -> Callable[[], None]:
-    """Call `then(module)` once the module is imported, now if it is already; return how to undo it."""
-    undone: list[Callable[[], None]] = []
-    if name in sys.modules:
-        undone.append(then(sys.modules[name]))
-        return undone[0]
-    finder = _Finder(name, lambda module: undone.append(then(module)))
-    sys.meta_path.insert(0, finder)
-
-    def undo() -> None:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-        for take_back in undone:
-            take_back()
-
-    return undo
-
-
-class _Finder:
-    """Finds one module as the other finders would, looks at it once it is executed, and removes itself."""
-
-    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
-        self.name, self.then = name, then
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec that the next finder gives, with a look at the finished module."""
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
-        from importlib.util import find_spec
-
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute, then = spec.loader.exec_module, self.then
-
-        def exec_module(module: Any) -> None:
-            execute(module)
-            then(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
