@@ -1,7 +1,7 @@
 """What an operator costs on a card: arithmetic, bytes to and from memory, and whether it is a kernel at all.
 
 Counted from shapes on a fake card (`fake_card`): every operator that is not a view reads its inputs and
-writes its outputs once. A cache that holds them between two kernels, and what a kernel reads twice, are not counted.
+writes its outputs once. A cache that holds them between two kernels is not counted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _FREE |= {"sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "lift_fr
 _ROWS = {"embedding", "index_select", "gather", "index"}
 #: What writes into its first input without a look at it.
 _OVERWRITES = {"copy_", "fill_", "zero_"}
+#: Our kernel that goes over each row of its first input twice.
+_READS_TWICE = {"cross_entropy_"}
 _SMALL_RANK = 256  # a product with an inner or outer side no larger is LoRA's
 
 
@@ -89,6 +91,7 @@ class Meter(Card):
             moved = sum(_bytes(each) for each in inputs) + sum(_bytes(each) for each in (*outs, *written))
             if name in _OVERWRITES or func._overloadname == "out":  # what was there before is not read
                 moved -= sum(_bytes(each) for each in written)
+            moved += sum(_bytes(each) for each in written) if name in _READS_TWICE else 0
             if outs and written:  # in place: what comes out is what was written
                 moved -= sum(_bytes(each) for each in outs)
         self.note(*self._work(name, args, outs), moved)

@@ -148,14 +148,15 @@ def items(inputs: dict[str, Any]) -> int:
 
 def fast(model: Any, parts: Any, device: torch.device) -> Any:
     """`speed_up` as on a card whose kernels are right. Whether they are takes values, so it is not tried here."""
-    from phi3_lora_plugin.speed import layers, proved_kernels, varlen_kernels
+    from phi3_lora_plugin.speed import layers, loss, proved_kernels, varlen_kernels
     from phi3_lora_plugin.speed.apply import speed_up
 
-    prove_attention, prove_layers = varlen_kernels.prove, layers.prove
+    prove_attention, prove_kernels = varlen_kernels.prove, proved_kernels.prove
     with (
         mock.patch.object(varlen_kernels, "_fault", lambda *case: None),
         mock.patch.object(varlen_kernels, "prove", lambda devices, *sizes: prove_attention([device], *sizes)),
         mock.patch.object(proved_kernels, "fault", lambda *case: None),
-        mock.patch.object(layers, "prove", lambda devices, *sizes: prove_layers([device], *sizes)),
+        mock.patch.object(layers, "prove", lambda devices, *sizes: prove_kernels([device], *sizes)),
+        mock.patch.object(loss, "prove", lambda devices, *sizes: prove_kernels([device], *sizes)),
     ):
         return speed_up(model, parts)

@@ -13,13 +13,14 @@ from test_speed_documents import equal, lora, padded, rows
 from test_speed_layers import leaf
 
 from benchmarks.fake_card import Card, on_a_card
-from phi3_lora_plugin.speed import card_passes, elementwise, layers, lora_linear, passes, proved_kernels
-from phi3_lora_plugin.speed.apply import speed_up
+from phi3_lora_plugin.speed import card_passes, elementwise, layers, lora_linear, loss, passes, proved_kernels
+from phi3_lora_plugin.speed.apply import PARTS, speed_up
 
 CPU = torch.device("cpu")
 SIZES: dict[str, list[tuple[int, ...]]] = {
     "norm": [(1,), (33,), (96,)],
     "gate": [(1,), (33,), (80,)],
+    "loss": [(2,), (41,), (300,)],
     "rotate": [(4, 4, 8, 4), (4, 1, 16, 6), (6, 2, 10, 1), (3, 3, 6, 3)],
 }
 
@@ -28,7 +29,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU take the kernels, as those of a card do where they are proved."""
     pytest.importorskip("triton", reason="triton is not installed")
-    for module in (elementwise, lora_linear):
+    for module in (elementwise, lora_linear, loss):
         monkeypatch.setattr(module, "passes_for", lambda *case: card_passes)
 
 
@@ -134,13 +135,25 @@ def test_a_kernel_that_is_wrong_or_does_not_run_leaves_its_twin(monkeypatch: pyt
 def test_the_line_of_the_layers_says_which_passes_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(torch.float32)
     (line,) = [one for one in speed_up(model) if one.part == "layers"]
-    assert line.on and line.why.endswith("; plain PyTorch: no GPU")
+    assert line.on and line.why == PARTS["layers"], "nothing of kernels where there is no GPU"
     monkeypatch.setattr(proved_kernels, "fault", lambda *case: None)
     monkeypatch.setattr(proved_kernels, "_tried", {})
     assert layers.kernels_used(model.get_base_model(), [torch.device("cuda", 0)]) == "one Triton kernel a pass"
     config = model.get_base_model().config
     found = {(kind, of) for _, _, kind, of in proved_kernels._tried}
     assert ("norm", (config.hidden_size,)) in found and ("gate", (config.intermediate_size,)) in found
+
+
+def test_the_loss_of_rows_longer_than_a_piece(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_passes, "_MOST", 8)  # so that a row of 41 words takes three pieces
+    hidden, head = leaf(5, 6, dtype=torch.float64), leaf(41, 6, dtype=torch.float64, seed=1).detach() * 3
+    targets = torch.tensor([0, 40, 7, -100, 16])
+    want = torch.nn.functional.cross_entropy(hidden @ head.t(), targets)
+    got = loss.supervised_cross_entropy(hidden, head, targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(each, hidden) for each in (got, want)))
+    with torch.no_grad():
+        torch.testing.assert_close(loss.supervised_cross_entropy(hidden, head, targets), want)
 
 
 _COMPILE = """

@@ -69,10 +69,8 @@ def speed_up(
                 done.append(Applied(part, False, "switched off"))
             elif changed:
                 done.append(Applied(part, False, changed))
-            elif part in ("attention", "layers"):
-                done.append((_apply_attention if part == "attention" else _apply_layers)(model, base, where))
             else:
-                done.append(_APPLY[part](model, base))
+                done.append(_APPLY[part](model, base, where))
     return tuple(done)
 
 
@@ -173,14 +171,15 @@ def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
     return dict.fromkeys(PARTS, True) | dict(parts)
 
 
-def _apply_loss(model: Any, base: Any) -> Applied:
-    from phi3_lora_plugin.speed.loss import fuse_loss, head_obstacle
+def _apply_loss(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+    from phi3_lora_plugin.speed.loss import fuse_loss, head_obstacle, loss_kernel_used
     from phi3_lora_plugin.speed.shards import in_units
 
     obstacle = head_obstacle(base, in_units(model))
-    if obstacle is None:
-        fuse_loss(base)
-    return Applied("loss", obstacle is None, f"{obstacle}: {_ALL_LOGITS}" if obstacle else PARTS["loss"])
+    if obstacle is not None:
+        return Applied("loss", False, f"{obstacle}: {_ALL_LOGITS}")
+    fuse_loss(base)
+    return Applied("loss", True, _with("loss", loss_kernel_used(base, devices)))
 
 
 def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
@@ -195,7 +194,7 @@ def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
     return Applied("loss", obstacle is None, obstacle or PARTS["loss"])
 
 
-def _apply_lora(model: Any, base: Any) -> Applied:
+def _apply_lora(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
     from phi3_lora_plugin.speed.lora_swap import fuse_lora, fused_layers
 
     fuse_lora(model)
@@ -223,10 +222,10 @@ def _apply_layers(model: Any, base: Any, devices: Iterable[torch.device]) -> App
     if obstacle is not None:
         return Applied("layers", False, obstacle)
     fuse_layers(base)
-    return Applied("layers", True, f"{PARTS['layers']}; {kernels_used(base, devices)}")
+    return Applied("layers", True, _with("layers", kernels_used(base, devices)))
 
 
-def _apply_masters(model: Any, base: Any) -> Applied:
+def _apply_masters(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
     from phi3_lora_plugin.speed.masters import float32_adapters
 
     changed = float32_adapters(model)
@@ -235,7 +234,7 @@ def _apply_masters(model: Any, base: Any) -> Applied:
     )
 
 
-def _apply_host(model: Any, base: Any) -> Applied:
+def _apply_host(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
     from phi3_lora_plugin.speed.host import fuse_host
 
     if not hasattr(type(base), "num_parameters"):
@@ -244,11 +243,17 @@ def _apply_host(model: Any, base: Any) -> Applied:
     return Applied("host", True, PARTS["host"])
 
 
+def _with(part: str, kernels: str) -> str:
+    return f"{PARTS[part]}; {kernels}" if kernels else PARTS[part]
+
+
 _ALL_LOGITS = "transformers computes the logits of every position"
 
 _APPLY = {
     "loss": _apply_loss,
+    "attention": _apply_attention,
     "lora": _apply_lora,
+    "layers": _apply_layers,
     "masters": _apply_masters,
     "host": _apply_host,
 }

@@ -64,6 +64,7 @@ def gate_backward(grad: torch.Tensor, both: torch.Tensor) -> Pair:
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gradient: bool) -> torch.Tensor:
     """As `passes.cross_entropy_`."""
     made: torch.Tensor = torch.ops.phi3_lora.cross_entropy_(logits, labels, scale, gradient)
+    torch.autograd.graph.increment_version(logits)
     return made
 
 

@@ -9,7 +9,7 @@ gradient of the hidden states is formed in the same pass, so that memory does no
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,12 +18,15 @@ import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
+from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.arguments import by_name
 from phi3_lora_plugin.speed.bounds import to_device
+from phi3_lora_plugin.speed.proved_kernels import cards_of, passes_for, prove
 from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
 
-#: Rows of logits held at one time; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
+#: Rows of logits held at one time at least; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
+_BYTES = 2**27  # of logits held at one time on a card
 
 # float16 ends at 6e-8, and probabilities of a large vocabulary are smaller: their gradients are formed in this scale.
 _FLOAT16_SCALE = 256.0
@@ -48,22 +51,18 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         right: Any = torch.empty_like(targets, dtype=torch.bool) if stats else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
-        for start in range(0, len(hidden), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        run = passes_for("loss", hidden, len(weight))
+        at_once = _rows_at_once(weight, run is passes)
+        for start in range(0, len(hidden), at_once):
+            chunk = slice(start, start + at_once)
             rows, labels = hidden[chunk], targets[chunk]
-            logits = nn.functional.linear(rows, weight, bias).to(exact)
-            norm = logits.logsumexp(-1, keepdim=True)
-            losses[chunk] = (norm - logits.gather(-1, labels[:, None])).squeeze(-1)
+            logits = nn.functional.linear(rows, weight, bias)
             if stats:
-                right[chunk] = logits.argmax(-1) == labels
-                share = (logits - norm).exp_()
-                entropy[chunk] = norm.squeeze(-1) - torch.linalg.vecdot(share, logits)
+                losses[chunk], entropy[chunk], right[chunk], logits = _with_stats(logits, labels, ctx.scale)
+            else:  # which leaves its gradient in place of the logits
+                losses[chunk] = run.cross_entropy_(logits, labels, ctx.scale, gradient is not None)
             if gradient is not None:
-                # d loss / d logits = softmax - onehot, in place of the logits, which are not needed any more
-                share = share if stats else logits.sub_(norm).exp_()
-                share[torch.arange(len(rows), device=rows.device), labels] -= 1
-                share = share if ctx.scale == 1.0 else share.mul_(ctx.scale)
-                torch.mm(share.to(weight.dtype), weight, out=gradient[chunk])
+                torch.mm(logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient, index)
         ctx.dtype = given
         if stats:
@@ -81,6 +80,27 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         if index is not None:
             gradient = gradient.new_zeros(ctx.all, gradient.shape[1]).index_copy_(0, index, gradient)
         return gradient, None, None, None, None, None
+
+
+def _with_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+    """(cross-entropy, entropy, whether it is right) of each row, and the gradient of its logits x `scale`."""
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    norm = wide.logsumexp(-1, keepdim=True)
+    losses = (norm - wide.gather(-1, labels[:, None])).squeeze(-1)
+    share = (wide - norm).exp_()
+    entropy = norm.squeeze(-1) - torch.linalg.vecdot(share, wide)
+    right = wide.argmax(-1) == labels
+    share[torch.arange(len(labels), device=labels.device), labels] -= 1
+    share = share if scale == 1.0 else share.mul_(scale)
+    return losses, entropy, right, share.to(logits.dtype)
+
+
+def _rows_at_once(head: torch.Tensor, in_float32: bool) -> int:
+    """Rows of logits held at one time: on a card as many as `_BYTES` hold, since each chunk reads the whole head."""
+    if not head.is_cuda:
+        return CHUNK
+    row = len(head) * (4 if in_float32 else head.element_size())
+    return max(CHUNK, _BYTES // row // 128 * 128)
 
 
 def supervised_rows(
@@ -167,6 +187,13 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
     if kind != "phi3":
         return f"{type(model).__name__} is not Phi-3 as transformers has it"
     return None
+
+
+def loss_kernel_used(model: Any, devices: Iterable[torch.device]) -> str:
+    """Try the kernel of the loss on these cards and the one that the model is on; say whether it will run."""
+    cards = {str(device): device for device in (*cards_of(model), *devices)}
+    weight = model.lm_head.weight
+    return prove(cards.values(), [weight.dtype], {"loss": (len(weight),)})
 
 
 def fuse_loss(model: Any) -> None:

@@ -91,3 +91,22 @@ def gate_backward(grad: torch.Tensor, both: torch.Tensor) -> Pair:
     torch.mul(grad, up, out=into_gate)
     torch.ops.aten.silu_backward.grad_input(into_gate, closed, grad_input=into_gate)
     return out, opened.mul_(up)
+
+
+def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gradient: bool) -> torch.Tensor:
+    """The cross-entropy of each row [rows] in float32, and in place of `logits` [rows, words] its gradient x `scale`.
+
+    Args:
+        gradient: whether that gradient is wanted; what is in `logits` afterwards is of no use without.
+    """
+    exact = torch.promote_types(torch.float32, logits.dtype)  # float64 stays what it is
+    wide = logits.to(exact)
+    norms = wide.logsumexp(-1, keepdim=True)
+    losses = (norms - wide.gather(-1, labels[:, None])).squeeze(-1)
+    if gradient:  # softmax - onehot
+        share = wide.sub_(norms).exp_()
+        share[torch.arange(len(labels), device=labels.device), labels] -= 1
+        share = share if scale == 1.0 else share.mul_(scale)
+        if share is not logits:
+            logits.copy_(share)
+    return losses

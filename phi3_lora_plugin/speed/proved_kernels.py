@@ -19,7 +19,7 @@ import torch  # noqa: TID253
 from phi3_lora_plugin.speed import passes
 
 #: kind of passes -> functions of `passes` that one proof covers.
-KINDS = ("norm", "rotate", "gate")
+KINDS = ("norm", "rotate", "gate", "loss")
 _ROWS = 37  # more than one, and no multiple of anything
 _LARGEST_ERROR = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
 
@@ -32,8 +32,8 @@ def passes_for(kind: str, x: torch.Tensor, *sizes: int) -> ModuleType:
 
     Args:
         kind: one of `KINDS`.
-        sizes: of "norm" its width, of "gate" the width of one half, of "rotate" (heads, key heads, size of a head, half
-            of what turns of it).
+        sizes: of "norm" its width, of "gate" the width of one half, of "loss" the words, of "rotate" (heads, key heads,
+            size of a head, half of what turns of it).
     """
     if not x.is_cuda or _tried.get((x.device, x.dtype, kind, sizes), "") is not None:
         return passes
@@ -43,10 +43,10 @@ def passes_for(kind: str, x: torch.Tensor, *sizes: int) -> ModuleType:
 
 
 def prove(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], sizes: dict[str, tuple[int, ...]]) -> str:
-    """Try the kernels of each kind in `sizes`; return which run, and why others do not, in one line."""
+    """Try the kernels of each kind in `sizes`; say which run, and why others do not: "" where there is no device."""
     devices, dtypes = list(devices), list(dtypes)
     if not devices:
-        return "plain PyTorch: no GPU"
+        return ""
     faults: dict[str, None] = {}
     for device in devices:
         for dtype in dtypes:
@@ -140,4 +140,13 @@ def _try_gate(run: Any, device: torch.device, dtype: torch.dtype, width: int) ->
     return [("product", run.gate(both)), ("gradient", back), ("product made again", again)]
 
 
-_TRIALS: dict[str, Any] = {"norm": _try_norm, "rotate": _try_rotate, "gate": _try_gate}
+def _try_loss(run: Any, device: torch.device, dtype: torch.dtype, words: int) -> list[tuple[str, torch.Tensor]]:
+    logits = _draw(device, dtype)(_ROWS, words)
+    labels = torch.arange(_ROWS, device=device) * (words // _ROWS) % words
+    losses = run.cross_entropy_(logits.clone(), labels, 1.0, False)
+    # Shares of a large vocabulary are small, and each is held to its own size.
+    again = run.cross_entropy_(logits, labels, 256.0, True)
+    return [("loss", losses), ("loss with its gradient", again), ("gradient", logits)]
+
+
+_TRIALS: dict[str, Any] = {"norm": _try_norm, "rotate": _try_rotate, "gate": _try_gate, "loss": _try_loss}
