@@ -23,6 +23,7 @@ OURS = {
     "module": [sys.executable, "-m", "phi3_lora_plugin.run"],
     "command": [str(BIN / "phi3-lora"), "run"],
 }
+FORKED = "import runpy; runpy.run_module('phi3_lora_plugin.run', run_name='__main__', alter_sys=True)"
 ODD = """
 import json, pickle, sys
 
@@ -87,11 +88,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("way", "how"), [("module", "leave"), ("module", "stop"), ("command", "raise")])
-def test_a_script_sees_and_shows_what_it_would_under_plain_python(way: str, how: str, place: Path) -> None:
+@pytest.mark.parametrize(("way", "how"), [("forked", "leave"), ("module", "stop"), ("command", "raise")])
+def test_a_script_sees_and_shows_what_it_would_under_plain_python(way: str, how: str, place: Path, warm: Warm) -> None:
     given = ["inside/odd.py", how, "--recipe", "of the script"]
     plain = call(sys.executable, *given, where=place)
-    ours = call(*OURS[way], "--quiet", *given, where=place)
+    if way == "forked":
+        ours = warm.run(FORKED, "--quiet", *given, cwd=place)
+    else:
+        ours = call(*OURS[way], "--quiet", *given, where=place)
     assert json.loads(ours.stdout) == json.loads(plain.stdout)
     assert (ours.returncode, ours.stderr) == (plain.returncode, plain.stderr)
 
