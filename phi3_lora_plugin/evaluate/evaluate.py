@@ -100,6 +100,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
     from phi3_lora_plugin.evaluate.generate import stop_ids, with_adapter
     from phi3_lora_plugin.evaluate.lm_eval_tasks import require_lm_eval
     from phi3_lora_plugin.evaluate.rows import evaluation_rows
+    from phi3_lora_plugin.lora_files.peft_files import loadable
     from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
@@ -111,6 +112,9 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         exporter = plugins.pick("exporters", read_form(wanted.as_shipped)[0])
         if adapter is None:
             raise ShippedError(f"--as {wanted.as_shipped}: there is no adapter to ship")
+    if adapter is not None:
+        with loadable(adapter):  # what is damaged is told before anything is measured
+            pass
     model, tokenizer = plugins.load_model(recipe)
     if adapter is not None and (adapter / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(adapter)

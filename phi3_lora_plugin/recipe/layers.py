@@ -216,11 +216,13 @@ def merge(layers: Sequence[Layer]) -> Layer:
             if value is None:
                 if key[0] in SECTIONS and len(key) == 1:
                     continue  # a section's heading with nothing below it
-                below.pop(name, None)
-                forget(key)
+                if name in below:
+                    del below[name]
+                    forget(key)
                 continue
             if not (isinstance(value, dict) and isinstance(below.get(name), dict)):
-                forget(key)
+                if name in below:
+                    forget(key)
                 below[name] = {} if isinstance(value, dict) else value
                 base.origin[key] = top.where(key)
             if isinstance(value, dict):
