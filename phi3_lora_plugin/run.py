@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
         help="names of plugins whose callbacks to add, or module:Class; none: no callbacks",
     )
     parser.add_argument(
-        "--parts", metavar="P,P", help="parts to activate: targets, report_to, trl, trainers (default: all)"
+        "--parts", metavar="P,P", help="parts to activate: targets, report_to, trl, older, trainers (default: all)"
     )
     parser.add_argument("--quiet", action="store_true", help="do not print what was activated")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is the name of a module")

@@ -6,6 +6,7 @@ Each part is one seam of a library that is meant to be filled (a table), or one 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,14 @@ from phi3_lora_plugin.seams import ActivationError, look_up
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
+log = logging.getLogger(__name__)
+
 #: What can be activated, and what it does.
 PARTS = {
     "targets": "PEFT knows which modules of phi3, phimoe and phi4_multimodal get LoRA where a LoraConfig names none",
     "report_to": "report_to: phi3_lora adds LoRA-only checkpoints where a host passes nothing but names",
     "trl": "TRL trains Phi-3 with our templates and exact masks",
+    "older": "scripts written for older releases run: renamed arguments, remote code, kernels that are not here",
     "trainers": "every Trainer gets our callbacks, repairs and fast paths as training begins",
 }
 #: Tables of names, which change nothing for code that does not use those names.
@@ -94,6 +98,10 @@ def _activated(part: str, recipe: Recipe | None, callbacks: Sequence[str] | None
         from phi3_lora_plugin.hosts.trl import exact_rows
 
         return exact_rows(optional)
+    if part == "older":
+        from phi3_lora_plugin.hosts.older_scripts import older_scripts
+
+        return older_scripts(say or log.info)
     from phi3_lora_plugin.hosts.trainers import attach_to_all
 
     return attach_to_all(recipe, callbacks, say)
