@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.hookspecs import hookimpl as hookimpl
     from phi3_lora_plugin.hosts.activate import activate as activate
     from phi3_lora_plugin.hosts.activate import deactivate as deactivate
+    from phi3_lora_plugin.hosts.notebook import load_ipython_extension as load_ipython_extension
+    from phi3_lora_plugin.hosts.notebook import unload_ipython_extension as unload_ipython_extension
     from phi3_lora_plugin.lora.inject import add_lora as add_lora
     from phi3_lora_plugin.lora.state import load_lora_state_dict as load_lora_state_dict
     from phi3_lora_plugin.lora.state import lora_state_dict as lora_state_dict
@@ -45,6 +47,7 @@ _HOME = {
     "encode": "chat.encode",
     "hookimpl": "hookspecs",
     "latest_complete": "store.checkpoint",
+    "load_ipython_extension": "hosts.notebook",
     "load_lora_state_dict": "lora.state",
     "load_model": "model.load",
     "load_plugins": "plugins.discovery",
@@ -54,6 +57,7 @@ _HOME = {
     "mark_only_lora_as_trainable": "lora.state",
     "resumable": "training.resume",
     "train": "pipeline",
+    "unload_ipython_extension": "hosts.notebook",
     "verify": "store.checkpoint",
 }
 

@@ -140,9 +140,14 @@ def _wrap_trainer(kind: Any, config: Any, say: Say) -> Undo:
     """A trainer that was given its settings itself: they go into its arguments, made of the class that has them."""
     from inspect import signature
 
+    from transformers.trainer_utils import IntervalStrategy
+
     takes = set(signature(kind.__init__).parameters)
 
     def change(named: dict[str, Any]) -> None:
+        if getattr(named.get("args"), "eval_strategy", "no") != "no" and named.get("eval_dataset") is None:
+            named["args"].eval_strategy = IntervalStrategy.NO
+            say(f"{kind.__name__}: nothing is evaluated: there is no eval_dataset")
         settings = {name: named[name] for name in named if name not in takes and name != "tokenizer"}
         if "tokenizer" in named and "tokenizer" not in takes:
             named.setdefault("processing_class", named.pop("tokenizer"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.walk import several_processes
@@ -16,7 +16,33 @@ _WRAPPER_CHILDREN = ("module", *WRAPPERS)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed: what was wrapped, not a copy."""
+    """The model inside DDP, DataParallel, FSDP1, torch.compile and DeepSpeed: what was wrapped, not a copy.
+
+    Of a model that holds the adapted one, as sentence-transformers', it is that one, which knows its adapter's config.
+    """
+    return adapted_inside(_bare(model))[1]
+
+
+def adapted_inside(bare: nn.Module) -> tuple[str, nn.Module]:
+    """(path, the one part up to two levels down that has PEFT's config); ("", the model itself) if there is not one."""
+    if hasattr(bare, "peft_config"):
+        return "", bare
+    found = [
+        (path, part)
+        for name, child in bare.named_children()
+        for path, part in ((name, child), *((f"{name}.{inner}", each) for inner, each in child.named_children()))
+        if isinstance(getattr(part, "peft_config", None), Mapping)
+    ]
+    return found[0] if len(found) == 1 else ("", bare)
+
+
+def path_of_adapted(model: nn.Module) -> str:
+    """Where `unwrapped(model)` is in the model inside the wrappers, as a prefix of names: empty if it is all of it."""
+    path = adapted_inside(_bare(model))[0]
+    return f"{path}." if path else ""
+
+
+def _bare(model: nn.Module) -> nn.Module:
     while True:
         children = dict(model.named_children())
         name = next((name for name in _WRAPPER_CHILDREN if name in children), None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.config import loralib_sidecar, minimal_config
 from phi3_lora_plugin.lora.finite import all_finite
-from phi3_lora_plugin.lora.gather import gather, unwrapped
+from phi3_lora_plugin.lora.gather import gather, path_of_adapted, unwrapped
 from phi3_lora_plugin.lora.inventory import Inventory, inventory_of, trained_biases
 from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names
 from phi3_lora_plugin.lora_files.keys import file_key, without_wrappers
@@ -75,7 +75,8 @@ def take(
     _refuse(adapter_problems(tensors, found.shapes))
     tensors |= {second: tensors[first].clone() for second, first in found.second_names.items()}
     plain = minimal_config(inner.peft_config[found.adapter], inner)
-    memory = None if _is_peft_model(inner) else copied
+    path = path_of_adapted(model)
+    memory = None if _is_peft_model(inner) and not path else {path + name: tensor for name, tensor in copied.items()}
     converted = _as_plain_lora(inner, found.adapter, plain)
     if converted is not None:
         return Snapshot(converted[0], converted[1], raw=(tensors, plain), memory=memory, notes=_notes(tensors))
