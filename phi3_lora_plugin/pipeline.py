@@ -63,6 +63,8 @@ class Result:
     adapter_bytes: int
     base_bytes: int
     reload_difference: float | None
+    eval_reward_before: float | None = None  # mean reward of one drawn answer to each held-out prompt
+    eval_reward_after: float | None = None
     samples: tuple[Sample, ...] = ()
 
     def to_json(self) -> str:
@@ -215,7 +217,7 @@ def _train(
         model=model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=data.eval,
+        eval_dataset=None if data.eval is None else objective.evaluated(data.eval),
         data_collator=collator,
         processing_class=tokenizer,
         callbacks=[
@@ -255,10 +257,10 @@ def _train(
             versions=versions(),
         )
 
-    before = _eval_loss(trainer)
+    before = _evaluated(trainer, objective.metric)
     wrap_again(trainer)
     if before is not None:
-        tell(f"held-out loss before training: {before:.4f}")
+        tell(f"held-out {objective.metric} before training: {before:.4f}")
     asked = questions(data.eval or (), tokenizer, stop_ids(model, tokenizer), samples)
     if samples and data.eval and not asked:
         tell("note: no held-out row has a whole answer to ask for")
@@ -269,7 +271,7 @@ def _train(
     except (HealthError, CheckpointError) as error:
         raise TrainingError(str(error)) from error
     interrupted = stop.received is not None
-    after = None if interrupted else _eval_loss(trainer)
+    after = None if interrupted else _evaluated(trainer, objective.metric)
     answers_after = [""] * len(asked) if interrupted else _answers(model, tokenizer, asked)
 
     adapter = latest_complete(output_dir)
@@ -288,13 +290,15 @@ def _train(
         tokens=trainer.state.num_input_tokens_seen,
         seconds=round(time.monotonic() - started, 2),
         train_loss=metrics.loss,
-        eval_loss_before=before,
-        eval_loss_after=after,
+        eval_loss_before=before if objective.metric == "loss" else None,
+        eval_loss_after=after if objective.metric == "loss" else None,
         trainable_parameters=trainable,
         total_parameters=total,
         adapter_bytes=0 if adapter is None else sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
         base_bytes=sum(p.numel() * p.element_size() for n, p in base.named_parameters() if "lora_" not in n),
         reload_difference=difference,
+        eval_reward_before=before if objective.metric == "reward" else None,
+        eval_reward_after=after if objective.metric == "reward" else None,
         samples=tuple(
             Sample(tokenizer.decode(each.ids, skip_special_tokens=True).strip(), each.expected, was, now)
             for each, was, now in zip(asked, answers_before, answers_after, strict=True)
@@ -308,8 +312,8 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]
     return [said.text for said in answer(model, tokenizer, [question.ids for question in asked], 48)]
 
 
-def _eval_loss(trainer: Trainer) -> float | None:
-    return None if trainer.eval_dataset is None else float(trainer.evaluate()["eval_loss"])
+def _evaluated(trainer: Trainer, metric: str) -> float | None:
+    return None if trainer.eval_dataset is None else float(trainer.evaluate()[f"eval_{metric}"])
 
 
 def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], tell: Tell) -> None:

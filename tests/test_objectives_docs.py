@@ -13,6 +13,7 @@ from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.dataset import load_data
 from phi3_lora_plugin.model.tokenizer import load_tokenizer
 from phi3_lora_plugin.recipe.sections import PreferenceSection
+from phi3_lora_plugin.training.rewards import rewards_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
 
@@ -23,23 +24,47 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"{at}?", "chosen": "Yes.", "rejected": "No."} for at in range(24)]
     judged = [{"prompt": f"{at}?", "completion": "Yes.", "label": bool(at % 2)} for at in range(24)]
-    for name, rows in (("pairs", pairs), ("judged", judged)):
+    gsm8k = [{"question": f"{at} + 1?", "answer": f"{at} + 1 = {at + 1}\n#### {at + 1}"} for at in range(24)]
+    for name, rows in (("pairs", pairs), ("judged", judged), ("gsm8k", gsm8k)):
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return tmp_path
 
 
 def test_every_command_names_a_recipe_that_reads_its_data(place: Path) -> None:
     lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
-    assert len(lines) >= 6
+    assert len(lines) >= 10
     words = load_tokenizer("embedded:tiny-phi3")
     for line in lines:
         assert line.startswith(("phi3-lora train ", "phi3-lora data check "))
         name, *overrides = shlex.split(line.removeprefix("phi3-lora data check ").removeprefix("phi3-lora train "))
-        run = load_recipe(name, [*overrides, "data.max_length=64"])
+        small = [] if name == "tiny-grpo" else ["data.max_length=64", "grpo.max_completion_length=8"]
+        run = load_recipe(name, [*overrides, *(small if "grpo" in name else small[:1])])
         assert load_data(run, words, {}).report.train.rows >= 20
 
 
 def test_the_table_has_every_loss() -> None:
     known = set(PreferenceSection.model_fields["loss"].annotation.__args__) - {"none"}
-    table = {name for row in re.findall(r"^\| (`.*?) \|", PAGE, re.M) for name in re.findall(r"`(\w+)`", row)}
+    table = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", PAGE.partition("## What answers earn")[0], re.M)
+        for name in re.findall(r"`(\w+)`", row)
+    }
     assert known == table - {"preference"}
+
+
+def test_the_reward_of_the_page_is_one(place: Path) -> None:
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    (place / "my_rewards.py").write_text(snippet, encoding="utf-8")
+    (reward,) = rewards_of(["python:my_rewards.short"], [], [place])
+    said = [[{"role": "assistant", "content": text}] for text in ("a", "b" * 300)]
+    assert reward(prompts=[[]] * 2, completions=said, completion_ids=[[1]] * 2, answer=["1"] * 2) == [1.0, 0.0]
+
+
+def test_the_table_of_rewards_holds() -> None:
+    form, gsm8k = rewards_of(["format", "gsm8k"], [7])
+    said = ["#### $1,000.00", "\\boxed{-3}", "it is 3/4", "12 apples", "<think>9", "<think>9</think> 8"]
+    right = ["1000", "-3", "0.75", "#### 12", "9", "#### 8"]
+    assert gsm8k(completions=said, answer=right) == [1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    ids = [[1, 7], [7, 1], [7], [7], [1], [7]]
+    scores = form(completions=said, completion_ids=ids, answer=right)
+    assert scores == pytest.approx([1, 2 / 3, 1, 2 / 3, 0, 2 / 3])

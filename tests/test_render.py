@@ -44,8 +44,8 @@ def config(name: str, host: str, *overrides: str) -> dict[str, Any]:
 def test_every_preset_has_every_hosts_words_or_is_refused_with_a_reason(name: str) -> None:
     recipe = load_recipe(name)
     for host in HOSTS:
-        if recipe.preference.on:
-            with pytest.raises(RenderError, match="trains on preferences, which is not rendered"):
+        if recipe.preference.on or recipe.reward:
+            with pytest.raises(RenderError, match="trains (on preferences|by rewards), which is not rendered"):
                 render(recipe, host)
             continue
         made = config(name, host)

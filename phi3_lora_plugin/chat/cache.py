@@ -67,7 +67,7 @@ def find_entry(
 
     decisive = {
         "data": recipe.data.model_dump(mode="json"),
-        "rows": recipe.preference.rows,
+        "rows": recipe.rows,
         "seed": recipe.seed,
         "max_length": limit,
         "sources": [[source.name for source in one.sources] for one in found],

@@ -76,6 +76,8 @@ def load_data(
     if data.path is None:
         raise DataError(["data.path: the recipe names no data; add data.path=FILE (or a folder, a glob, a hub id)"])
     limit = data.max_length or max_length
+    if recipe.reward and limit is not None:
+        limit -= recipe.grpo.max_completion_length  # a prompt is never cut: it has to leave room for an answer
     try:
         template = template_for(tokenizer, data.template).name
     except TemplateError as error:
@@ -128,7 +130,7 @@ def _encode_all(
     rows: dict[str, list[tuple[Part, Rows]]] = {part.key: [] for part in parts}
     for part in parts:
         try:
-            read = read_part(part, adapters, fate, recipe.preference.rows)
+            read = read_part(part, adapters, fate, recipe)
             rows[part.key].append((part, encoded(read, tokenizer, data, limit, fate)))
         except SourceError as error:
             if part.key == "data.path":
@@ -187,6 +189,7 @@ def _encode_all(
         empty=tuple(fate.empty),
         unreadable=tuple(fate.unreadable),
         weighed=len(train.weights),
+        prompts=bool(train.tasks),
         good=sum(train.good) if train.good else None,
         calls=fate.calls,
         tool_format=tool_format(data.tool_format, template).name if fate.calls else None,

@@ -22,6 +22,7 @@ from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.chat.tool_formats import ToolFormat, lost_by, tool_format
 
 if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
     from phi3_lora_plugin.recipe.sections import DataSection, MixtureSource
 
 _BATCH = 256  # conversations rendered and tokenised in one go; more keep the garbage collector busier
@@ -55,11 +56,8 @@ class Fate:
     read: int = 0
 
 
-def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, kind: str) -> Iterator[tuple[Place, Any]]:
-    """Rows of one part from the top; what is wrong with some goes into `fate`.
-
-    Args:
-        kind: "chats", "pairs" of them, "judged" ones, or "tasks" to answer.
+def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, recipe: Recipe) -> Iterator[tuple[Place, Any]]:
+    """Rows of one part from the top, as what the recipe learns from; what is wrong with some goes into `fate`.
 
     Raises:
         SourceError: a source that cannot be read at all, once the others are read.
@@ -72,10 +70,13 @@ def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, kind: str
         reading = Reading(source.name)
         try:
             items: Iterator[Any]
-            if kind == "pairs":
+            if recipe.rows == "pairs":
                 items = read_pairs(source, reading, data.columns, data.ignore)
+            elif recipe.rows == "tasks":
+                items = read_tasks(source, reading, data.columns, data.ignore, numbers="gsm8k" in recipe.rewards)
             else:
-                items = _READERS[kind](source, reading, data.format, data.columns, adapters, data.ignore)
+                read = read_judged if recipe.rows == "judged" else conversations
+                items = read(source, reading, data.format, data.columns, adapters, data.ignore)
             for item in items:
                 if left is not None and reading.rows > left:
                     reading.rows -= 1  # one row may give several items, so it is read before it is one too many
@@ -142,7 +143,6 @@ def _batches(read: Iterator[tuple[Place, Any]]) -> Iterator[list[tuple[Place, An
         yield batch
 
 
-_READERS: dict[str, Any] = {"chats": conversations, "judged": read_judged, "tasks": read_tasks}
 _ENCODERS: dict[type, Any] = {Pair: encode_pairs, Judged: encode_judged, Task: encode_tasks}
 
 

@@ -81,6 +81,7 @@ class DataReport:
     empty: tuple[Left, ...] = ()  # with a trained turn that says nothing
     unreadable: tuple[Left, ...] = ()  # with a trained call that a server's own reader loses
     weighed: int = 0  # rows with tokens that count more or less than others
+    prompts: bool = False  # whether rows are answered, and not learned
     good: int | None = None  # of judged answers to train on, how many are good
     calls: int = 0
     tool_format: str | None = None  # of `tool_formats`, how calls are written

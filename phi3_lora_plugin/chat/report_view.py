@@ -54,7 +54,7 @@ def render(report: DataReport, console: Console) -> None:
         )
     for name, some in (("train", report.train), ("eval", report.eval)):
         if some is not None:
-            for title, pieces in _figures(name, some):
+            for title, pieces in _figures(name, some, report.prompts):
                 line(title, pieces)
     if report.weighed:
         line("weights", [f"{report.weighed:,} rows to train on have weights other than 0 and 1"])
@@ -166,9 +166,10 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def _figures(name: str, part: Part) -> Iterator[tuple[str, list[str]]]:
+def _figures(name: str, part: Part, prompts: bool) -> Iterator[tuple[str, list[str]]]:
     fewest, median, most = part.turns
-    yield name, [f"{part.rows:,} rows,", f"{part.tokens:,} tokens,", f"{100 * part.share_trained:.1f}% of them trained"]
+    share = "to be answered" if prompts else f"{100 * part.share_trained:.1f}% of them trained"
+    yield name, [f"{part.rows:,} {'prompts' if prompts else 'rows'},", f"{part.tokens:,} tokens,", share]
     turns = f"{fewest} turns a row" if fewest == most else f"{fewest} to {most} turns a row (median {median})"
     yield "", [f"{turns}:", *_commas([f"{count:,} {role}" for role, count in part.roles.items()])]
     longest = [f"{length:,} ({place})" for place, length in part.longest[:3]]

@@ -126,10 +126,13 @@ def to_table(rows: Rows) -> pyarrow.Table:
         for number, weights in rows.weights.items():
             flat[offsets[number] : offsets[number + 1]] = weights
         table = table.append_column("weights", pa.LargeListArray.from_arrays(offsets, pa.array(flat)))
+    # Of rows to answer, the name of the file and the line: what fails while they are answered names them.
+    places = [place.rpartition("/")[2] for place, _, _, _ in rows.about] if rows.tasks else []
     for name, values, kind in (
         ("cut", rows.cuts, pa.int32()),
         ("label", rows.good, pa.bool_()),
         ("task", rows.tasks, pa.large_string()),
+        ("place", places, pa.string()),
     ):
         if values:
             table = table.append_column(name, pa.array(values, kind))

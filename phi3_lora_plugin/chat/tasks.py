@@ -16,7 +16,7 @@ from phi3_lora_plugin.chat.adapt import Reading
 from phi3_lora_plugin.chat.columns import rename
 from phi3_lora_plugin.chat.content import read_text
 from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, Policy, encode_prompts
-from phi3_lora_plugin.chat.formats import Adapter
+from phi3_lora_plugin.chat.final_number import final_number
 from phi3_lora_plugin.chat.marks import MEDIA
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
@@ -54,12 +54,11 @@ class Task:
 def read_tasks(
     source: Source,
     reading: Reading,
-    wanted: str,
     columns: Mapping[str, str],
-    adapters: Mapping[str, Adapter],
     ignore: Collection[str] = (),
+    numbers: bool = False,
 ) -> Iterator[tuple[Place, Task] | Problem]:
-    """Yield the task of each row, or what is wrong with it; `wanted` and `adapters` are not looked at.
+    """Yield the task of each row, or what is wrong with it; with `numbers`, an answer without one is wrong.
 
     Raises `SourceError` for a source without rows.
     """
@@ -70,13 +69,26 @@ def read_tasks(
             yield item
             continue
         try:
-            yield item.place, task(rename(item.values, columns, ignore))
+            made = task(rename(item.values, columns, ignore))
+            if numbers:
+                _check_number(made)
+            yield item.place, made
         except RowError as error:
             yield Problem(item.place, str(error))
         except RecursionError:
             yield Problem(item.place, "is nested too deeply to be a chat")
     if not reading.rows:
         raise SourceError([f"{source.name}: has no rows"])
+
+
+def _check_number(made: Task) -> None:
+    if "answer" not in made.columns:
+        raise RowError(
+            f"has no answer, which reward gsm8k compares with: its columns are {named(made.columns)}; name it with "
+            "data.columns='{answer: NAME}'"
+        )
+    if final_number(str(made.columns["answer"])) is None:
+        raise RowError(f"answer is {shown(made.columns['answer'])}, which has no number for reward gsm8k")
 
 
 def task(row: Mapping[str, Any]) -> Task:
@@ -123,7 +135,7 @@ def _turns(row: Mapping[str, Any], name: str) -> tuple[list[Message], str | None
         return list(read_turns([{"role": "user", "content": read_text(value, name)}])), None
     if not isinstance(value, list | tuple):
         raise RowError(f"{name} is {shown(value)}; expected text or a list of messages")
-    turns = [turn | {"train": False} if turn["role"] == "assistant" else turn
+    turns = [{key: part for key, part in turn.items() if key not in ("train", "weight", "spans")}
              for turn in read_turns(value, f"message of {name}")]  # fmt: skip
     if turns[-1]["role"] == "assistant":
         *turns, last = turns

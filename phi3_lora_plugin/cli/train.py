@@ -188,6 +188,10 @@ def _figures(result: Result) -> list[tuple[str, str]]:
     ]
     if result.eval_loss_before is not None and result.eval_loss_after is not None:
         rows.append(("held-out loss", f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"))
+    if result.eval_reward_before is not None and result.eval_reward_after is not None:
+        rows.append(
+            ("held-out reward", f"{result.eval_reward_before:.4f} before, {result.eval_reward_after:.4f} after")
+        )
     if result.adapter:
         ratio = result.base_bytes / max(1, result.adapter_bytes)
         rows.append(

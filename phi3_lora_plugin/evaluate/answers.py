@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.encode import IGNORE
+from phi3_lora_plugin.chat.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,11 +40,16 @@ def questions(
     before it; a row without a whole one is left out.
 
     Args:
-        rows: as `encode` gives them, with the assistant's turns trained and nobody else's; of pairs the chosen chat.
+        rows: as `encode` gives them, with the assistant's turns trained and nobody else's; of pairs the chosen chat;
+            of tasks all of it is asked for.
         stops: the tokens that end a turn.
     """
     found = []
     for number, row in zip(range(most), rows, strict=False):
+        if "task" in row:  # a prompt alone, and what its answer should hold
+            answer = Task.from_json(row["task"]).columns.get("answer", "")
+            found.append(Question(number, tuple(row["input_ids"]), str(answer).strip()))
+            continue
         ids, labels = (list(row[name])[: row.get("cut")] for name in ("input_ids", "labels"))
         behind = next((at for at in range(len(ids), 0, -1) if labels[at - 1] in stops), 0)
         start = next((at for at in range(behind, 0, -1) if labels[at - 1] == IGNORE), 0)

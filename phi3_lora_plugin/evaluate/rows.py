@@ -44,6 +44,10 @@ def evaluation_rows(
         DataError: there are none, or as `load_data`.
     """
     data = recipe.data
+    if recipe.reward:
+        if path is None:
+            raise DataError([f"{recipe.name} was trained by rewards; pass chats to evaluate on with --data FILE"])
+        recipe = recipe.model_copy(update={"reward": {}})
     if recipe.preference.on:  # what it was trained to prefer is no text to be predicted
         if path is None:
             raise DataError([f"{recipe.name} was trained on pairs; pass chats to evaluate on with --data FILE"])

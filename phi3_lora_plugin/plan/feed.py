@@ -32,6 +32,11 @@ def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data = load_data(recipe, tokenizer, adapters, max_length=longest, cache=True)
     rows = data.train
+    if recipe.reward:  # each prompt is answered several times, each answer as long as it may be
+        answer, many = recipe.grpo.max_completion_length, recipe.grpo.num_generations
+        train = tuple(length + answer for length in row_lengths(rows) for _ in range(many))
+        held_out = () if data.eval is None else tuple(length + answer for length in row_lengths(data.eval))
+        return Lengths(train, (answer,) * len(train), held_out)
     return Lengths(
         tuple(row_lengths(rows)),
         tuple(sum(label != -100 for label in labels) for labels in rows["labels"]),

@@ -20,7 +20,7 @@ Find = Callable[[str], Path | Traversable | str | None]
 #: Share that is held out where rows replace the embedded ones.
 HELD_OUT = 0.1
 
-SECTIONS = ("model", "data", "lora", "training", "preference", "checkpoint", "about")
+SECTIONS = ("model", "data", "lora", "training", "preference", "grpo", "checkpoint", "about")
 _NAME = re.compile(r"[^\W_][\w.+-]*")  # as discovery has it: never a path
 _YAML = re.compile(r"\.ya?ml$", re.IGNORECASE)
 _DATA = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.gz|\.zst|\.xz)?$", re.IGNORECASE)

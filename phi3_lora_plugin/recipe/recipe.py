@@ -32,9 +32,12 @@ from phi3_lora_plugin.recipe.sections import (
     CheckpointSection,
     Conflicts,
     DataSection,
+    Finite,
+    GrpoSection,
     LoraSection,
     ModelSection,
     PreferenceSection,
+    Reward,
     Section,
     Switch,
     Text,
@@ -72,6 +75,10 @@ class Recipe(Section):
     training: dict[str, Any] = {}
     """As `transformers.TrainingArguments` names things, of any version; checked against the one installed."""
     preference: PreferenceSection = PreferenceSection()
+    reward: Annotated[list[Reward], Field(min_length=1)] | dict[Reward, Finite] = {}
+    """Train on the model's own answers by what these give for them (GRPO, arXiv 2402.03300): format, gsm8k or
+    python:module.function, as a list or with weights; rows are prompts, with an `answer` where a reward reads one."""
+    grpo: GrpoSection = GrpoSection()
     checkpoint: CheckpointSection = CheckpointSection()
     speed: Literal["auto", "off"] | dict[SpeedPart, Switch] = "auto"
     """Fast paths: auto, off, or one by one (the rest as in auto); losses are the same with and without."""
@@ -104,6 +111,12 @@ class Recipe(Section):
             yield "training.eval_strategy", "nothing to evaluate on; set data.eval_path or data.eval_fraction"
         if self.preference.on:
             yield from self._preference_conflicts()
+        if self.reward:
+            yield from self._reward_conflicts()
+        else:
+            for name in self.grpo.model_fields_set:
+                if getattr(self.grpo, name) != GrpoSection.model_fields[name].default:
+                    yield f"grpo.{name}", "has no effect without reward; write for example reward: [format, gsm8k]"
         if self.model.device not in ("auto", "cpu") and training.get("use_cpu"):
             yield "training.use_cpu", f"contradicts model.device: {self.model.device}"
         if training.get("bf16") and training.get("fp16"):
@@ -127,6 +140,55 @@ class Recipe(Section):
             ordered = [name for name in ("train_sampling_strategy", "group_by_length") if training.get(name)]
             if ordered and training[ordered[0]] != "sequential":
                 yield f"training.{ordered[0]}", "kto takes rows in their order; leave it out"
+
+    def _reward_conflicts(self) -> Iterator[tuple[str, str]]:
+        data, training, many = self.data, self.training, self.grpo.num_generations
+        if self.preference.on:
+            yield "preference.loss", "set together with reward; keep one"
+        if len(self.rewards) < len(self.reward):
+            yield "reward", "names the same reward twice"
+        if unheard := [name for name, weight in self.rewards.items() if not weight]:
+            yield "reward", f"{unheard[0]} has the weight 0; leave it out"
+        if data.packing:
+            yield "data.packing", "prompts are not packed; write data.packing: false"
+        if data.format != "auto":
+            yield "data.format", "prompts are recognised by their columns; write data.format: auto and data.columns"
+        if data.train_on != "assistant":
+            yield "data.train_on", "has no effect with reward: what the model answers is trained; leave it out"
+        if data.max_length is not None and data.max_length <= self.grpo.max_completion_length:
+            yield (
+                "data.max_length",
+                (
+                    f"{data.max_length} leaves no room for a prompt before grpo.max_completion_length: "
+                    f"{self.grpo.max_completion_length}"
+                ),
+            )
+        if self.grpo.beta and self.lora.init not in ("default", "gaussian"):
+            yield "lora.init", f"{self.lora.init} does not start at the base model, which grpo.beta compares with"
+        rows, steps = (training.get(name, other) for name, other in
+                       (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)))  # fmt: skip
+        if rows * steps % many:
+            yield (
+                "grpo.num_generations",
+                (
+                    f"{many} answers to a prompt do not divide the {rows * steps} rows of a step (training."
+                    "per_device_train_batch_size times gradient_accumulation_steps)"
+                ),
+            )
+        for name in ("train_sampling_strategy", "group_by_length", "auto_find_batch_size"):
+            if training.get(name):
+                yield f"training.{name}", "has no effect with reward: batches are groups of answers; leave it out"
+        yield from self._not_honoured("reward")
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Name of each reward -> its weight; empty for a run that learns from answers that are there."""
+        return dict(self.reward) if isinstance(self.reward, dict) else dict.fromkeys(self.reward, 1.0)
+
+    @property
+    def rows(self) -> Literal["chats", "pairs", "judged", "tasks"]:
+        """What rows are: chats to learn, two answers each, one answer with a label, or prompts to answer."""
+        return "tasks" if self.reward else self.preference.rows
 
     def _not_honoured(self, loss: str) -> Iterator[tuple[str, str]]:
         """Settings of the plain loss, which another loss would ignore."""

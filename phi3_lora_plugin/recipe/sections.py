@@ -277,6 +277,34 @@ class PreferenceSection(Section):
                 yield name, f"has no effect with preference.loss: {self.loss}; it is for {loss}"
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+#: A reward: one that ships here, or a function by its dotted path.
+Reward = Annotated[str, Field(pattern=r"^(format|gsm8k|python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)$")]
+
+
+class GrpoSection(Section):
+    """How answers are drawn and compared in training by `reward`; names and defaults are those of TRL's GRPOConfig."""
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt, which are compared with each other."""
+    max_completion_length: Count = 256
+    """Longest answer in tokens; a longer one is cut and gets the reward of what is there."""
+    temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    """Of drawing answers; more is more varied."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the most likely tokens that together have this probability."""
+    beta: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """How close to stay to the base; at 0 no reference is computed."""
+    epsilon: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.2
+    """How far the ratio of probabilities may go before it is clipped."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
+    """How the tokens of answers of different lengths are averaged."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What a reward's distance from the mean is divided by: the deviation in its group, in its batch, or nothing."""
+    mask_truncated_completions: Switch = False
+    """Learn nothing from answers that were cut."""
+
+
 class CheckpointSection(Section):
     """Which LoRA-only checkpoints are written and which are kept."""
 

@@ -13,8 +13,7 @@ from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-from phi3_lora_plugin.training.preference import forget_copy
-from phi3_lora_plugin.training.trl_trainers import trl_trainer
+from phi3_lora_plugin.training.trl_trainers import forget_copy, trl_trainer
 
 _ROW = {"prompt_ids": [3], "completion_ids": [4], "KL_completion_ids": [5], "label": True}
 

@@ -34,7 +34,9 @@ def duration(seconds: float) -> str:
 
 def _trained(line: Mapping[str, Any]) -> list[str]:
     marks = line.get("marks") or ()
-    parts = [f"loss {_number(line.get('loss'))}"]
+    # Where answers earn rewards, the loss says little: it compares them with each other.
+    name = "reward" if "reward" in line else "loss"
+    parts = [f"{name} {_number(line.get(name))}"]
     if NOT_FINITE in marks:
         parts[0] += "  NOT FINITE"
     if SPIKE in marks:
@@ -54,7 +56,8 @@ def _trained(line: Mapping[str, Any]) -> list[str]:
 
 def _evaluated(line: Mapping[str, Any]) -> list[str]:
     marks = line.get("marks") or ()
-    parts = [f"eval loss {_number(line.get('eval_loss'))}"]
+    name = "eval_reward" if "eval_reward" in line else "eval_loss"
+    parts = [f"{name.replace('_', ' ')} {_number(line.get(name))}"]
     if NOT_FINITE in marks:
         parts[0] += "  NOT FINITE"
     if (accuracy := line.get("eval_rewards/accuracies")) is not None:

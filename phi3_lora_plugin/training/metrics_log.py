@@ -111,7 +111,8 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         if value is None or not math.isfinite(value):
             return [NOT_FINITE]
         if line["kind"] == TRAIN:
-            spike = is_spike(value, self._losses)
+            # A loss that compares answers with each other is about 0, whatever they earn.
+            spike = "reward" not in line and is_spike(value, self._losses)
             self._losses.append(value)
             norm = line.get("grad_norm")
             return [SPIKE] * spike + [NOT_FINITE] * (norm is not None and not math.isfinite(norm))

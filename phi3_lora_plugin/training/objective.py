@@ -1,4 +1,4 @@
-"""What a run learns from: chats, pairs of answers, judged answers, and what it takes to train on that."""
+"""What a run learns from: chats, pairs of answers, judged answers, rewards, and what it takes to train on that."""
 
 from __future__ import annotations
 
@@ -20,15 +20,29 @@ class Objective:
         trainer: the class of the Trainer.
         arguments: its arguments for (recipe, whether there are rows to evaluate on).
         feed: (rows, collator) for (encoded rows, recipe, tokenizer, tokens of the longest row).
+        evaluated: rows to evaluate on as the trainer takes them.
+        metric: what an evaluation gives that tells how good the model is: "loss", or "reward".
     """
 
-    trainer: type[Trainer]
+    trainer: Callable[..., Trainer]
     arguments: Callable[[Recipe, bool], TrainingArguments]
     feed: Callable[[Any, Recipe, Any, int], tuple[Any, Any]]
+    evaluated: Callable[[Any], Any] = lambda rows: rows
+    metric: str = "loss"
 
 
 def objective_of(recipe: Recipe) -> Objective:
-    """The objective that a recipe names."""
+    """The objective that a recipe names.
+
+    Raises:
+        ObjectiveError: the installed TRL cannot train with it.
+    """
+    if recipe.reward:
+        from functools import partial
+
+        from phi3_lora_plugin.training.grpo import RewardTrainer, asked, feed_tasks, grpo_arguments
+
+        return Objective(partial(RewardTrainer, recipe=recipe), grpo_arguments, feed_tasks, asked, "reward")
     if recipe.preference.loss == "kto":
         from phi3_lora_plugin.training.kto import JudgedTrainer, feed_judged, kto_arguments
 

@@ -57,7 +57,7 @@ def require_packages(recipe: Recipe) -> None:
         *_reports(recipe.training),
         *_optimizer(recipe.training),
         *_deepspeed(recipe.training),
-        *_preference(recipe),
+        *_objective(recipe),
     ]
     if problems:
         raise MissingPackage("\n  ".join(["this recipe cannot be run here:", *problems]))
@@ -98,17 +98,23 @@ def _deepspeed(training: Any) -> Iterator[str]:
             yield f"training.deepspeed: {given} cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _preference(recipe: Recipe) -> Iterator[str]:
-    """The one objective whose trainer is TRL's; everything else runs without TRL, and with a broken release of it."""
-    if not recipe.preference.on:
+def _objective(recipe: Recipe) -> Iterator[str]:
+    """Objectives whose trainers are TRL's; everything else runs without TRL, and with a broken release of it."""
+    from phi3_lora_plugin.training.objective import objective_of
+    from phi3_lora_plugin.training.trl_trainers import ObjectiveError
+
+    if not (recipe.preference.on or recipe.reward):
         return
+    setting = "reward" if recipe.reward else "preference.loss"
     if not _installed("trl"):
-        yield "preference.loss needs TRL: pip install trl"
+        yield f"{setting} needs TRL: pip install trl"
         return
     try:
-        import_module("trl.trainer.dpo_trainer")
+        objective_of(recipe)
+    except ObjectiveError as error:
+        yield str(error)
     except Exception as error:  # whatever a broken release raises while it is imported
-        yield f"preference.loss needs TRL, which cannot be imported here ({error}): pip install 'trl>=1.0'"
+        yield f"{setting} needs TRL, which cannot be imported here ({error}): pip install 'trl>=1.0'"
 
 
 def _installed(module: str) -> bool:

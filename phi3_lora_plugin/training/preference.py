@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch  # noqa: TID253
@@ -15,20 +14,16 @@ from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-from phi3_lora_plugin.training.trl_trainers import ObjectiveError
+from phi3_lora_plugin.training.trl_trainers import ObjectiveError, forget_copy, installed_trl
+
+if not hasattr(DPOTrainer, "compute_ref_log_probs"):  # came with the columns that the collator below makes
+    raise ObjectiveError(
+        f"preference.loss needs DPOTrainer as TRL 1.0 has it; {installed_trl()}: pip install 'trl>=1.0'"
+    )
 
 
 def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
-    """The recipe's `training` and `preference` as TRL's own arguments.
-
-    Raises:
-        ObjectiveError: TRL is too old.
-    """
-    if not hasattr(DPOTrainer, "compute_ref_log_probs"):  # came with the columns that the collator below makes
-        raise ObjectiveError(
-            f"preference.loss: {recipe.preference.loss} needs DPOTrainer as TRL 1.0 has it; installed is TRL "
-            f"{version('trl')}: pip install 'trl>=1.0'"
-        )
+    """The recipe's `training` and `preference` as TRL's own arguments."""
     section = recipe.preference
     ours: dict[str, Any] = {
         "beta": section.beta,
@@ -38,18 +33,6 @@ def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
         "disable_dropout": False,  # as set in the recipe
     }
     return training_arguments(recipe, has_eval, DPOConfig, **ours)
-
-
-def forget_copy(trainer: Any) -> None:
-    """Delete the copy of the adapter that TRL makes as the reference, where it did not make the adapter itself.
-
-    A new adapter is nothing yet: the base is the reference, without a copy that every checkpoint would have to tell
-    from the adapter.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if "ref" in model.peft_config:
-        model.delete_adapter("ref")
-        model.set_adapter("default")
 
 
 class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]

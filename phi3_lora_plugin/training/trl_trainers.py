@@ -41,12 +41,25 @@ def trl_trainer(
         if own.__name__.endswith(f"{name.lower()}_trainer") and fits(own):
             return trainer, arguments
     raise ObjectiveError(
-        f"{setting} needs {name}Trainer as TRL {since} has it; {_installed()}: pip install 'trl>={since}'"
+        f"{setting} needs {name}Trainer as TRL {since} has it; {installed_trl()}: pip install 'trl>={since}'"
     )
 
 
-def _installed() -> str:
+def installed_trl() -> str:
+    """Which version of TRL is installed, as a clause."""
     try:
         return f"installed is TRL {metadata.version('trl')}"
     except metadata.PackageNotFoundError:
         return "TRL is not installed"
+
+
+def forget_copy(trainer: Any) -> None:
+    """Delete the copy of the adapter that TRL makes as the reference, where it did not make the adapter itself.
+
+    A new adapter is nothing yet: the base is the reference, without a copy that every checkpoint would have to tell
+    from the adapter.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+        model.set_adapter("default")

@@ -26,6 +26,8 @@ def render(recipe: Recipe, host: str) -> Rendered:
     """
     if host not in HOSTS:
         raise RenderError(f"--host: {host!r} is not one of {', '.join(HOSTS)}")
+    if recipe.reward:
+        raise RenderError(f"{recipe.name} trains by rewards, which is not rendered; it runs by `phi3-lora train`")
     if recipe.preference.on:
         raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
     if has_towers(base_config(recipe) or {}):
