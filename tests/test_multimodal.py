@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_activate import trainer
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
+from phi3_lora_plugin.export.export import export
+from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.export.merge import MergeError, merge
 from phi3_lora_plugin.lora.inject import add_lora, coverage
 from phi3_lora_plugin.lora.targets import TargetError
@@ -171,6 +174,14 @@ def test_what_would_change_images_or_speech_is_refused(options: dict[str, Any], 
 def test_merging_is_refused_with_what_is_possible_instead(run: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"vision and speech adapters are added to.*set_adapter"):
         merge(run, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["llama_cpp", "ollama", "onnx", "mlx", "openvino"])
+def test_targets_without_its_towers_are_refused_first(target: str, run: Path, tmp_path: Path) -> None:
+    exporter = import_module(f"phi3_lora_plugin.export.targets.{target}").export
+    with pytest.raises(ExportError, match="model_type 'phi4_multimodal' is not exported; expected phi3"):
+        export(run, exporter, target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's general.file_type
-_ARCHITECTURES = {"phi3": "PHI3", "phimoe": "PHIMOE"}
+#: `model_type` -> what the gguf package calls it.
+ARCHITECTURES = {"phi3": "PHI3", "phimoe": "PHIMOE"}
 
 
 class GGUFError(Phi3LoraError):
@@ -171,15 +172,15 @@ def _gguf() -> Any:
 
 def _architecture(gguf: Any, config: Mapping[str, Any]) -> Any:
     kind = config.get("model_type")
-    if kind not in _ARCHITECTURES:
-        raise GGUFError(f"model_type is {kind!r}; expected {' or '.join(_ARCHITECTURES)} (fuse a split model first)")
+    if kind not in ARCHITECTURES:
+        raise GGUFError(f"model_type is {kind!r}; expected {' or '.join(ARCHITECTURES)} (fuse a split model first)")
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     if head * heads != config["hidden_size"]:
         raise GGUFError(
             f"{heads} heads of {head} are not hidden_size {config['hidden_size']}, as llama.cpp's {kind} needs it"
         )
-    return gguf.MODEL_ARCH[_ARCHITECTURES[kind]]
+    return gguf.MODEL_ARCH[ARCHITECTURES[kind]]
 
 
 def _placed(

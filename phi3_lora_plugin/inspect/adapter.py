@@ -93,10 +93,13 @@ def _of_mlx(folder: Path, problems: list[Problem]) -> dict[str, Any]:
 
 def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict[str, Any] | None:
     """The base's config, if it is on this machine; a hub id that is not cached is not a problem."""
-    from phi3_lora_plugin.model.folder import ModelError, find_config, read_json
+    from phi3_lora_plugin.model.folder import ModelError, UnsupportedModelId, find_config, read_json
 
     try:
         file = find_config(base, revision)
+    except UnsupportedModelId as error:
+        problems.append(Problem(f"its base is {error}", "use an adapter for a supported member of the family"))
+        return None
     except ModelError as error:
         if Path(base).is_absolute() or base.startswith((".", "~")):
             problems.append(Problem(f"its base model is not found: {error}", "pass --base"))

@@ -13,7 +13,7 @@ from phi3_lora_plugin.inspect.findings import Trainable as Trainable
 from phi3_lora_plugin.inspect.findings import lines as lines
 from phi3_lora_plugin.inspect.model import look_at_model, look_at_published, read_json
 from phi3_lora_plugin.model.families import FAMILIES, UnsupportedModel
-from phi3_lora_plugin.model.folder import ModelError, find_folder
+from phi3_lora_plugin.model.folder import ModelError, UnsupportedModelId, find_folder
 from phi3_lora_plugin.model.published import published_config
 from phi3_lora_plugin.small_file import BadFile
 from phi3_lora_plugin.small_file import read_json as read_json_file
@@ -38,6 +38,8 @@ def inspect(path: str | Path) -> Findings:
     """
     try:
         folder = find_folder(path)
+    except UnsupportedModelId:
+        raise
     except ModelError as error:
         if (config := published_config(str(path))) is None:
             raise InspectError(f"{error}; inspect downloads nothing") from error

@@ -148,10 +148,7 @@ def recognise(config: Mapping[str, Any]) -> Family:
     """
     kind = config.get("model_type")
     if kind not in SUPPORTED:
-        reason = REFUSED.get(str(kind), "it is not a model of the Phi-3 family")
-        raise UnsupportedModel(
-            f"model_type {kind!r}: {reason}. Supported are `phi3`, `phimoe` and the text side of `phi4_multimodal`."
-        )
+        raise UnsupportedModel(_refusal(kind))
     _refuse_sizes(config)
     if kind == "phi4_multimodal":
         return FAMILIES["phi-4-multimodal"]
@@ -181,11 +178,17 @@ def recognise(config: Mapping[str, Any]) -> Family:
     return FAMILIES["phi3"]
 
 
-def refuse_id(name: str, revision: str | None = None) -> None:
-    """Raise UnsupportedModel for the hub id of a published model that `recognise` refuses; other revisions pass."""
+def _refusal(kind: Any) -> str:
+    reason = REFUSED.get(str(kind), "it is not a model of the Phi-3 family")
+    return f"model_type {kind!r}: {reason}. Supported are `phi3`, `phimoe` and the text side of `phi4_multimodal`."
+
+
+def refused_id(name: str, revision: str | None = None) -> str | None:
+    """Why the main revision of a published model is refused, by its hub id; None for other models and revisions."""
     kind = REFUSED_IDS.get(name.lower())
-    if kind is not None and revision in (None, "main"):
-        recognise({"model_type": kind})
+    if kind is None or revision not in (None, "main"):
+        return None
+    return _refusal(kind)
 
 
 def has_towers(config: Mapping[str, Any]) -> bool:

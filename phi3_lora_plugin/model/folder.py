@@ -8,7 +8,8 @@ from typing import Any
 
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.model.families import refuse_id
+from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, recognise, refused_id
+from phi3_lora_plugin.model.refused import REFUSED_IDS
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
 
@@ -17,6 +18,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 class ModelError(Phi3LoraError):
     """A base model that is not there, is incomplete, or does not go with its tokenizer or this machine."""
+
+
+class UnsupportedModelId(ModelError, UnsupportedModel):
+    """The hub id of a published model that is not supported and is not on this machine either."""
 
 
 def find_folder(name: str | Path, revision: str | None = None, download: Sequence[str] = ()) -> Path:
@@ -28,17 +33,21 @@ def find_folder(name: str | Path, revision: str | None = None, download: Sequenc
 
     Raises:
         ModelError: there is none.
-        UnsupportedModel: the hub id of a published model that is refused; before it is downloaded.
+        UnsupportedModelId: nor would it be downloaded, because it is a published model that is not supported.
     """
     text = str(name)
     folder = Path(locate(text))
     if folder.is_dir():
         return folder
-    refuse_id(text, revision)
     if folder.exists() or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ModelError(f"{text}: no such folder, and not the id of a hub repository (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
+    if (why := refused_id(text, revision)) is not None:
+        try:  # what is here is used as far as it goes: a tokenizer, or a config that says what the model is
+            return Path(snapshot_download(text, revision=revision, local_files_only=True))
+        except Exception as error:
+            raise UnsupportedModelId(why) from error
     options: dict[str, Any] = {"allow_patterns": list(download)} if download else {"local_files_only": True}
     try:
         return Path(snapshot_download(text, revision=revision, **options))
@@ -56,11 +65,15 @@ def model_folder(name: str | Path, revision: str | None = None, download: bool =
 
     Raises:
         ModelError: nothing there, no config, or no weights that can be read without executing them.
+        UnsupportedModel: by its config, which is downloaded before the weights are.
     """
+    if download:
+        _refuse_before_weights(find_folder(name, revision, ["config.json"]), copies=False)
     folder = find_folder(name, revision, ["*.json", "*.safetensors", "*.jinja"] if download else ())
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is an adapter, not a base model; give the model that it was trained on")
     _require_config(folder)
+    _refuse_before_weights(folder, copies=True)
     weight_files(folder)
     return folder
 
@@ -95,6 +108,21 @@ def weight_files(folder: Path) -> dict[str, str] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises ModelError."""
     return read_object(path, ModelError)
+
+
+def _refuse_before_weights(folder: Path, copies: bool) -> None:
+    """Raise UnsupportedModel by the config; `copies` in the layout of other families, which convert, may pass."""
+    if not (folder / "config.json").is_file():
+        return
+    config = read_json(folder / "config.json")
+    if copies and config.get("model_type") not in REFUSED_IDS.values():
+        return
+    try:
+        recognise(config)
+    except UnsupportedModel:
+        raise
+    except (RopeError, ValueError, TypeError):
+        return  # reported with what is expected instead, once the config is read for good
 
 
 def _require_config(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
+from phi3_lora_plugin.export.gguf import ARCHITECTURES
 from phi3_lora_plugin.export.gguf_quantize import FORMS
 from phi3_lora_plugin.export.recast import shipped_dtype
 from phi3_lora_plugin.model.families import row_limit
@@ -27,6 +28,8 @@ NAME = "llama.cpp"
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write GGUF files for llama.cpp; see `exporter`."""
     refuse("llama.cpp", wanted, quantize=FORMS, dtypes=tuple(_SUFFIX))
+    if (kind := adapted.config.get("model_type")) not in ARCHITECTURES:
+        raise ExportError(f"llama.cpp: model_type {kind!r} is not exported; expected {' or '.join(ARCHITECTURES)}")
     require("llama-cpp", "gguf", *(("xllamacpp",) if wanted.prove else ()), what="a GGUF for llama.cpp")
     if wanted.merged is False:
         if wanted.quantize:

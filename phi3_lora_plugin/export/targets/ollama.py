@@ -14,6 +14,7 @@ from typing import Any
 from phi3_lora_plugin.chat.tool_formats import tool_format
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Wanted, refuse, require
+from phi3_lora_plugin.export.gguf import ARCHITECTURES
 from phi3_lora_plugin.export.gguf_quantize import FORMS
 from phi3_lora_plugin.export.go_template import go_template, render_go
 from phi3_lora_plugin.export.targets import llama_cpp
@@ -27,6 +28,8 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     refuse("ollama", wanted, quantize=FORMS, dtypes=("float32", "float16", "bfloat16"))
     if len(wanted.quantize) > 1:
         raise ExportError("ollama: a Modelfile names one file; pass one form to --quantize")
+    if (kind := adapted.config.get("model_type")) not in ARCHITECTURES:
+        raise ExportError(f"ollama: model_type {kind!r} is not exported; expected {' or '.join(ARCHITECTURES)}")
     require("ollama", "gguf", *(("xllamacpp",) if wanted.prove else ()), what="an export to Ollama")
     if adapted.template is None:
         raise ExportError(f"ollama: {adapted.notes[-1]}; without a known template no Modelfile can be written")

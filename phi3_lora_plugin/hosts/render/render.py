@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from phi3_lora_plugin.hosts.render import __path__
 from phi3_lora_plugin.hosts.render.common import Rendered, RenderError, base_config
 from phi3_lora_plugin.model.families import has_towers
+from phi3_lora_plugin.model.published import why_refused
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -30,6 +31,8 @@ def render(recipe: Recipe, host: str) -> Rendered:
         raise RenderError(f"{recipe.name} trains by rewards, which is not rendered; it runs by `phi3-lora train`")
     if recipe.preference.on:
         raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
+    if why := why_refused(recipe.model.path, recipe.model.revision):
+        raise RenderError(f"{recipe.model.path}: {why}")
     if has_towers(base_config(recipe) or {}):
         raise RenderError(
             f"{recipe.model.path}: {host} would give LoRA to the audio tower as well, whose modules have the names of "
