@@ -16,6 +16,7 @@ from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.report.page import try_report
 from phi3_lora_plugin.store.run_file import FAILED, INTERRUPTED, RunFile
 from phi3_lora_plugin.training.rows import first_batches, require_weighted_loss
+from phi3_lora_plugin.training.trackers import About, Trackers
 
 Tell = Callable[[str], None]
 
@@ -117,10 +118,11 @@ def train(
         ReloadError: the saved adapter is not the trained one.
     """
     record = RunFile(Path(recipe.output_dir).expanduser())
+    trackers = Trackers()
     told: dict[str, Any] = {"status": FAILED}
     try:
         result = _train(
-            recipe, record, resume, allow_drift, samples, check, plugins or load_plugins(), console, callbacks
+            recipe, record, trackers, resume, allow_drift, samples, check, plugins or load_plugins(), console, callbacks
         )
         told = {"status": result.status, "result": asdict(result)}
     except KeyboardInterrupt:
@@ -133,12 +135,14 @@ def train(
         record.end(**told)
         if record.content and (problem := try_report(record.folder)) and console:
             console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
+        trackers.close(record.folder, told)
     return result
 
 
 def _train(
     recipe: Recipe,
     record: RunFile,
+    trackers: Trackers,
     resume: bool,
     allow_drift: Sequence[str],
     samples: int,
@@ -239,6 +243,8 @@ def _train(
             callback.bind(trainer)
     called = trainer.callback_handler.callbacks
     called.insert(0, called.pop(called.index(metrics)))  # before trackers, which get its figures
+    covered = [asdict(row) for row in trained_modules]
+    trackers.hold(trainer, output_dir, About(recipe.to_yaml(), covered, json.loads(data.report.to_json())))
 
     # Not earlier: what is refused until here leaves a folder that the repaired recipe may use.
     if os.environ.get("RANK", "0") == "0":
@@ -249,7 +255,7 @@ def _train(
             name=recipe.name,
             provenance=dict(recipe.provenance),
             notes=list(recipe.notes),
-            coverage=[asdict(row) for row in trained_modules],
+            coverage=covered,
             speed=[asdict(one) for one in applied],
             rows=[asdict(row) for row in marked_rows(data.train, tokenizer)],
             device=device_name(arguments.device),

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +89,8 @@ def train_command(
             if cluster is not None:
                 result = train_on_ray(run, cluster, quiet=quiet or as_json, **options)
             else:
-                result = train(run, plugins=plugins, console=console, **options)
+                with redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers print
+                    result = train(run, plugins=plugins, console=console, **options)
     except KeyboardInterrupt:  # outside of training, or the second signal; maybe before the next name is there
         if main_process:
             print(_interrupted(run.output_dir, again), file=sys.stderr)
@@ -198,6 +199,8 @@ def _figures(result: Result) -> list[tuple[str, str]]:
             ("adapter", f"{human(result.adapter_bytes)}, the full model {human(result.base_bytes)} ({ratio:.0f} times)")
         )
         rows.append(("saved to", result.adapter))
+    if (page := Path(result.output_dir) / "report.html").is_file():
+        rows.append(("report", str(page)))
     if result.reload_difference is not None:
         far = f"differ by at most {result.reload_difference:.1e}" if result.reload_difference else "identical"
         rows.append(("reloaded", f"with plain PEFT in a fresh process: logits {far}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -80,6 +81,12 @@ def _defaults(recipe: Recipe, device: Device) -> dict[str, Any]:
         if "str" in installed_fields()["include_num_input_tokens_seen"]
         else True,
     }
+    if recipe.training.get("report_to", "none") not in ("none", [], ["none"]):
+        # What trackers call the run; the same when it is resumed.
+        name = Path(recipe.output_dir).expanduser().resolve().name
+        defaults["run_name"] = name if name != recipe.output_dir else f"{recipe.name}-{name}"  # wandb warns of the same
+        if "project" in installed_fields():
+            defaults["project"] = "phi3-lora"
     if not {"bf16", "fp16"} & set(recipe.training):
         defaults |= precision_for(recipe.model, device).arguments
     return defaults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.wording import nearest
+from phi3_lora_plugin.wording import describe, nearest
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -65,6 +66,9 @@ def require_packages(recipe: Recipe) -> None:
 
 def _reports(training: Any) -> Iterator[str]:
     given = training.get("report_to") or []
+    if not isinstance(given, str | list) or not all(isinstance(name, str) for name in given):
+        yield f"training.report_to: expected a name or a list of names, got {describe(given)}"
+        return
     for name in [given] if isinstance(given, str) else given:
         if name in ("all", "none"):
             continue
@@ -72,10 +76,38 @@ def _reports(training: Any) -> Iterator[str]:
             modules, package = _REPORTS[name]
             if not any(map(_installed, modules)):
                 yield f"training.report_to: {name} needs {package}: pip install {package}"
+            elif name in ("wandb", "mlflow", "trackio") and (problem := _broken(name)):
+                yield f"training.report_to: {name} is installed but {problem}; pip install --upgrade {package}"
+            elif name == "wandb" and not _wandb_is_ready():
+                yield (
+                    "training.report_to: wandb has no account here: run wandb login, or set WANDB_MODE=offline to keep "
+                    "the run on this machine"
+                )
             continue
         known = {*_REPORTS, *import_module("transformers.integrations.integration_utils").INTEGRATION_TO_CALLBACK}
         if name not in known:
             yield f"training.report_to: {name!r} is not one of {', '.join(sorted(known))}{nearest(name, known)}"
+
+
+def _broken(name: str) -> str | None:
+    """Why a tracker cannot be imported; its integration would fail with that once the model is loaded."""
+    try:
+        import_module(name)
+    except Exception as error:
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def _wandb_is_ready() -> bool:
+    """Whether wandb may start a run without asking for a key; what cannot be found out counts as ready."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return True
+    try:
+        return wandb.run is not None or bool(wandb.login(prompt=False))
+    except Exception:
+        return True
 
 
 def _optimizer(training: Any) -> Iterator[str]:
