@@ -85,19 +85,9 @@ def _quant_state(layer: Any, dtype: torch.dtype, device: str) -> Any:
 
 def settle(model: Any, device: str = "cpu") -> None:
     """Give every parameter and buffer of a model on the meta device a fake place on `device`; inside `on_a_card`."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    if isinstance(tensor, torch.nn.Parameter):
-                        empty = torch.nn.Parameter(empty, tensor.requires_grad)
-                        empty.__dict__.update(tensor.__dict__)
-                    made[id(tensor)] = empty
-                tensors[name] = made[id(tensor)]
+    from phi3_lora_plugin.plan.dry_run import without_storage
+
+    without_storage(model, device)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and hasattr(module, "compute_dtype"):
             module.weight.quant_state = _quant_state(module, module.compute_dtype, device)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from phi3_lora_plugin import load_lora_state_dict
 from phi3_lora_plugin.cli.convert import convert_command
 from phi3_lora_plugin.evaluate.generate import with_adapter
-from phi3_lora_plugin.export.base_layouts import BaseLayoutError, fuse_base, split_base
+from phi3_lora_plugin.export.base_layouts import BaseLayoutError, convert_base
 from phi3_lora_plugin.export.convert import ConvertError, convert
 from phi3_lora_plugin.export.merge import merge
 from phi3_lora_plugin.inspect.inspect import inspect
@@ -71,7 +71,7 @@ def bases(request, tmp_path_factory) -> tuple[Path, Path]:
     """(a tiny Phi-3, the same model as a Llama, as unsloth's mirrors are)"""
     folder = tmp_path_factory.mktemp("bases")
     fused = tiny.base(folder / "phi3", num_key_value_heads=request.param)
-    split_base(fused, folder / "llama")
+    convert_base(fused, folder / "llama", "llama-base")
     return fused, folder / "llama"
 
 
@@ -563,7 +563,7 @@ def test_a_base_becomes_split_and_fused_again_with_equal_logits(tmp_path, change
     base = tiny.base(tmp_path / "phi3", **changes)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_phi3.Phi3"}}))
-    rows, notes = split_base(base, tmp_path / "split", max_shard="50KB")
+    rows, notes = convert_base(base, tmp_path / "split", "llama-base", max_shard="50KB")
     written = json.loads((tmp_path / "split" / "config.json").read_text())
     assert written["model_type"] == kind and "auto_map" not in written
     assert (tmp_path / "split" / "model.safetensors.index.json").is_file() and (
@@ -575,7 +575,7 @@ def test_a_base_becomes_split_and_fused_again_with_equal_logits(tmp_path, change
         for part in (ids[:, :12], ids):
             same(load(tmp_path / "split")(input_ids=part).logits, load(base)(input_ids=part).logits)
 
-    fuse_base(tmp_path / "split", tmp_path / "again")
+    convert_base(tmp_path / "split", tmp_path / "again", "phi3-base")
     one, two = Weights(base), Weights(tmp_path / "again")
     assert set(one) == set(two) and all(torch.equal(one.read(name), two.read(name)) for name in one)
     assert len(rows) == len(Weights(tmp_path / "split"))
@@ -585,20 +585,20 @@ def test_a_base_that_the_other_layout_cannot_say_is_refused(tmp_path):
     partial = tiny.base(tmp_path / "partial", rope_parameters={
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75})  # fmt: skip
     with pytest.raises(BaseLayoutError, match="it rotates only 75% of each head"):
-        split_base(partial, tmp_path / "out")
+        convert_base(partial, tmp_path / "out", "llama-base")
     good = tiny.base(tmp_path / "good")
-    split_base(good, tmp_path / "llama")
+    convert_base(good, tmp_path / "llama", "llama-base")
     path = tmp_path / "llama" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"attention_bias": True, "rope_scaling": {"rope_type": "llama3"}}))
     with pytest.raises(BaseLayoutError, match="(?s)rope is 'llama3'.*attention_bias is set"):
-        fuse_base(tmp_path / "llama", tmp_path / "out")
+        convert_base(tmp_path / "llama", tmp_path / "out", "phi3-base")
     path.write_text(json.dumps(config | {"rope_theta": 99.0}))
-    fuse_base(tmp_path / "llama", tmp_path / "theta")
+    convert_base(tmp_path / "llama", tmp_path / "theta", "phi3-base")
     with pytest.raises(BaseLayoutError, match="only phi3 has fused projections"):
-        split_base(tmp_path / "llama", tmp_path / "out")
+        convert_base(tmp_path / "llama", tmp_path / "out", "llama-base")
     with pytest.raises(ModelError, match="is not empty"):
-        split_base(good, tmp_path / "llama")
+        convert_base(good, tmp_path / "llama", "llama-base")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
 
 
@@ -611,7 +611,7 @@ def test_a_wrong_conversion_is_caught_by_the_logits_and_leaves_nothing(tmp_path,
         base_layouts, "_split_config", lambda config: (right(config)[0] | {"rope_theta": 50.0}, right(config)[1])
     )
     with pytest.raises(BaseLayoutError, match="the converted model's logits differ by"):
-        split_base(base, tmp_path / "out")
+        convert_base(base, tmp_path / "out", "llama-base")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
 
 

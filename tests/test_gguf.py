@@ -105,9 +105,9 @@ def test_an_adapter_reads_back_as_the_same_update_under_llama_cpp_s_rule(base, t
 
 
 def test_a_split_adapter_is_fused_on_its_way_and_a_16_bit_one_is_rounded(base, tmp_path):
-    from phi3_lora_plugin.export.base_layouts import split_base
+    from phi3_lora_plugin.export.base_layouts import convert_base
 
-    split_base(base, tmp_path / "llama")
+    convert_base(base, tmp_path / "llama", "llama-base")
     adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     convert(adapter, tmp_path / "lora.gguf", "gguf", base=base, dtype="bfloat16")
     tensors, _ = read(tmp_path / "lora.gguf")
@@ -338,9 +338,9 @@ def test_vocabularies_without_an_equal_in_llama_cpp_are_refused_or_noted(tmp_pat
 
 
 def test_models_that_llama_cpp_does_not_know_are_refused(base, tmp_path):
-    from phi3_lora_plugin.export.base_layouts import split_base
+    from phi3_lora_plugin.export.base_layouts import convert_base
 
-    split_base(base, tmp_path / "llama")
+    convert_base(base, tmp_path / "llama", "llama-base")
     with pytest.raises(GGUFError, match="model_type is 'llama'; expected phi3 or phimoe"):
         convert(tmp_path / "llama", tmp_path / "m.gguf", "gguf")
     copy = shutil.copytree(base, tmp_path / "copy")

@@ -14,12 +14,13 @@ from phi3_lora_plugin.chat.encode import encode
 from phi3_lora_plugin.chat.templates import TEMPLATES, TemplateError
 from phi3_lora_plugin.hosts import llamafactory
 from phi3_lora_plugin.hosts.axolotl_config import KERNELS, ROWS, prepare
-from phi3_lora_plugin.hosts.base import check_targets, linear_names, phi_config
+from phi3_lora_plugin.hosts.base import check_targets, phi_config
 from phi3_lora_plugin.hosts.pairs import conversation, pairs
 from phi3_lora_plugin.hosts.published_ids import restore
 from phi3_lora_plugin.hosts.rows import RowsError, encode_rows
 from phi3_lora_plugin.hosts.settings import HostSettings, SettingsError, checkpoint_callback, read_settings
 from phi3_lora_plugin.lora.targets import TargetError
+from phi3_lora_plugin.model.families import linear_names
 from phi3_lora_plugin.recipe.sections import ChatSection
 
 CONFIG = tiny.config().to_dict()
@@ -87,7 +88,7 @@ def test_slices_that_plain_peft_would_miss_are_refused(names: Any) -> None:
 
 def test_targets_that_are_there_pass_and_others_do_not() -> None:
     check_targets(CONFIG, "all", "lora_target")
-    check_targets(CONFIG, linear_names(CONFIG), "lora_target")
+    check_targets(CONFIG, linear_names(CONFIG["model_type"]), "lora_target")
     with pytest.raises(TargetError, match="query_key_value"):
         check_targets(CONFIG, ["query_key_value"], "lora_target")
 

@@ -309,9 +309,9 @@ def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base
 
 
 def test_a_split_adapter_on_a_fused_base_is_sent_to_convert(base, tmp_path):
-    from phi3_lora_plugin.export.base_layouts import split_base
+    from phi3_lora_plugin.export.base_layouts import convert_base
 
-    split_base(base, tmp_path / "llama")
+    convert_base(base, tmp_path / "llama", "llama-base")
     adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     with pytest.raises(MergeError, match="4 adapted modules are not in the base: .*convert ... --to fused` first"):
         merge(adapter, base, tmp_path / "out")

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from phi3_lora_plugin.lora_files.loralib_files import write_loralib
-from phi3_lora_plugin.model.new_files import new_folder, save_tensors
-from phi3_lora_plugin.model.shards import staged
+from phi3_lora_plugin.model.new_files import new_folder, save_tensors, staged
 from phi3_lora_plugin.store.checkpoint import write_checkpoint
 
 

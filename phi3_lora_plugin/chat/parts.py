@@ -101,7 +101,7 @@ def encoded(
     read: Iterator[tuple[Place, Any]], tokenizer: Any, data: DataSection, limit: int | None, fate: Fate
 ) -> Rows:
     """What was read as rows; those that have nothing to train, or cannot be encoded, go into `fate`."""
-    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
+    policy = Policy.of(data)
     how = tool_format(data.tool_format, template_for(tokenizer, data.template).name)
     rows = Rows()
     for batch in _batches(read):

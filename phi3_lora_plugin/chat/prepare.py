@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 from phi3_lora_plugin.chat.calls import read_calls
 from phi3_lora_plugin.chat.marks import HEAVIEST, Span
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.templates import Template
 from phi3_lora_plugin.chat.thoughts import CLOSE, OPEN, without_tags
-from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS, ToolFormat, said_and_called, tool_format
+from phi3_lora_plugin.chat.tool_formats import ToolFormat, said_and_called, tool_format
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,17 +50,15 @@ class Policy:
     thoughts: str = "error"
 
     def __post_init__(self) -> None:
-        allowed = {
-            "train_on": ("assistant", "last_turn", "all"),
-            "system": ("error", "fold", "drop"),
-            "tools": ("error", "text", "drop"),
-            "control_tokens": ("error", "escape", "keep"),
-            "tool_format": ("auto", *TOOL_FORMATS),
-            "thoughts": ("error", "train", "context", "drop"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise Phi3LoraError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
+        for name, value in vars(self).items():
+            allowed = get_args(ChatSection.model_fields[name].annotation)
+            if value not in allowed:
+                raise Phi3LoraError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+    @classmethod
+    def of(cls, data: ChatSection) -> Policy:
+        """As configured by a recipe's `data`."""
+        return cls(**{field.name: getattr(data, field.name) for field in fields(cls)})
 
 
 def prepare(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+from phi3_lora_plugin.cli.overrides import AsJson, Overrides, RecipeName, or_demonstration
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.chat.near_duplicates import Near
@@ -26,7 +26,7 @@ def check_command(
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="Write the report as a page, data.html.")] = False,
     output: Annotated[Path, typer.Option(help="File for --html.")] = Path("data.html"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Encode the data of a recipe and report on it.
 
@@ -37,10 +37,9 @@ def check_command(
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import load_recipe
 
-    if "=" in recipe:  # overrides of the demonstration
-        recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
+    recipe, overrides = or_demonstration(recipe, overrides)
     plugins = load_plugins()
-    run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
+    run = load_recipe(recipe, overrides, find=lambda name: plugins.pick("recipes", name))
 
     from phi3_lora_plugin.chat.dataset import load_data
     from phi3_lora_plugin.chat.near_duplicates import near_duplicates

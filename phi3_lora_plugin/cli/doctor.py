@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import AsJson
+
 if TYPE_CHECKING:
     from phi3_lora_plugin.doctor.finding import Report
 
@@ -14,7 +16,7 @@ _MARKS = {"ok": " ", "note": "~", "problem": "!"}
 
 
 def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: AsJson = False,
     train: Annotated[
         bool, typer.Option("--self-test/--no-self-test", help="Train, save and reload something tiny.")
     ] = True,

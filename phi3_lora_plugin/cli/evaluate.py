@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phi3_lora_plugin.cli.overrides import Overrides
+from phi3_lora_plugin.cli.overrides import AsJson, Overrides
 from phi3_lora_plugin.error import Phi3LoraError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def eval_command(
     lm_eval_args: Annotated[
         str, typer.Option(help="Arguments for simple_evaluate, for example '{limit: 100}'.")
     ] = "{}",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare an adapter with its base on held-out rows.
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import AsJson
+
 
 def export_command(
     adapter: Annotated[Path, typer.Argument(help="Adapter, checkpoint or run folder; an MLX adapter too.")],
@@ -33,7 +35,7 @@ def export_command(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum new tokens per compared answer.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one line of JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Export an adapter for Ollama, llama.cpp, ONNX, MLX and more.
 

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 from phi3_lora_plugin.cli.completion import complete_key, complete_recipe
 from phi3_lora_plugin.error import Phi3LoraError
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 RecipeName = Annotated[str, typer.Argument(help="Preset name or YAML file.", autocompletion=complete_recipe)]
 Overrides = Annotated[
     list[str] | None,
@@ -17,6 +18,11 @@ Overrides = Annotated[
 ]
 #: Keys of a recipe that stand in no section.
 _TOP = ("output_dir", "seed", "speed")
+
+
+def or_demonstration(recipe: str, overrides: list[str] | None) -> tuple[str, list[str]]:
+    """The recipe and the overrides that were meant: overrides alone are those of the demonstration."""
+    return ("tiny-cpu", [recipe, *(overrides or ())]) if "=" in recipe else (recipe, overrides or [])
 
 
 class OptionError(Phi3LoraError):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+from phi3_lora_plugin.cli.overrides import AsJson, Overrides, RecipeName, or_demonstration
 from phi3_lora_plugin.wording import human
 
 
@@ -23,7 +23,7 @@ def plan_command(
     device: Annotated[str, typer.Option(help="cpu, cuda (need not be present) or auto.")] = "auto",
     config: Annotated[Path | None, typer.Option(help="Model config.json, if model.path is missing.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Print overrides for the fastest settings that fit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate memory, steps and time before training.
 
@@ -34,12 +34,11 @@ def plan_command(
     from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import Recipe, load_recipe
 
-    if "=" in recipe:  # overrides of the demonstration
-        recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
+    recipe, overrides = or_demonstration(recipe, overrides)
     plugins = load_plugins()
 
     def read(more: Sequence[str] = ()) -> Recipe:
-        return load_recipe(recipe, [*(overrides or ()), *more], find=lambda name: plugins.pick("recipes", name))
+        return load_recipe(recipe, [*(overrides), *more], find=lambda name: plugins.pick("recipes", name))
 
     run = read()
 
@@ -91,5 +90,5 @@ def plan_command(
         print(
             "the fastest settings that fit:" if found.overrides else "these settings are already the fastest that fit:"
         )
-        print(f"  {shlex.join(['phi3-lora', 'train', recipe, *(overrides or ()), *found.overrides])}")
+        print(f"  {shlex.join(['phi3-lora', 'train', recipe, *(overrides), *found.overrides])}")
     raise typer.Exit(1 if found is None else 0)

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import AsJson
 from phi3_lora_plugin.plugins.discovery import Plugin, Plugins, PluginWarning, load_plugins
 from phi3_lora_plugin.plugins.registry import BLOCK, KINDS
 
 
 def plugins_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    as_json: AsJson = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if anything failed.")] = False,
 ) -> None:
     """List installed plugins and what they register.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+from phi3_lora_plugin.cli.overrides import AsJson, Overrides, RecipeName
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.wording import human, read_size
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 class SizeError(Phi3LoraError):
     """A size of memory that cannot be read."""
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
 def recipes_command(

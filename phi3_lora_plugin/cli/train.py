@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phi3_lora_plugin.cli.overrides import Overrides, RecipeName
+from phi3_lora_plugin.cli.overrides import AsJson, Overrides, RecipeName, or_demonstration
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.wording import human
 
@@ -50,7 +50,7 @@ def train_command(
     ] = None,
     same_batch: Annotated[bool, typer.Option("--same-batch", help="Split the batch across processes.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the final report.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter.
 
@@ -63,12 +63,11 @@ def train_command(
 
     main_process = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=quiet or not main_process, highlight=False, markup=False)
-    if "=" in recipe:  # `phi3-lora train lora.r=4`: overrides of the demonstration
-        recipe, overrides = "tiny-cpu", [recipe, *(overrides or ())]
+    recipe, overrides = or_demonstration(recipe, overrides)
     plugins = load_plugins()
-    run = load_recipe(recipe, overrides or (), find=lambda name: plugins.pick("recipes", name))
+    run = load_recipe(recipe, overrides, find=lambda name: plugins.pick("recipes", name))
     run = _with_output_dir(run, resume)
-    others = [override for override in overrides or () if not override.startswith("output_dir=")]
+    others = [override for override in overrides if not override.startswith("output_dir=")]
     again = shlex.join([_command(), "train", recipe, *others, f"output_dir={run.output_dir}", "--resume"])
     again += "".join(f" --ray {shlex.quote(one)}" for one in ray or ()) + " --same-batch" * same_batch
     options: dict[str, Any] = dict(resume=resume, allow_drift=allow_drift or (), samples=samples, check=check)

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from phi3_lora_plugin.cli.overrides import AsJson
+
 
 def verify_command(
     path: Annotated[Path, typer.Argument(help="Adapter, checkpoint store or run folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Verify every file and tensor of an adapter or a run.
 

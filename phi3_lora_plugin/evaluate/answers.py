@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.chat.tasks import Task
+from phi3_lora_plugin.evaluate.answer_scores import score_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,13 +95,25 @@ def answer(
                 chosen = numbers[start : start + batch_size]
                 asked = torch.tensor([list(prompts[number]) for number in chosen], device=device)
                 said = generate_ids(model, tokenizer, asked, max_new_tokens=max_new_tokens)[:, length:].tolist()
-                made.update(zip(chosen, (_ended(ids, stops, tokenizer) for ids in said), strict=True))
+                made.update(zip(chosen, (ended(ids, stops, tokenizer) for ids in said), strict=True))
     finally:
         model.train(was_training)
     return [made[number] for number in range(len(prompts))]
 
 
-def _ended(ids: list[int], stops: set[int], tokenizer: Any) -> Answer:
+def score(made: Sequence[Answer], asked: Sequence[Question], measures: Sequence[str]) -> dict[str, float]:
+    """The mean score of answers by each measure, and the share that ended by themselves; {} where none were asked for.
+
+    Raises:
+        AnswerError: as `score_answers`.
+    """
+    if not made:
+        return {}
+    scores = score_answers([one.text for one in made], [question.expected for question in asked], measures)
+    return scores | {"stopped": sum(one.stopped for one in made) / len(made)}
+
+
+def ended(ids: Sequence[int], stops: set[int], tokenizer: Any) -> Answer:
     """One answer out of a batch: behind its first stop token the others were still speaking."""
     end = next((index for index, token in enumerate(ids) if token in stops), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()

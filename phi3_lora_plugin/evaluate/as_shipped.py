@@ -49,8 +49,9 @@ def measure_shipped(
     Raises:
         ShippedError, ExportError: the target has no such form, or shows no probabilities.
     """
-    from phi3_lora_plugin.evaluate.answer_scores import score_answers
+    from phi3_lora_plugin.evaluate.answers import ended, score
     from phi3_lora_plugin.evaluate.figures import Figures
+    from phi3_lora_plugin.evaluate.token_scores import perplexity
     from phi3_lora_plugin.export.export import unsaved
     from phi3_lora_plugin.export.exporter import Wanted
 
@@ -64,19 +65,12 @@ def measure_shipped(
             losses, right = _scores(runtime, rows)
             said = [runtime.answer(question.ids, max_new_tokens) for question in asked]
         tokenizer = adapted.tokenizer
-    texts, ended = [], 0
-    for ids in said:
-        end = next((place for place, token in enumerate(ids) if token in stops), None)
-        ended += end is not None
-        texts.append(tokenizer.decode(ids[:end], skip_special_tokens=True).strip())
-    answers: dict[str, float] = {}
-    if asked:
-        answers = score_answers(texts, [question.expected for question in asked], measures)
-        answers["stopped"] = ended / len(asked)
+    made = [ended(ids, stops, tokenizer) for ids in said]
+    answers, texts = score(made, asked, measures), [one.text for one in made]
     if not losses:
         return Figures(answers=answers), texts
     loss = math.fsum(losses) / len(losses)
-    return Figures(loss, math.exp(loss) if loss < 700 else math.inf, right / len(losses), answers), texts
+    return Figures(loss, perplexity(loss), right / len(losses), answers), texts
 
 
 def _scores(runtime: Runtime, rows: Sequence[Mapping[str, Sequence[int]]]) -> tuple[list[float], int]:

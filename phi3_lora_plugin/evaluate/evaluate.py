@@ -208,18 +208,13 @@ def _measure(
     harness: Any,
 ) -> tuple[Figures, int, list[str]]:
     """(figures, trained tokens, answers) of one model."""
-    from phi3_lora_plugin.evaluate.answer_scores import score_answers
-    from phi3_lora_plugin.evaluate.answers import answer
+    from phi3_lora_plugin.evaluate.answers import answer, score
     from phi3_lora_plugin.evaluate.lm_eval_tasks import run_tasks
     from phi3_lora_plugin.evaluate.token_scores import token_scores
 
     scores = token_scores(model, tokenizer, rows, wanted.batch_size) if len(rows) else None
     made = answer(model, tokenizer, [one.ids for one in asked], wanted.max_new_tokens, wanted.batch_size)
-    texts = [one.text for one in made]
-    answers: dict[str, float] = {}
-    if made:
-        answers = score_answers(texts, [question.expected for question in asked], measures)
-        answers["stopped"] = sum(one.stopped for one in made) / len(made)
+    answers, texts = score(made, asked, measures), [one.text for one in made]
     tasks = (
         run_tasks(model, tokenizer, wanted.tasks, wanted.task_options, wanted.batch_size, harness)
         if wanted.tasks

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.seams import is_installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> Any:
     Raises:
         HarnessError: the package is missing, an option or a task that it does not have.
     """
-    if find_spec("lm_eval") is None:
+    if not is_installed("lm_eval"):
         raise HarnessError('--lm-eval needs the lm-evaluation-harness: pip install "phi3-lora-plugin[lm-eval]"')
     import inspect
 

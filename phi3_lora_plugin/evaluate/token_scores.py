@@ -83,8 +83,12 @@ def token_scores(
     if not tokens:
         raise NothingTrained("no row has a trained token: nothing to measure")
     loss = total / tokens
-    # Beyond that power a float holds no number.
-    return TokenScores(tokens, loss, math.exp(loss) if loss < 700 else math.inf, right / tokens)
+    return TokenScores(tokens, loss, perplexity(loss), right / tokens)
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a loss in nats; infinite where a float holds no such number."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _supervised(model: Any, ids: Any, mask: Any, labels: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

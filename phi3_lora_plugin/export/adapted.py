@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.templates import Template
 from phi3_lora_plugin.export.exporter import ExportError
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.lora_files.layouts import Lora
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,33 @@ class Adapted:
 
     def published_stops(self) -> list[int]:
         """The ids at which a server stops that goes by the base's own files alone."""
-        from phi3_lora_plugin.model.folder import read_json
+        from phi3_lora_plugin.model.folder import published_stops, read_json
 
         file = self.base / "generation_config.json"
-        published = (read_json(file) if file.is_file() else self.config).get("eos_token_id")
-        return [] if published is None else [published] if isinstance(published, int) else list(published)
+        return published_stops(read_json(file) if file.is_file() else {}, self.config)
+
+    def dtype(self, asked: str) -> str:
+        """The floating-point type to ship weights in: `asked`, or the base's own for `auto`."""
+        from phi3_lora_plugin.model.shards import Weights
+
+        return Weights(self.base).floating_type() if asked == "auto" else asked
+
+    def plain_loras(self, target: str, holder: str) -> tuple[Lora, ...]:
+        """The updates of an adapter that has plain LoRA on linear layers and nothing else.
+
+        Raises:
+            ExportError: it has more, which `holder` of this target has no place for.
+        """
+        from phi3_lora_plugin.lora_files import peft_files
+
+        found = peft_files.parts(peft_files.read_peft(self.adapter))
+        odd = [each.module for each in found.loras if each.magnitude is not None or each.bias is not None]
+        odd = [*found.full, *found.tokens, *odd, *(each.module for each in found.loras if each.embedding)]
+        if odd:
+            raise ExportError(
+                f"{target}: {', '.join(odd[:3])}: {holder} has plain LoRA on linear layers only; pass --merged"
+            )
+        return found.loras
 
     def other_template(self) -> tuple[str, ...]:
         """A note where a server that takes the base's tokenizer would render chats in another way than training did."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from phi3_lora_plugin.export.merge_check import sample_ids
 from phi3_lora_plugin.lora_files.layouts import Row
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.logits import logit_limit
+from phi3_lora_plugin.model.new_files import staged
 from phi3_lora_plugin.model.quantize import quantized_by
-from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
+from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, write_json
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -33,108 +34,87 @@ class BaseLayoutError(Phi3LoraError):
     """A model cannot be expressed in the other layout, with every reason; nothing was written."""
 
 
-def split_base(
-    source: str | Path, target: str | Path, max_shard: str | int = "2GB", overwrite: bool = False, check: bool = True
+def convert_base(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    max_shard: str | int = "2GB",
+    overwrite: bool = False,
+    check: bool = True,
 ) -> tuple[list[Row], list[str]]:
-    """A phi3 model as LlamaForCausalLM, or as MistralForCausalLM where it has a sliding window; (rows, notes).
+    """Write a model in the other layout; (rows, notes).
+
+    Args:
+        to: `llama-base` makes LlamaForCausalLM of a phi3 model, or MistralForCausalLM where it has a sliding window;
+            `phi3-base` makes Phi3ForCausalLM of a Llama or Mistral model without biases, as unsloth's mirrors of Phi.
 
     Raises:
-        BaseLayoutError: partial rotary embeddings, or a model that is not phi3.
+        BaseLayoutError: biases, a rope that the other layout does not have, or another kind of model.
     """
     from phi3_lora_plugin.model.families import projections
 
     folder = model_folder(source)
     config = read_json(folder / "config.json")
-    settings, notes = _split_config(config)
-    fused = {projection.path: projection for projection in projections(config) if projection.slices}
-    rows: list[Row] = []
-
-    def convert(name: str, weights: Weights) -> list[tuple[str, Tensor]]:
-        layer, path = _of_layer(name)
-        projection = fused.get(path)
-        if projection is None:
-            rows.append(Row(name, name, weights.shape(name), "kept"))
-            return [(name, weights.read(name))]
-        whole = weights.read(name)
-        made = []
-        for part in projection.slices:
-            own = f"{layer}.{path.rpartition('.')[0]}.{part.name}.weight"
-            made.append((own, whole[part.start : part.stop]))
-            rows.append(Row(name, own, tuple(made[-1][1].shape), f"rows {part.start}-{part.stop - 1}"))
-        return made
-
-    notes += _write(folder, Path(target), settings, convert, max_shard, overwrite, check)
-    return rows, notes
-
-
-def fuse_base(
-    source: str | Path, target: str | Path, max_shard: str | int = "2GB", overwrite: bool = False, check: bool = True
-) -> tuple[list[Row], list[str]]:
-    """A Llama or Mistral model without biases as Phi3ForCausalLM, such as unsloth's mirrors of Phi; (rows, notes).
-
-    Raises:
-        BaseLayoutError: biases, a rope that Phi-3 does not have, or another kind of model.
-    """
-    from phi3_lora_plugin.model.families import projections
-
-    folder = model_folder(source)
-    config = read_json(folder / "config.json")
-    settings, notes = _fused_config(config)
-    owner: dict[str, tuple[Projection, str]] = {}
-    for projection in projections(settings):
-        for part in projection.slices:
-            owner[f"{projection.path.rpartition('.')[0]}.{part.name}"] = (projection, part.name)
-    rows: list[Row] = []
-
-    def convert(name: str, weights: Weights) -> list[tuple[str, Tensor]]:
-        import torch
-
-        layer, path = _of_layer(name)
-        if path not in owner:
-            rows.append(Row(name, name, weights.shape(name), "kept"))
-            return [(name, weights.read(name))]
-        projection, part_name = owner[path]
-        if part_name != projection.slices[0].name:
-            return []  # written with the first slice
-        place = f"{layer}.{path.rpartition('.')[0]}"
-        parts = [f"{place}.{part.name}.weight" for part in projection.slices]
-        if missing := [part for part in parts if part not in weights]:
-            raise BaseLayoutError(f"{folder} lacks {', '.join(missing)}")
-        whole = torch.cat([weights.read(part) for part in parts])
-        own = f"{layer}.{projection.path}.weight"
-        if whole.shape[0] != projection.out_features:
-            raise BaseLayoutError(f"{own}: {whole.shape[0]} rows, where the config makes it {projection.out_features}")
-        rows.extend(Row(part, own, tuple(whole.shape), "joined") for part in parts)
-        return [(own, whole)]
-
-    notes += _write(folder, Path(target), settings, convert, max_shard, overwrite, check)
-    return rows, notes
-
-
-def _write(
-    folder: Path,
-    target: Path,
-    settings: dict[str, Any],
-    convert: Any,
-    max_shard: str | int,
-    overwrite: bool,
-    check: bool,
-) -> list[str]:
+    split = to == "llama-base"
+    settings, notes = _split_config(config) if split else _fused_config(config)
+    fused = [projection for projection in projections(config if split else settings) if projection.slices]
     weights = Weights(folder)
     if biases := [name for name in weights if name.endswith(".bias")]:
         raise BaseLayoutError(f"{folder} has biases, which Phi-3 and Llama do not: {listed(biases, 3)}")
-    with staged(target, overwrite) as stage:
+    rows: list[Row] = []
+    with staged(Path(target), overwrite) as stage:
         writer = ShardWriter(stage, max_shard)
         for name in weights:
-            for own, tensor in convert(name, weights):
+            for own, tensor in (_split if split else _joined)(name, weights, fused, rows):
                 writer.add(own, tensor)
         writer.close()
         write_json(stage / "config.json", settings)
         copy_tokenizer([folder], stage)
         write_generation_config(stage, folder, settings)
-        if not check:
-            return ["logits were not compared"]
-        return [_compare(folder, stage, settings)]
+        notes.append(_compare(folder, stage, settings) if check else "logits were not compared")
+    return rows, notes
+
+
+def _split(name: str, weights: Weights, fused: list[Projection], rows: list[Row]) -> Iterator[tuple[str, Tensor]]:
+    """The rows of a fused projection under the names of its slices; every other weight as it is."""
+    layer, path = _of_layer(name)
+    whole, projection = weights.read(name), next((each for each in fused if each.path == path), None)
+    if projection is None:
+        rows.append(Row(name, name, weights.shape(name), "kept"))
+        yield name, whole
+        return
+    for part in projection.slices:
+        own, piece = f"{layer}.{_folder(path)}.{part.name}.weight", whole[part.start : part.stop]
+        rows.append(Row(name, own, tuple(piece.shape), f"rows {part.start}-{part.stop - 1}"))
+        yield own, piece
+
+
+def _joined(name: str, weights: Weights, fused: list[Projection], rows: list[Row]) -> Iterator[tuple[str, Tensor]]:
+    """The fused projection that begins with this slice; nothing for further slices; every other weight as it is."""
+    import torch
+
+    layer, path = _of_layer(name)
+    inside = [each for each in fused if any(path == f"{_folder(each.path)}.{part.name}" for part in each.slices)]
+    if not inside:
+        rows.append(Row(name, name, weights.shape(name), "kept"))
+        yield name, weights.read(name)
+        return
+    [projection] = inside
+    parts = [f"{layer}.{_folder(path)}.{part.name}.weight" for part in projection.slices]
+    if name != parts[0]:
+        return
+    if missing := [part for part in parts if part not in weights]:
+        raise BaseLayoutError(f"{weights.folder} lacks {', '.join(missing)}")
+    whole = torch.cat([weights.read(part) for part in parts])
+    own = f"{layer}.{projection.path}.weight"
+    if whole.shape[0] != projection.out_features:
+        raise BaseLayoutError(f"{own}: {whole.shape[0]} rows, where the config makes it {projection.out_features}")
+    rows.extend(Row(part, own, tuple(whole.shape), "joined") for part in parts)
+    yield own, whole
+
+
+def _folder(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _compare(before: Path, after: Path, settings: Mapping[str, Any]) -> str:
@@ -169,6 +149,14 @@ def _load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+def _shared(config: Mapping[str, Any], kind: str, class_name: str, norm: float) -> dict[str, Any]:
+    """What both layouts have, with the values that stand for what is left out."""
+    settings = {name: config[name] for name in _SHARED if config.get(name) is not None}
+    settings |= {"model_type": kind, "architectures": [f"{class_name}ForCausalLM"]}
+    settings["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    return {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": norm} | settings
+
+
 def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from phi3_lora_plugin.model.families import rope_of
 
@@ -185,13 +173,8 @@ def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     longest = config.get("max_position_embeddings", 4096)
     window = config.get("sliding_window")
     kind = "mistral" if window and window < longest else "llama"
-    settings = {name: config[name] for name in _SHARED if config.get(name) is not None}
-    settings["model_type"] = kind
-    settings["architectures"] = [f"{kind.capitalize()}ForCausalLM"]
-    settings["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    settings = _shared(config, kind, kind.capitalize(), 1e-5)
     settings["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    settings.setdefault("num_key_value_heads", config["num_attention_heads"])
-    settings.setdefault("rms_norm_eps", 1e-5)
     settings.setdefault("max_position_embeddings", longest)
     settings["rope_theta"] = rope["rope_theta"]
     if kind == "mistral":
@@ -240,11 +223,7 @@ def _fused_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         problems.append(f"it is quantised ({method}); convert the unquantised model")
     if problems:
         raise BaseLayoutError("\n".join(problems))
-    settings = {name: config[name] for name in _SHARED if config.get(name) is not None}
-    settings |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
-    settings["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", False))
-    settings.setdefault("num_key_value_heads", heads)
-    settings.setdefault("rms_norm_eps", 1e-6)
+    settings = _shared(config, "phi3", "Phi3", 1e-6)
     longest = settings.setdefault("max_position_embeddings", 2048 if config["model_type"] == "llama" else 131072)
     settings["sliding_window"] = config.get("sliding_window")
     settings["rope_theta"] = rope["rope_theta"]

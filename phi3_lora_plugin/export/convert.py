@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +14,8 @@ from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
-from phi3_lora_plugin.model.new_files import new_folder
-from phi3_lora_plugin.model.shards import Weights, copy_tokenizer, staged
+from phi3_lora_plugin.model.new_files import staged, staged_file
+from phi3_lora_plugin.model.shards import Weights, copy_tokenizer
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -167,12 +165,12 @@ def convert(
         tensors, sidecar, rows = loralib_files.to_loralib(
             loras, layout, read.dropout, str(base or read.base or "") or None
         )
-        with _staged_file(target, overwrite) as file:
+        with staged_file(target, overwrite) as file:
             loralib_files.write_loralib(file, tensors, sidecar)
     else:
         from phi3_lora_plugin.export.gguf import write_gguf_adapter
 
-        with _staged_file(target, overwrite) as file:
+        with staged_file(target, overwrite) as file:
             rows = write_gguf_adapter(file, loras, config or {}, "float32" if dtype == "auto" else dtype, source.name)
     return ConversionReport(source, target, read.kind, to, tuple(rows), tuple(notes))
 
@@ -183,12 +181,12 @@ def _convert_model(
     if to == "gguf":
         from phi3_lora_plugin.export.gguf import write_gguf_model
 
-        with _staged_file(target, overwrite) as file:
+        with staged_file(target, overwrite) as file:
             rows, notes = write_gguf_model(file, source, dtype, source.name)
     else:
-        from phi3_lora_plugin.export.base_layouts import fuse_base, split_base
+        from phi3_lora_plugin.export.base_layouts import convert_base
 
-        rows, notes = (split_base if to == "llama-base" else fuse_base)(source, target, max_shard, overwrite, check)
+        rows, notes = convert_base(source, target, to, max_shard, overwrite, check)
     return ConversionReport(source, target, "model", to, tuple(rows), tuple(notes))
 
 
@@ -384,21 +382,6 @@ def _write_peft_folder(
 def _beside_lora(name: str, found: peft_files.Parts) -> bool:
     """Whether a full tensor is the base's own weight, which PEFT stores next to an adapted embedding."""
     return any(lora.module == name.rpartition(".")[0] for lora in found.loras)
-
-
-@contextmanager
-def _staged_file(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A path of the same name in a folder beside `target`; what is written there moves over when all went well."""
-    if target.exists() and not overwrite:
-        raise ModelError(f"{target} exists; name another file or pass --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = new_folder(target.parent, f".{target.name}.", ".tmp")
-    try:
-        yield stage / target.name
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == target.name):
-            file.replace(target.parent / file.name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _short(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.export.exporter import Exporter, ExportError, Shipped, Wanted
 from phi3_lora_plugin.export.proof import Comparison, ProofError
-from phi3_lora_plugin.model.new_files import new_folder
+from phi3_lora_plugin.model.new_files import scratch_folder, staged
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.export.adapted import Adapted
@@ -100,13 +100,12 @@ def export(
     from phi3_lora_plugin.export.adapted import prepare
     from phi3_lora_plugin.export.full_disk import full_disk_as_os_error
     from phi3_lora_plugin.export.prompts import trained_system
-    from phi3_lora_plugin.model.shards import staged
 
     say = progress or (lambda text, steps: None)
     wanted = replace(wanted or Wanted(), progress=lambda text: say(text, None))
     wanted = replace(wanted, prove=wanted.prove and prompts != 0)
     out = Path(out)
-    with staged(out, overwrite) as stage, _scratch(out) as scratch, full_disk_as_os_error(stage):
+    with staged(out, overwrite) as stage, scratch_folder(out, ".work") as scratch, full_disk_as_os_error(stage):
         say("reading the adapter and its base", None)
         adapted = prepare(adapter, base, scratch)
         if wanted.system is None:
@@ -195,15 +194,3 @@ def _parameters(adapted: Adapted) -> int:
 
     weights = Weights(adapted.base)
     return sum(prod(weights.shape(name)) for name in weights)
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder for work in between, on the disk that has to hold the result anyway; gone in the end."""
-    import shutil
-
-    folder = new_folder(out.absolute().parent, f".{out.name}.", ".work")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

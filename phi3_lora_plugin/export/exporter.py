@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.seams import is_installed
 
 
 class ExportError(Phi3LoraError):
@@ -110,7 +110,7 @@ def require(extra: str, *modules: str, what: str) -> None:
     Raises:
         ExportError: at least one of `modules` is not installed.
     """
-    missing = [module for module in modules if not _installed(module)]
+    missing = [module for module in modules if not is_installed(module)]
     if missing:
         raise ExportError(
             f'{what} needs {", ".join(missing)}, not installed here: pip install "phi3-lora-plugin[{extra}]"'
@@ -140,10 +140,3 @@ def refuse(target: str, wanted: Wanted, **allowed: Any) -> None:
         problems.append("--push: only the hub target pushes")
     if problems:
         raise ExportError("\n".join(f"{target}: {problem}" for problem in problems))
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent is missing, or was blocked by hand
-        return False

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.gguf_quantize import FORMS, file_type, quantize_rows, tensor_type
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
+from phi3_lora_plugin.lora.finite import is_finite
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, one_alpha
-from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.folder import model_folder, published_stops, read_json
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import Weights
 from phi3_lora_plugin.wording import listed
@@ -110,13 +111,9 @@ def write_gguf_model(
         raise GGUFError(f"{folder} is quantised by {method}; export the unquantised model")
     arch = _architecture(gguf, config)
     weights = Weights(folder)
-    if dtype == "auto":
-        dtype = {"F16": "float16", "BF16": "bfloat16"}.get(weights.dtype(next(iter(weights))), "float32")
+    dtype = weights.floating_type() if dtype == "auto" else dtype
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    stops = generation.get("eos_token_id", config.get("eos_token_id"))
-    vocabulary = read_vocabulary(
-        folder, int(config["vocab_size"]), [] if stops is None else [stops] if isinstance(stops, int) else stops
-    )
+    vocabulary = read_vocabulary(folder, int(config["vocab_size"]), published_stops(generation, config))
     title, notes = _title(name or folder.resolve().name, vocabulary)
     if config.get("model_type") == "phimoe":
         notes.append(
@@ -303,7 +300,7 @@ def _array(gguf: Any, tensor: Tensor, dtype: str) -> tuple[Any, Any]:
 
     kind = _raw_type(gguf, dtype, 2)
     final = tensor.detach().to(getattr(torch, dtype)).contiguous()
-    if not torch.isfinite(final).all():
+    if not is_finite(final):
         raise GGUFError(f"values are not finite in {dtype}; use bfloat16 or float32")
     return (final.view(torch.int16) if dtype == "bfloat16" else final).numpy(), kind
 

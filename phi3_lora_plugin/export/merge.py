@@ -10,10 +10,12 @@ from typing import Any
 from phi3_lora_plugin.export.merge_check import check_written, compare_logits, fits, quantization_loss
 from phi3_lora_plugin.export.merge_module import MergeError
 from phi3_lora_plugin.export.merge_plan import VerificationError, merged_tensors, plan_merge
+from phi3_lora_plugin.lora.finite import is_finite
 from phi3_lora_plugin.lora.text_side import refuse_merging
-from phi3_lora_plugin.model.folder import model_folder, read_json
+from phi3_lora_plugin.model.folder import model_folder, published_stops, read_json
+from phi3_lora_plugin.model.new_files import staged
 from phi3_lora_plugin.model.quantize import quantized_by
-from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, staged, write_json
+from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, write_json
 from phi3_lora_plugin.wording import human
 
 __all__ = [
@@ -27,7 +29,6 @@ __all__ = [
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def merge(
         raise MergeError(
             f"quantized {how!r}: expected nf4 or int8" if dequantize else f"quantized {how!r}: expected none, nf4, int8"
         )
-    target = _STORED.get(weights.dtype(next(iter(weights))), "float32") if dtype == "auto" else dtype
+    target = weights.floating_type() if dtype == "auto" else dtype
     notes = list(peft.notes)
 
     with staged(Path(out), overwrite) as stage:
@@ -143,7 +144,7 @@ def merge(
             peft.config, plan, weights, config, how if dequantize else "none"
         ):
             final = tensor.to(getattr(torch, target)) if tensor.is_floating_point() else tensor
-            if not torch.isfinite(final).all():
+            if not is_finite(final):
                 raise MergeError(
                     f"{name}: merged values are not finite in {target}; the adapter is broken, or use bfloat16"
                 )
@@ -216,8 +217,7 @@ def write_generation_config(stage: Path, source: Path, config: Mapping[str, Any]
     settings = read_json(path) if path.is_file() else {
         name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None
     }  # fmt: skip
-    eos = settings.get("eos_token_id", config.get("eos_token_id"))
-    known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    known = published_stops(settings, config)
     if (stage / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(stage)
         known = stop_token_ids(tokenizer, [token for token in known if token != tokenizer.pad_token_id])

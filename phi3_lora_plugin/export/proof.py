@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.exporter import Runtime, Variant
+from phi3_lora_plugin.export.scores import in_measure
 from phi3_lora_plugin.model.logits import logit_limit
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def compare(
     for number, ((got_ids, scores, answer), ids) in enumerate(zip(measured, reference.ids, strict=True)):
         mine = wanted[number]
         if measure:
-            first = _as(mine[0], measure)[: len(scores)]
+            first = in_measure(mine[0], measure)[: len(scores)]
             difference = abs(scores - first)
             worst, total = max(worst, float(difference.max())), total + float(difference.mean())
             largest = max(largest, float(abs(first).max()))
@@ -199,26 +200,6 @@ def _ask(
     answer = (list(runtime.prompt_ids(messages)), runtime.next_scores(ids), list(runtime.answer(ids, max_new_tokens)))
     advance()
     return answer
-
-
-def scored(logits: Any, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-    """What `Runtime.log_probabilities` gives, out of logits [len(ids), vocabulary] of all of `ids`, numpy."""
-    found, likeliest = [], []
-    for place in range(first, len(ids)):
-        row = _as(logits[place - 1], "log-probabilities")
-        found.append(float(row[ids[place]]))
-        likeliest.append(int(row.argmax()) == ids[place])
-    return found, likeliest
-
-
-def _as(logits: Any, measure: str) -> Any:
-    """A row of logits, or its log-probabilities where the runtime gives only those."""
-    if measure == "logits":
-        return logits
-    import numpy
-
-    shifted = logits - logits.max()
-    return shifted - numpy.log(numpy.exp(shifted).sum())
 
 
 def _parted(what: str, got: Sequence[int], wanted: Sequence[int], reference: Reference) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.export.exporter import Runtime
+from phi3_lora_plugin.export.scores import ShowsLogits
 
 
 @contextmanager
@@ -19,10 +20,8 @@ def open_transformers(folder: Path) -> Iterator[Runtime]:
     yield Transformers(model, AutoTokenizer.from_pretrained(folder))
 
 
-class Transformers:
+class Transformers(ShowsLogits):
     """transformers with the tokenizer, the template and the generation config of the folder."""
-
-    measure = "logits"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -31,10 +30,6 @@ class Transformers:
         """See `Runtime`."""
         made = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         return [int(each) for each in made]
-
-    def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
-        return self._logits(ids)[-1]
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """See `Runtime`."""
@@ -46,12 +41,6 @@ class Transformers:
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False
             )
         return [int(each) for each in made[0, len(ids) :]]
-
-    def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-        """See `Runtime`."""
-        from phi3_lora_plugin.export.proof import scored
-
-        return scored(self._logits(ids), ids, first)
 
     def _logits(self, ids: Sequence[int]) -> Any:
         import torch

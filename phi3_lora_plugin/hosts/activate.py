@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.model.families import linear_names
 from phi3_lora_plugin.seams import ActivationError, look_up
 
 if TYPE_CHECKING:
@@ -32,8 +33,7 @@ REPORT_TO = "phi3_lora"
 #: Every projection of a layer, as published recipes for Phi-3 have it; of PhiMoE the attention, never the router; of
 #: Phi-4-multimodal the text side.
 TARGETS = {
-    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    "phimoe": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    **{kind: linear_names(kind) for kind in ("phi3", "phimoe")},
     # PEFT matches the ends of paths, and `self_attn.o_proj` is one of the audio tower's as well.
     "phi4_multimodal": ["qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"],
 }

@@ -10,8 +10,9 @@ from typing import Any
 
 from phi3_lora_plugin.chat.templates import TEMPLATES, TemplateError
 from phi3_lora_plugin.hosts.axolotl_options import row_options
-from phi3_lora_plugin.hosts.base import check_targets, linear_names, no_remote_code
+from phi3_lora_plugin.hosts.base import check_targets, no_remote_code
 from phi3_lora_plugin.hosts.settings import HostSettings
+from phi3_lora_plugin.model.families import linear_names
 
 ROWS = "phi3_lora_plugin.hosts.axolotl_rows"
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
@@ -64,7 +65,7 @@ def _targets(cfg: MutableMapping[str, Any], config: Mapping[str, Any]) -> list[s
         return []
     if cfg.get("lora_target_linear") or cfg.get("lora_target_parameters") or cfg.get("lora_model_dir"):
         return []
-    cfg["lora_target_modules"] = linear_names(config)
+    cfg["lora_target_modules"] = linear_names(config["model_type"])
     return [f"lora_target_modules: {', '.join(cfg['lora_target_modules'])}, because none were set"]
 
 

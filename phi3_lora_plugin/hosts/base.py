@@ -47,11 +47,6 @@ def no_remote_code(args: MutableMapping[str, Any]) -> list[str]:
     return ["trust_remote_code: false, transformers has this model; old remote code of it no longer runs"]
 
 
-def linear_names(config: Mapping[str, Any]) -> list[str]:
-    """Names of the linear modules of every decoder layer, as PEFT's `target_modules` takes them (never experts)."""
-    return [projection.name for projection in projections(config) if not projection.experts]
-
-
 def check_targets(config: Mapping[str, Any], named: str | Iterable[str], key: str) -> None:
     """Refuse targets that a host would silently miss in part: a name that matches nothing, or a slice.
 

@@ -44,17 +44,7 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection, train_on: str | None = None) -> Any:
     """`{"input_ids", "labels"}` as configured by `phi3_lora.data`; `train_on`, if given, wins over it."""
-    row = encode(
-        turns,
-        tokenizer,
-        train_on=train_on or data.train_on,
-        system=data.system,
-        control_tokens=data.control_tokens,
-        template=data.template,
-        tools=data.tools,
-        tool_format=data.tool_format,
-        thoughts=data.thoughts,
-    )
+    row = encode(turns, tokenizer, train_on=train_on or data.train_on, **data.rendering)
     if "weights" in row:
         raise EncodeError("messages", "has a weight between 0 and 1, which the loss of this host does not honour")
     return row

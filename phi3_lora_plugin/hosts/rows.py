@@ -33,7 +33,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSec
     present = [{name: value for name, value in row.items() if value is not None} for row in rows]
     read = [_messages(row, data) for row in present]
     good = [messages for messages in read if not isinstance(messages, RowError)]
-    policy = Policy(data.train_on, data.system, data.tools, data.control_tokens, data.tool_format, data.thoughts)
+    policy = Policy.of(data)
     encoded = iter(encode_batch(good, tokenizer, policy=policy, template=data.template))
     results = [one if isinstance(one, RowError) else _unweighted(next(encoded)) for one in read]
     wrong = [(number, one) for number, one in enumerate(results, 1) if isinstance(one, (RowError, EncodeError))]

@@ -19,6 +19,7 @@ from phi3_lora_plugin.model.families import (
     repair_rope,
     row_limit,
 )
+from phi3_lora_plugin.model.folder import published_stops
 from phi3_lora_plugin.model.published import published_config
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.small_file import BadFile, open_regular
@@ -198,8 +199,7 @@ def _generation_problems(
 ) -> list[Problem]:
     generation = read_json(folder / "generation_config.json", problems) if "generation_config.json" in files else {}
     found = []
-    stops = generation.get("eos_token_id", config.get("eos_token_id"))
-    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    stops = published_stops(generation, config)
     if len(stops) < 2:
         found.append(
             Problem(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phi3_lora_plugin.lora.finite import is_finite
 from phi3_lora_plugin.wording import listed
 
 
@@ -31,7 +32,6 @@ def weights_problems(folder: Path) -> list[str]:
 
 
 def _tensor_problems(file: Path) -> list[str]:
-    import torch
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, list[str]] = {}
@@ -44,7 +44,7 @@ def _tensor_problems(file: Path) -> list[str]:
                 tensor = tensors.get_tensor(name)
                 if not tensor.numel():
                     found.setdefault("are empty: shards that were not gathered", []).append(name)
-                elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                elif not is_finite(tensor):
                     found.setdefault("are not finite (NaN or Inf)", []).append(name)
     except (SafetensorError, OSError) as error:
         return [f"cannot be read: {error}"]

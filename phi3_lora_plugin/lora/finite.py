@@ -26,7 +26,7 @@ def sick_weights(model: Any, parameters: Sequence[tuple[str, Any]] | None = None
     bad = []
     with torch.no_grad():
         if not all_finite([_local(p) for p in trained] if shards else trained):
-            bad = [name for name, p in named if not torch.isfinite(_local(p)).all()]
+            bad = [name for name, p in named if not is_finite(_local(p))]
     anywhere = _agreed(bool(bad), shards[0]) if shards else bool(bad)
     if not anywhere:
         return None
@@ -48,9 +48,12 @@ def all_finite(tensors: Sequence[Any]) -> bool:
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     """The names of tensors of floating-point numbers that have a NaN or an Inf."""
-    import torch
+    return [name for name, each in tensors.items() if not is_finite(each)]
 
-    return [name for name, each in tensors.items() if each.is_floating_point() and not torch.isfinite(each).all()]
+
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor has neither a NaN nor an Inf."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _norms(tensors: Sequence[Any]) -> Sequence[Any]:

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
+from phi3_lora_plugin.model.families import SPLIT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAMES = {
-    "attn.q_proj": "self_attn.q_proj",
-    "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj",
-    "attn.output_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.gate_proj",
-    "mlp.w2": "mlp.down_proj",
-    "mlp.w3": "mlp.up_proj",
-}
+_THEIRS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w3", "mlp.w2")
+_NAMES = dict(zip(_THEIRS, SPLIT, strict=True))
 _KEY = re.compile(r"^layers\.(\d+)\.(.+)\.(lora_a\.weight|lora_b\.weight|magnitude)$")
 
 

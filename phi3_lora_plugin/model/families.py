@@ -63,12 +63,6 @@ class Projection:
     experts: int = 0
 
 
-#: Slices of fused projections by the names that they have where they stand alone.
-WHOLE = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}  # fmt: skip
-
 _PHI3_STOP = ("<|end|>", "<|endoftext|>")
 _PHI3_PAD = ("<unk>", "<|placeholder1|>")
 # Phi-4-mini has one token for unknown, end, begin and pad; this one is reserved and never written by its template.
@@ -138,6 +132,10 @@ def _refuse_sizes(config: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise UnsupportedModel(f"config.json: {'; '.join(wrong)}; download it again")
+
+
+def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    return tuple(int(config.get(key) or 0) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))  # type: ignore[return-value]
 
 
 def recognise(config: Mapping[str, Any]) -> Family:
@@ -226,6 +224,25 @@ def projections(config: Mapping[str, Any]) -> tuple[Projection, ...]:
         Projection("gate_up_proj", "mlp.gate_up_proj", hidden, 2 * inner, gate_up),
         Projection("down_proj", "mlp.down_proj", inner, hidden),
     )
+
+
+# Projections have their names whatever their sizes are.
+_ANY_SIZE = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_local_experts"), 1)
+_PHI3 = projections(_ANY_SIZE | {"model_type": "phi3"})
+
+#: Slices of fused projections, by the names that they have where they stand alone -> the projection.
+WHOLE = {part.name: projection.name for projection in _PHI3 for part in projection.slices}
+#: Below a layer, the projections of a model that has none fused, in its order.
+SPLIT = tuple(
+    f"{projection.path.rpartition('.')[0]}.{part.name}"
+    for projection in _PHI3
+    for part in projection.slices or (projection,)
+)
+
+
+def linear_names(model_type: str) -> list[str]:
+    """Names of the linear modules of every decoder layer, as PEFT's `target_modules` takes them (never experts)."""
+    return [each.name for each in projections(_ANY_SIZE | {"model_type": model_type}) if not each.experts]
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +339,3 @@ def straddles(lengths: Sequence[int], config: Mapping[str, Any]) -> bool:
         return False
     limit = int(rope["original_max_position_embeddings"])
     return max(lengths) > limit >= min(lengths)
-
-
-def _sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    return tuple(int(config.get(key) or 0) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))  # type: ignore[return-value]

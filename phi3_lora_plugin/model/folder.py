@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def weight_files(folder: Path) -> dict[str, str] | None:
     if pickled:
         advice = f"; {pickled[0]} is a pickle, which can execute code and is not read: convert it to safetensors"
     raise ModelError(f"{folder} has no {SINGLE}; it holds {_contents(folder)}{advice}")
+
+
+def published_stops(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+    """The ids at which generation stops by the content of generation_config.json ({}: none) and config.json."""
+    ids = generation.get("eos_token_id", config.get("eos_token_id"))
+    return [ids] if isinstance(ids, int) else list(ids or ())
 
 
 def read_json(path: Path) -> dict[str, Any]:

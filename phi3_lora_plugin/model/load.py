@@ -36,15 +36,7 @@ def load(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """
     spec = recipe.model
     tokenizer = load_tokenizer(spec.path, spec.revision)
-    model = load_model(
-        spec.path,
-        revision=spec.revision,
-        dtype=spec.dtype,
-        attention=spec.attention,
-        quantize=spec.quantize,
-        device=spec.device,
-    )
-    return model, tokenizer
+    return load_model(spec.path, **spec.model_dump(exclude={"path", "loader"})), tokenizer
 
 
 def load_model(

@@ -1,11 +1,16 @@
-"""Files and folders with the permissions that the umask gives, where libraries would make them private."""
+"""Files and folders that appear whole, with the permissions that the umask gives."""
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from phi3_lora_plugin.model.folder import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +25,62 @@ def new_folder(parent: Path, prefix: str, suffix: str = "") -> Path:
         except FileExistsError:
             continue
         return folder
+
+
+@contextmanager
+def scratch_folder(target: Path, suffix: str) -> Iterator[Path]:
+    """A folder next to `target`, on the disk that has to hold the result anyway; deleted in the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(target.parent, f".{target.name}.", suffix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder next to `target` to write into; it replaces `target` if the block succeeds and is deleted otherwise.
+
+    Raises:
+        ModelError: the target has something in it and `overwrite` is not given, or it is a file.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise ModelError(f"{target} is not empty; choose another folder, or pass --overwrite")
+    with scratch_folder(target, ".tmp") as stage:
+        yield stage
+        _sync(stage)
+        old = None
+        if target.exists():
+            old = new_folder(target.parent, f".{target.name}.", ".old")
+            target.rename(old / "was")
+        stage.rename(target)
+        if old:
+            shutil.rmtree(old)
+
+
+@contextmanager
+def staged_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write to, in a folder next to `target`; all files of that folder move over if the block succeeds.
+
+    Raises:
+        ModelError: the target exists and `overwrite` is not given.
+    """
+    if target.exists() and not overwrite:
+        raise ModelError(f"{target} exists; name another file or pass --overwrite")
+    with scratch_folder(target, ".tmp") as stage:
+        yield stage / target.name
+        for file in sorted(stage.iterdir(), key=lambda file: file.name == target.name):
+            file.replace(target.parent / file.name)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, format: str = "pt") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phi3_lora_plugin.model.folder import ModelError
+from phi3_lora_plugin.seams import is_installed
 
 #: Bytes a weight: 4 bits and, double quantised, 0.127 bits of scales (QLoRA, arXiv 2305.14314, section 3); 8 bits.
 PACKED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
@@ -45,7 +46,7 @@ def require_loader(config: Mapping[str, Any], where: str) -> None:
     given = config["quantization_config"]
     method = str(given.get("quant_method", "")) if isinstance(given, Mapping) else ""
     modules, package = _LOADERS.get(method, ((), ""))
-    if missing := [module for module in modules if not _installed(module)]:
+    if missing := [module for module in modules if not is_installed(module)]:
         raise ModelError(
             f"{where}: the weights are quantised by {by}, which needs {' and '.join(missing)}: pip install {package}; "
             "or take the unquantised model, with model.quantize: nf4 to train it in 4 bits"
@@ -57,15 +58,6 @@ def require_loader(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _installed(module: str) -> bool:
-    from importlib.util import find_spec
-
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def quantization_config(kind: str, compute: Any) -> Any:
     """The `BitsAndBytesConfig` of "nf4" or "int8"; embeddings and head stay as they are.
 
@@ -75,11 +67,9 @@ def quantization_config(kind: str, compute: Any) -> Any:
     Raises:
         ModelError: bitsandbytes is not installed, or an unknown kind.
     """
-    from importlib.util import find_spec
-
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         raise ModelError(f'quantize: {kind} needs bitsandbytes: pip install "phi3-lora-plugin[qlora]"')
     if kind == "nf4":
         return BitsAndBytesConfig(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.model.folder import INDEX, SINGLE, ModelError, read_json, weight_files
-from phi3_lora_plugin.model.new_files import new_folder, save_tensors
+from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.wording import listed, read_size
 
 if TYPE_CHECKING:
@@ -70,6 +69,10 @@ class Weights:
     def dtype(self, name: str) -> str:
         """As safetensors names it: F32, BF16, F16, U8, ..."""
         return self._dtypes[name]
+
+    def floating_type(self) -> str:
+        """The dtype of the first weight, as torch names it; float32 for what is neither float16 nor bfloat16."""
+        return {"F16": "float16", "BF16": "bfloat16"}.get(self.dtype(next(iter(self))), "float32")
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
@@ -149,41 +152,3 @@ def copy_tokenizer(sources: list[Path], target: Path) -> Path | None:
                 shutil.copyfile(source / name, target / name)
         return source
     return None
-
-
-@contextmanager
-def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder next to `target` to write into; it replaces `target` if the block succeeds and is deleted otherwise.
-
-    Raises:
-        ModelError: the target has something in it and `overwrite` is not given, or it is a file.
-    """
-    target = Path(target)
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise ModelError(f"{target} is not empty; choose another folder, or pass --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = new_folder(target.parent, f".{target.name}.", ".tmp")
-    try:
-        yield stage
-        _sync(stage)
-        old = None
-        if target.exists():
-            old = new_folder(target.parent, f".{target.name}.", ".old")
-            target.rename(old / "was")
-        stage.rename(target)
-        if old:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    import os
-
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

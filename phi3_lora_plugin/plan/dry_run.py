@@ -168,7 +168,7 @@ def _measure(config: Any, run: Run) -> Footprint:
     live, moments = Live(config.vocab_size), list[Moment]()
     inputs = {each: _inputs(each) for each in (run.batch, run.evaluate) if each is not None}
     with FakeTensorMode(allow_non_fake_inputs=True), live:
-        _without_storage(model)
+        without_storage(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         live.base = live.now - sum(size_of(parameter) for parameter in trained)
         live.parameters = trained
@@ -235,8 +235,8 @@ def _fill_gradients(trained: Sequence[Any]) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
-def _without_storage(model: Any) -> None:
-    """Give every parameter and buffer of a model on the meta device a place on the CPU that takes no memory."""
+def without_storage(model: Any, device: str = "cpu") -> None:
+    """Give every parameter and buffer of a model on the meta device a place that takes no memory; in a fake mode."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -244,12 +244,11 @@ def _without_storage(model: Any) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    made[id(tensor)] = (
-                        torch.nn.Parameter(empty, tensor.requires_grad)
-                        if isinstance(tensor, torch.nn.Parameter)
-                        else empty
-                    )
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        empty = torch.nn.Parameter(empty, tensor.requires_grad)
+                        empty.__dict__.update(tensor.__dict__)
+                    made[id(tensor)] = empty
                 tensors[name] = made[id(tensor)]
 
 

@@ -33,7 +33,6 @@ _SLACK_CPU, _PIECES_CPU = 0.08, 80_000_000
 _MARGIN = 0.04
 #: macOS lets the GPU have about three quarters of the memory (`recommendedMaxWorkingSetSize` of Metal).
 _MARGIN_MPS = 0.25
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class PlanError(Phi3LoraError):
@@ -138,7 +137,7 @@ def program_bytes() -> int:
     import tempfile
 
     import torch
-    from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import Phi3Config, Phi3ForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from phi3_lora_plugin.lora.inject import add_lora
 
@@ -153,7 +152,7 @@ def program_bytes() -> int:
         settings: dict[str, Any] = {"output_dir": folder, "max_steps": 2, "per_device_train_batch_size": 2}
         settings |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
         trainer = Trainer(model, TrainingArguments(**settings, logging_steps=10), train_dataset=rows)
-        trainer.remove_callback(_printer())
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     torch.set_rng_state(state)
     return resident_bytes()
@@ -164,9 +163,3 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def _printer() -> Any:
-    from transformers import PrinterCallback
-
-    return PrinterCallback

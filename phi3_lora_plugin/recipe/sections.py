@@ -116,6 +116,12 @@ class ChatSection(Section):
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with malformed rows; skip counts and lists them."""
 
+    @property
+    def rendering(self) -> dict[str, Any]:
+        """How messages become text, in training and when asking: options of `chat.encode` and of `prompt_ids`."""
+        names = ("system", "control_tokens", "template", "tools", "tool_format", "thoughts")
+        return {name: getattr(self, name) for name in names}
+
 
 class DataSection(ChatSection):
     """The rows, how they become chats, and how chats become tokens."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.device import Device, read_device
 from phi3_lora_plugin.model.precision import precision_for
+from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 from phi3_lora_plugin.recipe.training import installed_fields
 
 if TYPE_CHECKING:
@@ -125,29 +126,11 @@ def lora_options(recipe: Recipe) -> dict[str, Any]:
     """
     lora = recipe.lora
     options: dict[str, Any] = {"targets": lora.targets, "r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout}
-    options |= {
-        name: value
-        for name in (
-            "exclude_modules",
-            "rank_pattern",
-            "alpha_pattern",
-            "layers_to_transform",
-            "modules_to_save",
-            "trainable_token_indices",
-            "target_parameters",
-            "loftq_config",
-            "eva_config",
-        )
-        if (value := getattr(lora, name)) not in (None, {}, [])
-    }
-    if lora.bias != "none":
-        options["bias"] = lora.bias
-    if lora.dora:
-        options["use_dora"] = True
-    if lora.rslora:
-        options["use_rslora"] = True
-    if lora.ensure_weight_tying:
-        options["ensure_weight_tying"] = True
-    if lora.init != "default":  # "random" is PEFT's False, which starts B at random as well as A
-        options["init_lora_weights"] = False if lora.init == "random" else lora.init
+    theirs = {ours: name for name, ours in PEFT_NAMES.items()}
+    for name, field in type(lora).model_fields.items():
+        value = getattr(lora, name)
+        if name not in (*options, "loraplus_lr_ratio") and value not in (field.default, {}, []):
+            options[theirs.get(name, name)] = value
+    if lora.init == "random":  # PEFT's False, which starts B at random as well as A
+        options["init_lora_weights"] = False
     return options

@@ -127,16 +127,8 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
     @classmethod
     def from_sections(cls, section: Any, data: Any, facts: Mapping[str, Any] | None = None) -> LoraCheckpoint:
         """As configured by a `checkpoint` section; the manifests record how `data` rendered chats in training."""
-        chat = {name: getattr(data, name) for name in ("system", "control_tokens", "tools", "tool_format", "thoughts")}
-        return cls(
-            every_steps=section.every_steps,
-            keep_last=section.keep_last,
-            keep_best=section.keep_best,
-            keep_every=section.keep_every,
-            format=section.format,
-            background=section.background,
-            facts={**(facts or {}), "chat": chat | ({"template": data.template} if data.template else {})},
-        )
+        chat = {name: value for name, value in data.rendering.items() if value is not None}
+        return cls(**dict(section), facts={**(facts or {}), "chat": chat})
 
     def bind(self, trainer: Any) -> None:
         """Tell it the Trainer: it needs the folder of a hyperparameter trial and float16's loss scale from there."""

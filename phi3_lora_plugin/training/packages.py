@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.seams import is_installed
 from phi3_lora_plugin.wording import describe, nearest
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _reports(training: Any) -> Iterator[str]:
             continue
         if name in _REPORTS:
             modules, package = _REPORTS[name]
-            if not any(map(_installed, modules)):
+            if not any(map(is_installed, modules)):
                 yield f"training.report_to: {name} needs {package}: pip install {package}"
             elif name in ("wandb", "mlflow", "trackio") and (problem := _broken(name)):
                 yield f"training.report_to: {name} is installed but {problem}; pip install --upgrade {package}"
@@ -113,7 +113,7 @@ def _wandb_is_ready() -> bool:
 def _optimizer(training: Any) -> Iterator[str]:
     name = str(training.get("optim") or "")
     found = next((row for row in _OPTIMIZERS if re.match(row[0], name)), None)
-    if found is not None and not _installed(found[1]):
+    if found is not None and not is_installed(found[1]):
         yield f"training.optim: {name} needs {found[1]}: pip install {found[2]}"
 
 
@@ -121,7 +121,7 @@ def _deepspeed(training: Any) -> Iterator[str]:
     given = training.get("deepspeed")
     if not given:
         return
-    if not _installed("deepspeed"):
+    if not is_installed("deepspeed"):
         yield "training.deepspeed needs deepspeed: pip install deepspeed"
     if isinstance(given, str):
         try:
@@ -138,7 +138,7 @@ def _objective(recipe: Recipe) -> Iterator[str]:
     if not (recipe.preference.on or recipe.reward):
         return
     setting = "reward" if recipe.reward else "preference.loss"
-    if not _installed("trl"):
+    if not is_installed("trl"):
         yield f"{setting} needs TRL: pip install trl"
         return
     try:
@@ -147,10 +147,3 @@ def _objective(recipe: Recipe) -> Iterator[str]:
         yield str(error)
     except Exception as error:  # whatever a broken release raises while it is imported
         yield f"{setting} needs TRL, which cannot be imported here ({error}): pip install 'trl>=1.0'"
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False

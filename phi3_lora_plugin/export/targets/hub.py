@@ -41,11 +41,11 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     refuse("hub", wanted, dtypes=("float32", "bfloat16", "float16"), push=True)
     if wanted.push and not _HUB_ID.fullmatch(wanted.push):
         raise ExportError(f"--push {wanted.push}: expected OWNER/NAME")
-    from phi3_lora_plugin.export.recast import recast, shipped_dtype
+    from phi3_lora_plugin.export.recast import recast
 
     variants: list[Variant] = []
     if wanted.merged:
-        dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
+        dtype = adapted.dtype(wanted.dtype)
         recast(adapted.merged(), folder, dtype)
         variants.append(Variant("merged, float32", partial(open_transformers, adapted.merged())))
         if dtype != "float32":

@@ -14,7 +14,6 @@ from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.gguf import ARCHITECTURES
 from phi3_lora_plugin.export.gguf_quantize import FORMS
-from phi3_lora_plugin.export.recast import shipped_dtype
 from phi3_lora_plugin.model.families import row_limit
 
 #: llama.cpp rounds its context up to a multiple of this.
@@ -72,7 +71,7 @@ def write_merged(
         write_gguf_model(folder / files[-1], merged, form, adapted.name)
         variants.append(Variant(form, partial(load, folder / files[-1]), exact=False))
     if not files:
-        dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
+        dtype = adapted.dtype(wanted.dtype)
         files = [f"{adapted.name}-{_SUFFIX[dtype]}.gguf"]
         write_gguf_model(folder / files[0], merged, dtype, adapted.name)
         if dtype != "float32":
@@ -86,7 +85,7 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     from phi3_lora_plugin.export.gguf import write_gguf_model
 
     context = wanted.context or row_limit(None, adapted.config)
-    dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
+    dtype = adapted.dtype(wanted.dtype)
     base, lora = f"base-{_SUFFIX[dtype]}.gguf", f"{adapted.name}-lora.gguf"
     exact = adapted.scratch / "exact-base.gguf"
     wanted.progress("writing GGUF")
@@ -119,8 +118,8 @@ def limits(adapted: Adapted, context: int) -> tuple[str, ...]:
             f"llama.cpp ignores Phi-3's sliding window of {window} tokens, so answers differ beyond it; "
             f"--context {window} or less avoids that"
         )
-    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if rope["rope_type"] == "longrope" and original and -(-context // _ROUND) * _ROUND > original:
+    original = rope.get("original_max_position_embeddings", context)
+    if rope["rope_type"] == "longrope" and -(-context // _ROUND) * _ROUND > original:
         raise ExportError(
             f"llama.cpp takes longrope's long factors for every prompt once its context is above {original}, so short "
             f"prompts get other answers than in training (0.40 in log-probability on a small model); "

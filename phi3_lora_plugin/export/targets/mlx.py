@@ -12,7 +12,8 @@ from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
-from phi3_lora_plugin.export.recast import recast, shipped_dtype
+from phi3_lora_plugin.export.recast import recast
+from phi3_lora_plugin.export.scores import ShowsLogits
 from phi3_lora_plugin.model.families import row_limit
 
 FORMS = ("8bit", "6bit", "4bit")
@@ -86,7 +87,7 @@ def _merged(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     shutil.copytree(adapted.merged(), exact)
     write_json(exact / "config.json", mlx_config(adapted.config) | {"dtype": "float32"})
     variants = [Variant("float32", partial(open_mlx, exact, None))] if wanted.prove else []
-    dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
+    dtype = adapted.dtype(wanted.dtype)
     name = wanted.quantize[0] if wanted.quantize else dtype
     wanted.progress(f"writing {name}")
     if wanted.quantize:
@@ -115,8 +116,7 @@ def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "longrope":
         short = list(rope["short_factor"])
         settings["rope_scaling"] = {"type": "longrope", "short_factor": short, "long_factor": short}
-        original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-        settings["original_max_position_embeddings"] = original
+        settings["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return settings
 
 
@@ -143,10 +143,8 @@ def open_mlx(model: Path, adapter: Path | None = None) -> Iterator[Runtime]:
     yield _Mlx(loaded, tokenizer)
 
 
-class _Mlx:
+class _Mlx(ShowsLogits):
     """mlx-lm with its own tokenizer wrapper and its own loop of generation."""
-
-    measure = "logits"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -154,10 +152,6 @@ class _Mlx:
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See `Runtime`."""
         return list(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
-
-    def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
-        return self._logits(ids)[-1]
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """See `Runtime`."""
@@ -170,12 +164,6 @@ class _Mlx:
             if said[-1] in self._tokenizer.eos_token_ids:
                 break
         return said
-
-    def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-        """See `Runtime`."""
-        from phi3_lora_plugin.export.proof import scored
-
-        return scored(self._logits(ids), ids, first)
 
     def _logits(self, ids: Sequence[int]) -> Any:
         import mlx.core as mx

@@ -16,6 +16,7 @@ from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
+from phi3_lora_plugin.export.scores import ShowsLogits
 
 FORMS = ("int4", "int8")
 ADAPTER = "adapter.onnx_adapter"
@@ -76,13 +77,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
 
 def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
-    from phi3_lora_plugin.lora_files import peft_files
-
-    found = peft_files.parts(peft_files.read_peft(adapted.adapter))
-    odd = [lora.module for lora in found.loras if lora.magnitude is not None or lora.bias is not None or lora.embedding]
-    if found.full or found.tokens or odd:
-        shown = ", ".join([*found.full, *found.tokens, *odd][:3])
-        raise ExportError(f"onnx: {shown}: an .onnx_adapter has plain LoRA on linear layers only; pass --merged")
+    adapted.plain_loras("onnx", "an .onnx_adapter")
     if wanted.quantize:
         raise ExportError("onnx: --quantize makes forms of the merged model; leave out --adapter")
     wanted.progress("building base and adapter")
@@ -216,10 +211,8 @@ def open_onnx(folder: Path, adapter: Path | None = None) -> Iterator[Runtime]:
     yield _Onnx(model, adapters)
 
 
-class _Onnx:
+class _Onnx(ShowsLogits):
     """onnxruntime-genai with its own tokenizer, template and search."""
-
-    measure = "logits"
 
     def __init__(self, model: Any, adapters: Any) -> None:
         import onnxruntime_genai
@@ -234,10 +227,6 @@ class _Onnx:
         text = self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
         return [int(each) for each in self._tokenizer.encode(text)]
 
-    def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
-        return self._logits(ids)[-1]
-
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """See `Runtime`."""
         generator = self._generator(ids, max_new_tokens)
@@ -246,12 +235,6 @@ class _Onnx:
             generator.generate_next_token()
             said.append(int(generator.get_next_tokens()[0]))
         return said
-
-    def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-        """See `Runtime`."""
-        from phi3_lora_plugin.export.proof import scored
-
-        return scored(self._logits(ids), ids, first)
 
     def _logits(self, ids: Sequence[int]) -> Any:
         import numpy

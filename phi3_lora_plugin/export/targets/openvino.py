@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,8 @@ from typing import Any
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.openvino_ir import write_ir, write_tokenizer_ir
+from phi3_lora_plugin.export.recast import copy_settings
+from phi3_lora_plugin.export.scores import ShowsLogits
 from phi3_lora_plugin.model.families import row_limit
 
 ADAPTER = "adapter.safetensors"
@@ -49,9 +50,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     half = wanted.dtype == "float16"
     write_ir(source, folder, half)
     write_tokenizer_ir(adapted.tokenizer, folder)
-    for file in source.iterdir():
-        if not file.name.startswith("model"):
-            shutil.copyfile(file, folder / file.name)
+    copy_settings(source, folder)
     (folder / "ask.py").write_text(_SCRIPT.replace("ADAPTER if", "adapter if").replace(", ADAPTER", f", {adapter!r}"))
     notes = []
     if rope_of(adapted.config)["rope_type"] == "longrope":
@@ -69,15 +68,8 @@ def _write_adapter(adapted: Adapted, file: Path) -> None:
     """One safetensors file of A and B by PEFT's names; the scaling is in B, since AdapterConfig's alpha is 1."""
     from safetensors.torch import save_file
 
-    from phi3_lora_plugin.lora_files import peft_files
-
-    found = peft_files.parts(peft_files.read_peft(adapted.adapter))
-    odd = [lora.module for lora in found.loras if lora.magnitude is not None or lora.bias is not None or lora.embedding]
-    if found.full or found.tokens or odd:
-        shown = ", ".join([*found.full, *found.tokens, *odd][:3])
-        raise ExportError(f"openvino: {shown}: an adapter has plain LoRA on linear layers only; pass --merged")
     tensors = {}
-    for lora in found.loras:
+    for lora in adapted.plain_loras("openvino", "an adapter"):
         tensors[f"base_model.model.{lora.module}.lora_A.weight"] = lora.a.float().contiguous().clone()
         tensors[f"base_model.model.{lora.module}.lora_B.weight"] = (lora.b.float() * lora.scaling).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
@@ -89,7 +81,7 @@ def open_openvino(folder: Path, adapter: str | None = None) -> Iterator[Runtime]
     yield _OpenVino(folder, adapter)
 
 
-class _OpenVino:
+class _OpenVino(ShowsLogits):
     """openvino-genai's pipeline with its own template, tokenizer and search; scores by its own model."""
 
     def __init__(self, folder: Path, adapter: str | None) -> None:
@@ -119,15 +111,13 @@ class _OpenVino:
 
     def next_scores(self, ids: Sequence[int]) -> Any:
         """See `Runtime`."""
-        return self._logits(ids)[-1] if self.measure else None
+        return super().next_scores(ids) if self.measure else None
 
     def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
         """See `Runtime`."""
-        from phi3_lora_plugin.export.proof import scored
-
         if not self.measure:
             raise ExportError("openvino: openvino-genai shows no scores with an adapter on; evaluate the merged model")
-        return scored(self._logits(ids), ids, first)
+        return super().log_probabilities(ids, first)
 
     def _logits(self, ids: Sequence[int]) -> Any:
         import numpy

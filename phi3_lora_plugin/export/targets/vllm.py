@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse
+from phi3_lora_plugin.export.recast import recast
 from phi3_lora_plugin.export.transformers_runtime import open_transformers
 from phi3_lora_plugin.model.families import row_limit
+from phi3_lora_plugin.seams import is_installed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: What vLLM takes as --max-lora-rank.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -58,7 +61,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     if adapted.other_template():
         line += " --chat-template {out}/chat_template.jinja"
     variants: tuple[Variant, ...] = ()
-    if wanted.prove and _installed():
+    if wanted.prove and is_installed("vllm"):
         base = adapted.base_float32()
         variants = (Variant("vLLM, float32 base with adapter", partial(open_vllm, base, folder, limit)),)
     elif wanted.prove:
@@ -72,18 +75,15 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
 
 def _merged(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
-    from phi3_lora_plugin.export.recast import recast, shipped_dtype
-
-    dtype = shipped_dtype(adapted.base) if wanted.dtype == "auto" else wanted.dtype
+    dtype = adapted.dtype(wanted.dtype)
     recast(adapted.merged(), folder, dtype)
     context = wanted.context or row_limit(None, adapted.config)
     line = f"vllm serve {{out}} --served-model-name {shlex.quote(adapted.name)} --max-model-len {context}"
-    opened = (
-        partial(open_vllm, adapted.merged(), None, 0) if _installed() else partial(open_transformers, adapted.merged())
-    )
-    where = "vLLM" if _installed() else "transformers (vLLM is not installed here)"
+    here = is_installed("vllm")
+    opened = partial(open_vllm, adapted.merged(), None, 0) if here else partial(open_transformers, adapted.merged())
+    where = "vLLM" if here else "transformers (vLLM is not installed here)"
     variants = [Variant(f"{where}, float32", opened)]
-    if dtype != "float32" and not _installed():
+    if dtype != "float32" and not here:
         variants.append(Variant(f"{where}, {dtype}", partial(open_transformers, folder), exact=False))
     return Shipped((line, _ask(adapted.name)), tuple(variants))
 
@@ -93,10 +93,6 @@ def _ask(name: str) -> str:
     return f"curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
-def _installed() -> bool:
-    return find_spec("vllm") is not None
-
-
 def _recomputed(adapted: Adapted, folder: Path) -> None:
     """Base + alpha / r * B @ A as vLLM's LoRA computes it, from the written files and by none of PEFT's code."""
     import json
@@ -104,26 +100,22 @@ def _recomputed(adapted: Adapted, folder: Path) -> None:
 
     from safetensors.torch import load_file
 
-    from phi3_lora_plugin.model.shards import ShardWriter, Weights
-
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     tensors = load_file(folder / "adapter_model.safetensors")
-    base, out = adapted.base_float32(), adapted.scratch / "recomputed"
+    out = adapted.scratch / "recomputed"
     out.mkdir()
-    weights, writer = Weights(base), ShardWriter(out, "2GB")
-    for name in weights:
-        tensor, module = weights.read(name), f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{module}.lora_A.weight" in tensors:
-            a, b = tensors.pop(f"{module}.lora_A.weight"), tensors.pop(f"{module}.lora_B.weight")
-            tensor = tensor + scaling * (b.float() @ a.float())
-        writer.add(name, tensor)
-    writer.close()
+
+    def adapt(name: str, tensor: Tensor) -> Tensor:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in tensors:
+            return tensor
+        a, b = tensors.pop(f"{module}.lora_A.weight"), tensors.pop(f"{module}.lora_B.weight")
+        return tensor + scaling * (b.float() @ a.float())
+
+    recast(adapted.base_float32(), out, "float32", adapt)
     if tensors:
         raise ExportError(f"vllm: the base has no module for {', '.join(sorted(tensors)[:3])}")
-    for file in base.iterdir():
-        if not file.name.startswith("model"):
-            shutil.copyfile(file, out / file.name)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.hosts.activate import TARGETS
-from phi3_lora_plugin.model.families import WHOLE, row_limit
+from phi3_lora_plugin.model.families import WHOLE, linear_names, row_limit
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 if TYPE_CHECKING:
@@ -206,7 +205,7 @@ def targets(recipe: Recipe) -> tuple[list[str] | str, str]:
     asked = recipe.lora.targets
     moe = is_moe(recipe)
     if asked == "all-linear":
-        return list(TARGETS["phimoe" if moe else "phi3"]), "every projection of a layer, never the head"
+        return linear_names("phimoe" if moe else "phi3"), "every projection of a layer, never the head"
     names = [asked] if isinstance(asked, str) else list(asked)
     if isinstance(asked, str) and not asked.replace("_", "").replace(".", "").isalnum():
         return asked, ""

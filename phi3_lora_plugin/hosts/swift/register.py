@@ -51,17 +51,11 @@ class Phi3Template(look_up("swift.template")):  # type: ignore[misc]
         messages = [_message(message) for message in inputs.messages if message.get("content") is not None]
         turns = conversation(messages, system, None, _ROLES)
         if not self.is_training:
-            ids = prompt_ids(
-                turns,
-                self.tokenizer,
-                system=data.system,
-                control_tokens=data.control_tokens,
-                template=data.template,
-                tools=data.tools,
-                tool_format=data.tool_format,
-                thoughts=data.thoughts,
-            )
-            return {"input_ids": ids, "labels": None, "loss_scale": None}
+            return {
+                "input_ids": prompt_ids(turns, self.tokenizer, **data.rendering),
+                "labels": None,
+                "loss_scale": None,
+            }
         train_on = _TRAIN_ON[scale.base_strategy] if data.train_on == "assistant" else data.train_on
         return {**encoded(turns, self.tokenizer, data, train_on=train_on), "loss_scale": None}
 
