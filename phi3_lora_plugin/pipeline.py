@@ -269,7 +269,7 @@ def _train(
         tell(f"held-out {objective.metric} before training: {before:.4f}")
     asked = questions(data.eval or (), tokenizer, stop_ids(model, tokenizer), samples)
     if samples and data.eval and not asked:
-        tell("note: no held-out row has a whole answer to ask for")
+        tell("note: no held-out row has a whole answer to compare with")
     answers_before = _answers(model, tokenizer, asked)
     try:
         with stop:

@@ -20,9 +20,7 @@ from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 
-_HELP = (
-    """Run a training script with our callbacks, target defaults, templates and fast paths; nothing in it is edited."""
-)
+_HELP = """Run a training script, unedited, with our callbacks, target defaults, templates and fast paths."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lora_plugin.run") -> None:

@@ -64,7 +64,7 @@ def parse_json(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadFile(f"byte {error.start} is not UTF-8; save it as UTF-8") from error
     except RecursionError as error:
-        raise BadFile("is not JSON that anybody wrote: nested too deeply") from error
+        raise BadFile("is nested too deeply to be read as JSON") from error
     except ValueError as error:
         raise BadFile(f"is not JSON: {error}") from error
 

@@ -130,4 +130,4 @@ def test_a_strangers_adapter_reads_renamed_columns_and_an_unknown_name_lists_all
     reading, made = read([{"r": "a"}], "mine", {"reply": "r"}, {"mine": adapt})
     assert made == [(Place("f", "line", 1), READ)] and reading.because == "as data.format says"
     (told,) = refused([{"r": "a"}], "mime", None, {"mine": adapt})
-    assert f"only auto, {', '.join(sorted([*ADAPTERS, 'mine']))}; did you mean 'mine'?" in told
+    assert f"is not one of auto, {', '.join(sorted([*ADAPTERS, 'mine']))}; did you mean 'mine'?" in told

@@ -73,7 +73,9 @@ def test_means_over_all_answers() -> None:
 
 
 def test_what_cannot_be_scored_is_named() -> None:
-    with pytest.raises(AnswerError, match="no number behind '####', which gsm8k compares, .* for question 2, 3"):
+    with pytest.raises(
+        AnswerError, match="gsm8k compares the number after '####', and there is none .* of question 2, 3"
+    ):
         score_answers(["", "", ""], ["#### 1", "18", "#### x"], ["gsm8k"])
     with pytest.raises(AnswerError, match="unknown measure 'bleu', available: exact, rouge_l, gsm8k"):
         score_answers([""], [""], ["bleu"])

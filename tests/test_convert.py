@@ -433,7 +433,7 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path
     for message, settings in cases.items():
         with pytest.raises(PeftFilesError, match=message):
             convert(changed(**settings), tmp_path / "out", "split", base=fused)
-    with pytest.raises(ConvertError, match="whose config says r and alpha"):
+    with pytest.raises(ConvertError, match="whose config has r and alpha"):
         convert(changed(), tmp_path / "out", "split", base=fused, alpha=3)
     with pytest.raises(
         ConvertError, match="lm_head.weight: trained in full or by token, which loralib files do not hold"
@@ -645,8 +645,8 @@ def test_the_command_reports_rules_rows_and_json(bases, tmp_path):
     assert isinstance(told.exception, LoralibError) and "expected MODULE=T,F" in str(told.exception)
     assert run(app, [str(adapter), str(tmp_path / "x"), "--to", "onnx"]).exit_code == 2
     for arguments, message in [
-        ([str(adapter), str(tmp_path / "x"), "--to", "phi3-base"], "is an adapter, which becomes peft, fused"),
-        ([str(fused), str(tmp_path / "x"), "--to", "split"], "is a model, which becomes llama-base"),
+        ([str(adapter), str(tmp_path / "x"), "--to", "phi3-base"], "is an adapter; it can be converted to peft, fused"),
+        ([str(fused), str(tmp_path / "x"), "--to", "split"], "is a model; it can be converted to llama-base"),
         ([str(adapter), str(tmp_path / "x"), "--to", "gguf"], "gguf is one file"),
         ([str(tmp_path / "nothing"), str(tmp_path / "x"), "--to", "llama-base"], "no such file or folder"),
         ([str(adapter), str(tmp_path / "x"), "--to", "split", "--base", str(tmp_path / "no")], "no such folder"),

@@ -283,7 +283,10 @@ def test_wrong_input_is_named_before_anything_is_measured(run: Path, tmp_path: P
     plain = [[{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "three"}]]
     for words, reason in [
         ((run / "out", "--data", tmp_path / "no.jsonl"), "--data: .*no.jsonl: no such file"),
-        ((run / "out", "--data", write(tmp_path / "plain.jsonl", plain), "--gsm8k"), "no number behind '####'"),
+        (
+            (run / "out", "--data", write(tmp_path / "plain.jsonl", plain), "--gsm8k"),
+            "the number after '####', and there is none",
+        ),
         ((tmp_path,), "has no LoRA adapter"),
         ((run / "out", "--lm-eval-args=3"), "--lm-eval-args: expected a mapping"),
         ((run / "out", "--save-answers", tmp_path / "no" / "file"), "no such folder"),

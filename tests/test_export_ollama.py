@@ -109,7 +109,7 @@ def test_tools_and_a_preamble_by_go(tmp_path):
     assert made == [render_go(mini, chat, tools) for chat in chats]
     declared = f"<|tool|>{json.dumps(tools, separators=(',', ':'))}<|/tool|>"
     assert made[0].startswith(f"<|system|>s{declared}<|end|>") and made[1].startswith(f"<|system|>{declared}<|end|>")
-    long = replace(TEMPLATES["phi-4"], name="phi-4 behind a preamble", preamble='Say "why"\nfirst: <|im_start|>')
+    long = replace(TEMPLATES["phi-4"], name="phi-4 with a preamble", preamble='Say "why"\nfirst: <|im_start|>')
     text = go_template(long, TOKENS)
     assert (
         by_go([{"template": text, "messages": chats[1]}])

@@ -325,7 +325,7 @@ def test_byte_level_vocabularies_have_merges_and_the_name_of_their_rule(tmp_path
 
 
 def test_vocabularies_without_an_equal_in_llama_cpp_are_refused_or_noted(tmp_path):
-    with pytest.raises(VocabularyError, match="for which no name in llama.cpp is known here"):
+    with pytest.raises(VocabularyError, match="a rule that llama.cpp has no known name for"):
         read_vocabulary(byte_level(tmp_path / "odd", r"\w+|\s+"), 512)
     with pytest.raises(VocabularyError, match="has tokens up to .* the embedding only 100 rows"):
         read_vocabulary(tmp_path / "odd", 100)

@@ -86,7 +86,7 @@ def test_parquet_and_saved_data_sets_give_the_same_rows(tmp_path: Path) -> None:
     assert values(read(tmp_path / "two", "test")) == ROWS[1:2]
     with pytest.raises(SourceError, match="two: has no split 'validation', only train, test"):
         read(tmp_path / "two", "validation")
-    with pytest.raises(SourceError, match="two: has the splits train, test; say which"):
+    with pytest.raises(SourceError, match="two: has the splits train, test; choose one with data.split"):
         read(tmp_path / "two")
     with pytest.raises(SourceError, match="one: has no splits, so no 'test'"):
         read(tmp_path / "one", "test")

@@ -119,7 +119,7 @@ def test_a_known_template_behind_a_preamble_keeps_it(system: str) -> None:
         body = body.replace(branch, "{% if messages[0]['role'] == 'system' %}{{ " + repr(INSTRUCTIONS) + " }}{% elif ")
     tokenizer = tiny.tokenizer(template="{{ " + repr(INSTRUCTIONS) + " }}" + body)
     found = template_for(tokenizer)
-    assert found.name == "phi-3-mini-4k behind a preamble" and found.preamble == INSTRUCTIONS
+    assert found.name == "phi-3-mini-4k with a preamble" and found.preamble == INSTRUCTIONS
     assert found.system == (system == "in its place")
     chat = [{"role": "user", "content": " q\n"}, {"role": "assistant", "content": "\n a"}]
     chats = [chat, [*chat, *chat], [{"role": "system", "content": "s"}, *chat]]

@@ -87,7 +87,7 @@ def test_preferences_are_read_in_every_shape_of_chats(shape: str) -> None:
         ({"chosen": [ASK], "rejected": ANSWERS["chosen"]}, "differ from their first turn on"),
         ({"prompt": [ASK], "messages": [ASK], **ANSWERS}, "prompt twice, as prompt and messages"),
         ({"prompt": [ASK], "chosen": "a", "rejected": "a"}, "the same"),
-        ({"prompt": [ASK], "chosen": [*ANSWERS["chosen"], ASK], "rejected": "a"}, "assistant, user behind the prompt"),
+        ({"prompt": [ASK], "chosen": [*ANSWERS["chosen"], ASK], "rejected": "a"}, "assistant, user after the prompt"),
     ],
 )
 def test_what_is_wrong_with_a_preference_is_said(row: dict[str, Any], message: str) -> None:

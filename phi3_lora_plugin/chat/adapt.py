@@ -69,7 +69,7 @@ def conversations(
     for item in chain(top, items):
         reading.rows += 1
         if isinstance(item, Problem) or adapt is None:
-            yield item if isinstance(item, Problem) else Problem(item.place, "comes after rows of no format")
+            yield item if isinstance(item, Problem) else Problem(item.place, "comes after rows that fit no format")
             continue
         try:
             row = rename(item.values, columns, ignore)
@@ -119,8 +119,7 @@ def _choose(
     """Return the format of a source, and the reason for it; raises `SourceError` if there is none, or two."""
     if wanted != "auto" and wanted not in adapters and wanted not in ADAPTERS:
         known = sorted({*adapters, *ADAPTERS})
-        only = f"only auto, {', '.join(known)}{nearest(wanted, known)}"
-        raise SourceError([f"data.format: there is no {wanted!r}, {only}"])
+        raise SourceError([f"data.format: {wanted!r} is not one of auto, {', '.join(known)}{nearest(wanted, known)}"])
     _check_columns(source, rows, wanted, columns)
     if wanted == "auto":
         return _recognise(source, rows, columns)
@@ -144,7 +143,7 @@ def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tupl
         fits = detect({name: values[name] for name in columns if name in values}) or detect(values)
         if len(fits) > 1:
             both = " and ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in fits)
-            raise SourceError([f"{row.place}: fits {both}; say which with data.format"])
+            raise SourceError([f"{row.place}: fits {both}; choose one with data.format"])
         if fits:
             found = ", ".join(
                 f"{name} (from {columns[name]})" if name in columns else name for name in REQUIRED[fits[0]]
@@ -165,7 +164,7 @@ def advice(rows: list[Mapping[str, Any]], pairs: bool = False) -> str:
     if given is not None:
         return f"If that is what they mean, write {given}"
     shape = "{prompt: question, chosen: better, rejected: worse}" if pairs else "{prompt: question, completion: answer}"
-    return f"Say what is what with data.columns, as in data.columns='{shape}'"
+    return f"Name the columns with data.columns, as in data.columns='{shape}'"
 
 
 def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[str, str]) -> None:
@@ -202,5 +201,5 @@ def _has(row: Mapping[str, Any], foreign: str) -> bool:
 def _no_column(missing: list[str], row: Row, wanted: str) -> str:
     absent = [name for name in missing if name not in row.values]
     others = detect(row.values)
-    hint = f"it looks like {others[0]}" if others else "say what is what with data.columns"
+    hint = f"it looks like {others[0]}" if others else "name the columns with data.columns"
     return f"format {wanted} needs {', '.join(absent)}; the columns are {named(row.values)}; {hint}"

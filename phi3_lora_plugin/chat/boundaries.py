@@ -89,7 +89,7 @@ def _by_offsets(texts: Sequence[str], spans: Sequence[Sequence[Span]], backend: 
 
 
 def _first_from(encoding: Any, character: int) -> int:
-    """The first token that starts at `character` or behind it."""
+    """The first token that starts at `character` or after it."""
     token = encoding.char_to_token(character)
     if token is None:  # no token covers it: the end of the text, or white space that the tokenizer leaves out
         return next((index for index, (begin, _) in enumerate(encoding.offsets) if begin >= character), len(encoding))

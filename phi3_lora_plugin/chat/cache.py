@@ -37,7 +37,7 @@ _ABANDONED = 24 * 3600  # seconds after which a half-written entry belongs to a 
 
 
 def cache_folder() -> Path | None:
-    """Return where entries lie, `$XDG_CACHE_HOME/phi3_lora_plugin/data`; None if `PHI3_LORA_CACHE=off`."""
+    """Return the folder of the entries, `$XDG_CACHE_HOME/phi3_lora_plugin/data`; None if `PHI3_LORA_CACHE=off`."""
     if os.environ.get("PHI3_LORA_CACHE", "").lower() in ("off", "no", "false", "0"):
         return None
     home = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification

@@ -50,7 +50,7 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], ignore: Collectio
 
 
 def lookup(row: Any, path: str) -> Any:
-    """Return `row[path]`, or what lies at the end of a dotted path; raises `KeyError` where there is nothing."""
+    """Return `row[path]`, or the value at the end of a dotted path; raises `KeyError` where there is nothing."""
     if isinstance(row, Mapping) and path in row:
         return row[path]
     head, dot, rest = path.partition(".")

@@ -56,7 +56,9 @@ def checked_text(value: Any, what: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise RowError(f"{what} holds {value[error.start]!r}, half of a surrogate pair and no character") from None
+            raise RowError(
+                f"{what} holds {value[error.start]!r}, half of a surrogate pair, which is not a character"
+            ) from None
     return value
 
 
@@ -81,7 +83,7 @@ def _parts(parts: list[Any] | tuple[Any, ...], what: str) -> Content:
             raise RowError(f"{what} has a part that is not text: {shown(part)}")
         if any(word in kind for word in _MEDIA):
             raise RowError(
-                f"{what} has a part of type {kind}, and text alone would be trained; leave such rows out with "
+                f"{what} has a part of type {kind}, and only its text would be trained; skip such rows with "
                 "data.on_error: skip"
             )
         inner = next((part[key] for key in ("text", "value", kind, "content") if part.get(key) is not None), None)

@@ -145,7 +145,7 @@ def _encode_all(
     files = {source.name: number for number, source in enumerate(fate.sources)}
     fate.problems.sort(key=lambda problem: (files[problem.place.file], problem.place.number))
     if unreadable or (fate.problems and data.on_error == "stop"):
-        advice = ["repair them, or leave them out with data.on_error: skip"] if fate.problems else []
+        advice = ["fix them, or skip them with data.on_error: skip"] if fate.problems else []
         raise DataError([*unreadable, *_grouped(fate.problems), *advice])
     for key, some in rows.items():
         for part, found in some:

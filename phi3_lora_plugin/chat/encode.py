@@ -1,6 +1,6 @@
 """Messages -> token ids and labels: ids as the model's own chat template gives them, labels from where tokens start.
 
-A token is trained if it starts inside a trained turn, which is what the assistant says and the stop token behind it.
+A token is trained if it starts inside a trained turn, which is what the assistant says and the stop token after it.
 Role tokens that swallow white space, in the revisions where they do, start before the turn and are never trained.
 """
 
@@ -37,7 +37,7 @@ def encode(
 
     Args:
         messages: `{"role", "content"}`, roles system, user, assistant and tool; `"train": False` on what is not to be
-            trained, `"weight"` and `"spans"` ([first, behind, weight] over all its characters) where it is more or
+            trained, `"weight"` and `"spans"` ([first, end, weight] over all its characters) where it is more or
             less, `"tools"` (text) on a system message. A single message of the role text stands without a template.
         tokenizer: from `load_tokenizer`, or any fast tokenizer of the family.
         max_length: ids beyond it are cut on the right.
@@ -173,11 +173,11 @@ def _of_chat(
         last = max((index for index, yes in enumerate(chosen) if yes), default=-1)
         chosen = [index == last for index in range(len(speaking))]
     labels = [IGNORE] * len(ids)
-    for turn, (first, behind), wanted in zip(speaking, ranges, chosen, strict=True):
+    for turn, (first, end), wanted in zip(speaking, ranges, chosen, strict=True):
         if not wanted or turn.get("train", True) is False:
             continue
-        labels[first:behind] = ids[first:behind]
-        if turn["role"] == "assistant" and (behind <= first or ids[behind - 1] != stop):
+        labels[first:end] = ids[first:end]
+        if turn["role"] == "assistant" and (end <= first or ids[end - 1] != stop):
             raise AssertionError(f"template {kind.name}: a turn does not end on its stop token {stop}")
     return labels
 
@@ -194,9 +194,9 @@ def _weights(
     """How much each token is to be learned, as the marks on turns and on their spans say; a stop token as its turn."""
     weights = [1.0] * len(ids)
     offsets: list[Span] | None = None
-    for turn, (start, _), (first, behind) in zip(_rendered(turns, kind), marked, ranges, strict=True):
+    for turn, (start, _), (first, end) in zip(_rendered(turns, kind), marked, ranges, strict=True):
         much = turn.get("weight", 1.0)
-        weights[first:behind] = [much] * (behind - first)
+        weights[first:end] = [much] * (end - first)
         if "spans" not in turn:
             continue
         if offsets is None:
@@ -207,8 +207,8 @@ def _weights(
         said = turn["content"]
         if text[start : start + len(said)] != said:
             raise AssertionError(f"template {kind.name} does not render the content of a turn as it is")
-        found = token_weights(turn["spans"], said, offsets[first:behind], start, start + len(said))
-        weights[first:behind] = [much * weight for weight in found]
+        found = token_weights(turn["spans"], said, offsets[first:end], start, start + len(said))
+        weights[first:end] = [much * weight for weight in found]
     return weights
 
 
@@ -245,9 +245,7 @@ def _cut(ids: list[int], labels: list[int], max_length: int | None, weights: lis
     if truncated:
         length, ids, labels, weights = len(ids), ids[:max_length], labels[:max_length], weights[:max_length]
         if labels.count(IGNORE) == len(labels):
-            return EncodeError(
-                "truncated", f"nothing that is trained is left of its {length} tokens within {max_length}"
-            )
+            return EncodeError("truncated", f"cut to {max_length} of its {length} tokens, it has no trained token left")
     row: dict[str, Any] = {"input_ids": ids, "labels": labels, "truncated": truncated}
     if any(weight != 1 for label, weight in zip(labels, weights, strict=False) if label != IGNORE):
         row["weights"] = [weight if label != IGNORE else 0.0 for label, weight in zip(labels, weights, strict=True)]

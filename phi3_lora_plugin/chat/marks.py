@@ -1,4 +1,4 @@
-"""How much of a row is to be learned: the marks that data sets use, and the keys that nobody may pass over in silence.
+"""How much of a row is to be learned: the marks that data sets use, and the keys that must not be silently ignored.
 
 Read are OpenAI's and Mistral's `weight`, ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`, axolotl's
 `train` and `train_detail`, and KTO's `label`. Any other key whose name speaks of learning is an
@@ -51,7 +51,7 @@ def weight_of(item: Mapping[str, Any], what: str) -> float | None:
             found[name] = _number(name, value, what)
     if len(set(found.values())) > 1:
         both = " and ".join(f"{name}: {_written(item[name])}" for name in found)
-        raise RowError(f"{what} says {both}; leave one out")
+        raise RowError(f"{what} has {both}, which contradict each other; leave one out")
     return next(iter(found.values()), None)
 
 
@@ -118,7 +118,7 @@ def decisive(name: str, value: Any) -> str | None:
 
 
 _REASONS = {
-    "learn": "speaks of what is to be learned and is not a key that is read here",
+    "learn": "looks like a mark of what to train, but is not one that is read here",
     "media": "holds pictures or sound, and text alone would be trained",
     "pairs": "is one side of a preference; set preference.loss to train on pairs",
     "refusal": "holds what the assistant said instead of its content",
@@ -177,26 +177,26 @@ def _written(value: Any) -> str:
 
 
 def token_weights(
-    spans: list[Span], text: str, offsets: list[tuple[int, int]], start: int, behind: int, last: float = 1.0
+    spans: list[Span], text: str, offsets: list[tuple[int, int]], start: int, end: int, last: float = 1.0
 ) -> list[float]:
     """How much each token of a text is to be learned.
 
-    A token is learned as little as the least learned of its letters: none of it may lie in a span that is not to be
+    A token is learned as little as the least learned of its letters: none of it may be in a span that is not to be
     learned. White space at its edge does not count, as most tokens begin with the blank before their word.
 
     Args:
         spans: over `text`.
-        text: a stretch of what was tokenised, beginning at its character `start` and ending before `behind`.
-        offsets: first character and the one behind the last of each token, in what was tokenised.
-        last: of tokens behind the text.
+        text: a stretch of what was tokenised, beginning at its character `start` and ending before `end`.
+        offsets: first character of each token, and the one after its last, in what was tokenised.
+        last: of tokens after the text.
     """
     of_character = [weight for first, stop, weight in spans for _ in range(first, stop)]
     found = []
     for first, stop in offsets:
-        if first >= behind:
+        if first >= end:
             found.append(last)
             continue
-        places = range(max(first, start) - start, max(min(stop, behind), first + 1, start + 1) - start)
+        places = range(max(first, start) - start, max(min(stop, end), first + 1, start + 1) - start)
         letters = [place for place in places if not text[place].isspace()]
         found.append(min((of_character[place] for place in letters or places[:1]), default=last))
     return found

@@ -15,7 +15,7 @@ _INHERITED = ("format", "columns", "ignore", "split")
 
 
 def sources_of(data: DataSection) -> Iterator[tuple[Any, DataSection, MixtureSource | None]]:
-    """Yield (path, how it is read, its part in the mixture) for `data.path`; once and with None if it is no mixture."""
+    """Yield (path, how it is read, its part in the mixture) for `data.path`; once, with None, for a single source."""
     from phi3_lora_plugin.recipe.sections import MixtureSource
 
     if not isinstance(data.path, list) or not any(isinstance(entry, dict) for entry in data.path):

@@ -72,7 +72,7 @@ class PackedCollator:
     """Flatten the rows of packs into one row of tokens: documents are told apart by positions and by their bounds.
 
     Each example is a pack, {"rows": [{"input_ids": [...], "labels": [...]}, ...]}, or a plain row: a pack of one.
-    There is no attention mask on purpose: beside packed positions, a mask of ones lets documents see each other.
+    There is no attention mask on purpose: with packed positions, a mask of ones lets documents see each other.
     """
 
     def __call__(self, examples: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rows of one source -> pairs of chats -> one row each: the chosen chat, the rejected one behind it, the cut."""
+"""The rows of one source -> pairs of chats -> one row each: the chosen chat, the rejected one after it, the cut."""
 
 from __future__ import annotations
 

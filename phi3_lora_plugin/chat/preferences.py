@@ -1,7 +1,7 @@
 """Rows with a chosen and a rejected answer -> canonical messages: the prompt that both share, and each answer.
 
 Read are the shapes in which chats come too: lists of messages (`role`, `content` or `from`, `value`), one message, or
-text; the prompt as `prompt`, `question`, `messages`, ...; whole chats that begin alike, beside their prompt or without
+text; the prompt as `prompt`, `question`, `messages`, ...; whole chats that begin alike, next to their prompt or without
 one; Anthropic's texts of `Human:` and `Assistant:` turns; OpenAI's `input`, `preferred_output`,
 `non_preferred_output`; ms-swift's `rejected_response`; LLaMA-Factory's `chosen_messages`.
 """
@@ -73,7 +73,7 @@ def _preference(row: Mapping[str, Any]) -> Pair:
     for name, answer in ((better, chosen), (worse, rejected)):
         if [turn["role"] for turn in answer] != ["assistant"]:
             roles = ", ".join(turn["role"] for turn in answer) or "nothing"
-            raise RowError(f"{name} is {roles} behind the prompt; expected one turn of the assistant")
+            raise RowError(f"{name} is {roles} after the prompt; expected one turn of the assistant")
     if _said(chosen[0]) == _said(rejected[0]):
         raise RowError("chosen and rejected are the same, so there is nothing to prefer")
     before = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in prompt]
@@ -119,7 +119,7 @@ def _whole(turns: list[Message]) -> bool:
 def _parted(
     prompt: list[Message] | None, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """The turns that two whole chats share, and those in which they differ; a prompt beside them has to be in them."""
+    """The turns that two whole chats share, and those in which they differ; a prompt next to them has to be in them."""
     both = zip(map(_said, chosen), map(_said, rejected), strict=False)
     count = next((n for n, (a, b) in enumerate(both) if a != b), None)
     if count is None:

@@ -126,7 +126,7 @@ def _read_calls(message: Message, number: int) -> list[Any]:
 
 
 def _add_calls(turn: dict[str, Any], how: ToolFormat, number: int, control: re.Pattern[str]) -> None:
-    """Write the calls of a turn behind what it says."""
+    """Write the calls of a turn after what it says."""
     if missing := [token for token in how.tokens if not control.fullmatch(token)]:
         raise EncodeError(
             "tools",
@@ -221,7 +221,7 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
 
 
 def checked_spans(spans: Any, content: str, what: str) -> list[Span]:
-    """Spans that lie one behind the other and cover all of `content`.
+    """Spans that follow one another and cover all of `content`.
 
     Raises:
         EncodeError: they do not.
@@ -231,21 +231,21 @@ def checked_spans(spans: Any, content: str, what: str) -> list[Span]:
     for one in given:
         good = isinstance(one, list | tuple) and len(one) == 3 and one[0] == at < one[1] and 0 <= one[2] < HEAVIEST
         if not good:
-            raise EncodeError("messages", f"{what} has spans that are not [first, behind, weight] from {at} on")
+            raise EncodeError("messages", f"{what} has spans that are not [first, end, weight] from {at} on")
         at = one[1]
     if at != len(content):
         raise EncodeError("messages", f"{what} has spans up to character {at}, while its text has {len(content)}")
-    return [(first, behind, float(weight)) for first, behind, weight in given]
+    return [(first, end, float(weight)) for first, end, weight in given]
 
 
 def _escape(turn: dict[str, Any], key: str, control: re.Pattern[str]) -> None:
-    """Put a blank into each control token of a text, and move the spans behind it along."""
+    """Put a blank into each control token of a text, and move the spans after it along."""
     starts = [match.start() for match in control.finditer(turn[key])]
     turn[key] = control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", turn[key])
     if key == "content" and "spans" in turn:
         turn["spans"] = [
-            (first + bisect_left(starts, first), behind + bisect_left(starts, behind), weight)
-            for first, behind, weight in turn["spans"]
+            (first + bisect_left(starts, first), end + bisect_left(starts, end), weight)
+            for first, end, weight in turn["spans"]
         ]
 
 
@@ -281,7 +281,7 @@ def _without_system(turns: list[dict[str, Any]], kind: Template, policy: str) ->
     if policy == "error":
         raise EncodeError(
             "system",
-            f"template {kind.name} drops system messages in silence; write data.system: fold (the text goes into the "
+            f"template {kind.name} silently drops system messages; write data.system: fold (the text goes into the "
             "first user turn, in training and in chat) or data.system: drop",
         )
     first = next((turn for turn in others if turn["role"] == "user"), None)

@@ -35,7 +35,7 @@ def propose(rows: Sequence[Mapping[str, Any]], pairs: bool = False) -> str | Non
 
 
 def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Columns, and what lies one level inside them, by the dotted path that `data.columns` takes."""
+    """Columns, and what is one level inside them, by the dotted path that `data.columns` takes."""
     for name, value in row.items():
         yield str(name), value
         if isinstance(value, list) and value and isinstance(value[0], Mapping):

@@ -67,7 +67,7 @@ def render(report: DataReport, console: Console) -> None:
             _print_fate(console, f"{len(rows):,} of {report.rows_read:,} rows {title}", rows, shorten)
 
 
-# What stands out in a row beside what is trained; the model's own text is looked at, as only the screen needs it.
+# What stands out in a row next to what is trained; the model's own text is looked at, as only the screen needs it.
 KINDS = (
     ("thoughts", "blue", re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)),
     (
@@ -193,7 +193,7 @@ def fates(report: DataReport) -> list[tuple[str, Sequence[Left]]]:
 
 
 def _print_fate(console: Console, title: str, rows: Sequence[Left], shorten: Callable[[str], str]) -> None:
-    """One line a row, or where the reason is the same for all of them, the reason once and the places behind it."""
+    """One line a row, or where the reason is the same for all of them, the reason once and the places after it."""
     same = len({row.why for row in rows}) == 1
     head = shorten(f"{title} ({rows[0].why}):" if same else f"{title}:")
     shown = [shorten(row.place if same else f"{row.place}: {row.why}") for row in rows[:_SHOWN]]
@@ -211,7 +211,7 @@ def _print_fate(console: Console, title: str, rows: Sequence[Left], shorten: Cal
 def _packed(pieces: Sequence[str], width: int, hanging: int = 0) -> Iterator[str]:
     """Join pieces with blanks into lines of at most `width` columns; a longer piece has a line of its own.
 
-    Lines behind the first begin with `hanging` blanks.
+    Lines after the first begin with `hanging` blanks.
     """
     line = ""
     for piece in pieces:

@@ -23,7 +23,7 @@ class Rows:
     ids: array[int] = field(default_factory=lambda: array("i"))
     labels: array[int] = field(default_factory=lambda: array("i"))
     weights: dict[int, array[float]] = field(default_factory=dict)  # by row; of others all that is trained counts as 1
-    cuts: list[int] = field(default_factory=list)  # of pairs: where the rejected chat begins, behind the chosen one
+    cuts: list[int] = field(default_factory=list)  # of pairs: where the rejected chat begins, after the chosen one
     good: list[bool] = field(default_factory=list)  # of judged answers
     tasks: list[str] = field(default_factory=list)  # of rows to answer: `tasks.Task` as JSON
     groups: list[bytes] = field(default_factory=list)  # of preferences: rows with the same prompt are of one group

@@ -173,7 +173,7 @@ def _of_dataset(name: str, data: Any, split: str | None) -> Source:
     if isinstance(data, dict):
         splits = ", ".join(data)
         if split is None and len(data) != 1:
-            raise SourceError([f"{name}: has the splits {splits}; say which (data.split, data.eval_split)"])
+            raise SourceError([f"{name}: has the splits {splits}; choose one with data.split or data.eval_split"])
         if split is not None and split not in data:
             raise SourceError([f"{name}: has no split {split!r}, only {splits}"])
         data = data[split] if split is not None else next(iter(data.values()))

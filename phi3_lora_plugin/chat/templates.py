@@ -1,6 +1,6 @@
 """The published chat templates with marked turns, recognised by what a tokenizer's own template renders.
 
-The files beside this one carry two kinds of marks: `{% generation %}` around what the assistant says, as transformers
+The files next to this one carry two kinds of marks: `{% generation %}` around what the assistant says, as transformers
 and TRL understand it, and `{# turn #}` ... `{# end #}` around what the others say, comments to everybody else.
 """
 
@@ -69,7 +69,7 @@ class Template:
         return re.sub(r"\{#- end -#\}", "{%- endgeneration -%}", marked)
 
 
-_BEHIND = " behind a preamble"
+_BEHIND = " with a preamble"
 _REMOTE = "Phi-3-{} runs only through remote code, which is never executed here"
 TEMPLATES = {
     template.name: template
@@ -103,7 +103,7 @@ _PROBES: tuple[tuple[tuple[str, ...], ...], ...] = (  # (role, content) or (role
 
 _OUT_OF_BOUNDS = (
     f"the tokenizer's chat template takes more than {template_process.SECONDS} s or "
-    f"{template_process.MEMORY // 1024**3} GiB for a chat of a few words; name a known one with data.template"
+    f"{template_process.MEMORY // 1024**3} GiB for a chat of a few words; set data.template to a known one"
 )
 # Of the published ones, byte by byte: nobody has to be careful with them.
 _PUBLISHED = frozenset(
@@ -139,7 +139,7 @@ def template_for(tokenizer: Any, name: str | None = None) -> Template:
         if "<|end|>" in vocabulary or "<|im_end|>" in vocabulary:
             raise TemplateError(
                 "the tokenizer has Phi-3's role tokens but no chat template; "
-                f"say which its model was trained with: data.template, one of {', '.join(_usable())}"
+                f"set data.template to the one that its model was trained with, of {', '.join(_usable())}"
             )
         found = TEMPLATES["plain"]
     else:
@@ -157,8 +157,8 @@ def template_for(tokenizer: Any, name: str | None = None) -> Template:
 def serving_text(template: Template, how: ToolFormat) -> str:
     """Jinja text for servers: renders as the published template, without the marks for training.
 
-    Where the model is one for tools, also their declarations, given apart from the messages, and the calls of earlier
-    turns, in the form of `data.tool_format`: byte for byte what a row of the training has.
+    Where the model is one for tools, also their declarations, given separately from the messages, and the calls of
+    earlier turns, in the form of `data.tool_format`: byte for byte what a row of the training has.
     """
     if template.name not in AUTO or how.alone:
         return re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template.text)
@@ -230,7 +230,7 @@ def _recognise(text: str) -> Template:
     raise TemplateError(
         f"the tokenizer's chat template renders like none that is known; {nearest} is nearest, with {alike[nearest]} "
         f"of {len(wanted)} probes equal. A mask cannot be proved for it. If the model was trained with one of "
-        f"{', '.join(_usable())}, say so: data.template={nearest}"
+        f"{', '.join(_usable())}, set data.template={nearest}"
     )
 
 

@@ -23,7 +23,7 @@ class ToolFormat:
         name: as `data.tool_format` takes it.
         before, after: what stands around the list of calls.
         alone: whether a single call stands without the list around it.
-        separators: of the JSON, between items and behind keys, as those who write it write it.
+        separators: of the JSON, between items and after keys, as those who write it write it.
         gap: between what is said before a call and the call.
         tokens: control tokens that the tokenizer has to have.
         readers: servers that read it, with the name of their parser.
@@ -89,7 +89,7 @@ def render_calls(calls: Calls, how: ToolFormat, control: re.Pattern[str]) -> str
 
 
 def said_and_called(said: str, calls: Calls, how: ToolFormat, control: re.Pattern[str]) -> str:
-    """What the assistant says, and behind it the calls."""
+    """What the assistant says, then the calls."""
     gap = how.gap if said and not said[-1].isspace() else ""
     return f"{said}{gap}{render_calls(calls, how, control)}"
 

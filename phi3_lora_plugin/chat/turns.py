@@ -48,7 +48,7 @@ KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", 
 
 
 def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]:
-    """Yield canonical messages, one for one, except that a call right behind what the assistant said joins it."""
+    """Yield canonical messages, one for one, except that a call right after what the assistant said joins it."""
     held: Message | None = None
     for number, item in enumerate(items, 1):
         turn, is_call = _turn(item, f"{what} {number}")
@@ -80,7 +80,7 @@ def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     if label_of(row) is False:
         raise RowError(
             "has label: false, an answer that is not to be learned; set preference.loss: kto to learn from it, or "
-            "leave such rows out with data.on_error: skip"
+            "skip such rows with data.on_error: skip"
         )
     try:
         weight = weight_of(row, "row")
@@ -120,11 +120,11 @@ def complete(turns: list[Message], system: Any = None, tools: Any = None) -> lis
     for number, turn in enumerate(turns, 1):
         role = turn["role"]
         if role == "system" and number > 1:
-            raise RowError(f"turn {number} is a system message; it can only stand first, and once")
+            raise RowError(f"turn {number} is a system message; it must come first, and only once")
         if role == before and role in ("user", "assistant"):
             raise RowError(f"turns {number - 1} and {number} are both of role {role}; join them, or skip the row")
         if role == "tool" and before not in ("assistant", "tool"):
-            raise RowError(f"turn {number} is a tool's answer, but no turn of the assistant stands before it")
+            raise RowError(f"turn {number} is a tool's answer, but no assistant turn comes before it")
         before = role
     if not any(turn["role"] == "assistant" for turn in turns):
         raise RowError("has no turn of the assistant, so there is nothing to learn from it")

@@ -10,7 +10,7 @@ PREFIX = "embedded:"
 
 
 class EmbeddedError(Phi3LoraError):
-    """A name behind `embedded:` that nothing shipped with the package has."""
+    """A name after `embedded:` that nothing shipped with the package has."""
 
 
 def locate(path: str | Path) -> str:
@@ -28,5 +28,5 @@ def locate(path: str | Path) -> str:
         there = sorted(
             f"{PREFIX}{entry.relative_to(home)}" for entry in [*home.glob("*/"), *home.glob("chats/*.jsonl")]
         )
-        raise EmbeddedError(f"{text}: nothing of that name ships here; there is {', '.join(there)}")
+        raise EmbeddedError(f"{text}: not shipped with this package; available: {', '.join(there)}")
     return str(found)

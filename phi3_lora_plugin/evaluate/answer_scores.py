@@ -10,7 +10,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.wording import listed
 
 MEASURES = ("exact", "rouge_l", "gsm8k")
-# The number behind the first "####": GSM8K's own rule, but a sign may be typographic and a dollar may stand before it.
+# The number after the first "####": GSM8K's own rule, but a sign may be typographic and a dollar may stand before it.
 _FINAL = re.compile(r"####\s*(?P<sign>[-\u2212]?)\s*\$?\s*(?P<sign2>[-\u2212]?)(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -36,7 +36,9 @@ def score_answers(
         raise AnswerError(f"{len(answers)} answers for {len(references)} references; expected equal counts, not 0")
     if "gsm8k" in measures and (without := [n for n, text in enumerate(references, 1) if final_answer(text) is None]):
         named = listed(without, 8)
-        raise AnswerError(f"no number behind '####', which gsm8k compares, in what is expected for question {named}")
+        raise AnswerError(
+            f"gsm8k compares the number after '####', and there is none in the expected answer of question {named}"
+        )
     each = {"exact": _exact, "rouge_l": rouge_l, "gsm8k": _same_number}
     return {
         name: sum(each[name](said, right) for said, right in zip(answers, references, strict=True)) / len(answers)
@@ -80,9 +82,9 @@ def _common(here: Sequence[str], there: Sequence[str]) -> int:
 
 
 def final_answer(text: str) -> Decimal | None:
-    """The number behind the first `####` of a GSM8K answer, or None (Cobbe et al. 2021, arXiv 2110.14168).
+    """The number after the first `####` of a GSM8K answer, or None (Cobbe et al. 2021, arXiv 2110.14168).
 
-    Commas are dropped, a full stop behind it is not part of it, and 18 equals 18.00.
+    Commas are dropped, a full stop after it is not part of it, and 18 equals 18.00.
     """
     found = _FINAL.search(text)
     if found is None:

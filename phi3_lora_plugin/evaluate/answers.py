@@ -37,7 +37,7 @@ def questions(
 ) -> list[Question]:
     """The last trained turn of each of the first `most` rows, and all that stands before it.
 
-    Those ids are what `prompt_ids` gives for the same messages. A turn that was cut off is passed over for the one
+    Those ids are what `prompt_ids` gives for the same messages. A turn that was cut off is skipped for the one
     before it; a row without a whole one is left out.
 
     Args:
@@ -52,10 +52,10 @@ def questions(
             found.append(Question(number, tuple(row["input_ids"]), str(answer).strip()))
             continue
         ids, labels = (list(row[name])[: row.get("cut")] for name in ("input_ids", "labels"))
-        behind = next((at for at in range(len(ids), 0, -1) if labels[at - 1] in stops), 0)
-        start = next((at for at in range(behind, 0, -1) if labels[at - 1] == IGNORE), 0)
+        end = next((at for at in range(len(ids), 0, -1) if labels[at - 1] in stops), 0)
+        start = next((at for at in range(end, 0, -1) if labels[at - 1] == IGNORE), 0)
         if start:
-            expected = tokenizer.decode(ids[start:behind], skip_special_tokens=True)
+            expected = tokenizer.decode(ids[start:end], skip_special_tokens=True)
             found.append(Question(number, tuple(ids[:start]), expected.strip()))
     return found
 
@@ -114,7 +114,7 @@ def score(made: Sequence[Answer], asked: Sequence[Question], measures: Sequence[
 
 
 def ended(ids: Sequence[int], stops: set[int], tokenizer: Any) -> Answer:
-    """One answer out of a batch: behind its first stop token the others were still speaking."""
+    """One answer out of a batch: after its first stop token the others were still speaking."""
     end = next((index for index, token in enumerate(ids) if token in stops), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
     return Answer(text, len(ids) if end is None else end + 1, end is not None)

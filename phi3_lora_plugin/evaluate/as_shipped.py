@@ -59,7 +59,9 @@ def measure_shipped(
     wanted = Wanted(merged=True, quantize=(form,) if form else ())
     with unsaved(adapter, exporter, wanted, base) as (shipped, adapted):
         if not shipped.variants:
-            raise ShippedError(f"--as {text}: cannot be opened here: {shipped.unproven or 'the target says not why'}")
+            raise ShippedError(
+                f"--as {text}: cannot be opened here: {shipped.unproven or 'the target gives no reason'}"
+            )
         stops = set(adapted.stops())
         with shipped.variants[-1].open() as runtime:
             losses, right = _scores(runtime, rows)

@@ -137,7 +137,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
             turns = evaluation_rows(last, tokenizer, formats, longest, wanted.data, wanted.rows).rows
         asked = questions(turns, tokenizer, stop_ids(model, tokenizer), wanted.answers)
         if wanted.answers and not asked:
-            notes.append(f"no row has a whole answer within {longest:,} tokens, so none was asked for")
+            notes.append(f"no row has a whole answer within {longest:,} tokens, so no answers are generated")
     measures = ("exact", "rouge_l", *(["gsm8k"] if wanted.gsm8k else []))
     if asked:  # what cannot be scored is told before anything is measured
         score_answers([""] * len(asked), [question.expected for question in asked], measures)

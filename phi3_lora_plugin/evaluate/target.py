@@ -58,7 +58,7 @@ def find_target(what: str, overrides: Sequence[str], find: Find, base: str | Non
 
 
 def _of_recipe(recipe: Recipe) -> Target:
-    """The recipe and its newest adapter; a run whose folder nobody named may stand in one with a number behind."""
+    """The recipe and its newest adapter; a run whose folder nobody named may be in one with a number at its end."""
     folder = Path(recipe.output_dir)
     runs = [folder]
     if recipe.provenance.get("output_dir", "default") == "default":
@@ -119,5 +119,5 @@ def _other_base(adapter: Adapter, recipe: Recipe) -> list[str]:
         return []
     return [
         f"the weights of {recipe.model.path} are not those that {adapter.folder} was trained on (another fingerprint): "
-        "its scores say little"
+        "its scores mean little"
     ]

@@ -117,7 +117,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     if to not in TARGETS:
-        raise ConvertError(f"unknown target {to!r}; there are {', '.join(TARGETS)}")
+        raise ConvertError(f"unknown target {to!r}; available: {', '.join(TARGETS)}")
     if (suffixes := _FILES.get(to)) and target.suffix not in suffixes:
         raise ConvertError(f"{target}: {to} is one file; give it a name that ends in {' or '.join(suffixes)}")
     model = _is_model(source)
@@ -126,7 +126,7 @@ def convert(
     if model != (to in ("llama-base", "phi3-base")) and not (model and to == "gguf"):
         what = "a model" if model else "an adapter"
         fits = "llama-base, phi3-base, gguf" if model else ", ".join(TARGETS[:5])
-        raise ConvertError(f"{source} is {what}, which becomes {fits}, not {to}")
+        raise ConvertError(f"{source} is {what}; it can be converted to {fits}, not to {to}")
     if model:
         return _convert_model(source, target, to, dtype, max_shard, check, overwrite)
 
@@ -135,7 +135,7 @@ def convert(
     config = _base_config(base or read.base, read.revision, needed=to in ("fused", "split", "gguf"))
     if to == "gguf" and _is_split(config):
         raise ConvertError(
-            f"{base or read.base} is a split copy; llama.cpp's adapter is for the fused model: name that with --base"
+            f"{base or read.base} is a split copy; llama.cpp's adapter is for the fused model: pass that with --base"
         )
     layout = _layout(config)
     loras, rows, notes = list(read.found.loras), list(read.rows), list(read.notes)
@@ -217,7 +217,7 @@ def _read(
         sidecar = loralib_files.sidecar_of(source)
         settings = loralib_files.read_settings(sidecar) if sidecar else loralib_files.Settings()
         if alpha is not None or r is not None or enable:
-            # What is said here comes before the file, also before its words on single modules.
+            # Options win over the file, also over what it has for single modules.
             settings = replace(
                 settings,
                 alpha=settings.alpha if alpha is None else alpha,
@@ -240,7 +240,7 @@ def _read(
         )
     if alpha is not None or r is not None or enable:
         raise ConvertError(
-            f"{source} is an adapter folder, whose config says r and alpha; --alpha, --r, --enable-lora are for files"
+            f"{source} is an adapter folder, whose config has r and alpha; --alpha, --r, --enable-lora are for files"
         )
     if mlx_files.looks_like_mlx(source):
         loras, rows, dropout = mlx_files.read_mlx(source)
@@ -361,7 +361,7 @@ def _named_base(
         return (str(base), None) if base and not Path(base).is_file() and not read.base else (read.base, read.revision)
     if base and not Path(base).is_file() and _is_split(config) == (to == "split"):
         return str(base), None
-    notes.append("the adapter names no base model: that of the other layout is not known; say it with --target-base")
+    notes.append("the adapter records no base model, since that of the other layout is not known; pass --target-base")
     return None, None
 
 

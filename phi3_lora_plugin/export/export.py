@@ -168,7 +168,7 @@ def _prove(
         return (
             (),
             "",
-            (f"{4 * size / 1e9:.0f} GB in float32 do not fit into memory; --prompts 2 compares all the same",),
+            (f"{4 * size / 1e9:.0f} GB in float32 do not fit into memory; pass --prompts 2 to compare anyway",),
         )
     most = prompts if isinstance(prompts, int) else next(count for limit, count in _PROMPTS if size < limit)
     chats, where = held_out_prompts(adapted.recipe, most, prompts if isinstance(prompts, str) else None)

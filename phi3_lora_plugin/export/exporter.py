@@ -1,4 +1,4 @@
-"""What an exporter gets and gives: the contract behind `register_exporters`, for the built-in targets and for others.
+"""What an exporter gets and gives: the contract of `register_exporters`, for the built-in targets and for others.
 
 An exporter is a function `export(adapted, wanted, folder) -> Shipped`. It writes a folder that a runtime loads, and
 says how to open that runtime, so that the command can prove that the same prompts give the same words there.

@@ -149,7 +149,7 @@ def _scores(
     if missing or scattered:
         notes.append(
             f"the tokenizer was not made by SentencePiece: {missing + scattered} of its pieces merge by rules that "
-            "scores cannot say, so llama.cpp may cut some words differently"
+            "scores cannot express, so llama.cpp may cut some words differently"
         )
     lowest = len(rank)
     return tuple(
@@ -166,7 +166,7 @@ def _cutting_rule(tokenizer: Mapping[str, Any], path: Path) -> str:
         if mark in pattern:
             return name
     raise VocabularyError(
-        f"{path}: it cuts text by {pattern or 'a rule'!r}, for which no name in llama.cpp is known here"
+        f"{path}: it cuts text by {pattern or 'a rule'!r}, a rule that llama.cpp has no known name for"
     )
 
 

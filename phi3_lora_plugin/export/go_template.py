@@ -41,7 +41,7 @@ def go_template(
     Raises:
         GoTemplateError: the template has no twin.
     """
-    base = template.name.removesuffix(" behind a preamble")
+    base = template.name.removesuffix(" with a preamble")
     name = f"{base}.fold.tmpl" if system == "fold" and not template.system else f"{base}.tmpl"
     file = files("phi3_lora_plugin.export").joinpath("go_templates", name)
     if not file.is_file():
@@ -101,7 +101,7 @@ class _Block:
 
 
 def _pieces(template: str) -> Iterator[str | tuple[str, str]]:
-    """Actions as ("action", code), text as it is, white space beside `-` markers removed."""
+    """Actions as ("action", code), text as it is, white space next to `-` markers removed."""
     place, trim = 0, False
     for match in re.finditer(r"\{\{(-\s)?(.*?)(\s-)?\}\}", template, re.DOTALL):
         text = template[place : match.start()]

@@ -99,7 +99,7 @@ def merge(
         max_shard: size of one file, and about the memory that is needed.
         check: `logits` compares the whole model with PEFT's (needs it in memory in float32), `modules` compares each
             merged module, `auto` does the first where it fits.
-        untie: write head and embeddings apart where the adapter trained only one of two tied ones.
+        untie: write head and embeddings separately where the adapter trained only one of two tied ones.
         quantized: how the base was quantised in training (`none`, `nf4`, `int8`), to measure what merging onto the
             unquantised one changes; `auto` asks the adapter's manifest.
         dequantize: merge onto the values that the quantised base had in training instead of the published ones.

@@ -120,7 +120,9 @@ def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], u
     if not (modules or experts or full or tokens):
         problems.append("the adapter has nothing to merge")
     if problems:
-        raise MergeError(f"{peft.folder} does not go into {weights.folder}:\n" + "\n".join(f"  {p}" for p in problems))
+        raise MergeError(
+            f"{peft.folder} cannot be merged into {weights.folder}:\n" + "\n".join(f"  {p}" for p in problems)
+        )
     return Plan(modules, experts, full, tokens, untied)
 
 

@@ -24,7 +24,7 @@ PARTS = {
     "report_to": "report_to: phi3_lora adds LoRA-only checkpoints where a host passes nothing but names",
     "trl": "TRL trains Phi-3 with our templates and exact masks",
     "older": "scripts written for older releases run: renamed arguments, remote code, kernels that are not here",
-    "trainers": "every Trainer gets our callbacks, repairs and fast paths as training begins",
+    "trainers": "every Trainer gets our callbacks, repairs and fast paths when training starts",
 }
 #: Tables of names, which change nothing for code that does not use those names.
 TABLES = ("targets", "report_to")

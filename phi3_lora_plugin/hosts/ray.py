@@ -137,7 +137,7 @@ def train_on_ray(
             ),
         ).fit()  # fmt: skip
     except TrainingFailedError as error:
-        raise TrainingError(f"Ray gave up: {error}") from error
+        raise TrainingError(f"Ray stopped the run: {error}") from error
     finally:
         if started:
             ray.shutdown()

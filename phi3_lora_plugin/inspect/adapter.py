@@ -185,7 +185,7 @@ def _layout_problems(
     if split:
         problems.append(
             Problem(
-                f"adapts {', '.join(sorted(split))}, which Microsoft's Phi-3 has fused: there it loads as nothing",
+                f"adapts {', '.join(sorted(split))}, fused in Microsoft's Phi-3, which ignores these tensors",
                 "phi3-lora convert SRC DST --to fused",
             )
         )

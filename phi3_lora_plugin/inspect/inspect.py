@@ -101,7 +101,7 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
     try:
         template = template_for(tokenizer)
         found["template"] = template.name
-        known = template.name.partition(" ")[0]  # without "behind a preamble"
+        known = template.name.partition(" ")[0]  # without "with a preamble"
         members = [each.title for each in FAMILIES.values() if known in each.templates]
         if members:
             found["family"] = f"by its template, of {', '.join(members)}"

@@ -130,7 +130,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[Problem]:
     if kind in ("su", "yarn"):
         problems.append(
             Problem(
-                f"rope type {kind!r} is longrope's first name, which transformers 5 refuses",
+                f"rope type {kind!r} is an old name of longrope, which transformers 5 refuses",
                 "write 'longrope' into config.json for other hosts",
                 here=True,
             )

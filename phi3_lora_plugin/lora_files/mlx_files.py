@@ -139,7 +139,7 @@ def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, drop
 
 
 def _unfit(lora: Lora) -> list[str]:
-    found = ["an adapted embedding, whose factors mlx-lm keeps otherwise"] if lora.embedding else []
+    found = ["an adapted embedding, whose factors mlx-lm stores differently"] if lora.embedding else []
     return [*found, *(["a bias of the second factor"] if lora.bias is not None else [])]
 
 

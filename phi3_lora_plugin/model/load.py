@@ -132,7 +132,7 @@ def set_stop_tokens(model: Any, tokenizer: Any, repair: bool = True) -> list[str
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
-            f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings; they are of different models"
+            f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings; the two do not match"
         )
     done = repair_tokenizer(tokenizer) if repair else []
     generation = model.generation_config

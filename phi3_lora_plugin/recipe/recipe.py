@@ -105,7 +105,7 @@ class Recipe(Section):
         data, training = self.data, self.training
         place = Path(self.output_dir).expanduser().resolve()
         if place in (Path(place.anchor), Path.home().resolve()):
-            yield "output_dir", f"{self.output_dir} is {place}; name a folder that holds nothing but runs"
+            yield "output_dir", f"{self.output_dir} is {place}; choose a folder for runs only"
         evaluates = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
         if training.get("eval_strategy", "no") != "no" and not evaluates:
             yield "training.eval_strategy", "nothing to evaluate on; set data.eval_path or data.eval_fraction"

@@ -103,7 +103,7 @@ def parse(text: str, name: str) -> Document:
         return _broken(name, "is empty; a recipe needs at least `extends: NAME`, or `model: {path: ...}`")
     if len(nodes) > 1:
         line = nodes[1].start_mark.line + 1
-        return _broken(f"{name}:{line}", "a second YAML document begins here (`---`); a recipe is one")
+        return _broken(f"{name}:{line}", "a second YAML document begins here (`---`); a recipe is a single document")
     root = nodes[0]
     if not isinstance(root, yaml.MappingNode):
         found = "a list" if isinstance(root, yaml.SequenceNode) else f"the text {shorten(root.value)}"
@@ -179,7 +179,9 @@ class _Builder:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(key) > MAX_DEPTH:
             if not self.gave_up:  # reported once; the rest of the document is not looked at
-                self._say(node, key[:2], f"more than {MAX_NODES} values or {MAX_DEPTH} levels: do aliases multiply?")
+                self._say(
+                    node, key[:2], f"more than {MAX_NODES} values or {MAX_DEPTH} levels; does it have nested aliases?"
+                )
             self.gave_up, self.nodes = True, MAX_NODES
             return None
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":

@@ -13,5 +13,5 @@ OPTIONAL = ANY
 
 
 def adapt(row: Mapping[str, Any]) -> list[Message]:
-    """Read `conversations`: a list of `{from, value}`, beside the columns `system` and `tools` if given."""
+    """Read `conversations`: a list of `{from, value}`, next to the columns `system` and `tools` if given."""
     return whole(row, list(read_turns(listed(row, "conversations"))))

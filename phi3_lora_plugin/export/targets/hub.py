@@ -71,9 +71,7 @@ def _write_card(adapted: Adapted, wanted: Wanted, folder: Path) -> tuple[str, ..
     notes = []
     on_hub = bool(_HUB_ID.fullmatch(adapted.base_name)) and not Path(adapted.base_name).exists()
     if not on_hub:
-        notes.append(
-            "the base is a folder here, so the card names none that others have; pass --base OWNER/NAME to name it"
-        )
+        notes.append("the base is a folder here, so the model card names no base; pass --base OWNER/NAME to name one")
     license_name = _license(adapted)
     if license_name is None:
         notes.append("the base's licence is not known here; add `license:` to README.md")
@@ -178,7 +176,7 @@ def _license(adapted: Adapted) -> str | None:
     if file.is_file():
         try:
             told = ModelCard.load(file).data.get("license")
-        except Exception:  # a card that is no card is nobody's fault here
+        except Exception:  # a damaged card must not stop the export
             told = None
         if told:
             return str(told)

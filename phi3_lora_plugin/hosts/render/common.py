@@ -55,19 +55,19 @@ def write(head: Iterable[str], lines: Iterable[Line]) -> str:
 
 
 def _block(line: Line, indent: str) -> list[str]:
-    behind = f"  # {line.why}" if line.why else ""
+    comment = f"  # {line.why}" if line.why else ""
     if not line.key:
         return [f"{indent}# {line.why}"]
     if isinstance(line.value, dict) and line.value:
         inner = [part for key, value in line.value.items() for part in _block(Line(key, value), indent + "  ")]
-        return [f"{indent}{dump_line(line.key)}:{behind}", *inner]
+        return [f"{indent}{dump_line(line.key)}:{comment}", *inner]
     if isinstance(line.value, list) and line.value and all(isinstance(one, dict) for one in line.value):
-        made = [f"{indent}{dump_line(line.key)}:{behind}"]
+        made = [f"{indent}{dump_line(line.key)}:{comment}"]
         for one in line.value:
             parts = [part for key, value in one.items() for part in _block(Line(key, value), indent + "    ")]
             made += [f"{indent}  - {parts[0].strip()}", *parts[1:]]
         return made
-    return [f"{indent}{dump_line(line.key)}: {dump_line(line.value)}{behind}"]
+    return [f"{indent}{dump_line(line.key)}: {dump_line(line.value)}{comment}"]
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ def render(recipe: Recipe) -> Rendered:
     ]
     dtype = precision_elsewhere(model).weights
     lines = [
-        *([Line("ENV", {"PHI3_LORA_SETTINGS": json.dumps(given)}, "what ms-swift has no words for")] if given else []),
+        *([Line("ENV", {"PHI3_LORA_SETTINGS": json.dumps(given)}, "ms-swift has no keys for these")] if given else []),
         Line("model", base_path(recipe)),
         *([Line("model_revision", model.revision)] if model.revision else []),
         Line("use_hf", True, "ms-swift's default is another hub"),
-        *([] if _known(model.path) else [Line("model_type", "phi3", "a folder's name tells ms-swift nothing")]),
+        *([] if _known(model.path) else [Line("model_type", "phi3", "ms-swift cannot tell it from a folder's name")]),
         Line("external_plugins", [str(plugin_file())], "exact ids and labels"),
         Line("callbacks", ["phi3_lora"], "LoRA-only checkpoints"),
         Line("torch_dtype", dtype),
