@@ -184,7 +184,7 @@ def test_an_adapter_is_described_and_its_faults_are_named(tmp_path: Path) -> Non
     assert "8 keys are spelled in a way that PEFT silently ignores" in whats(inspect(broken).problems)
     split = {key.replace("qkv_proj", "q_proj"): tensor for key, tensor in tensors.items()}
     save_file(split, file)
-    assert "adapts q_proj, which Microsoft's Phi-3 has fused" in whats(inspect(broken).problems)
+    assert "adapts q_proj, fused in Microsoft's Phi-3" in whats(inspect(broken).problems)
     file.write_bytes(file.read_bytes()[:-10])
     assert "cut off or damaged" in whats(inspect(broken).problems)
     file.unlink()

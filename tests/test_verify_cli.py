@@ -55,7 +55,9 @@ def test_damage_is_named_and_is_an_exit_code(run: Path) -> None:
 
 
 def test_a_folder_that_is_none_or_holds_nothing_is_not_ok(tmp_path: Path) -> None:
-    assert verify(tmp_path / "nowhere")[0] == 1 and verify(tmp_path)[0] == 1
+    assert verify(tmp_path / "nowhere")[0] == 1
+    code, said = verify(tmp_path)
+    assert code == 1 and "not a checkpoint: no manifest.json" in said and "None" not in said
 
 
 FOREIGN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phi3_lora_plugin.cli.overrides import AsJson
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.store.manifest import Report
 
 
 def verify_command(
@@ -34,13 +37,21 @@ def verify_command(
         print(json.dumps({"folder": str(path), "ok": not problems, "problems": problems, "checkpoints": found}))
     else:
         for one in checked:
-            size = sum((one.folder / name).stat().st_size for name, state in one.files.items() if state == "ok")
-            if foreign:
-                print(f"{one.folder}: no manifest (saved by another program); checked tensors only")
-            else:
-                state = "ok" if one else "DAMAGED"
-                print(f"{one.folder}: {state}, step {one.step}, {len(one.files)} files, {size:,} bytes")
+            print(f"{one.folder}: {_state(one, foreign)}")
         for problem in problems:
             print(f"  {problem}")
     if problems:
         raise typer.Exit(1)
+
+
+def _state(one: Report, foreign: bool) -> str:
+    """What a folder is, in a few words."""
+    from phi3_lora_plugin.store.manifest import MANIFEST
+
+    if foreign:
+        return "no manifest (saved by another program); checked tensors only"
+    if not (one.folder / MANIFEST).is_file():
+        return f"not a checkpoint: no {MANIFEST}"
+    size = sum((one.folder / name).stat().st_size for name, state in one.files.items() if state == "ok")
+    step = "" if one.step is None else f", step {one.step}"
+    return f"{'ok' if one else 'DAMAGED'}{step}, {len(one.files)} files, {size:,} bytes"
