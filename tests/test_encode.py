@@ -200,7 +200,7 @@ def test_truncation_never_leaves_a_row_without_trained_tokens_in_silence() -> No
     assert not isinstance(cut, EncodeError)
     assert cut["truncated"] and cut["input_ids"] == whole["input_ids"][: first + 2]
     assert [label for label in cut["labels"] if label != -100] == whole["labels"][first : first + 2]
-    with pytest.raises(EncodeError, match=f"within {first}") as caught:
+    with pytest.raises(EncodeError, match=f"cut to {first} of its") as caught:
         encode(chat, tokenizer, max_length=first)
     assert caught.value.reason == "truncated"
 

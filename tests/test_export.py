@@ -183,11 +183,11 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
 
 
 def test_scores_that_a_runtime_gives_as_log_probabilities_are_compared_as_such():
-    from phi3_lora_plugin.export.proof import _as
+    from phi3_lora_plugin.export.scores import in_measure
 
     row = numpy.array([1.0, 3.0, -2.0], dtype=numpy.float32)
-    assert numpy.exp(_as(row, "log-probabilities")).sum() == pytest.approx(1.0)
-    assert _as(row, "logits") is row
+    assert numpy.exp(in_measure(row, "log-probabilities")).sum() == pytest.approx(1.0)
+    assert in_measure(row, "logits") is row
 
 
 @pytest.mark.parametrize("same", [True, False])

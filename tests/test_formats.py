@@ -176,7 +176,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "messages",
         {"messages": [user | {"content": [{"type": "image_url"}]}, ok]},
-        "message 1 .* a part of type image_url, and text alone",
+        "message 1 .* a part of type image_url, and only its text",
     ),
     ("messages", {"messages": [hi, assistant | {"content": "\ud83d"}]}, "half of a surrogate pair"),
     ("messages", {"messages": [hi]}, "has no turn of the assistant"),
@@ -190,7 +190,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         r"weight of message 2 .* a number \(-0.5\); expected a number from 0",
     ),
     ("messages", {"messages": [hi, ok | {"train": "no"}]}, "expected true or false"),
-    ("messages", {"messages": [hi, ok | {"train": True, "weight": 0}]}, "train: true and weight: 0; leave one out"),
+    (
+        "messages",
+        {"messages": [hi, ok | {"train": True, "weight": 0}]},
+        "train: true and weight: 0, which contradict each other; leave one out",
+    ),
     ("messages", {"messages": [hi | {"weight": 1}, ok]}, "is marked as trained, which only the assistant's turns are"),
     ("messages", {"messages": [hi, ok | {"tool_calls": [{"id": 1}]}]}, "calls a tool without a name"),
     ("messages", {"messages": [hi, ok | {"tool_calls": [{"function": "f"}]}]}, "calls a tool without a name"),
