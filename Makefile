@@ -11,7 +11,7 @@ WORKERS ?= auto
 # file keeps one worker busy while the others wait.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-fast test-long lint dist sbom bench clean
+.PHONY: help demo test test-fast test-long lint docs dist sbom bench clean
 .DEFAULT_GOAL := demo
 
 help:  ## show this list
@@ -42,6 +42,10 @@ lint: $(VENV)/.installed  ## check style, types and import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed  ## build the site of the documentation into build/site, which opens from the disk
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=tools $(BIN)/python -m mkdocs build --strict
 
 dist: $(VENV)/.installed  ## build the wheel and the sdist, and check both
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'

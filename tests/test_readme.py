@@ -12,6 +12,7 @@ import pytest
 from warm_process import Warm
 
 from phi3_lora_plugin import add_lora, latest_complete, load_model, load_recipe
+from phi3_lora_plugin.plan.presets import preset_needs
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,10 @@ def blocks(name: str, kind: str) -> list[str]:
     return [
         block for found, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if found == kind
     ]
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands(name: str) -> list[list[str]]:
@@ -45,12 +50,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_run_in_their_order(place: Path, warm: Warm) -> None:
     shown = commands("README.md")
-    assert [words[0] for words in shown] == ["recipes", "plan", "train", "chat", "verify", "data"]
+    assert [words[0] for words in shown] == ["doctor", "new", "recipes", "plan", "train", "chat", "verify", "data"]
     for words in shown:
+        if words[0] == "doctor":  # tests/test_doctor.py runs it whole
+            words = [*words, "--no-self-test"]
         extra = SMALL if words[0] in ("plan", "train", "data") else []
         done = warm.command(*words, *extra, input="Hello\n", cwd=place)
         assert done.returncode == 0, (words, done.stderr)
         assert done.stdout.strip()
+
+
+def test_the_table_has_the_figures_of_the_plans() -> None:
+    rows = re.findall(r"^\| [^|]+ \| `phi3-lora train ([\w.-]+)[^`]*` \| ([\d.]+) GB \|$", readme(), re.MULTILINE)
+    assert len(rows) == 8
+    for name, shown in rows:
+        load_recipe(name)
+        assert abs(preset_needs()[name].peak / 1e9 - float(shown)) <= 0.06, name
 
 
 def test_the_recipe_loads(tmp_path: Path) -> None:

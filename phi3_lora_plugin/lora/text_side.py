@@ -55,6 +55,6 @@ def refuse_merging(config: Mapping[str, Any]) -> str | None:
         return None
     return (
         "merging would change the weights that Phi-4-multimodal's own vision and speech adapters are added to, and so "
-        "what it makes of images and speech; load the adapter next to theirs and switch by set_adapter (see "
-        "docs/families.md), or ship it as an adapter"
+        "what it makes of images and speech; load the adapter next to theirs and switch by set_adapter "
+        "(phi3-lora docs families), or ship it as an adapter"
     )

@@ -51,7 +51,9 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
             which leaves out what begins with `_`).
         every_steps: save every this many steps, whatever the Trainer saves; None: whenever the Trainer saves or has
             evaluated. The end of training is saved in any case.
-        keep_last, keep_best, keep_every: see `retention.Retention`.
+        keep_last: newest checkpoints to keep; this and the next two as `retention.Retention` has them.
+        keep_best: best ones to keep, by evaluation loss.
+        keep_every: keep for good each one whose step is a multiple of this.
         format: "peft", "loralib" or "both"; see `adapter_files`.
         background: write on a thread while training continues.
         resume: also write what `resume.resumable` needs to resume exactly.
