@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from warm_process import FILE, Warm
+from warm_process import FILE, LAUNCH, Warm
 
 from phi3_lora_plugin import latest_complete, verify
 
@@ -126,11 +126,12 @@ def test_a_trainer_script_for_other_models_trains_phi3(place: Path, warm: Warm) 
     assert (place / "out" / "adapter_model.safetensors").exists()
 
 
-def test_two_processes_run_it_too_and_speak_once(place: Path) -> None:
-    ours = call(
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0",
+def test_two_processes_run_it_too_and_speak_once(place: Path, warm: Warm) -> None:
+    ours = warm.run(
+        LAUNCH, "--config_file", str(CONFIG), "--main_process_port", "0",
         "-m", "phi3_lora_plugin.run", "train.py", "base", "--output_dir", "two", "--use_cpu", "--max_steps", "2",
-        "--per_device_train_batch_size", "2", "--report_to", "none", where=place,
+        "--per_device_train_batch_size", "2", "--report_to", "none",
+        cwd=place, plain=True, timeout=900, PYTHONUNBUFFERED="", ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     assert ours.returncode == 0, ours.stderr[-3000:]
     ends = re.findall(r"finished 2 [\d.]+", ours.stdout)  # anywhere: lines of two processes may meet in the pipe

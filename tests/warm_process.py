@@ -26,6 +26,9 @@ COMMAND = "from phi3_lora_plugin.cli import main; main()"
 #: What `python FILE ARGUMENTS` does, as a program for `Warm.run`, which gets the file as its first argument.
 FILE = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
+#: What `accelerate launch` does.
+LAUNCH = "from accelerate.commands.launch import main; main()"
+
 _CALL = "import importlib; getattr(importlib.import_module({module!r}), {function!r})(*{arguments!r})"
 
 #: Hash seed of the warm process and its forks: not the one of this process, so that what depends on it shows.

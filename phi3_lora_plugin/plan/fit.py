@@ -69,6 +69,8 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
             best = _largest(choices, tried)
             if best is not None:
                 found.append((_cost(best.plan), best))
+                if best.plan.batch == choices[0].batch:
+                    break  # the largest step there is: recomputing would only take time
         if found:
             return min(found, key=lambda each: each[0])[1]
     return None
@@ -76,7 +78,10 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
 
 def _largest(choices: Sequence[_Settings], tried: Callable[[_Settings], Fit | None]) -> Fit | None:
     """The first of `choices`, largest micro-batch first, that fits; what fits at one size fits at all smaller ones."""
-    low, high = 0, len(choices) - 1
+    best = tried(choices[0])  # where there is room enough, this is all
+    if best is not None or len(choices) == 1:
+        return best
+    low, high = 1, len(choices) - 1
     best = tried(choices[high])
     while best is not None and low < high:
         middle = (low + high) // 2
