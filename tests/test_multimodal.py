@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_activate import trainer
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
+from phi3_lora_plugin.export.convert import convert
 from phi3_lora_plugin.export.export import export
 from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.export.merge import MergeError, merge
@@ -175,6 +176,17 @@ def test_merging_is_refused_with_what_is_possible_instead(run: Path, base: Path,
     with pytest.raises(MergeError, match=r"vision and speech adapters are added to.*set_adapter"):
         merge(run, base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_adapter_stays_out_of_the_towers(base: Path, run: Path, tmp_path: Path) -> None:
+    convert(run, tmp_path / "lora.safetensors", "loralib")
+    convert(tmp_path / "lora.safetensors", tmp_path / "peft", "peft", base=str(base))
+    ours = PeftModel.from_pretrained(Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32), run)
+    back = PeftModel.from_pretrained(
+        Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft"
+    )
+    assert not [name for name, _ in back.named_parameters() if TOWERS in name and "lora_" in name]
+    torch.testing.assert_close(reads(back.eval()), reads(ours.eval()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", ["llama_cpp", "ollama", "onnx", "mlx", "openvino"])

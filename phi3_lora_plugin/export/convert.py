@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.finite import not_finite
+from phi3_lora_plugin.lora.text_side import excluded_modules
 from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_files, torchtune_files
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
@@ -373,6 +374,7 @@ def _write_peft_folder(
     settings = peft_files.peft_config(
         found.loras, name, revision, int(config["num_hidden_layers"]) if config else None, read.dropout,
         sorted(saved), {module.rpartition(".")[2]: ids for module, (ids, _) in found.tokens.items()},
+        excluded_modules(config or {}),
     )  # fmt: skip
     with staged(target, overwrite) as stage:
         peft_files.write_peft(stage, settings, found)

@@ -228,6 +228,7 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
 def peft_config(
     loras: Iterable[Lora], base: str | None, revision: str | None = None, layers: int | None = None,
     dropout: float = 0.0, modules_to_save: Iterable[str] = (), tokens: Mapping[str, Iterable[int]] | None = None,
+    exclude_modules: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The smallest adapter_config.json for these updates: sorted, defaults left out, readable by older PEFT.
 
@@ -264,6 +265,7 @@ def peft_config(
     }
     optional = {
         "alpha_pattern": dict(sorted(alphas.items())),
+        "exclude_modules": exclude_modules,
         "rank_pattern": dict(sorted(ranks.items())),
         "lora_bias": any(lora.bias is not None for lora in loras),
         "modules_to_save": sorted(modules_to_save),

@@ -32,6 +32,7 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     refuse("vllm", wanted, dtypes=("float32", "bfloat16", "float16"))
     if wanted.merged:
         return _merged(adapted, wanted, folder)
+    from phi3_lora_plugin.lora.text_side import excluded_modules
     from phi3_lora_plugin.lora_files import layouts, peft_files
     from phi3_lora_plugin.lora_files.servable import servable
 
@@ -47,7 +48,8 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     if limit is None:
         raise ExportError(f"vllm: rank {rank} is above vLLM's largest, {RANKS[-1]}; pass --merged")
     parts = peft_files.Parts(tuple(loras))
-    config = peft_files.peft_config(loras, adapted.base_name, layers=int(adapted.config["num_hidden_layers"]))
+    layers, outside = int(adapted.config["num_hidden_layers"]), excluded_modules(adapted.config)
+    config = peft_files.peft_config(loras, adapted.base_name, layers=layers, exclude_modules=outside)
     peft_files.write_peft(folder, config, parts)
     adapted.write_tokenizer(folder)
     if problems := servable(folder, limit):
