@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -27,6 +27,12 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
     """The first of `names`, by comma, and how many more there are."""
     texts = [str(name) for name in names]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+
+
+def first_lines(lines: Sequence[Any], most: int) -> list[str]:
+    """The first of `lines`, and one with how many more there are."""
+    more = len(lines) - most
+    return [str(line) for line in lines[:most]] + ([f"... and {more:,} more"] if more > 0 else [])
 
 
 def shorten(value: Any, limit: int = 60) -> str:

@@ -19,6 +19,7 @@ from phi3_lora_plugin.chat.sources import find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
 from phi3_lora_plugin.chat.tool_formats import tool_format
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.wording import first_lines
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,8 +37,7 @@ class DataError(Phi3LoraError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
-        more = len(self.problems) - _LISTED
-        lines = self.problems[:_LISTED] + ([f"... and {more:,} more"] if more > 0 else [])
+        lines = first_lines(self.problems, _LISTED)
         super().__init__("\n  ".join(["the data cannot be used as it is:", *lines]) if len(lines) > 1 else lines[0])
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.export.exporter import Exporter, ExportError, Shipped, Wanted
 from phi3_lora_plugin.export.proof import Comparison, ProofError
 from phi3_lora_plugin.model.new_files import scratch_folder, staged
+from phi3_lora_plugin.wording import human
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.export.adapted import Adapted
@@ -49,8 +50,6 @@ class ExportReport:
 
     def lines(self) -> list[str]:
         """The report for people."""
-        from phi3_lora_plugin.wording import human
-
         text = [f"saved {len(self.files)} files, {human(self.total_bytes)}, to {self.out}"]
         if self.comparisons:
             text.append(f"compared with base and adapter in transformers; held-out prompts from {self.prompts_from}:")
@@ -165,11 +164,7 @@ def _prove(
         return (), "", ()
     size = _parameters(adapted)
     if prompts is None and not fits(4 * size, "float32"):
-        return (
-            (),
-            "",
-            (f"{4 * size / 1e9:.0f} GB in float32 do not fit into memory; pass --prompts 2 to compare anyway",),
-        )
+        return (), "", (f"{human(4 * size)} in float32 do not fit into memory; pass --prompts 2 to compare anyway",)
     most = prompts if isinstance(prompts, int) else next(count for limit, count in _PROMPTS if size < limit)
     chats, where = held_out_prompts(adapted.recipe, most, prompts if isinstance(prompts, str) else None)
     reference = Reference(adapted, chats, (context or row_limit(None, adapted.config)) - max_new_tokens)

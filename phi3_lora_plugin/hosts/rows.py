@@ -15,6 +15,7 @@ from phi3_lora_plugin.chat.turns import Message
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.plugins.discovery import load_plugins
 from phi3_lora_plugin.recipe.sections import ChatSection
+from phi3_lora_plugin.wording import first_lines
 
 _LISTED = 20
 
@@ -38,9 +39,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSec
     results = [one if isinstance(one, RowError) else _unweighted(next(encoded)) for one in read]
     wrong = [(number, one) for number, one in enumerate(results, 1) if isinstance(one, (RowError, EncodeError))]
     if wrong and data.on_error == "stop":
-        more = len(wrong) - _LISTED
-        lines = [f"row {number} of {len(rows)}: {error}" for number, error in wrong[:_LISTED]]
-        lines += [f"... and {more} more"] if more > 0 else []
+        lines = first_lines([f"row {number} of {len(rows)}: {error}" for number, error in wrong], _LISTED)
         raise RowsError("\n  ".join(["rows cannot be encoded; phi3_lora.data.on_error: skip drops them:", *lines]))
     return [
         {"input_ids": one["input_ids"], "labels": one["labels"]}

@@ -262,13 +262,12 @@ def _inputs(batch: Batch) -> dict[str, Any]:
         from phi3_lora_plugin.chat.pack import PackedCollator
 
         return PackedCollator()(rows)
-    width = batch.width
-    labels = [row["labels"] + [-100] * (width - len(row["labels"])) for row in rows]
-    mask = [[1] * length + [0] * (width - length) for length in batch.lengths]
+    from phi3_lora_plugin.chat.pad import pad
+
     return {
-        "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
-        "labels": torch.tensor(labels),
-        "attention_mask": torch.tensor(mask),
+        "input_ids": torch.zeros(len(rows), batch.width, dtype=torch.long),
+        "labels": pad([row["labels"] for row in rows], -100, batch.width),
+        "attention_mask": pad([[1] * length for length in batch.lengths], 0, batch.width),
     }
 
 

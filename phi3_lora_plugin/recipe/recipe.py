@@ -44,6 +44,7 @@ from phi3_lora_plugin.recipe.sections import (
 )
 from phi3_lora_plugin.recipe.training import translate
 from phi3_lora_plugin.recipe.yaml_file import Key, Problem, dump
+from phi3_lora_plugin.wording import first_lines
 
 _SHOWN = 50  # problems in a message; `RecipeError.problems` has all
 
@@ -55,9 +56,7 @@ class RecipeError(Phi3LoraError):
         self.name = name
         self.problems = tuple(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        shown = [str(problem) for problem in self.problems[:_SHOWN]]
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        super().__init__("\n  ".join([f"{count} in recipe {name}:", *shown, *more]))
+        super().__init__("\n  ".join([f"{count} in recipe {name}:", *first_lines(self.problems, _SHOWN)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.problems)  # crosses process boundaries whole
