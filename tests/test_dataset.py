@@ -317,7 +317,7 @@ def test_a_registered_format_is_used_and_its_errors_are_about_rows(tmp_path: Pat
 
     file = write(tmp_path / "a.jsonl", [{"text": "q", "answer": "a"}, {"text": "", "answer": "a"}, {"answer": "a"}])
     silent, absent, _ = problems(file, "data.format=tickets", adapters=ADAPTERS | {"tickets": tickets})
-    assert silent == f"{file}:2: adapter 'tickets': the ticket has no text" and f"{file}:3: " in absent
+    assert silent == f"{file}:2: data format 'tickets': the ticket has no text" and f"{file}:3: " in absent
     write(file, [{"text": "q", "answer": "a"}])
     data = load(file, "data.format=tickets", adapters=ADAPTERS | {"tickets": tickets})
     assert rows(data.train) == [encode(chat("q", "a")["messages"], TOKENIZER)]

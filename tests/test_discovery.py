@@ -339,7 +339,7 @@ def test_an_adapter_that_fails_is_named_with_its_plugin(install: Install) -> Non
 
     install("bad-dist", "bad", REGISTERS.format("mine").replace("lambda row: []", "lambda row: row['absent']"))
     adapt = load_plugins(strict=True).adapters("mine")["mine"]
-    with pytest.raises(RowError, match=r"adapter 'mine': plugin 'bad' \(bad-dist 1.0\): KeyError: 'absent'"):
+    with pytest.raises(RowError, match=r"data format 'mine': plugin 'bad' \(bad-dist 1.0\): KeyError: 'absent'"):
         adapted(adapt, {"text": "x"}, "mine")
 
 

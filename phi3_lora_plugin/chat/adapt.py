@@ -81,7 +81,7 @@ def conversations(
 
 
 def adapted(adapt: Adapter, row: Mapping[str, Any], name: str, unused: Counter[str] | None = None) -> list[Message]:
-    """Return the messages of a row; whatever a stranger's adapter raises or gives wrongly is a `RowError`.
+    """Return the messages of a row; whatever another plugin's data format raises or gives wrongly is a `RowError`.
 
     Columns that a format of ours does not read are counted in `unused`; one that would change what is trained is a
     `RowError` as well.
@@ -107,9 +107,9 @@ def _of_stranger(adapt: Adapter, row: Mapping[str, Any], name: str) -> list[Mess
     except Exception as error:
         alone = type(error) is ValueError or isinstance(error, Phi3LoraError)
         said = str(error) if alone else f"{type(error).__name__}: {error}"
-        raise RowError(f"adapter {name!r}: {said}") from error
+        raise RowError(f"data format {name!r}: {said}") from error
     if not isinstance(made, list):
-        raise RowError(f"adapter {name!r} gave {shown(made)}; expected a list of messages")
+        raise RowError(f"data format {name!r} gave {shown(made)}; expected a list of messages")
     return complete(list(read_turns(made)))
 
 

@@ -60,7 +60,7 @@ def encode_dataset(
 
     if isinstance(format, str) and format not in ADAPTERS:
         raise Phi3LoraError(
-            f"format={format!r} is not one of {', '.join(ADAPTERS)}; pass another plugin's adapter function itself"
+            f"format={format!r} is not one of {', '.join(ADAPTERS)}; pass a plugin's data format as a function"
         )
     if on_error not in ("stop", "skip"):
         raise Phi3LoraError(f"on_error={on_error!r} is neither stop nor skip")
