@@ -194,7 +194,7 @@ def test_system_turns_on_a_template_that_drops_them(tmp_path: Path) -> None:
     given = [chat("q"), {"messages": [system, *chat("what?")["messages"]]}]
     file = write(tmp_path / "a.jsonl", given)
     told, advice = problems(file, tokenizer=medium)
-    assert told.startswith(f"{file}:2: template phi-3-medium drops system messages") and "fold" in told
+    assert told.startswith(f"{file}:2: template phi-3-medium silently drops system messages") and "fold" in told
     folded = load(file, "data.system=fold", tokenizer=medium)
     assert folded.report.template == "phi-3-medium"
     assert "be brief" in medium.decode(folded.train[1]["input_ids"])
