@@ -155,7 +155,6 @@ def _train(
     from transformers import PrinterCallback, set_seed
 
     from phi3_lora_plugin.chat.dataset import load_data
-    from phi3_lora_plugin.chat.marked import marked_rows
     from phi3_lora_plugin.chat.rows import lengths
     from phi3_lora_plugin.evaluate.answers import questions
     from phi3_lora_plugin.evaluate.generate import stop_ids
@@ -224,12 +223,8 @@ def _train(
         eval_dataset=None if data.eval is None else objective.evaluated(data.eval),
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[
-            metrics,
-            ProgressReport(say, metrics),
-            stop,
-            *callbacks,
-        ],  # in this order: what a callback of ours raises comes last
+        # In this order: what a callback of ours raises comes last.
+        callbacks=[metrics, ProgressReport(say, metrics), stop, *callbacks],
         optimizers=(_optimizer(model, arguments, recipe), None),
     )
     applied = accelerate_phi3(trainer, recipe.speed)
@@ -257,7 +252,7 @@ def _train(
             notes=list(recipe.notes),
             coverage=covered,
             speed=[asdict(one) for one in applied],
-            rows=[asdict(row) for row in marked_rows(data.train, tokenizer)],
+            rows=_shown(data.train, tokenizer),
             device=device_name(arguments.device),
             processes=arguments.world_size,
             versions=versions(),
@@ -310,6 +305,16 @@ def _train(
             for each, was, now in zip(asked, answers_before, answers_after, strict=True)
         ),
     )
+
+
+def _shown(rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows for the report, for the want of which no run fails."""
+    from phi3_lora_plugin.chat.marked import marked_rows
+
+    try:
+        return [asdict(row) for row in marked_rows(rows, tokenizer)]
+    except Exception:
+        return []
 
 
 def _answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:

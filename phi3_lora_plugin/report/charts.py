@@ -47,6 +47,8 @@ _CHARTS: tuple[tuple[str, tuple[tuple[str, str, str], ...], str], ...] = (
         ".0%",
     ),
     ("Reward margin", (("training", TRAIN, "rewards/margins"), ("held-out", EVAL, "eval_rewards/margins")), ".3g"),
+    ("Reward", (("training", TRAIN, "reward"), ("held-out", EVAL, "eval_reward")), ".3g"),
+    ("Length of answers (tokens)", (("training", TRAIN, "completions/mean_length"),), ",.0f"),
     ("Learning rate", (("learning rate", TRAIN, "learning_rate"),), ".2g"),
     ("Tokens a second", (("tokens a second", TRAIN, "tokens_per_second"),), ",.0f"),
     ("Peak memory (GB)", (("peak memory", TRAIN, "peak_memory_gb"),), ".4g"),
@@ -80,7 +82,8 @@ def line_chart(title: str, curves: Sequence[Curve], form: str) -> Chart:
         return format(value, form)
 
     largest = max(x for curve in curves for x, _ in curve.points)
-    chart = _chart(pygal.XY, title, number, x_value_formatter=lambda x: f"{x:,.0f}")
+    tick = _tick([y for curve in curves for _, y in curve.points], form)
+    chart = _chart(pygal.XY, tick, x_value_formatter=lambda x: f"{x:,.0f}")
     chart.x_labels = _ticks(largest)
     if len({y for curve in curves for _, y in curve.points}) == 1:
         level = curves[0].points[0][1]
@@ -112,7 +115,7 @@ def bar_chart(title: str, name: str, bars: Sequence[tuple[str, int]]) -> Chart:
     """Counts by label."""
     import pygal
 
-    chart = _chart(pygal.Bar, title, lambda value: f"{value:,.0f}")
+    chart = _chart(pygal.Bar, lambda value: f"{value:,.0f}")
     chart.x_labels = [label for label, _ in bars]
     chart.add(name, [count for _, count in bars])
     said = "; ".join(f"{label}: {count:,}" for label, count in bars)
@@ -151,10 +154,23 @@ def _ticks(largest: float) -> list[int]:
     return list(range(0, int(largest) + size, size))
 
 
-def _chart(kind: Any, title: str, number: Callable[[float], str], **options: Any) -> Any:
+def _tick(values: Sequence[float], form: str) -> Callable[[float], str]:
+    """How ticks are written: with as many digits as tell them from each other."""
+    largest, span = max(map(abs, values)), max(values) - min(values)
+    if form[-1] != "g" or span <= 0:
+        return lambda value: format(value, form)
+    digits = min(9, max(3, math.ceil(math.log10(max(largest, 1e-300) / span)) + 2))
+    return lambda value: f"{value:.{digits}g}"
+
+
+def _chart(kind: Any, number: Callable[[float], str], **options: Any) -> Any:
+    from pygal.style import Style
+
+    style = Style(label_font_size=15, major_label_font_size=15)  # the largest that the page's style has
     return kind(
-        title=None, width=_WIDTH, height=_HEIGHT, explicit_size=False, show_legend=False, js=(), no_prefix=True,
-        margin=6, spacing=6, value_formatter=number, show_x_guides=False, max_scale=6, min_scale=3, **options,
+        title=None, style=style, width=_WIDTH, height=_HEIGHT, explicit_size=False, show_legend=False, js=(),
+        no_prefix=True, margin=6, spacing=6, value_formatter=number, show_x_guides=False, max_scale=6, min_scale=3,
+        **options,
     )  # fmt: skip
 
 

@@ -39,6 +39,8 @@ class _Result(TypedDict, total=False):
     tokens: int
     eval_loss_before: float | None
     eval_loss_after: float | None
+    eval_reward_before: float | None
+    eval_reward_after: float | None
     trainable_parameters: int
     total_parameters: int
     adapter_bytes: int
@@ -258,6 +260,9 @@ def figures(run: RunFolder) -> dict[str, str]:
     before, after = result.get("eval_loss_before"), result.get("eval_loss_after")
     before = losses[0][1] if before is None and losses and losses[0][0] == 0 else before
     after = losses[-1][1] if after is None and losses and losses[-1][0] else after
+    for name, key in (("held-out reward", "eval_reward_after"), ("held-out reward before", "eval_reward_before")):
+        if (reward := result.get(key)) is not None:
+            found[name] = f"{reward:.4f}"
     if after is not None:
         found["held-out loss"] = f"{after:.4f}"
     if before is not None:

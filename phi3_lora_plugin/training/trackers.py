@@ -320,8 +320,8 @@ def _outcome(folder: Path, told: Mapping[str, Any]) -> Outcome:
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
-    names = ("train_loss", "eval_loss_before", "eval_loss_after", "tokens", "seconds", "steps", "adapter_bytes",
-             "trainable_parameters", "reload_difference")  # fmt: skip
+    names = ("train_loss", "eval_loss_before", "eval_loss_after", "eval_reward_before", "eval_reward_after", "tokens",
+             "seconds", "steps", "adapter_bytes", "trainable_parameters", "reload_difference")  # fmt: skip
     found = {name: result.get(name) for name in names}
     figures = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
     return {name: value for name, value in figures.items() if math.isfinite(value)}
