@@ -114,6 +114,24 @@ def test_token_scores_are_those_of_the_whole_logits(run: Path, batch_size: int) 
     same(found, by_hand(adapted.eval(), rows))
 
 
+def test_weights_count_in_the_loss_as_in_training() -> None:
+    model, words = tiny.model(), tiny.tokenizer()
+    chat = [{"role": "user", "content": "what is one?"}, {"role": "assistant", "content": "it is one.", "weight": 0.25},
+            {"role": "user", "content": "so?"}, {"role": "assistant", "content": "so."}]  # fmt: skip
+    rows = [encode(chat, words), encode(chat[:1] + chat[3:], words)]
+    assert set(rows[0]["weights"]) == {0.0, 0.25, 1.0} and "weights" not in rows[1]
+    losses = []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            each = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels, reduction="none")
+        weights = torch.tensor(row.get("weights", [1.0] * len(row["labels"])))[1:]
+        losses += [float(a * b) for a, b, label in zip(each, weights, labels, strict=True) if label != -100]
+    found, plain = token_scores(model, words, rows, 2), by_hand(model, rows)
+    assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5) and found.loss < plain.loss
+    assert found.perplexity == pytest.approx(plain.perplexity, rel=1e-4)
+
+
 def test_rows_on_both_sides_of_longropes_switch_are_not_mixed() -> None:
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0, 6.0, 4.0, 2.0]}
     model = tiny.model(max_position_embeddings=64, original_max_position_embeddings=16, rope_scaling=factors)

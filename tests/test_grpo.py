@@ -23,8 +23,13 @@ from phi3_lora_plugin.embedded.rewards import tells
 from phi3_lora_plugin.plan.feed import encoded_lengths
 from phi3_lora_plugin.training.arguments import lora_options
 from phi3_lora_plugin.training.rewards import RewardError
+from phi3_lora_plugin.training.trl_trainers import ObjectiveError
 
 pytest.importorskip("trl.trainer.grpo_trainer")
+try:
+    import phi3_lora_plugin.training.grpo  # noqa: F401
+except ObjectiveError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
 TELLS = "python:phi3_lora_plugin.embedded.rewards.tells"
 
 

@@ -19,10 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from phi3_lora_plugin import Recipe, RecipeError, encode, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.dataset import DataError, load_data
+from phi3_lora_plugin.training.trl_trainers import ObjectiveError
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("trl.trainer.dpo_trainer")
+try:
+    import phi3_lora_plugin.training.preference  # noqa: F401
+except ObjectiveError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 

@@ -219,6 +219,25 @@ def test_results_follow_their_calls_by_id_or_by_order() -> None:
         read({"messages": [USER, asked, results[1], results[1], end]})
 
 
+def test_results_in_parts_of_a_message_as_anthropic_writes_them() -> None:
+    asked = {"role": "assistant", "content": [
+        {"type": "text", "text": "I look."},
+        {"type": "tool_use", "id": "a", "name": "f", "input": {}},
+        {"type": "tool_use", "id": "b", "name": "g", "input": {"x": 1}},
+    ]}  # fmt: skip
+    answered = {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "b", "content": [{"type": "text", "text": "B"}]},
+        {"type": "tool_result", "tool_use_id": "a", "content": "A", "is_error": False},
+        {"type": "text", "text": "and now?"},
+    ]}  # fmt: skip
+    made = read({"messages": [USER, asked, answered, {"role": "assistant", "content": "so"}]})
+    said = [(turn["role"], turn["content"]) for turn in made[1:]]
+    assert said == [("assistant", "I look."), ("tool", "A"), ("tool", "B"), ("user", "and now?"), ("assistant", "so")]
+    picture = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image", "source": {}}]}
+    with pytest.raises(RowError, match="message 3 .tool. has a part of type image"):
+        read({"messages": [USER, asked, {"role": "user", "content": [picture]}]})
+
+
 def test_calls_in_the_shapes_of_other_tools() -> None:
     want = [{"name": "f", "arguments": {"x": [1]}}]
     text = '{"name": "f", "arguments": {"x": [1]}}'

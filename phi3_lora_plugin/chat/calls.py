@@ -69,6 +69,27 @@ def calls_in(text: str) -> tuple[str, list[Call]]:
     return text, []
 
 
+def split_results(item: Any) -> list[Any]:
+    """A message as Anthropic writes it, whose parts hold results of tools, as a message for each and one for the rest.
+
+    Any other message is given back as it is.
+    """
+    parts = item.get("content") if isinstance(item, Mapping) else None
+    if not isinstance(parts, list | tuple) or not any(_is_result(part) for part in parts):
+        return [item]
+    results = [
+        {"role": "tool", "content": part.get("content") or "", "tool_call_id": part.get("tool_use_id")}
+        for part in parts
+        if _is_result(part)
+    ]
+    rest = [part for part in parts if not _is_result(part)]
+    return [*results, {**item, "content": rest}] if rest else results
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "tool_result"
+
+
 def in_order(calls: list[Call], results: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     """Results in the order of the calls that they answer, where ids tell; otherwise as they stand.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from phi3_lora_plugin.chat.calls import calls_in, in_order, read_calls
+from phi3_lora_plugin.chat.calls import calls_in, in_order, read_calls, split_results
 from phi3_lora_plugin.chat.content import Content, checked_text, read_content, read_text, with_details
 from phi3_lora_plugin.chat.marks import MARKS, MESSAGE_MARKS, label_of, weight_of
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
@@ -50,7 +50,8 @@ KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", 
 def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]:
     """Yield canonical messages, one for one, except that a call right after what the assistant said joins it."""
     held: Message | None = None
-    for number, item in enumerate(items, 1):
+    whole = ((number, part) for number, item in enumerate(items, 1) for part in split_results(item))
+    for number, item in whole:
         turn, is_call = _turn(item, f"{what} {number}")
         if held is not None and is_call and _joins(held, turn):
             held["calls"] = [*held.get("calls", ()), *turn["calls"]]

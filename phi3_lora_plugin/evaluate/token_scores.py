@@ -30,7 +30,8 @@ class NothingTrained(Phi3LoraError):
 class TokenScores:
     """What a model makes of the trained tokens of a set of rows.
 
-    `loss` is the mean over all of them in nats, so a row counts by its trained tokens; `perplexity` is e to its power;
+    `loss` is the mean over all of them in nats, so a row counts by its trained tokens; where rows have `weights`, each
+    token's is multiplied by its own, as in training. `perplexity` is e to the power of the mean without weights;
     `token_accuracy` is the share whose most likely token is the right one, given the right ones before it.
     """
 
@@ -54,7 +55,8 @@ def token_scores(
     Args:
         model: from `load_model`, or a PeftModel over it; its mode (training or not) is left as it was.
         tokenizer: gives the pad token, which is masked.
-        rows: `input_ids` and `labels` (-100 where untrained) as `encode` gives them; not shifted, not padded.
+        rows: `input_ids`, `labels` (-100 where untrained) and maybe `weights`, as `encode` gives them; not shifted, not
+            padded.
         batch_size: rows in one forward pass.
 
     Raises:
@@ -64,7 +66,7 @@ def token_scores(
 
     device = model.get_input_embeddings().weight.device
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    tokens, right, total = 0, 0, 0.0
+    tokens, right, total, plain = 0, 0, 0.0, 0.0
     was_training = model.training
     model.eval()
     try:
@@ -73,17 +75,22 @@ def token_scores(
                 ids = pad([row["input_ids"] for row in batch], filler).to(device)
                 mask = pad([[1] * len(row["input_ids"]) for row in batch], 0).to(device)
                 labels = pad([row["labels"] for row in batch], IGNORE).to(device)
+                weights = pad([row.get("weights") or [1.0] * len(row["labels"]) for row in batch], 0.0)
+                weights = weights.to(device)[:, 1:][labels[:, 1:] != IGNORE].double()
+                done = 0
                 for logits, targets in _supervised(model, ids, mask, labels):
-                    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-                    total += losses.double().sum().item()
+                    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
+                    much = weights[done : done + len(targets)].to(losses.device)
+                    done += len(targets)
+                    plain += losses.sum().item()
+                    total += (losses * much).sum().item()
                     right += int((logits.argmax(-1) == targets).sum())
                     tokens += len(targets)
     finally:
         model.train(was_training)
     if not tokens:
         raise NothingTrained("no row has a trained token: nothing to measure")
-    loss = total / tokens
-    return TokenScores(tokens, loss, perplexity(loss), right / tokens)
+    return TokenScores(tokens, total / tokens, perplexity(plain / tokens), right / tokens)
 
 
 def perplexity(loss: float) -> float:

@@ -8,21 +8,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch  # noqa: TID253
-from trl import DPOConfig, DPOTrainer  # noqa: TID253
 
 from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-from phi3_lora_plugin.training.trl_trainers import ObjectiveError, forget_copy, installed_trl
-
-if not hasattr(DPOTrainer, "compute_ref_log_probs"):  # came with the columns that the collator below makes
-    raise ObjectiveError(
-        f"preference.loss needs DPOTrainer as TRL 1.0 has it; {installed_trl()}: pip install 'trl>=1.0'"
-    )
+from phi3_lora_plugin.training.trl_trainers import forget_copy, trl_trainer
 
 
-def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
+def _takes_our_batches(module: Any) -> bool:
+    """Whether the trainer's own collator makes the tensors that `PairCollator` makes; before TRL 1 it made others."""
+    try:
+        made = module.DataCollatorForPreference(pad_token_id=0)(
+            [{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5]}]
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return {"input_ids", "completion_mask"} <= set(made)
+
+
+DPOTrainer, DPOConfig = trl_trainer("DPO", "preference.loss", "1.0", _takes_our_batches)
+
+
+def preference_arguments(recipe: Recipe, has_eval: bool) -> Any:
     """The recipe's `training` and `preference` as TRL's own arguments."""
     section = recipe.preference
     ours: dict[str, Any] = {
@@ -35,7 +43,7 @@ def preference_arguments(recipe: Recipe, has_eval: bool) -> DPOConfig:
     return training_arguments(recipe, has_eval, DPOConfig, **ours)
 
 
-class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(DPOTrainer):  # type: ignore[misc,valid-type]
     """DPOTrainer that leaves encoded rows as they are and a new adapter alone."""
 
     def __init__(self, **given: Any) -> None:

@@ -25,7 +25,7 @@ def pair_arguments(recipe: Recipe, has_eval: bool) -> Any:
     section = recipe.preference
     ours: dict[str, Any] = {
         "beta": section.beta,
-        "max_length": recipe.data.max_length or 1024,  # looked at by what is not called: rows are cut already
+        "max_length": 1 << 20,  # of what is not called: rows are cut already, and counted
         "disable_dropout": False,  # as set in the recipe
     }
     if section.loss == "simpo":
