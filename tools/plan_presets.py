@@ -1,6 +1,7 @@
 """Plan the presets that are new or changed, or those named, and write the figures that `phi3-lora recipes` shows.
 
 python tools/plan_presets.py [NAME...]
+python tools/plan_presets.py --all    after a change of what a run keeps in memory
 """
 
 import json
@@ -28,7 +29,8 @@ def row(name: str) -> dict[str, object]:
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     changed = [name for name in shipped_names() if table.get(name, {}).get("digest") != load_recipe(name).digest()]
-    for name in sys.argv[1:] or changed:
+    named = shipped_names() if "--all" in sys.argv else sys.argv[1:]
+    for name in named or changed:
         table[name] = row(name)
     TABLE.write_text(json.dumps({name: table[name] for name in shipped_names()}, indent=1) + "\n")
 
