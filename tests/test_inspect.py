@@ -58,7 +58,7 @@ def test_a_clean_model_has_no_problem_and_says_what_it_is(tmp_path: Path) -> Non
     assert [each.path for each in found.projections][0] == "self_attn.qkv_proj"
     assert any("<|end|>" in stop for stop in found.stop_tokens)
     told = "\n".join(lines(found))
-    assert "(q_proj 0:32, k_proj 32:64, v_proj 64:96)" in told and "problems     none" in told
+    assert "  q_proj 0:32, k_proj 32:64, v_proj 64:96\n" in told and "problems     none" in told
 
 
 def test_a_published_model_is_offered_its_own_presets_only(shared_data: Path, tmp_path: Path) -> None:
@@ -290,7 +290,10 @@ def test_a_published_model_is_described_before_it_is_downloaded() -> None:
     assert found.family == "phi-3-mini-4k (Phi-3-mini-4k-instruct)" and found.parameters == 3_821_079_552
     (plain,) = [row for row in found.trainable if "phi3-mini-4k-lora" in row.presets]
     assert plain.parameters == 25_165_824 and plain.base_bytes == pytest.approx(7.64e9, rel=0.001)
-    assert any("not here" in line and "hf download microsoft/Phi-3-mini-4k-instruct" in line for line in lines(found))
+    told = lines(found)
+    first = next(index for index, line in enumerate(told) if line.startswith("not here"))
+    assert told[first + 1].strip() == "hf download microsoft/Phi-3-mini-4k-instruct"
+    assert max(map(len, told)) <= 80
     with pytest.raises(InspectError, match="somebody/unknown is neither a folder nor in the hub's cache"):
         inspect("somebody/unknown")
 

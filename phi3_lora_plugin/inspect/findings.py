@@ -82,15 +82,18 @@ def lines(found: Findings) -> Sequence[str]:
     """The findings as lines for a person."""
     told = [f"{found.path}: {' + '.join(found.kinds)}"]
     if not found.downloaded:
-        told.append(f"not here     sizes as published; hf download {found.path} fetches the model")
+        told += ["not here     sizes as published; to fetch the model:", f"             hf download {found.path}"]
     if found.family:
-        rows = f", rows up to {found.max_length:,} tokens" if found.max_length else ""
-        size = f", {found.parameters:,} parameters" if found.parameters else ""
-        told.append(f"family       {found.family}{size}{rows}")
+        told.append(f"family       {found.family}")
+    if found.parameters:
+        told.append(f"size         {found.parameters:,} parameters")
+    if found.max_length:
+        told.append(f"rows         up to {found.max_length:,} tokens")
     for each in found.projections:
-        parts = ", ".join(f"{part.name} {part.start}:{part.stop}" for part in each.slices)
         shape = f"{f'{each.experts} x ' if each.experts else ''}{each.out_features} x {each.in_features}"
-        told.append(f"  {each.path:<24} {shape}{f'  ({parts})' if parts else ''}")
+        told.append(f"  {each.path:<24} {shape}")
+        if each.slices:
+            told += _wrapped(", ".join(f"{part.name} {part.start}:{part.stop}" for part in each.slices), 27)
     if found.template or found.pad_token:
         told.append(f"template     {found.template or 'unknown'}")
         told.append(f"stops at     {', '.join(found.stop_tokens)}; pads with {found.pad_token}")
@@ -99,12 +102,16 @@ def lines(found: Findings) -> Sequence[str]:
     if found.trainable:
         told.append("presets would train (without activations)")
         for row in found.trainable:
-            weights = f"{human(row.base_bytes)} of weights in {row.held}"
-            told.append(f"  {row.targets}: {row.parameters:,} parameters, {human(row.bytes)} for them and {weights}")
-            told += textwrap.wrap(
-                ", ".join(row.presets), 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
-            )
+            told += _wrapped(f"{row.targets}:", 2)
+            told.append(f"    {row.parameters:,} parameters, {human(row.bytes)} for them")
+            told.append(f"    {human(row.base_bytes)} of weights in {row.held}")
+            told += _wrapped(", ".join(row.presets), 4)
     told.append(f"problems     {len(found.problems) or 'none'}")
     for problem in found.problems:
         told.append(f"  - {problem.what}\n    {'handled here; elsewhere' if problem.here else 'fix'}: {problem.fix}")
     return told
+
+
+def _wrapped(text: str, indent: int) -> Sequence[str]:
+    space = " " * indent
+    return textwrap.wrap(text, 80, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
