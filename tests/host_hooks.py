@@ -22,7 +22,9 @@ HOOKS: dict[str, dict[str, tuple[str, ...]]] = {
     "peft": {"peft/utils/constants.py": ("=TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",)},
     "trl": {"trl/scripts/sft.py": ("main", "make_parser")},
     "axolotl": {
-        "axolotl/integrations/base.py": ("BasePlugin.*", "load_plugin"),
+        "axolotl/integrations/base.py": ("BasePlugin.*", "load_plugin", "get_builtin_plugins"),
+        "axolotl/model_support/base.py": ("ModelSupport.validate_cfg", "check_capability"),
+        "axolotl/model_support/registry.py": ("=MODEL_SUPPORT_ENTRY_POINT_GROUP", "register_model_support"),
         "axolotl/cli/config.py": ("prepare_plugins",),
         "axolotl/prompt_strategies/__init__.py": ("load",),
         "axolotl/prompt_tokenizers.py": (
@@ -42,6 +44,8 @@ HOOKS: dict[str, dict[str, tuple[str, ...]]] = {
             "Template.fix_special_tokens",
             "Template.get_stop_token_ids",
         ),
+        "llamafactory/v1/core/utils/rendering.py": ("Renderer.__init__", "Renderer.render_messages"),
+        "llamafactory/v1/plugins/model_plugins/rendering.py": ("RenderingPlugin.render_messages",),
     },
     "swift": {
         "swift/callbacks/mapping.py": ("=callbacks_map",),
