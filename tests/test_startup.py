@@ -67,6 +67,20 @@ def test_a_process_that_imports_none_of_them_hears_nothing_and_loads_nothing() -
     assert done.stdout.strip() == "False" and done.stderr == ""
 
 
+@pytest.mark.parametrize("asks_for_plugins", [False, True])
+def test_an_axolotl_that_asks_nobody_for_plugins_gets_ours_by_name(packages: Path, asks_for_plugins: bool) -> None:
+    for module, text in {
+        "cli/config": "def prepare_plugins(cfg): print(cfg['plugins'])\n",
+        "integrations/base": "def get_builtin_plugins(): ...\n" if asks_for_plugins else "",
+    }.items():
+        (packages / "axolotl" / module).parent.mkdir(parents=True)
+        (packages / "axolotl" / f"{module}.py").write_text(text)
+    show = "from axolotl.cli.config import prepare_plugins as p; p({'plugins': ['theirs']})"
+    done = python(show, folder(), packages, PHI3_LORA_ACTIVATE="1")
+    ours = [] if asks_for_plugins else ["phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin"]
+    assert done.stdout.strip() == str(["theirs", *ours])
+
+
 def test_only_the_first_process_of_a_run_speaks(packages: Path) -> None:
     done = python(_SHOW, folder(), packages, PHI3_LORA_ACTIVATE="1", RANK="1")
     assert done.stdout.strip() == str(TARGETS["phi3"]) and done.stderr == ""

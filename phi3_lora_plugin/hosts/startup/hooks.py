@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.on_import import Undo, when_imported
 from phi3_lora_plugin.hosts.switch import VARIABLE, SwitchError, switched
+
+AXOLOTL = "phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin"
 
 
 def start() -> None:
@@ -48,6 +51,22 @@ def _parts(*parts: str) -> Callable[[Any], None]:
     return then
 
 
+def _axolotl(module: Any) -> None:
+    """Before 0.21 axolotl asks nobody for plugins, so every config names ours; for other bases it does nothing."""
+    if hasattr(import_module("axolotl.integrations.base"), "get_builtin_plugins"):
+        return
+    stock = module.prepare_plugins
+
+    @wraps(stock)
+    def prepare_plugins(cfg: Any) -> Any:
+        named = list(cfg.get("plugins") or ())
+        cfg["plugins"] = named if AXOLOTL in named else [*named, AXOLOTL]
+        return stock(cfg)
+
+    module.prepare_plugins = prepare_plugins
+    say(f"axolotl: plugins: [{AXOLOTL}]")
+
+
 def _llamafactory(module: Any) -> None:
     from phi3_lora_plugin.hosts.llamafactory import wrapped
 
@@ -80,6 +99,7 @@ HOOKS: dict[str, Callable[[Any], None]] = {
     "peft.utils.constants": _parts("targets"),
     "transformers.trainer": _parts("report_to", "trainers"),
     "trl": _parts("trl"),
+    "axolotl.cli.config": _axolotl,
     "llamafactory.train.tuner": _llamafactory,
     "llamafactory.v1.core.utils.rendering": _llamafactory_v1,
     "swift.template": _swift,
