@@ -15,13 +15,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
-from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_recipe, load_tokenizer, train
+from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_plugins, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.dataset import DataError, load_data
 from phi3_lora_plugin.chat.encode import prompt_ids
 from phi3_lora_plugin.chat.tasks import Task
 from phi3_lora_plugin.embedded.rewards import tells
+from phi3_lora_plugin.evaluate.evaluate import Wanted, evaluate
+from phi3_lora_plugin.evaluate.target import find_target
 from phi3_lora_plugin.plan.feed import encoded_lengths
 from phi3_lora_plugin.training.arguments import lora_options
+from phi3_lora_plugin.training.packages import MissingPackage
 from phi3_lora_plugin.training.rewards import RewardError
 from phi3_lora_plugin.training.trl_trainers import ObjectiveError
 
@@ -70,6 +73,18 @@ def test_a_few_steps_earn_more(tmp_path: Path) -> None:
     assert result.eval_loss_after is None and result.samples[0].expected
     best = json.loads((Path(result.adapter) / "manifest.json").read_text())["metric"]
     assert best["name"] == "eval_reward" and best["greater_is_better"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_gives_what_answers_earn(tmp_path: Path) -> None:
+    plugins = load_plugins()
+    held_out = "data.eval_path=embedded:chats/topics_held_out.jsonl"
+    target = find_target("tiny-grpo", [held_out], lambda name: plugins.pick("recipes", name))
+    found = evaluate(target, Wanted(rows=12, answers=12, max_new_tokens=24), plugins)
+    figures = found.base_figures
+    assert found.rows == 12 and figures.loss is None and figures.answers["stopped"] == 1
+    assert figures.answers["format"] == 1 and 0 < figures.answers[TELLS] < 0.6
+    assert figures.answers["reward"] == pytest.approx(0.1 + figures.answers[TELLS])
 
 
 @pytest.mark.slow
@@ -168,9 +183,9 @@ def test_what_a_reward_does_wrong_is_said_with_its_name_and_the_row(
         run = recipe(tmp_path / name, f"data.path={data}", "reward=null", f"reward=[python:bad_reward.{name}]")
         with pytest.raises(RewardError, match=message):
             train(run, check=False)
-    with pytest.raises(RewardError, match="no module 'ghost_reward'; looked in"):
+    with pytest.raises(MissingPackage, match="no module 'ghost_reward'; looked in"):
         train(recipe(tmp_path / "ghost", f"data.path={data}", "reward=null", "reward=[python:ghost_reward.x]"))
-    with pytest.raises(RewardError, match=r"has no function 'fail'; did you mean bad_reward.fails"):
+    with pytest.raises(MissingPackage, match=r"has no function 'fail'; did you mean bad_reward.fails"):
         train(recipe(tmp_path / "near", f"data.path={data}", "reward=null", "reward=[python:bad_reward.fail]"))
 
 
@@ -237,8 +252,12 @@ def test_prompts_that_leave_no_room_are_dropped_and_never_cut(tmp_path: Path) ->
         ("grpo.num_generations=3", "3 answers to a prompt do not divide the 8 rows of a step"),
         ("data.max_length=12", "leaves no room for a prompt"),
         ("reward=[format, format]", "names the same reward twice"),
-        ("reward=[formats]", "expected"),
-        ("reward=[python:spy]", "expected"),
+        (
+            "reward=[formats]",
+            "'formats' is not a reward; available: format, gsm8k, python:module.function; did you mean",
+        ),
+        ("reward=[python:spy]", "'python:spy' is not a reward"),
+        ("reward=gsm8k", "expected a list of text or a mapping of names to a number, found text 'gsm8k'"),
         ("training.use_liger_kernel=true", "Liger's loss is not the one of reward"),
         ("training.label_smoothing_factor=0.1", "has no effect with reward"),
         ("data.train_on=all", "what the model answers is trained"),

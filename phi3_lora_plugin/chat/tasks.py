@@ -51,6 +51,12 @@ class Task:
         return cls(**json.loads(text))
 
 
+def columns_of(tasks: Sequence[Task]) -> dict[str, list[Any]]:
+    """Every column that any of the tasks has, with a value for each; None where a task has none."""
+    names = dict.fromkeys(name for one in tasks for name in one.columns)
+    return {name: [one.columns.get(name) for one in tasks] for name in names}
+
+
 def read_tasks(
     source: Source,
     reading: Reading,

@@ -64,20 +64,21 @@ def measure_shipped(
             )
         stops = set(adapted.stops())
         with shipped.variants[-1].open() as runtime:
-            losses, right = _scores(runtime, rows)
+            losses, weighed, right = _scores(runtime, rows)
             said = [runtime.answer(question.ids, max_new_tokens) for question in asked]
         tokenizer = adapted.tokenizer
     made = [ended(ids, stops, tokenizer) for ids in said]
     answers, texts = score(made, asked, measures), [one.text for one in made]
     if not losses:
         return Figures(answers=answers), texts
-    loss = math.fsum(losses) / len(losses)
-    return Figures(loss, perplexity(loss), right / len(losses), answers), texts
+    count = len(losses)
+    return Figures(math.fsum(weighed) / count, perplexity(math.fsum(losses) / count), right / count, answers), texts
 
 
-def _scores(runtime: Runtime, rows: Sequence[Mapping[str, Sequence[int]]]) -> tuple[list[float], int]:
-    """(negative log-probability of each trained token, how many of them were the likeliest)."""
+def _scores(runtime: Runtime, rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], int]:
+    """(negative log-probability of each trained token, the same times its weight, how many were the likeliest)."""
     losses: list[float] = []
+    weighed: list[float] = []
     right = 0
     for row in rows:
         ids, labels = list(row["input_ids"]), list(row["labels"])
@@ -87,8 +88,9 @@ def _scores(runtime: Runtime, rows: Sequence[Mapping[str, Sequence[int]]]) -> tu
         found, likeliest = runtime.log_probabilities(ids, trained[0])
         for place in trained:
             losses.append(-found[place - trained[0]])
+            weighed.append(losses[-1] * (row["weights"][place] if row.get("weights") else 1.0))
             right += bool(likeliest[place - trained[0]])
-    return losses, right
+    return losses, weighed, right
 
 
 def sentence(text: str, adapter: Figures, shipped: Figures) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from phi3_lora_plugin.evaluate.answers import Question
     from phi3_lora_plugin.plugins.discovery import Plugins
+    from phi3_lora_plugin.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         exporter = plugins.pick("exporters", read_form(wanted.as_shipped)[0])
         if adapter is None:
             raise ShippedError(f"--as {wanted.as_shipped}: there is no adapter to ship")
+        if recipe.reward:
+            raise ShippedError(f"--as {wanted.as_shipped}: compares losses, and {recipe.name} is measured by rewards")
     if adapter is not None:
         with loadable(adapter):  # what is damaged is told before anything is measured
             pass
@@ -138,19 +141,19 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         asked = questions(turns, tokenizer, stop_ids(model, tokenizer), wanted.answers)
         if wanted.answers and not asked:
             notes.append(f"no row has a whole answer within {longest:,} tokens, so no answers are generated")
-    measures = ("exact", "rouge_l", *(["gsm8k"] if wanted.gsm8k else []))
-    if asked:  # what cannot be scored is told before anything is measured
+    measures = (*(() if recipe.reward else ("exact", "rouge_l")), *(["gsm8k"] if wanted.gsm8k else []))
+    if asked and measures:  # what cannot be scored is told before anything is measured
         score_answers([""] * len(asked), [question.expected for question in asked], measures)
     for note in notes:
         say.print(f"note: {note}", markup=False)
 
     say.print(f"measuring the base {recipe.model.path}", markup=False)
-    base, tokens, said = _measure(model, tokenizer, rows, asked, measures, wanted, harness)
+    base, tokens, said = _measure(recipe, model, tokenizer, rows, asked, measures, wanted, harness)
     ours, also = None, None
     if adapter is not None:
         model = with_adapter(model, adapter)
         say.print(f"measuring the adapter {adapter}", markup=False)
-        ours, _, also = _measure(model, tokenizer, rows, asked, measures, wanted, harness)
+        ours, _, also = _measure(recipe, model, tokenizer, rows, asked, measures, wanted, harness)
     theirs, third = None, None
     if exporter is not None and adapter is not None and ours is not None and wanted.as_shipped:
         del model
@@ -199,6 +202,7 @@ def _has_rows(target: Target, wanted: Wanted) -> bool:
 
 
 def _measure(
+    recipe: Recipe,
     model: Any,
     tokenizer: Any,
     rows: Any,
@@ -210,11 +214,15 @@ def _measure(
     """(figures, trained tokens, answers) of one model."""
     from phi3_lora_plugin.evaluate.answers import answer, score
     from phi3_lora_plugin.evaluate.lm_eval_tasks import run_tasks
+    from phi3_lora_plugin.evaluate.task_scores import task_scores
     from phi3_lora_plugin.evaluate.token_scores import token_scores
 
-    scores = token_scores(model, tokenizer, rows, wanted.batch_size) if len(rows) else None
+    learned = len(rows) and not recipe.reward  # of prompts, nothing is to be predicted
+    scores = token_scores(model, tokenizer, rows, wanted.batch_size) if learned else None
     made = answer(model, tokenizer, [one.ids for one in asked], wanted.max_new_tokens, wanted.batch_size)
     answers, texts = score(made, asked, measures), [one.text for one in made]
+    if recipe.reward and made:
+        answers |= task_scores(recipe, rows, asked, made)
     tasks = (
         run_tasks(model, tokenizer, wanted.tasks, wanted.task_options, wanted.batch_size, harness)
         if wanted.tasks

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalRows:
-    """Rows of `input_ids` and `labels`, and the fate of all that was read on the way to them."""
+    """Rows of `input_ids` and `labels`, and the fate of all that was read on the way to them.
+
+    Of a recipe with `reward`, rows are prompts.
+    """
 
     rows: Dataset
     report: DataReport
@@ -44,10 +47,6 @@ def evaluation_rows(
         DataError: there are none, or as `load_data`.
     """
     data = recipe.data
-    if recipe.reward:
-        if path is None:
-            raise DataError([f"{recipe.name} was trained by rewards; pass chats to evaluate on with --data FILE"])
-        recipe = recipe.model_copy(update={"reward": {}})
     if recipe.preference.on:  # what it was trained to prefer is no text to be predicted
         if path is None:
             raise DataError([f"{recipe.name} was trained on pairs; pass chats to evaluate on with --data FILE"])

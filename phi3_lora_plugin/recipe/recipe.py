@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from phi3_lora_plugin.recipe.layers import (
 )
 from phi3_lora_plugin.recipe.problems import explain
 from phi3_lora_plugin.recipe.sections import (
+    REWARD,
     AboutSection,
     CheckpointSection,
     Conflicts,
@@ -44,7 +46,7 @@ from phi3_lora_plugin.recipe.sections import (
 )
 from phi3_lora_plugin.recipe.training import translate
 from phi3_lora_plugin.recipe.yaml_file import Key, Problem, dump
-from phi3_lora_plugin.wording import first_lines
+from phi3_lora_plugin.wording import first_lines, nearest
 
 _SHOWN = 50  # problems in a message; `RecipeError.problems` has all
 
@@ -144,6 +146,10 @@ class Recipe(Section):
         data, training, many = self.data, self.training, self.grpo.num_generations
         if self.preference.on:
             yield "preference.loss", "set together with reward; keep one"
+        for name in self.rewards:
+            if not re.fullmatch(REWARD, name):
+                near = nearest(name, ("format", "gsm8k"))
+                yield "reward", f"{name!r} is not a reward; available: format, gsm8k, python:module.function{near}"
         if len(self.rewards) < len(self.reward):
             yield "reward", "names the same reward twice"
         if unheard := [name for name, weight in self.rewards.items() if not weight]:

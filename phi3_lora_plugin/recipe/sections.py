@@ -285,7 +285,8 @@ class PreferenceSection(Section):
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 #: A reward: one that ships here, or a function by its dotted path.
-Reward = Annotated[str, Field(pattern=r"^(format|gsm8k|python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)$")]
+REWARD = r"^(format|gsm8k|python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)$"
+Reward = Annotated[str, Field(min_length=1, json_schema_extra={"pattern": REWARD})]
 
 
 class GrpoSection(Section):

@@ -6,15 +6,14 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_prompts
-from phi3_lora_plugin.chat.tasks import Task
+from phi3_lora_plugin.chat.tasks import Task, columns_of
 from phi3_lora_plugin.model.tokenizer import stop_token_ids
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-from phi3_lora_plugin.training.rewards import PLACE, rewards_of
+from phi3_lora_plugin.training.rewards import PLACE, folders_of, rewards_of
 from phi3_lora_plugin.training.trl_trainers import ObjectiveError, forget_copy, trl_trainer
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc,valid-type]
         given.pop("data_collator", None)
         super().__init__(
             model=model,
-            reward_funcs=list(rewards_of(list(recipe.rewards), stops, _folders(recipe))),
+            reward_funcs=list(rewards_of(list(recipe.rewards), stops, folders_of(recipe))),
             processing_class=processing_class,
             **given,
         )
@@ -96,12 +95,6 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc,valid-type]
                 )
 
 
-def _folders(recipe: Recipe) -> list[Path]:
-    """Where a recipe's own modules may be: where the command runs, and beside the recipe's file."""
-    beside = [] if recipe.source is None else [recipe.source.resolve().parent]
-    return list(dict.fromkeys([Path.cwd(), *beside]))
-
-
 def feed_tasks(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, None]:
     """(rows as TRL asks for them: `prompt` and every column for rewards; no collator)."""
     return asked(rows), None
@@ -109,10 +102,8 @@ def feed_tasks(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple
 
 def asked(rows: Any) -> Any:
     """Encoded tasks as a data set of prompts and columns; each row has all columns that any has, None where not."""
-    names: dict[str, None] = {}
-    for text in rows["task"]:
-        names |= dict.fromkeys(Task.from_json(text).columns)
-    return rows.with_transform(partial(_asked, tuple(names)))
+    names = tuple(columns_of([Task.from_json(text) for text in rows["task"]]))
+    return rows.with_transform(partial(_asked, names))
 
 
 def _asked(names: tuple[str, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

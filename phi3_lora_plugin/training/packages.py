@@ -133,6 +133,7 @@ def _deepspeed(training: Any) -> Iterator[str]:
 def _objective(recipe: Recipe) -> Iterator[str]:
     """Objectives whose trainers are TRL's; everything else runs without TRL, and with a broken release of it."""
     from phi3_lora_plugin.training.objective import objective_of
+    from phi3_lora_plugin.training.rewards import RewardError, folders_of, rewards_of
     from phi3_lora_plugin.training.trl_trainers import ObjectiveError
 
     if not (recipe.preference.on or recipe.reward):
@@ -143,7 +144,10 @@ def _objective(recipe: Recipe) -> Iterator[str]:
         return
     try:
         objective_of(recipe)
+        rewards_of(list(recipe.rewards), (), folders_of(recipe))
     except ObjectiveError as error:
         yield str(error)
+    except RewardError as error:
+        yield from str(error).splitlines()
     except Exception as error:  # whatever a broken release raises while it is imported
         yield f"{setting} needs TRL, which cannot be imported here ({error}): pip install 'trl>=1.0'"

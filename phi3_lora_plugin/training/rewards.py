@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.final_number import answer_of, final_number
 from phi3_lora_plugin.chat.thoughts import CLOSE, OPEN
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.wording import closest
+
+if TYPE_CHECKING:
+    from phi3_lora_plugin.recipe import Recipe
 
 Reward = Callable[..., list[float | None]]
 
@@ -58,6 +61,12 @@ def rewards_of(names: Sequence[str], stops: Sequence[int], folders: Sequence[Pat
     if problems:
         raise RewardError("\n".join(problems))
     return made
+
+
+def folders_of(recipe: Recipe) -> list[Path]:
+    """Where a recipe's own modules may be: where the command runs, and beside the recipe's file."""
+    beside = [] if recipe.source is None else [recipe.source.resolve().parent]
+    return list(dict.fromkeys([Path.cwd(), *beside]))
 
 
 def _named(reward: Reward, name: str) -> Reward:
