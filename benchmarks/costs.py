@@ -37,6 +37,8 @@ _FREE |= {"sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "lift_fr
 _ROWS = {"embedding", "index_select", "gather", "index"}
 #: What writes into its first input without a look at it.
 _OVERWRITES = {"copy_", "fill_", "zero_"}
+#: Our kernels with a product of LoRA in them.
+_WITH_LORA = {"gate_sum", "gate_sum_backward"}
 #: Our kernel that goes over each row of its first input twice.
 _READS_TWICE = {"cross_entropy_"}
 _SMALL_RANK = 256  # a product with an inner or outer side no larger is LoRA's
@@ -119,6 +121,9 @@ class Meter(Card):
             return "gemm", 2.0 * outs[0].numel() * args[0].shape[-1]
         if name in _ATTENTION:
             return "attention", _ATTENTION[name] * self._attention(name, args)
+        if name in _WITH_LORA:  # .., down [n, r], wide [out, r], ..
+            down, wide = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+            return "elementwise", 2.0 * down.numel() * wide.shape[0]
         return "elementwise", 0.0
 
     def _attention(self, name: str, args: Any) -> float:

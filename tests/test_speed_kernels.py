@@ -13,13 +13,14 @@ from test_speed_documents import equal, lora, padded, rows
 from test_speed_layers import leaf
 
 from benchmarks.fake_card import Card, on_a_card
-from phi3_lora_plugin.speed import card_passes, elementwise, layers, lora_linear, loss, passes, proved_kernels
+from phi3_lora_plugin.speed import card_ops, card_passes, elementwise, layers, lora_mlp, loss, passes, proved_kernels
 from phi3_lora_plugin.speed.apply import PARTS, speed_up
 
 CPU = torch.device("cpu")
 SIZES: dict[str, list[tuple[int, ...]]] = {
     "norm": [(1,), (33,), (96,)],
     "gate": [(1,), (33,), (80,)],
+    "gate_sum": [(33, 3), (130, 20)],
     "loss": [(2,), (41,), (300,)],
     "rotate": [(4, 4, 8, 4), (4, 1, 16, 6), (6, 2, 10, 1), (3, 3, 6, 3)],
 }
@@ -29,7 +30,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU take the kernels, as those of a card do where they are proved."""
     pytest.importorskip("triton", reason="triton is not installed")
-    for module in (elementwise, lora_linear, loss):
+    for module in (elementwise, lora_mlp, loss):
         monkeypatch.setattr(module, "passes_for", lambda *case: card_passes)
 
 
@@ -116,8 +117,7 @@ def test_a_kernel_that_is_wrong_or_does_not_run_leaves_its_twin(monkeypatch: pyt
     monkeypatch.setattr(card_passes, "turn_", broken)
     monkeypatch.setattr(proved_kernels, "_tried", {})
     monkeypatch.setattr(proved_kernels, "_ROWS", 3)
-    sizes = {"norm": (24,), "gate": (24,), "rotate": (2, 1, 8, 4)}
-    said = proved_kernels.prove([CPU], [torch.bfloat16], sizes)
+    said = proved_kernels.prove([CPU], [torch.bfloat16], [("norm", 24), ("gate", 24), ("rotate", 2, 1, 8, 4)])
     assert "gate in plain PyTorch: its kernel gives a wrong product here (off by" in said
     assert "rotate in plain PyTorch: its kernel does not run here (RuntimeError: no kernel image" in said
     assert "norm" not in said and "and more" not in said
@@ -141,11 +141,12 @@ def test_the_line_of_the_layers_says_which_passes_run(monkeypatch: pytest.Monkey
     assert layers.kernels_used(model.get_base_model(), [torch.device("cuda", 0)]) == "one Triton kernel a pass"
     config = model.get_base_model().config
     found = {(kind, of) for _, _, kind, of in proved_kernels._tried}
+    assert ("gate_sum", (config.intermediate_size, 4)) in found
     assert ("norm", (config.hidden_size,)) in found and ("gate", (config.intermediate_size,)) in found
 
 
 def test_the_loss_of_rows_longer_than_a_piece(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_passes, "_MOST", 8)  # so that a row of 41 words takes three pieces
+    monkeypatch.setattr(card_ops, "_MOST", 8)  # so that a row of 41 words takes three pieces
     hidden, head = leaf(5, 6, dtype=torch.float64), leaf(41, 6, dtype=torch.float64, seed=1).detach() * 3
     targets = torch.tensor([0, 40, 7, -100, 16])
     want = torch.nn.functional.cross_entropy(hidden @ head.t(), targets)
@@ -168,11 +169,13 @@ for name, kernel in sorted(vars(kernels).items()):
     for card, dtype in ((75, "fp16"), (80, "bf16"), (89, "fp32"), (90, "bf16")):
         fixed = {"ADD": True, "AHEAD": True, "GRADIENT": True, "WIDE": tl.float32, "BLOCK": 1024, "HEADS": 8}
         fixed |= {"KEY_HEADS": 2, "HALF": 16, "REST": 8, "SIZE": 64}
+        fixed |= {"NARROW": {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}[dtype]}
+        fixed |= {"TOKENS": 32, "COLUMNS": 128, "RANK": 128}
         kinds = {each: f"*{dtype}" for each in kernel.arg_names}
         kinds |= {each: "i32" for each in kernel.arg_names if each.endswith(("_stride", "_row", "_token", "_head"))}
-        counts = "width heads key_heads half size angles tokens words stride"
+        counts = "width heads key_heads half size angles tokens words stride rows rank"
         kinds |= dict.fromkeys(counts.split(), "i32")
-        kinds |= {"eps": "fp32", "labels": "*i64", "losses": "*fp32"}
+        kinds |= {"eps": "fp32", "scaling": "fp32", "labels": "*i64", "losses": "*fp32"}
         kinds |= {"scale": "fp32" if name == "cross_entropy" else "*fp32"}
         kinds = {each: kinds[each] for each in kernel.arg_names} | {each: "constexpr" for each in fixed}
         fixed = {each: value for each, value in fixed.items() if each in kernel.arg_names}
@@ -191,5 +194,5 @@ def test_every_kernel_compiles_for_cards_of_each_generation(tmp_path: Any) -> No
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    names = "cross_entropy gate gate_backward norm norm_backward turn turn_backward"
+    names = "cross_entropy gate gate_backward gate_sum gate_sum_backward norm norm_backward turn turn_backward"
     assert done.stdout.split() == names.split()

@@ -9,7 +9,7 @@ import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
 from phi3_lora_plugin.model.quantize import PACKED_BYTES
-from phi3_lora_plugin.speed.lora_linear import fused, single_adapter
+from phi3_lora_plugin.speed.lora_linear import apply, part_of, single_adapter
 
 
 def pack_weights(model: Any, quantize: str, compute: Any) -> None:
@@ -56,11 +56,17 @@ class _FusedPackedLinear(PeftLinear):  # type: ignore[misc]
     """Stands for `FusedLoraLinear4bit`."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        base, adapter = self.base_layer, single_adapter(self)
+        adapter = single_adapter(self)
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        compute = self.base_layer.compute
+        return apply(self, adapter, x.to(compute), self.part(adapter, compute)).to(x.dtype)
+
+    def part(self, adapter: str, dtype: Any) -> Any:
+        """As `FusedLoraLinear4bit.part`."""
+        base = self.base_layer
 
         def unpack() -> Any:  # must not know x: what it knows stays alive until the backward pass
             return torch.empty((base.out_features, base.in_features), dtype=base.compute)
 
-        return fused(self, adapter, x.to(base.compute), base.weight, base.bias, unpack).to(x.dtype)
+        return part_of(self, adapter, base.weight, base.bias, unpack) if base.compute == dtype else None

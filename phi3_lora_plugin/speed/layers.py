@@ -12,6 +12,7 @@ import torch  # noqa: TID253
 from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, takes, watched
 from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu
+from phi3_lora_plugin.speed.lora_mlp import lora_mlp
 from phi3_lora_plugin.speed.proved_kernels import cards_of, prove
 
 
@@ -52,12 +53,19 @@ def kernels_used(base: Any, devices: Iterable[torch.device]) -> str:
     attention = next(each for each in base.modules() if hasattr(each, "qkv_proj") and hasattr(each, "scaling"))
     config = base.config
     half = int(attention.head_dim * rope_of(config.to_dict()).get("partial_rotary_factor", 1.0)) // 2
-    sizes = {
-        "norm": (config.hidden_size,),
-        "rotate": (config.num_attention_heads, config.num_key_value_heads, attention.head_dim, half),
-        "gate": (config.intermediate_size,),
-    }
-    return prove(cards.values(), {base.model.norm.weight.dtype}, sizes)
+    cases = [
+        ("norm", config.hidden_size),
+        ("rotate", config.num_attention_heads, config.num_key_value_heads, attention.head_dim, half),
+        ("gate", config.intermediate_size),
+    ]
+    adapters = [a for layer in base.model.layers for a in getattr(layer.mlp.gate_up_proj, "lora_A", {}).values()]
+    ranks = {getattr(a, "out_features", 0) for a in adapters}
+    cases += [("gate_sum", config.intermediate_size, rank) for rank in sorted(ranks) if 0 < rank <= _HIGHEST_RANK]
+    return prove(cards.values(), {base.model.norm.weight.dtype}, cases)
+
+
+#: Up to which LoRA's product is part of the gate's kernel.
+_HIGHEST_RANK = 128
 
 
 def restore_layers(base: Any) -> None:
@@ -84,11 +92,10 @@ def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if not self.training or not silu:
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
-    both, down = self.gate_up_proj(hidden_states), self.down_proj
     out: torch.Tensor | None = None
-    if hasattr(down, "fast") and torch.is_grad_enabled() and not watched(down):
-        out = down.fast(both, gated=True)
-    return down(swiglu(both)) if out is None else out  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and not (watched(self.gate_up_proj) or watched(self.down_proj)):
+        out = lora_mlp(hidden_states, self.gate_up_proj, self.down_proj)
+    return self.down_proj(swiglu(self.gate_up_proj(hidden_states))) if out is None else out  # type: ignore[no-any-return]
 
 
 def _attention(

@@ -12,12 +12,12 @@ A layer whose parameters are not whole (FSDP, ZeRO-3, DTensors) takes PEFT's for
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
-from phi3_lora_plugin.speed.proved_kernels import passes_for
 from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
 
 _FEW = 16  # rows; up to this many, a pass over A and B costs more than a pass over the rows
@@ -26,70 +26,83 @@ _FEW = 16  # rows; up to this many, a pass over A and B costs more than a pass o
 Block = tuple[int, int, int, int]
 
 
-class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
-    """x [n, in], weight [out, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself.
+@dataclass(frozen=True)
+class Part:
+    """A frozen projection and the adapter on it, as the fused functions take them; `a` and `b` may be None together."""
 
-    `unpack` makes [out, in] of a weight that is stored otherwise; what it returns is used up before it is called again.
-    With `gated`, x is [n, 2 x in]: gate and up. SwiGLU makes the input from them here and again in backward, so that
-    it is not kept next to them.
-    """
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scaling: float = 1.0
+    blocks: tuple[Block, ...] = ()
+    unpack: Callable[[], torch.Tensor] | None = None
+    """Makes [out, in] of a weight that is stored otherwise; what it returns is used up before it is called again."""
+    times: Callable[[torch.Tensor], torch.Tensor | None] | None = None
+    """x [n, in] -> [n, out] by a kernel that takes such a weight as it is, or None where there is none for x."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, in] -> [n, out], without the adapter, in x's dtype."""
+        if self.times is not None and (made := self.times(x)) is not None:
+            return made
+        # A weight of another dtype (autocast) is cast again in backward: kept, it would be a copy of the whole base.
+        return torch.nn.functional.linear(x, self._whole(x.dtype), self.bias)
+
+    def add(self, out: torch.Tensor, down: torch.Tensor) -> None:
+        """Add to out [n, out] what the adapter makes of down [n, r], A x."""
+        assert self.b is not None
+        wide = self.b.to(out.dtype)
+        for top, bottom, left, right in self.blocks or ((0, wide.shape[0], 0, wide.shape[1]),):
+            out[:, top:bottom].addmm_(down[:, left:right], wide[top:bottom, left:right].t(), alpha=self.scaling)
+
+    def gradients(self, grad: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(that of B, that of down) from that of the output [n, out]."""
+        assert self.b is not None
+        wide = self.b.to(grad.dtype)
+        if not self.blocks:
+            return (grad.t() @ down).mul_(self.scaling).to(self.b.dtype), (grad @ wide).mul_(self.scaling)
+        grad_b, grad_down = torch.zeros_like(self.b), torch.empty_like(down)
+        for top, bottom, left, right in self.blocks:
+            part = grad[:, top:bottom]
+            grad_b[top:bottom, left:right] = (part.t() @ down[:, left:right]).mul_(self.scaling)
+            grad_down[:, left:right] = (part @ wide[top:bottom, left:right]).mul_(self.scaling)
+        return grad_b, grad_down
+
+    def back(self, grad: torch.Tensor, grad_down: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of x from that of the output and, unless it goes elsewhere, that of down."""
+        out = grad @ self._whole(grad.dtype)
+        if grad_down is not None and self.a is not None:
+            out.addmm_(grad_down, self.a.to(grad.dtype))
+        return out
+
+    def _whole(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype) if self.unpack is None else self.unpack()
+
+
+class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
+    """x [n, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Any,
-        seen: Any,
-        weight: Any,
-        bias: Any,
-        a: Any,
-        b: Any,
-        scaling: float,
-        blocks: tuple[Block, ...],
-        unpack: Callable[[], Any] | None,
-        gated: bool,
-    ) -> Any:
+    def forward(ctx: Any, x: Any, seen: Any, a: Any, b: Any, part: Part) -> Any:
         kept = x if seen is None else seen
-        if gated:
-            x = passes_for("gate", x, x.shape[-1] // 2).gate(x)
-        down = (x if seen is None else seen) @ a.t().to(x.dtype)
-        # A weight of another dtype (autocast) is cast again in backward: kept, it would be a copy of the whole base.
-        out = torch.nn.functional.linear(x, weight.to(x.dtype) if unpack is None else unpack(), bias)
-        wide = b.to(x.dtype)
-        for top, bottom, left, right in blocks or ((0, b.shape[0], 0, b.shape[1]),):
-            out[:, top:bottom].addmm_(down[:, left:right], wide[top:bottom, left:right].t(), alpha=scaling)
-        ctx.save_for_backward(kept, down, weight, a, b)
-        ctx.scaling, ctx.blocks, ctx.dropped, ctx.unpack = scaling, blocks, seen is not None, unpack
-        ctx.gated = gated
+        down = kept @ a.t().to(x.dtype)
+        out = part.product(x)
+        part.add(out, down)
+        ctx.save_for_backward(kept, down, part.weight, a, b)
+        ctx.part, ctx.dropped = part, seen is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        seen, down, weight, a, b = ctx.saved_tensors
-        wide = b.to(grad.dtype)
-        if ctx.blocks:
-            grad_b, grad_down = torch.zeros_like(b), torch.empty_like(down)
-            for top, bottom, left, right in ctx.blocks:
-                part = grad[:, top:bottom]
-                grad_b[top:bottom, left:right] = (part.t() @ down[:, left:right]).mul_(ctx.scaling)
-                grad_down[:, left:right] = (part @ wide[top:bottom, left:right]).mul_(ctx.scaling)
-        else:
-            grad_b = (grad.t() @ down).mul_(ctx.scaling).to(b.dtype)
-            grad_down = (grad @ wide).mul_(ctx.scaling)
+        seen, down, _, a, _ = ctx.saved_tensors
+        grad_b, grad_down = ctx.part.gradients(grad, down)
+        grad_a = (grad_down.t() @ seen).to(a.dtype)
         grad_x = grad_seen = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight.to(grad.dtype) if ctx.unpack is None else ctx.unpack())
-        if ctx.dropped:
-            grad_seen = grad_down @ a.to(grad.dtype) if ctx.needs_input_grad[1] else None
-        elif grad_x is not None:
-            grad_x.addmm_(grad_down, a.to(grad.dtype))
-        if ctx.gated:
-            run = passes_for("gate", seen, seen.shape[-1] // 2)
-            if grad_x is None:
-                seen = run.gate(seen)
-            else:
-                grad_x, seen = run.gate_backward(grad_x, seen)
-        grad_a = (grad_down.t() @ seen).to(a.dtype)
-        return grad_x, grad_seen, None, None, grad_a, grad_b, None, None, None, None
+            grad_x = ctx.part.back(grad, None if ctx.dropped else grad_down)
+        if ctx.dropped and ctx.needs_input_grad[1]:
+            grad_seen = grad_down @ a.to(grad.dtype)
+        return grad_x, grad_seen, grad_a, grad_b, None
 
 
 class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
@@ -100,68 +113,78 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
         out = None if args or kwargs else self.fast(x)
         return super().forward(x, *args, **kwargs) if out is None else out
 
-    def fast(self, x: torch.Tensor, gated: bool = False) -> torch.Tensor | None:
-        """What the fused function gives, or None where this layer is in an unusual state; see `_LoraLinear`."""
-        adapter = single_adapter(self, gated)
-        base = self.base_layer
-        if adapter is None:
+    def fast(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the fused function gives, or None where this layer is in an unusual state."""
+        adapter, dtype = single_adapter(self), computed_in(x)
+        if adapter is None or (part := self.part(adapter, dtype)) is None:
             return None
+        return apply(self, adapter, x.to(dtype), part)
+
+    def part(self, adapter: str, dtype: torch.dtype) -> Part | None:
+        """The layer with this adapter, for x in this dtype; None where PEFT's forward has to run."""
+        base = self.base_layer
         if obstacle := linear_obstacle(base) or parts_obstacle(self, adapter) or _trained(base):
             say_once(f"lora: PEFT's forward runs in layers with {obstacle}")
             return None
-        bias = base.bias
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-            bias = None if bias is None else bias.to(x.dtype)
-        elif x.dtype != base.weight.dtype:
+        if not torch.is_autocast_enabled(base.weight.device.type) and dtype != base.weight.dtype:
             return None
-        return fused(self, adapter, x, base.weight, bias, gated=gated)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return part_of(self, adapter, base.weight, bias)
 
 
-def fused(
+def computed_in(x: torch.Tensor) -> torch.dtype:
+    """The dtype that autocast or x itself asks for."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def part_of(
     layer: Any,
     adapter: str,
-    x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     unpack: Callable[[], torch.Tensor] | None = None,
-    gated: bool = False,
-) -> torch.Tensor:
-    """The fused function for one adapter of a PEFT layer: x [..., in] -> [..., out] in x's dtype; see `_LoraLinear`."""
+    times: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+) -> Part:
+    """A PEFT layer over this weight as one of the fused functions takes it."""
     a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter]
-    dropout = layer.lora_dropout[adapter]
+    return Part(
+        weight, bias, a, lora_b.weight, layer.scaling[adapter], _rows_and_columns(lora_b), unpack=unpack, times=times
+    )
+
+
+def drops(layer: Any, adapter: str) -> bool:
+    """Whether dropout changes what A sees."""
+    return layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
+
+
+def apply(layer: Any, adapter: str, x: torch.Tensor, part: Part) -> torch.Tensor:
+    """x [..., in] -> [..., out] in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    dropped = layer.training and not isinstance(dropout, torch.nn.Identity)
-    seen = dropout(x).reshape(-1, x.shape[-1]) if dropped else None
-    blocks = _rows_and_columns(lora_b)
+    seen = layer.lora_dropout[adapter](x).reshape(-1, x.shape[-1]) if drops(layer, adapter) else None
     with torch.autocast(x.device.type, enabled=False):
-        if len(rows) <= _FEW and not torch.is_grad_enabled() and a.dtype != x.dtype and not blocks and not gated:
-            few = _few_rows(
-                rows, weight if unpack is None else unpack(), bias, a, lora_b.weight, layer.scaling[adapter]
-            )
-            return few.view(*x.shape[:-1], -1)
-        out: torch.Tensor = _LoraLinear.apply(
-            rows, seen, weight, bias, a, lora_b.weight, layer.scaling[adapter], blocks, unpack, gated
-        )
+        few = len(rows) <= _FEW and not torch.is_grad_enabled() and not part.blocks
+        if few and part.a is not None and part.a.dtype != x.dtype:
+            out = _few_rows(rows, part)
+        else:
+            out = _LoraLinear.apply(rows, seen, part.a, part.b, part)
     return out.view(*x.shape[:-1], -1)
 
 
-def _few_rows(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: float) -> torch.Tensor:
+def _few_rows(x: torch.Tensor, part: Part) -> torch.Tensor:
     """A token or so, as in generation: the rows are cast to the adapter's dtype, and not the adapter to theirs."""
-    out = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-    return out.add_((x.to(a.dtype) @ a.t()) @ b.t(), alpha=scaling)
+    assert part.a is not None and part.b is not None
+    return part.product(x).add_((x.to(part.a.dtype) @ part.a.t()) @ part.b.t(), alpha=part.scaling)
 
 
-def single_adapter(layer: Any, gated: bool = False) -> str | None:
-    """The adapter to fuse, if there is just one active and nothing about it is special: dropout is, if `gated`."""
+def single_adapter(layer: Any) -> str | None:
+    """The adapter to fuse, if there is just one active and nothing about it is special."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     adapter = layer.active_adapters[0]
     if adapter not in layer.lora_A or adapter in layer.lora_variant or "_stock" in layer.__dict__:
         return None
     if not isinstance(layer.scaling[adapter], float | int):
-        return None
-    if gated and layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity):
         return None
     if any(getattr(part[adapter], "bias", None) is not None for part in (layer.lora_A, layer.lora_B)):
         return None

@@ -193,7 +193,7 @@ def loss_kernel_used(model: Any, devices: Iterable[torch.device]) -> str:
     """Try the kernel of the loss on these cards and the one that the model is on; say whether it will run."""
     cards = {str(device): device for device in (*cards_of(model), *devices)}
     weight = model.lm_head.weight
-    return prove(cards.values(), [weight.dtype], {"loss": (len(weight),)})
+    return prove(cards.values(), [weight.dtype], [("loss", len(weight))])
 
 
 def fuse_loss(model: Any) -> None:

@@ -93,6 +93,18 @@ def gate_backward(grad: torch.Tensor, both: torch.Tensor) -> Pair:
     return out, opened.mul_(up)
 
 
+def gate_sum(both: torch.Tensor, down: torch.Tensor, wide: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`gate` of a projection with its LoRA, both + scaling x down wide^T: down [rows, r], wide [2 x width, r]."""
+    return gate(torch.addmm(both, down, wide.t(), alpha=scaling))
+
+
+def gate_sum_backward(
+    grad: torch.Tensor, both: torch.Tensor, down: torch.Tensor, wide: torch.Tensor, scaling: float
+) -> Pair:
+    """(gradient of `both`, `gate_sum` again), from the gradient [rows, width] of `gate_sum`."""
+    return gate_backward(grad, torch.addmm(both, down, wide.t(), alpha=scaling))
+
+
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gradient: bool) -> torch.Tensor:
     """The cross-entropy of each row [rows] in float32, and in place of `logits` [rows, words] its gradient x `scale`.
 

@@ -19,7 +19,7 @@ import torch  # noqa: TID253
 from phi3_lora_plugin.speed import passes
 
 #: kind of passes -> functions of `passes` that one proof covers.
-KINDS = ("norm", "rotate", "gate", "loss")
+KINDS = ("norm", "rotate", "gate", "gate_sum", "loss")
 _ROWS = 37  # more than one, and no multiple of anything
 _LARGEST_ERROR = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
 
@@ -32,8 +32,8 @@ def passes_for(kind: str, x: torch.Tensor, *sizes: int) -> ModuleType:
 
     Args:
         kind: one of `KINDS`.
-        sizes: of "norm" its width, of "gate" the width of one half, of "loss" the words, of "rotate" (heads, key heads,
-            size of a head, half of what turns of it).
+        sizes: of "norm" its width, of "gate" the width of one half, of "gate_sum" that and the rank, of "loss" the
+            words, of "rotate" (heads, key heads, size of a head, half of what turns of it).
     """
     if not x.is_cuda or _tried.get((x.device, x.dtype, kind, sizes), "") is not None:
         return passes
@@ -42,18 +42,18 @@ def passes_for(kind: str, x: torch.Tensor, *sizes: int) -> ModuleType:
     return card_passes
 
 
-def prove(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], sizes: dict[str, tuple[int, ...]]) -> str:
-    """Try the kernels of each kind in `sizes`; say which run, and why others do not: "" where there is no device."""
-    devices, dtypes = list(devices), list(dtypes)
+def prove(devices: Iterable[torch.device], dtypes: Iterable[torch.dtype], cases: Iterable[tuple[Any, ...]]) -> str:
+    """Try the kernels of all cases, (kind, *sizes); say which run, and why others do not: "" without devices."""
+    devices, dtypes, cases = list(devices), list(dtypes), list(cases)
     if not devices:
         return ""
     faults: dict[str, None] = {}
     for device in devices:
         for dtype in dtypes:
-            for kind, of in sizes.items():
-                case = (device, dtype, kind, of)
+            for kind, *of in cases:
+                case = (device, dtype, kind, tuple(of))
                 if case not in _tried:
-                    _tried[case] = fault(device, dtype, kind, of)
+                    _tried[case] = fault(device, dtype, kind, tuple(of))
                 if _tried[case] is not None:
                     faults[f"{kind} in plain PyTorch: {_tried[case]}"] = None
     return "; ".join(faults) if faults else "one Triton kernel a pass"
@@ -140,6 +140,17 @@ def _try_gate(run: Any, device: torch.device, dtype: torch.dtype, width: int) ->
     return [("product", run.gate(both)), ("gradient", back), ("product made again", again)]
 
 
+def _try_gate_sum(
+    run: Any, device: torch.device, dtype: torch.dtype, width: int, rank: int
+) -> list[tuple[str, torch.Tensor]]:
+    draw = _draw(device, dtype)
+    both, grad, down, wide = draw(_ROWS, 2 * width), draw(_ROWS, width), draw(_ROWS, rank), draw(2 * width, rank)
+    wide = wide / 8  # an adapter adds less than there is
+    back, again = run.gate_sum_backward(grad, both, down, wide, 2.0)
+    made = run.gate_sum(both, down, wide, 2.0)
+    return [("product with LoRA", made), ("gradient with LoRA", back), ("product with LoRA made again", again)]
+
+
 def _try_loss(run: Any, device: torch.device, dtype: torch.dtype, words: int) -> list[tuple[str, torch.Tensor]]:
     logits = _draw(device, dtype)(_ROWS, words)
     labels = torch.arange(_ROWS, device=device) * (words // _ROWS) % words
@@ -149,4 +160,10 @@ def _try_loss(run: Any, device: torch.device, dtype: torch.dtype, words: int) ->
     return [("loss", losses), ("loss with its gradient", again), ("gradient", logits)]
 
 
-_TRIALS: dict[str, Any] = {"norm": _try_norm, "rotate": _try_rotate, "gate": _try_gate, "loss": _try_loss}
+_TRIALS: dict[str, Any] = {
+    "norm": _try_norm,
+    "rotate": _try_rotate,
+    "gate": _try_gate,
+    "gate_sum": _try_gate_sum,
+    "loss": _try_loss,
+}

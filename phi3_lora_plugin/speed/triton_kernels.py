@@ -1,4 +1,4 @@
-"""Triton kernels for one card: each is one pass over activations; `card_passes` launches them.
+"""Triton kernels for one card: each is one pass over activations; `card_ops` launches them.
 
 Numbers are read in their own dtype, computed in `WIDE` (float64 of float64, else float32) and rounded once, where
 plain PyTorch rounds after each operator. Under `TRITON_INTERPRET=1` they run on a CPU.
@@ -149,6 +149,69 @@ def gate_backward(
     tl.store(made + row * width + at, opened * up, mask=inside)
     tl.store(out + row * 2 * width + at, back * up * share * (1.0 + closed * (1.0 - share)), mask=inside)
     tl.store(out + row * 2 * width + width + at, back * opened, mask=inside)
+
+
+@triton.jit
+def _with_lora(
+    both, down, wide, row, at, inside, width, rank, both_stride, down_stride, wide_stride, scaling,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """(gate, up) of a tile in `WIDE`: what the frozen weights gave, and LoRA's scaling x down wide^T."""
+    place = both + row[:, None] * both_stride + at[None, :]
+    closed = tl.load(place, mask=inside, other=0.0).to(WIDE)
+    up = tl.load(place + width, mask=inside, other=0.0).to(WIDE)
+    rank_at = tl.arange(0, RANK)
+    narrow = tl.load(down + row[:, None] * down_stride + rank_at[None, :], mask=rank_at[None, :] < rank, other=0.0).to(
+        NARROW
+    )
+    place = wide + at[None, :].to(tl.int64) * wide_stride + rank_at[:, None]
+    known = (at[None, :] < width) & (rank_at[:, None] < rank)
+    closed += scaling * tl.dot(narrow, tl.load(place, mask=known, other=0.0).to(NARROW), input_precision="ieee")
+    place += tl.cast(width, tl.int64) * wide_stride
+    up += scaling * tl.dot(narrow, tl.load(place, mask=known, other=0.0).to(NARROW), input_precision="ieee")
+    # rounded as the product of a whole projection is
+    return closed.to(both.dtype.element_ty).to(WIDE), up.to(both.dtype.element_ty).to(WIDE)
+
+
+@triton.jit
+def gate_sum(
+    both, down, wide, out, rows, width, rank, both_stride, down_stride, wide_stride, scaling,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A tile: `gate` of `both` with its LoRA."""
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < rows) & (at[None, :] < width)
+    row = tl.where(row < rows, row, 0)  # what is read of it is not written
+    closed, up = _with_lora(
+        both, down, wide, row, at, inside, width, rank, both_stride, down_stride, wide_stride, scaling,
+        WIDE, NARROW, RANK,
+    )  # fmt: skip
+    opened = (closed / (1.0 + tl.exp(-closed))).to(both.dtype.element_ty).to(WIDE)
+    tl.store(out + row[:, None] * width + at[None, :], opened * up, mask=inside)
+
+
+@triton.jit
+def gate_sum_backward(
+    grad, both, down, wide, out, made, rows, width, rank, grad_stride, both_stride, down_stride, wide_stride, scaling,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A tile: the gradient of `both` with its LoRA into `out`, and what `gate_sum` made of it into `made`."""
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < rows) & (at[None, :] < width)
+    row = tl.where(row < rows, row, 0)
+    closed, up = _with_lora(
+        both, down, wide, row, at, inside, width, rank, both_stride, down_stride, wide_stride, scaling,
+        WIDE, NARROW, RANK,
+    )  # fmt: skip
+    back = tl.load(grad + row[:, None] * grad_stride + at[None, :], mask=inside, other=0.0).to(WIDE)
+    share = 1.0 / (1.0 + tl.exp(-closed))
+    opened = (closed * share).to(both.dtype.element_ty).to(WIDE)
+    tl.store(made + row[:, None] * width + at[None, :], opened * up, mask=inside)
+    place = out + row[:, None] * 2 * width + at[None, :]
+    tl.store(place, back * up * share * (1.0 + closed * (1.0 - share)), mask=inside)
+    tl.store(place + width, back * opened, mask=inside)
 
 
 @triton.jit
