@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from phi3_lora_plugin.chat.marked import mark
 from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.pipeline import TrainingError
 from phi3_lora_plugin.report.charts import thin
-from phi3_lora_plugin.report.page import render_runs, try_report, write_report
+from phi3_lora_plugin.report.page import render_data, render_runs, try_report, write_report
 from phi3_lora_plugin.report.run_folder import read_run_folder
 from phi3_lora_plugin.report.updates import largest_updates
 from phi3_lora_plugin.store.metrics_file import METRICS, read_lines
@@ -268,6 +269,26 @@ def test_the_data_page_stands_alone(place: Path, tmp_path: Path, monkeypatch: py
     assert "wrote data.html" in capsys.readouterr().out
     text = (tmp_path / "data.html").read_text(encoding="utf-8")
     assert Tags(text) and "&lt;script&gt;" in text and "Length of training rows" in text and "<mark>" in text
+
+
+def test_pages_stay_below_two_megabytes(place: Path, tmp_path: Path) -> None:
+    done = read_run_folder(place / "done")
+    figures = {"learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_second": 1e4, "peak_memory_gb": 7.5}
+    lines = [
+        {"step": step, "kind": kind, "loss": 1.5, "eval_loss": 1.25, **figures}
+        for step in range(1, 601)
+        for kind in ("train", "eval")
+    ]
+    many = [replace(done, folder=place / f"run-{number}", lines=lines) for number in range(30)]
+    page = render_runs(many)
+    assert len(page.encode()) < LIMIT and Tags(page) and "30 runs side by side" in page
+    tokenizer = load_tokenizer(place / "base")
+    ids = tokenizer("<the fox> & the dog " * 4_000, add_special_tokens=False)["input_ids"]
+    labels = [token if at // 5 % 2 else -100 for at, token in enumerate(ids)]  # a piece every five tokens
+    [row] = mark({"input_ids": ids, "labels": labels}, tokenizer, 1)
+    assert row.tokens == len(ids) and "more characters" in row.pieces[-1].text
+    page = render_data(done.data, [row] * 200, "long")
+    assert len(page.encode()) < LIMIT and Tags(page)
 
 
 @pytest.mark.long

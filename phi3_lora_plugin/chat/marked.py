@@ -12,6 +12,7 @@ from phi3_lora_plugin.chat.report_view import KINDS, pieces
 
 _LOOKED_AT = 100  # rows, for one with a thought and one with a call
 _LONGEST = 4000  # characters of one piece; the middle of a longer one is left out
+_ROW = 20_000  # characters of one row; what comes behind is left out
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def mark(row: Mapping[str, Any], tokenizer: Any, number: int) -> Iterator[Marked
         weights = row["weights"][part] if row.get("weights") is not None else None
         runs = pieces(ids, labels, tokenizer, weights)
         trained = sum(label != IGNORE for label in labels)
-        yield MarkedRow(number, name, len(ids), trained, tuple(_split(runs)))
+        yield MarkedRow(number, name, len(ids), trained, tuple(_shortened(_split(runs))))
 
 
 def _split(runs: list[tuple[float, str]]) -> Iterator[Piece]:
@@ -74,6 +75,18 @@ def _split(runs: list[tuple[float, str]]) -> Iterator[Piece]:
             kind = next((name for first, last, name in kinds if first <= left and right <= last), "text")
             yield Piece(_clipped(whole[left:right]), weight, kind)
         start = end
+
+
+def _shortened(found: Iterator[Piece]) -> Iterator[Piece]:
+    """The first pieces of a row, and how many more it has."""
+    size = 0
+    for piece in found:
+        yield piece
+        size += len(piece.text)
+        if size > _ROW:
+            break
+    if more := sum(len(piece.text) for piece in found):
+        yield Piece(f" [... {more:,} more characters]", 0, "text")
 
 
 def _text(row: Mapping[str, Any], tokenizer: Any) -> str:

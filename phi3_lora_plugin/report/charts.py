@@ -12,7 +12,8 @@ from phi3_lora_plugin.store.metrics_file import EVAL, TRAIN
 if TYPE_CHECKING:
     from phi3_lora_plugin.report.run_folder import RunFolder
 
-_POINTS = 240  # of one curve, at most
+_POINTS = 240  # of one curve, at most; of many curves together ten times as many
+_ROWS = 60  # of a chart's table; less where it has many columns
 _DOTS = 30  # a curve of more points has no dots
 _WIDTH, _HEIGHT = 500, 230
 
@@ -89,7 +90,7 @@ def line_chart(title: str, curves: Sequence[Curve], form: str) -> Chart:
         level = curves[0].points[0][1]
         chart.range = (level - abs(level or 1) * 0.5, level + abs(level or 1) * 0.5)
     for curve in curves:
-        shown = thin(curve.points)
+        shown = thin(curve.points, max(24, min(_POINTS, 10 * _POINTS // len(curves))))
         dots = curve.dots or len(shown) <= _DOTS
         points = (
             [{"value": point, "label": f"{curve.name}, step {point[0]:,.0f}: {number(point[1])}"} for point in shown]
@@ -104,7 +105,7 @@ def line_chart(title: str, curves: Sequence[Curve], form: str) -> Chart:
         if not curve.dots
     )
     steps = sorted({x for curve in curves for x, _ in curve.points})
-    steps = [x for x, _ in thin(tuple((x, 0.0) for x in steps), 60)]
+    steps = [x for x, _ in thin(tuple((x, 0.0) for x in steps), max(8, min(_ROWS, 10 * _ROWS // len(curves))))]
     values = [dict(curve.points) for curve in curves]
     rows = [(f"{x:,.0f}", *(number(one[x]) if x in one else "" for one in values)) for x in steps]
     names = tuple(curve.name for curve in curves)
@@ -128,7 +129,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tup
     if len(points) <= most:
         return list(points)
     kept = {0, len(points) - 1}
-    size = 2 * len(points) / most
+    size = 2 * len(points) / most  # two of each stretch
     for stretch in range(most // 2):
         part = range(int(stretch * size), min(int((stretch + 1) * size), len(points)))
         if part:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 _SHOWN = 20  # of a list; the files of the run have the rest
-_TEXT = 2000  # characters of a prompt or an answer
+_CHECKPOINTS = 60
+_DETAILED = 8  # runs side by side that have their own sections; of more, their own pages have them
+_TEXT = 2000  # characters of a prompt, an answer, a value or an error
+_ROWS = 300_000  # characters of all rows in colour, so that a page stays below 2 MB
 #: What a status means to a reader, by the status in run.json.
 _STATUS = {
     DONE: "finished",
@@ -67,6 +70,7 @@ def render_runs(runs: Sequence[RunFolder]) -> str:
     names = list(dict.fromkeys(name for found in all_figures for name in found))
     return _template("run.html.jinja").render(
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs side by side",
+        detailed=len(runs) <= _DETAILED,
         runs=[_view(run, label, len(runs) == 1) for run, label in zip(runs, labels, strict=True)],
         figures=[(name, [found.get(name, "") for found in all_figures]) for name in names],
         charts=charts_of(runs, labels),
@@ -77,7 +81,7 @@ def render_runs(runs: Sequence[RunFolder]) -> str:
 def render_data(report: DataReport, rows: Sequence[MarkedRow], title: str) -> str:
     """The page about data alone."""
     return _template("data.html.jinja").render(
-        title=title, data=_data_view(report), rows=[asdict(row) for row in rows], id="data"
+        title=title, data=_data_view(report), rows=_fitting([asdict(row) for row in rows])
     )
 
 
@@ -90,21 +94,22 @@ def _view(run: RunFolder, label: str, alone: bool) -> dict[str, Any]:
         "folder": str(run.folder),
         "status": _STATUS.get(run.status, "unknown"),
         "good": run.status == DONE,
-        "error": str(run.facts.get("error") or ""),
+        "error": _clipped(str(run.facts.get("error") or "")),
         "marks": _what_happened(run),
         "about": _about(run),
         "samples": _samples(run),
         "interrupted": run.status in (INTERRUPTED, FAILED, KILLED),
         "data": None if run.data is None else _data_view(run.data),
-        "rows": run.part("rows") if alone else [],
-        "settings": run.settings,
+        "rows": _fitting(run.part("rows")) if alone else [],
+        "settings": [replace(one, value=_clipped(one.value)) for one in run.settings],
         "notes": _texts(run.facts.get("notes")),
         "coverage": coverage,
         "trained": sum(row["parameters"] for row in coverage),
         "speed": run.part("speed"),
         "updates": [(update, 100 * update.norm / largest if largest else 0) for update in run.updates],
-        "checkpoints": run.checkpoints,
-        "torn": run.torn,
+        "checkpoints": run.checkpoints[:_CHECKPOINTS],
+        "more_checkpoints": len(run.checkpoints) - _CHECKPOINTS,
+        "torn": run.torn[:_CHECKPOINTS],
         "commands": _commands(run),
         "versions": versions if isinstance(versions := run.facts.get("versions"), dict) else {},
     }
@@ -183,6 +188,8 @@ def _data_view(report: DataReport) -> dict[str, Any]:
         "report": report,
         "sources": [(names.get(source.name, source.name), source) for source in report.sources[:_SHOWN]],
         "more_sources": len(report.sources) - _SHOWN,
+        "mixture": report.mixture[:_SHOWN],
+        "unread": list(report.unread.items())[:_SHOWN],
         "parts": parts,
         "charts": [_histogram(name, part.histogram) for name, part in parts if part.histogram],
         "fates": [(title, rows[:_SHOWN], len(rows) - _SHOWN, len(rows)) for title, rows in fates(report) if rows],
@@ -212,6 +219,18 @@ def _labels(runs: Sequence[RunFolder]) -> list[str]:
         if len(set(ends)) == len(ends):
             return ends
     return [f"{number}: {name}" for number, name in enumerate(names, 1)]  # one run given twice
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first rows, as many as fit on a page."""
+    kept: list[Mapping[str, Any]] = []
+    size = 0
+    for row in rows:
+        size += 200 + sum(len(piece["text"]) + 40 for piece in row["pieces"])
+        if size > _ROWS and kept:
+            break
+        kept.append(row)
+    return kept
 
 
 def _texts(value: Any) -> list[str]:
