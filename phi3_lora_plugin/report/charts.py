@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _POINTS = 240  # of one curve, at most; of many curves together ten times as many
 _ROWS = 60  # of a chart's table; less where it has many columns
 _DOTS = 30  # a curve of more points has no dots
+_WITH_DOTS = 8  # nor have more curves than this in one chart
 _WIDTH, _HEIGHT = 500, 230
 
 
@@ -91,7 +92,7 @@ def line_chart(title: str, curves: Sequence[Curve], form: str) -> Chart:
         chart.range = (level - abs(level or 1) * 0.5, level + abs(level or 1) * 0.5)
     for curve in curves:
         shown = thin(curve.points, max(24, min(_POINTS, 10 * _POINTS // len(curves))))
-        dots = curve.dots or len(shown) <= _DOTS
+        dots = curve.dots or (len(curve.points) <= _DOTS and len(curves) <= _WITH_DOTS)
         points = (
             [{"value": point, "label": f"{curve.name}, step {point[0]:,.0f}: {number(point[1])}"} for point in shown]
             if dots

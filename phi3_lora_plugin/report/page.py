@@ -71,7 +71,9 @@ def render_runs(runs: Sequence[RunFolder]) -> str:
     return _template("run.html.jinja").render(
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs side by side",
         detailed=len(runs) <= _DETAILED,
-        runs=[_view(run, label, len(runs) == 1) for run, label in zip(runs, labels, strict=True)],
+        runs=[
+            _view(run, label, len(runs) == 1, len(runs) <= _DETAILED) for run, label in zip(runs, labels, strict=True)
+        ],
         figures=[(name, [found.get(name, "") for found in all_figures]) for name in names],
         charts=charts_of(runs, labels),
         differences=_differences(runs) if len(runs) > 1 else [],
@@ -85,8 +87,8 @@ def render_data(report: DataReport, rows: Sequence[MarkedRow], title: str) -> st
     )
 
 
-def _view(run: RunFolder, label: str, alone: bool) -> dict[str, Any]:
-    """One run as the template shows it."""
+def _view(run: RunFolder, label: str, alone: bool, detailed: bool) -> dict[str, Any]:
+    """One run as the template shows it: rows if it is the only one, its data unless there are many."""
     coverage = run.part("coverage")
     largest = max((update.norm for update in run.updates), default=0.0)
     return {
@@ -99,7 +101,7 @@ def _view(run: RunFolder, label: str, alone: bool) -> dict[str, Any]:
         "about": _about(run),
         "samples": _samples(run),
         "interrupted": run.status in (INTERRUPTED, FAILED, KILLED),
-        "data": None if run.data is None else _data_view(run.data),
+        "data": _data_view(run.data) if run.data is not None and detailed else None,
         "rows": _fitting(run.part("rows")) if alone else [],
         "settings": [replace(one, value=_clipped(one.value)) for one in run.settings],
         "notes": _texts(run.facts.get("notes")),
