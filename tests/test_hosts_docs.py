@@ -31,7 +31,7 @@ def test_the_commands_of_ours_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     Path("chats.jsonl").write_text(json.dumps(chat) + "\n")
     shown = [line for text in block("sh") for line in text.splitlines() if line.startswith("phi3-lora ")]
-    assert len(shown) == 4
+    assert len(shown) == 5
     for line in shown:
         done = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
         assert done.exit_code == 0, f"{line}\n{done.output}"

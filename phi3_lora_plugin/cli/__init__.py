@@ -20,7 +20,7 @@ from phi3_lora_plugin.cli.docs import docs_command
 from phi3_lora_plugin.cli.doctor import doctor_command
 from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.cli.export import export_command
-from phi3_lora_plugin.cli.hosts import host_path_command, render_command
+from phi3_lora_plugin.cli.hosts import host_path_command, import_command, render_command
 from phi3_lora_plugin.cli.inspect import inspect_command
 from phi3_lora_plugin.cli.new import new_command
 from phi3_lora_plugin.cli.overrides import TakesOverrides
@@ -67,6 +67,7 @@ app.command("export")(export_command)
 app.command("run", context_settings=AS_IT_IS, add_help_option=False)(run_command)
 app.command("trl", context_settings=AS_IT_IS, add_help_option=False)(trl_command)
 app.command("render", cls=TakesOverrides)(render_command)
+app.command("import")(import_command)
 app.command("host-path")(host_path_command)
 
 

@@ -1,4 +1,4 @@
-"""`phi3-lora render` and `phi3-lora host-path`: what other hosts need from us as files."""
+"""`phi3-lora render`, `import` and `host-path`: recipes as other hosts' files, their files as recipes."""
 
 from __future__ import annotations
 
@@ -43,10 +43,35 @@ def render_command(
     print(f"wrote {', '.join(map(str, (out, *(out.parent / name for name in made.beside))))}", file=sys.stderr)
 
 
+def import_command(
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file of another host.")],
+    host: Annotated[str, typer.Option("--host", help="axolotl, llamafactory, trl, torchtune or mlx.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="Recipe to write.")] = None,
+) -> None:
+    """Print another host's config as a recipe.
+
+    Each key without an equal is named on stderr, and in a comment of the recipe.
+    """
+    from phi3_lora_plugin.hosts.read.read import import_config
+
+    made = import_config(config, host)
+    for note in made.notes:
+        print(f"{made.host}: {note}", file=sys.stderr)
+    if out is None:
+        print(made.text, end="")
+        return
+    if out.exists():
+        print(f"{out}: already exists; nothing was written", file=sys.stderr)
+        raise typer.Exit(2)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(made.text, encoding="utf-8")
+    print(f"wrote {out}; check it with: phi3-lora validate {out}", file=sys.stderr)
+
+
 def host_path_command(
     host: Annotated[str, typer.Argument(help="swift or startup")],
 ) -> None:
-    """Print the path of what a host is given: a plugin file, or a folder.
+    """Print the path of a plugin file or folder for a host.
 
     For example: swift sft --external_plugins $(phi3-lora host-path swift) ...
     or PYTHONPATH=$(phi3-lora host-path startup) PHI3_LORA_ACTIVATE=1 trl sft ...

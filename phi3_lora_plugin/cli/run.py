@@ -23,7 +23,7 @@ def run_command(arguments: Given = None) -> None:
 
 
 def trl_command(arguments: Given = None) -> None:
-    """Run a command of TRL (sft, dpo, grpo...) with Phi-3 support.
+    """Run a command of TRL with Phi-3 support.
 
     For example: trl sft --config x.yaml ...
     """

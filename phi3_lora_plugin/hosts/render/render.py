@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.render import __path__
 from phi3_lora_plugin.hosts.render.common import Rendered, RenderError, base_config
 from phi3_lora_plugin.model.families import has_towers
 from phi3_lora_plugin.model.published import why_refused
+from phi3_lora_plugin.recipe.sections import Section
+from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -39,4 +41,18 @@ def render(recipe: Recipe, host: str) -> Rendered:
             "the text model's; its text side is trained by `phi3-lora train`"
         )
     made: Rendered = import_module(f"phi3_lora_plugin.hosts.render.{host}").render(recipe)
-    return made
+    return Rendered(f"{made.text}# recipe: {settings(recipe)}\n", made.beside)
+
+
+def settings(recipe: Recipe) -> str:
+    """What the recipe sets, in one line of YAML, of which `phi3-lora import` makes the same recipe again."""
+    found: dict[str, Any] = {"name": recipe.name}
+    for name, info in type(recipe).model_fields.items():
+        value = getattr(recipe, name)
+        if name == "about" or value == info.default:
+            continue
+        if isinstance(value, Section):
+            fields = type(value).model_fields
+            value = {key: inner for key in fields if (inner := getattr(value, key)) != fields[key].default}
+        found[name] = value
+    return dump_line(found)
