@@ -121,7 +121,7 @@ def read(reading: Reading) -> None:
 def _data(reading: Reading, streaming: bool) -> None:
     if streaming:
         reading.note("streaming", "rows are read as they are needed where they do not fit", True)
-    info = _info(reading)
+    info = _info(reading) if {"dataset", "eval_dataset"} & set(reading.given) else {}
     sources = [_source(reading, name, info) for name in _names(reading.take("dataset"))]
     if len(sources) > 1 and (most := reading.take("max_samples")) is not None:  # of each
         sources = [source | {"max_rows": most} for source in sources]
