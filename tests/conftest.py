@@ -24,6 +24,10 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a card, Triton's kernels run in its interpreter
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower on more threads, and other workers have the other cores
 
+# Importing and collecting makes a million objects to keep. Looking for garbage among them takes a quarter of that time,
+# in each worker; `old_objects_out_of_garbage_collections` begins the looking.
+gc.disable()
+
 import pytest
 from hypothesis import HealthCheck, settings
 from warm_process import Warm
@@ -69,6 +73,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def old_objects_out_of_garbage_collections() -> None:
     """Every Trainer collects garbage as it begins: half a second over the modules of torch and transformers."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
