@@ -24,13 +24,13 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a card, Triton's kernels run in its interpreter
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower on more threads, and other workers have the other cores
 
-# Importing and collecting makes a million objects to keep. Looking for garbage among them takes a quarter of that time,
-# in each worker; `old_objects_out_of_garbage_collections` begins the looking.
-gc.disable()
-
 import pytest
 from hypothesis import HealthCheck, settings
 from warm_process import Warm
+
+# Importing and collecting makes a million objects to keep. Looking for garbage among them takes a quarter of that time,
+# in each worker; `old_objects_out_of_garbage_collections` begins the looking.
+gc.disable()
 
 # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and so would be every process of a test.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
