@@ -12,6 +12,7 @@ from phi3_lora_plugin.chat.row_error import RowError, shown
 Call = dict[str, Any]
 
 _MARKED = re.compile(r"<\|tool_call\|>\s*(.*?)\s*<\|/tool_call\|>\s*", re.DOTALL)
+_HERMES = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>\s*", re.DOTALL)
 _FUNCTOOLS = re.compile(r"functools(?=\[)")
 
 
@@ -47,16 +48,24 @@ def read_calls(calls: list[Any], what: str) -> list[Call]:
 def calls_in(text: str) -> tuple[str, list[Call]]:
     """What is said, and the calls at the end of it in a form that models of the family write; maybe none.
 
-    Read are `<|tool_call|>[...]<|/tool_call|>` and `functools[...]`, each up to the end of the text.
+    Read are `<|tool_call|>[...]<|/tool_call|>` and `functools[...]`, each up to the end of the text, and the tags of
+    Hermes, `<tool_call>{...}</tool_call>`, which data sets for other models have.
     """
-    for start in [found.start()] if (found := _MARKED.search(text)) else []:
-        blocks = list(_MARKED.finditer(text, start))
+    for marks in (_MARKED, _HERMES):
+        blocks = list(marks.finditer(text))
+        if not blocks:
+            continue
+        start = blocks[0].start()
         whole = all(a.end() == b.start() for a, b in zip(blocks, blocks[1:], strict=False))
         if not whole or blocks[-1].end() != len(text):
             continue
         try:
             values = [json.loads(block.group(1)) for block in blocks]
             return text[:start], read_calls([c for v in values for c in (v if isinstance(v, list) else [v])], "it")
+        except RowError:
+            if marks is _MARKED:
+                raise
+            continue  # tags may be what a text is about
         except (ValueError, RecursionError):
             continue
     for found in _FUNCTOOLS.finditer(text):

@@ -93,8 +93,8 @@ class ChatSection(Section):
     """How rows become chats, and chats become labels."""
 
     format: Text = "auto"
-    """messages, sharegpt, alpaca, prompt_completion, query_response, conversation, chatgpt, segments, text, a plugin's
-    name, or auto."""
+    """messages, sharegpt, alpaca, prompt_completion, query_response, conversation, chatgpt, segments, text, glaive,
+    xlam, bfcl, a plugin's name, or auto."""
     columns: dict[str, Text] = {}
     """The format's own names to the file's: `{prompt: question, completion: answer}`."""
     ignore: list[Text] = []
