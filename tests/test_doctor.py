@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from typer.testing import CliRunner
-from warm_process import Warm
+from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.doctor import plugin_check
@@ -140,6 +140,13 @@ def test_the_command_ends_with_1_and_names_each_problem_with_its_remedy(library:
     assert "undefined symbol" in "".join(lines[at : at + 4])
     assert any("-> pip install --force-reinstall --no-deps torch" in line for line in lines[at:])
     assert lines[-1].endswith("problems") and any(line.startswith("! train: failed") for line in lines)
+
+
+def test_a_command_without_its_libraries_names_the_doctor_and_shows_no_traceback(warm: Warm, tmp_path: Path) -> None:
+    broken = "sys.modules['phi3_lora_plugin.plan.feed'] = None"
+    program = f"import sys; sys.argv = ['phi3-lora', 'plan', 'tiny-cpu']; {broken}\n{COMMAND}"
+    done = warm.run(program, cwd=tmp_path)
+    assert done.returncode == 1 and "phi3-lora doctor" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_plugins_that_raise_exit_or_print(tmp_path: Path, library: Broken) -> None:

@@ -113,12 +113,15 @@ def main() -> None:
         # Our own errors need no traceback, nor does a full disk. Anything else shows one, and so does whatever a user's
         # script raises.
         ours = isinstance(error, Phi3LoraError)
-        if not ours and (theirs or not isinstance(error, OSError) or error.errno not in _SURROUNDINGS):
+        broken = not theirs and isinstance(error, ImportError)  # a library that is missing, or cannot be imported
+        if not ours and not broken and (theirs or not isinstance(error, OSError) or error.errno not in _SURROUNDINGS):
             raise
         if debug:
             traceback.print_exception(error)
         else:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            if broken:
+                print("phi3-lora doctor looks at every library and names the remedy", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, Phi3LoraError) else 1)
 
 

@@ -14,7 +14,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 RecipeName = Annotated[str, typer.Argument(help="Preset name or YAML file.", autocompletion=complete_recipe)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example lora.r=8.", autocompletion=complete_key),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, for example lora.r=8.", autocompletion=complete_key),
 ]
 #: Keys of a recipe that stand in no section.
 _TOP = ("output_dir", "seed", "speed")

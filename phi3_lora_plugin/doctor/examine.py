@@ -41,6 +41,7 @@ def examine(train: bool = True, say: Callable[[str], None] | None = None) -> Rep
         try:
             found += check()
         except Exception as error:
-            remedy = "report this output: the check itself should never fail"
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            remedy = f"pip install {missing}" if missing else "report this output: the check itself should never fail"
             found.append(Finding(name, "check", f"could not be finished: {describe(error)}", "problem", remedy))
     return Report(tuple(found))

@@ -95,9 +95,11 @@ def folder(name: str, path: Path, remedy: str, wanted: int = _LEAST) -> Finding:
 
 def bases(cache: Path) -> Finding:
     """The models of the Phi family in the hub's cache."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
+    try:
+        from huggingface_hub import scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+    except ImportError as error:  # comes with transformers, whose absence is a finding of its own
+        return Finding(AREA, "bases", f"not looked at: {error}", "note", "pip install huggingface_hub")
     try:
         repos = scan_cache_dir(cache).repos
     except (CacheNotFound, OSError):
