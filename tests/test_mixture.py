@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_mixture_is_said_of_its_source(place: Path) -> None
         load([{"pth": "a.jsonl", "weight": 0}, {"path": "b.parquet", "max_rows": 0}], "data.max_rows=3")
     said = str(caught.value)
     assert "source 1: path: Field required" in said and "source 1: unknown key 'pth'; available: path, weight" in said
-    assert "source 1: weight: Input should be greater than 0" in said and "source 2: max_rows" in said
+    assert "source 1: weight: must be greater than 0" in said and "source 2: max_rows" in said
     assert "data.max_rows: has no effect on a mixture" in said
     with pytest.raises(DataError, match="data.path: a.jsonl: named twice"):
         load([A, {"path": "a.jsonl"}])

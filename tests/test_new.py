@@ -28,6 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "chats": [CHAT] * 3,
         "gsm": [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(12)],
         "pairs": [{"prompt": f"hello {n}", "chosen": "hi", "rejected": "go"} for n in range(12)],
+        "judged": [{"prompt": f"hello {n}", "completion": "hi", "label": bool(n % 2)} for n in range(12)],
     }
     for name, some in rows.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -42,6 +43,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("chats", "24GB", "phi3-mini-4k-lora"),
         ("chats", "141GB", "phi3-mini-4k-lora-80gb"),
         ("pairs", "24GB", "phi3-mini-4k-dpo-lora"),
+        ("pairs", "cpu", "tiny-cpu"),
+        ("judged", "24GB", "phi3-mini-4k-kto-lora"),
+        ("judged", "cpu", "tiny-cpu"),
         ("gsm", "cpu", "tiny-cpu"),
     ],
 )
@@ -53,6 +57,7 @@ def test_the_card_and_the_rows_choose_the_preset(data: str, room: str, preset: s
     assert recipe.data.eval_fraction == (0 if data == "chats" else 0.1)  # three rows are too few to hold one out
     assert recipe.data.path == f"{data}.jsonl" and recipe.output_dir == "runs/mine"
     assert recipe.data.columns == ({"prompt": "question", "completion": "answer"} if data == "gsm" else {})
+    assert recipe.preference.loss == {"pairs": "sigmoid", "judged": "kto"}.get(data, "none") and not recipe.reward
     assert recipe.training == load_recipe(preset).training and recipe.lora == load_recipe(preset).lora
     assert CliRunner().invoke(app, ["show", "mine.yaml"]).stdout == Path("mine.yaml").read_text()
 
@@ -70,6 +75,7 @@ def test_nothing_is_overwritten_and_every_flag_says_what_it_takes(place: Path) -
         ("a.yaml", "--data", "chats.jsonl", "--for", "8GB", "--base", "phi-3-mini-4"): "did you mean 'phi-3-mini-4k'",
         ("a.yaml", "--data", "chats.jsonl", "--from", "tiny-cpuu"): "did you mean 'tiny-cpu'",
         ("a.yaml", "--data", "pairs.jsonl", "--from", "tiny-cpu"): "chosen and rejected",
+        ("a.yaml", "--data", "judged.jsonl", "--from", "tiny-cpu"): "labels, good and bad ones",
         ("no/a.yaml", "--data", "chats.jsonl", "--for", "8GB"): "cannot be written",
     }
     for arguments, said in wrong.items():

@@ -44,12 +44,14 @@ def new_command(
     if file.exists():
         raise NewRecipeError(f"{file} exists and is never overwritten; choose another name")
     data, room, base = _asked(data, room, base, preset)
-    pairs, columns, few = _look_at(data)
-    chosen = preset or _choose(room or "", base or _BASE, pairs)
+    learns, columns, few = _look_at(data)
+    chosen = preset or _choose(room or "", base or _BASE, learns)
     start = load_recipe(chosen, find=_find)
-    if preset and pairs and not start.preference.on:
-        raise NewRecipeError(f"--from {preset} trains on answers, and {data} has chosen and rejected ones")
+    if preset and learns != "none" and not start.preference.on:
+        raise NewRecipeError(f"--from {preset} trains on answers, and {data} has {_HAS[learns]}")
     changes: dict[str, Any] = {}
+    if learns != "none" and not start.preference.on:
+        changes["preference.loss"] = learns
     if preset and base:
         changes["model.path"] = base
     if columns:
@@ -92,13 +94,17 @@ def _find(name: str) -> Any:
     return load_plugins().pick("recipes", name)
 
 
-def _choose(room: str, base: str, pairs: bool) -> str:
+#: `preference.loss` of a preset for rows that are not answers alone -> what such rows have.
+_HAS = {"sigmoid": "chosen and rejected ones", "kto": "labels, good and bad ones"}
+
+
+def _choose(room: str, base: str, learns: str) -> str:
     """The preset of ours for a base that makes most of a card: unquantised if that fits, then the largest that fits."""
     from phi3_lora_plugin.cli.recipes import all_cards
 
     cards = [card for card in all_cards() if card.get("need") is not None and card["group"] != "published"]
     if room.strip().lower() == "cpu":
-        return next(str(card["name"]) for card in cards if card["device"] == "cpu")
+        return next(str(card["name"]) for card in cards if card["device"] == "cpu" and card["learns"] == "none")
     memory = None if room.strip().isdigit() else read_size(room)
     if memory is None:
         raise NewRecipeError(f"--for {room}: not a size; write 16GB, or cpu")
@@ -110,9 +116,9 @@ def _choose(room: str, base: str, pairs: bool) -> str:
         near = nearest(base, known, f"; available: {', '.join(bases)}")
         raise NewRecipeError(f"--base {base}: no preset has it{near}; another base needs --from PRESET")
     mine = [card for card in cards if card["device"] == "cuda" and card["base"] == wanted]
-    mine = [card for card in mine if ("-dpo-" in card["name"]) == pairs]
+    mine = [card for card in mine if card["learns"] == learns]
     if not mine:
-        raise NewRecipeError(f"no preset trains {wanted} on chosen and rejected answers; start from one with --from")
+        raise NewRecipeError(f"no preset trains {wanted} on {_HAS.get(learns, 'answers')}; start from one with --from")
     fitting = [card for card in mine if card["need"].fits_into(memory)]
     if not fitting:
         least = min(mine, key=lambda card: card["peak"])
@@ -128,8 +134,8 @@ def _choose(room: str, base: str, pairs: bool) -> str:
     return str(max(fitting, key=made_for)["name"])
 
 
-def _look_at(data: str) -> tuple[bool, dict[str, str] | None, bool]:
-    """(whether rows are pairs, the columns to write down, whether there are too few to hold some out).
+def _look_at(data: str) -> tuple[str, dict[str, str] | None, bool]:
+    """(`preference.loss` for rows like these, the columns to write down, whether there are too few to hold some out).
 
     Only the first rows are looked at, and none of a hub id.
 
@@ -141,6 +147,7 @@ def _look_at(data: str) -> tuple[bool, dict[str, str] | None, bool]:
     import yaml
 
     from phi3_lora_plugin.chat.formats import detect
+    from phi3_lora_plugin.chat.marks import label_of
     from phi3_lora_plugin.chat.propose import propose
     from phi3_lora_plugin.chat.readers import Row
     from phi3_lora_plugin.chat.sources import find_sources
@@ -151,7 +158,10 @@ def _look_at(data: str) -> tuple[bool, dict[str, str] | None, bool]:
         rows = [row.values for row in islice(source.rows(), 50) if isinstance(row, Row)]
     few = len(sources) == 1 and len({str(row) for row in rows}) < _FEW
     pairs = any({"chosen", "rejected"} <= row.keys() for row in rows)
+    # A label is KTO's only where some are false; rows that are all good can be learned as they are.
+    judged = not pairs and any(label_of(row) is False for row in rows)
+    learns = "sigmoid" if pairs else "kto" if judged else "none"
     if not rows or pairs or any(detect(row) for row in rows):
-        return pairs, None, few
+        return learns, None, few
     proposed = propose(rows)
-    return False, yaml.safe_load(proposed.partition("=")[2].strip("'")) if proposed else None, few
+    return learns, yaml.safe_load(proposed.partition("=")[2].strip("'")) if proposed else None, few

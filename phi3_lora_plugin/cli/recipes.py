@@ -266,6 +266,7 @@ def _card(recipe: Recipe, ours: bool) -> dict[str, Any]:
     return {
         "group": about.group or "other",
         "base": recipe.model.path,
+        "learns": "reward" if recipe.reward else recipe.preference.loss,
         "method": about.method or ("QLoRA" if quantized else "LoRA"),
         "memory": about.memory,
         "device": None if need is None else need.device,

@@ -170,7 +170,11 @@ def _wrong_source(entry: dict[str, Any]) -> list[str]:
             name = str(one["loc"][0])
             known = ", ".join(MixtureSource.model_fields)
             unknown = one["type"] == "extra_forbidden"
-            said.append(f"unknown key {name!r}; available: {known}" if unknown else f"{name}: {one['msg']}")
+            said.append(
+                f"unknown key {name!r}; available: {known}"
+                if unknown
+                else f"{name}: {one['msg'].replace('Input should be', 'must be')}"
+            )
         return list(dict.fromkeys(said))
     return []
 
