@@ -132,6 +132,8 @@ def test_marks_for_spikes_and_for_what_is_not_finite(tmp_path: Path) -> None:
     assert [marks(n, eval_loss=loss) for n, loss in ((10, 2.0), (20, 1.5), (30, 1.6))] == [["best"], ["best"], []]
     assert log_line(log.newest or {}, 100) == "step 30/100  eval loss 1.6000  best 1.5000 at step 20"
     assert marks(40, eval_loss=1.7) == ["rising"] and "RISING" in log_line(log.newest or {})
+    fallen = {"step": 40, "kind": EVAL, "eval_loss": 0.0, "eval_reward": 0.25, "marks": ["rising"]}
+    assert log_line(fallen) == "step 40  eval reward 0.2500  FALLING: train less"
 
 
 def test_the_run_file_keeps_earlier_sessions_and_knows_of_dead_processes(tmp_path: Path) -> None:

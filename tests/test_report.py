@@ -24,9 +24,9 @@ from phi3_lora_plugin import load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.marked import mark
 from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.pipeline import TrainingError
-from phi3_lora_plugin.report.charts import thin
+from phi3_lora_plugin.report.charts import charts_of, thin
 from phi3_lora_plugin.report.page import render_data, render_runs, try_report, write_report
-from phi3_lora_plugin.report.run_folder import read_run_folder
+from phi3_lora_plugin.report.run_folder import figures, read_run_folder
 from phi3_lora_plugin.report.updates import largest_updates
 from phi3_lora_plugin.store.metrics_file import METRICS, read_lines
 from phi3_lora_plugin.store.run_file import RUN
@@ -269,6 +269,19 @@ def test_the_data_page_stands_alone(place: Path, tmp_path: Path, monkeypatch: py
     assert "wrote data.html" in capsys.readouterr().out
     text = (tmp_path / "data.html").read_text(encoding="utf-8")
     assert Tags(text) and "&lt;script&gt;" in text and "Length of training rows" in text and "<mark>" in text
+
+
+def test_of_rewards_the_page_shows_rewards(place: Path) -> None:
+    earned = [(0, "eval", 0.25), (2, "train", 0.5), (2, "eval", 0.75), (4, "eval", 0.625)]
+    lines = [
+        {"step": step, "kind": kind, "eval_loss" if kind == "eval" else "loss": 0.0}
+        | {"eval_reward" if kind == "eval" else "reward": value}
+        for step, kind, value in earned
+    ]
+    shown = figures(replace(read_run_folder(place / "failed"), lines=lines))
+    assert (shown["held-out reward"], shown["held-out reward before"]) == ("0.6250", "0.2500")
+    assert shown["best held-out reward"] == "0.7500 at step 2" and "held-out loss" not in shown
+    assert charts_of([replace(read_run_folder(place / "failed"), lines=lines)], ["x"])[0].title == "Reward"
 
 
 def test_pages_stay_below_two_megabytes(place: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Chart:
 
 #: Title, and for each curve (its name, kind of line, key in it).
 _CHARTS: tuple[tuple[str, tuple[tuple[str, str, str], ...], str], ...] = (
+    ("Reward", (("training", TRAIN, "reward"), ("held-out", EVAL, "eval_reward")), ".3g"),
     ("Loss", (("training", TRAIN, "loss"), ("held-out", EVAL, "eval_loss")), ".4g"),
     (
         "Preferred answers",
@@ -49,7 +50,6 @@ _CHARTS: tuple[tuple[str, tuple[tuple[str, str, str], ...], str], ...] = (
         ".0%",
     ),
     ("Reward margin", (("training", TRAIN, "rewards/margins"), ("held-out", EVAL, "eval_rewards/margins")), ".3g"),
-    ("Reward", (("training", TRAIN, "reward"), ("held-out", EVAL, "eval_reward")), ".3g"),
     ("Length of answers (tokens)", (("training", TRAIN, "completions/mean_length"),), ",.0f"),
     ("Learning rate", (("learning rate", TRAIN, "learning_rate"),), ".2g"),
     ("Tokens a second", (("tokens a second", TRAIN, "tokens_per_second"),), ",.0f"),

@@ -128,7 +128,8 @@ def _what_happened(run: RunFolder) -> list[str]:
     evaluated = [line for line in run.lines if line.get("eval_loss") is not None]
     if evaluated and "rising" in (evaluated[-1].get("marks") or ()):
         said.append(
-            f"the held-out loss rises since step {evaluated[-1].get('best_step')}: "
+            f"the held-out {'reward falls' if 'eval_reward' in evaluated[-1] else 'loss rises'} since step "
+            f"{evaluated[-1].get('best_step')}: "
             "fewer epochs may give a better adapter"
         )
     sessions = run.part("sessions")

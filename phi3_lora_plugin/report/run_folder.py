@@ -254,22 +254,23 @@ def figures(run: RunFolder) -> dict[str, str]:
     """The figures of a run that a reader looks for first, by name, as text; only those that are known."""
     from phi3_lora_plugin.wording import human
 
-    result, train, evaluated = run.result, run.of(TRAIN), run.of(EVAL)
+    result, train = run.result, run.of(TRAIN)
     found: dict[str, str] = {}
-    losses = [(line["step"], line["eval_loss"]) for line in evaluated if isinstance(line.get("eval_loss"), float)]
-    before, after = result.get("eval_loss_before"), result.get("eval_loss_after")
-    before = losses[0][1] if before is None and losses and losses[0][0] == 0 else before
-    after = losses[-1][1] if after is None and losses and losses[-1][0] else after
-    for name, key in (("held-out reward", "eval_reward_after"), ("held-out reward before", "eval_reward_before")):
-        if (reward := result.get(key)) is not None:
-            found[name] = f"{reward:.4f}"
+    # Where answers earn rewards, the loss says little: it compares them with each other.
+    name = "reward" if any("eval_reward" in line for line in run.lines) else "loss"
+    values = [(line["step"], line[f"eval_{name}"]) for line in run.of(EVAL) if line.get(f"eval_{name}") is not None]
+    before, after = result.get(f"eval_{name}_before"), result.get(f"eval_{name}_after")
+    before = values[0][1] if before is None and values and values[0][0] == 0 else before
+    after = values[-1][1] if after is None and values and values[-1][0] else after
     if after is not None:
-        found["held-out loss"] = f"{after:.4f}"
+        found[f"held-out {name}"] = f"{after:.4f}"
     if before is not None:
-        found["held-out loss before"] = f"{before:.4f}"
-    if losses:
-        step, best = min(losses, key=lambda pair: pair[1])
-        found["best held-out loss"] = f"{best:.4f} at step {step:,}"
+        found[f"held-out {name} before"] = f"{before:.4f}"
+    if values:
+        step, best = (max if name == "reward" else min)(values, key=lambda pair: pair[1])
+        found[f"best held-out {name}"] = f"{best:.4f} at step {step:,}"
+    if train and train[-1].get("reward") is not None:
+        found["training reward"] = f"{train[-1]['reward']:.4f}"
     if train and train[-1].get("loss") is not None:
         found["training loss"] = f"{train[-1]['loss']:.4f}"
     if steps := result.get("steps") or (train[-1]["step"] if train else None):

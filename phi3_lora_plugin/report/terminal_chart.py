@@ -13,23 +13,25 @@ _TICKS = 12  # columns that plotille puts before the drawing
 
 
 def terminal_chart(lines: Sequence[Mapping[str, Any]], width: int = 80, height: int = 16, colour: bool = False) -> str:
-    """Training loss as a line and held-out loss as `o`, at most `width` columns wide; "" where there is nothing yet.
+    """Training loss as a line and held-out loss as `o`, of runs that earn rewards those; "" where there is nothing yet.
 
     Args:
         lines: of `metrics.jsonl`.
+        width: columns of the longest line at most.
         height: of the drawing; its axes take 4 lines more.
         colour: with ANSI colours.
     """
     import plotille
 
-    train, held_out = _points(lines, TRAIN, "loss"), _points(lines, EVAL, "eval_loss")
+    name = "reward" if any("reward" in line for line in lines) else "loss"
+    train, held_out = _points(lines, TRAIN, name), _points(lines, EVAL, f"eval_{name}")
     if not train and not held_out:
         return ""
     figure = plotille.Figure()
     figure.width, figure.height = max(20, width - _TICKS - 12), height
     figure.color_mode = "names"
     figure.with_colors = colour
-    figure.x_label, figure.y_label = "step", "loss"
+    figure.x_label, figure.y_label = "step", name
     figure.register_label_formatter(float, _label)
     figure.register_label_formatter(int, _label)
     every = [*train, *held_out]
@@ -45,7 +47,7 @@ def terminal_chart(lines: Sequence[Mapping[str, Any]], width: int = 80, height: 
     drawn = str(figure.show())
     if not colour:
         drawn = "\n".join(line[:width].rstrip(" \u2800") for line in drawn.rstrip().splitlines())
-    return drawn + (f"\n{'':{_TICKS}}line: training loss, o: held-out loss" if held_out and train else "")
+    return drawn + (f"\n{'':{_TICKS}}line: training {name}, o: held-out {name}" if held_out and train else "")
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -69,7 +69,7 @@ def _evaluated(line: Mapping[str, Any]) -> list[str]:
     elif (best := line.get("best")) is not None:
         parts.append(f"best {_number(best)} at step {line.get('best_step')}")
     if RISING in marks:
-        parts.append("RISING: train less")
+        parts.append(f"{'FALLING' if name == 'eval_reward' else 'RISING'}: train less")
     return parts
 
 
