@@ -188,6 +188,16 @@ for name, kernel in sorted(vars(kernels).items()):
 
 
 @pytest.mark.long
+def test_rounding_in_real_sizes_is_not_taken_for_a_fault() -> None:
+    """A kernel that is right must not be refused for the worst of a million roundings."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    cases = [("norm", 3072), ("gate", 8192), ("gate_sum", 8192, 16), ("loss", 32064), ("rotate", 32, 32, 96, 48)]
+    for kind, *sizes in cases:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert proved_kernels.fault(CPU, dtype, kind, tuple(sizes)) is None, (kind, dtype)
+
+
+@pytest.mark.long
 def test_every_kernel_compiles_for_cards_of_each_generation(tmp_path: Any) -> None:
     """Down to machine code, by the compiler that comes with Triton: what an interpreter lets pass shows here."""
     pytest.importorskip("triton", reason="triton is not installed")

@@ -7,6 +7,7 @@ machine. Triton is imported when one runs on real tensors. `card_passes` calls t
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch  # noqa: TID253
@@ -252,9 +253,17 @@ _SCHEMAS = {
         "(Tensor(a!) logits, Tensor labels, float scale, bool gradient) -> Tensor",
     ),
 }
+
+
+def _there(kernel: Any, x: torch.Tensor, *args: Any) -> Any:
+    """Launch on the card that x is on: Triton takes the current one."""
+    with torch.cuda.device_of(x):
+        return kernel(x, *args)
+
+
 _LIBRARY = torch.library.Library("phi3_lora", "FRAGMENT")
 for _name, (_kernel, _fake, _schema) in _SCHEMAS.items():
     _LIBRARY.define(f"{_name}{_schema}")
-    for _key in ("CUDA", "CPU"):  # the CPU's is Triton's interpreter
-        _LIBRARY.impl(_name, _kernel, _key)
+    _LIBRARY.impl(_name, partial(_there, _kernel), "CUDA")
+    _LIBRARY.impl(_name, _kernel, "CPU")  # by Triton's interpreter
     torch.library.register_fake(f"phi3_lora::{_name}", _fake, lib=_LIBRARY)

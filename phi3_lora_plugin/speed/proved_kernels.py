@@ -21,7 +21,9 @@ from phi3_lora_plugin.speed import passes
 #: kind of passes -> functions of `passes` that one proof covers.
 KINDS = ("norm", "rotate", "gate", "gate_sum", "loss")
 _ROWS = 37  # more than one, and no multiple of anything
+# Of all numbers together, by their norms: what the dtype and roundings inside allow.
 _LARGEST_ERROR = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
+_OF_ONE = 4  # times as much, of a single number: among a million the worst is that far off
 
 #: (device, dtype, kind, sizes) -> None where the kernels are right, or what is wrong with them.
 _tried: dict[tuple[Any, ...], str | None] = {}
@@ -84,10 +86,7 @@ def fault(device: torch.device, dtype: torch.dtype, kind: str, sizes: tuple[int,
                 _TRIALS[kind](passes, device, _exact(dtype), *sizes),
                 strict=True,
             ):
-                # of each number, or of a usual one where it is small: one wrong number among many is found
-                error = (
-                    ((got.to(want.dtype) - want).abs() / (want.abs() + want.norm() / want.numel() ** 0.5)).max().item()
-                )
+                error = _error(got.to(want.dtype), want)
                 if not error <= _LARGEST_ERROR[dtype]:  # NaN is not
                     return f"its kernel gives a wrong {name} here (off by {error:.1%})"
     except Exception as error:
@@ -95,6 +94,13 @@ def fault(device: torch.device, dtype: torch.dtype, kind: str, sizes: tuple[int,
         lines = str(error).strip().splitlines()
         return f"its kernel does not run here ({type(error).__name__}: {lines[0][:120] if lines else ''})"
     return None
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """How far off all are together, or a share of how far the worst one is: one wrong number among many is found."""
+    usual = want.norm() / want.numel() ** 0.5
+    worst = ((got - want).abs() / (want.abs() + usual)).max()  # where a number is small, of a usual one
+    return float(torch.maximum((got - want).norm() / want.norm(), worst / _OF_ONE))
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
