@@ -114,7 +114,7 @@ def task(row: Mapping[str, Any]) -> Task:
     given = next((name for name in ANSWERS if row.get(name) is not None), None)
     answer = said if given is None else row[given]
     system, tools = (row.get(name) if row.get(name) is not None else row.get(other) for name, other in _OF_ROW)
-    # The order of turns is checked with an answer behind them, as the model will write it.
+    # The order of turns is checked with an answer after them, as the model will write it.
     whole = complete([*turns, {"role": "assistant", "content": "-"}], system=system, tools=tools)
     used = {prompts[0], *(name for names in _OF_ROW for name in names)} | (
         {"input"} if "instruction" in prompts else set()
@@ -133,7 +133,7 @@ def task(row: Mapping[str, Any]) -> Task:
 
 
 def _turns(row: Mapping[str, Any], name: str) -> tuple[list[Message], str | None]:
-    """The turns to answer, and what the row itself says behind them."""
+    """The turns to answer, and what the row itself answers."""
     value = row[name]
     if isinstance(value, str) and name == "instruction" and isinstance(row.get("input"), str) and row["input"]:
         value = f"{value}\n{row['input']}"

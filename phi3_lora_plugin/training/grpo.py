@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_prompts
 from phi3_lora_plugin.chat.tasks import Task, columns_of
+from phi3_lora_plugin.model.folder import published_stops
 from phi3_lora_plugin.model.tokenizer import stop_token_ids
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
@@ -55,11 +56,10 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc,valid-type]
 
     def __init__(self, *, recipe: Recipe, model: Any, processing_class: Any, **given: Any) -> None:
         data = recipe.data
-        self._policy = Policy("assistant", data.system, data.tools, data.control_tokens, data.tool_format,
-                              "train" if data.thoughts == "error" else data.thoughts)  # fmt: skip
+        thoughts = "train" if data.thoughts == "error" else data.thoughts
+        self._policy = replace(Policy.of(data), train_on="assistant", thoughts=thoughts)
         self._template_name = data.template
-        published = model.generation_config.eos_token_id
-        stops = stop_token_ids(processing_class, [published] if isinstance(published, int) else list(published or ()))
+        stops = stop_token_ids(processing_class, published_stops(model.generation_config.to_dict(), {}))
         model.generation_config.eos_token_id = stops
         given.pop("data_collator", None)
         super().__init__(

@@ -13,7 +13,7 @@ from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.chat.pad import pad
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
-from phi3_lora_plugin.training.trl_trainers import forget_copy, trl_trainer
+from phi3_lora_plugin.training.trl_trainers import LeavesRows, trl_trainer
 
 _ROW = {"prompt_ids": [3], "completion_ids": [4], "KL_completion_ids": [5], "label": True}
 
@@ -43,15 +43,8 @@ def kto_arguments(recipe: Recipe, has_eval: bool) -> Any:
     return training_arguments(recipe, has_eval, KTOConfig, **ours)
 
 
-class JudgedTrainer(KTOTrainer):  # type: ignore[misc,valid-type]
+class JudgedTrainer(LeavesRows, KTOTrainer):  # type: ignore[misc,valid-type]
     """KTOTrainer that leaves encoded rows as they are and a new adapter alone."""
-
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
-        forget_copy(self)
-
-    def _prepare_dataset(self, dataset: Any, *others: Any, **named: Any) -> Any:
-        return dataset
 
 
 @dataclass(frozen=True)

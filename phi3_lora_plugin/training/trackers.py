@@ -215,15 +215,7 @@ def _wandb_end(callback: Any, outcome: Outcome) -> None:
 
     run: Any = wandb.run
     run.summary.update({f"final/{name}": value for name, value in outcome.figures.items()})
-    for kind, files in (
-        ("model", adapter_files(outcome.adapter) if outcome.adapter else ()),
-        ("report", outcome.files),
-    ):
-        if files:
-            artifact = wandb.Artifact(f"{_artifact_name(outcome)}-{kind}", type=kind)
-            for file in files:
-                artifact.add_file(str(file))
-            run.log_artifact(artifact)
+    _log_artifacts(wandb.Artifact, run.log_artifact, outcome)
 
 
 def _wandb_leave(callback: Any, outcome: Outcome) -> None:
@@ -285,17 +277,21 @@ def _trackio_end(callback: Any, outcome: Outcome) -> None:
 
     if outcome.figures:
         trackio.log({f"final/{name}": value for name, value in outcome.figures.items()})
-    if not hasattr(trackio, "log_artifact"):  # before 0.30
-        return
+    if hasattr(trackio, "log_artifact"):  # from 0.30 on
+        _log_artifacts(trackio.Artifact, trackio.log_artifact, outcome)
+
+
+def _log_artifacts(artifact: Callable[..., Any], log_artifact: Callable[[Any], Any], outcome: Outcome) -> None:
+    """The adapter and the pages of a run as one artifact each, of wandb or of trackio, which has its interface."""
     for kind, files in (
         ("model", adapter_files(outcome.adapter) if outcome.adapter else ()),
         ("report", outcome.files),
     ):
         if files:
-            artifact = trackio.Artifact(f"{_artifact_name(outcome)}-{kind}", type=kind)
+            made = artifact(f"{_artifact_name(outcome)}-{kind}", type=kind)
             for file in files:
-                artifact.add_file(str(file))
-            trackio.log_artifact(artifact)
+                made.add_file(str(file))
+            log_artifact(made)
 
 
 _KINDS = {
