@@ -624,7 +624,7 @@ def test_p24_the_tokenizer_and_the_base_travel_with_the_adapter(bases, tmp_path)
     config = json.loads((tmp_path / "split" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "unsloth/Phi-3-mini-4k-instruct"
     report = convert(adapter, tmp_path / "nameless", "split", base=fused)
-    assert any("say it with --target-base" in note for note in report.notes)
+    assert any("pass --target-base" in note for note in report.notes)
 
 
 def test_the_command_reports_rules_rows_and_json(bases, tmp_path):
