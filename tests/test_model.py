@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,7 @@ def test_quantised_weights_leave_embeddings_and_head_alone(tmp_path: Path, kind:
 
 
 def test_quantising_without_bitsandbytes_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    real = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModelError, match=r'pip install "phi3-lora-plugin\[qlora\]"'):
         load_model(tiny.base(tmp_path), quantize="nf4")
 
