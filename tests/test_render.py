@@ -44,7 +44,7 @@ def config(name: str, host: str, *overrides: str) -> dict[str, Any]:
 def test_every_preset_has_every_hosts_words_or_is_refused_with_a_reason(name: str) -> None:
     recipe = load_recipe(name)
     for host in HOSTS:
-        if recipe.preference.on or recipe.reward:
+        if recipe.reward or (recipe.preference.on and (host != "trl" or recipe.preference.loss in ("orpo", "simpo"))):
             with pytest.raises(RenderError, match="trains (on preferences|by rewards), which is not rendered"):
                 render(recipe, host)
             continue
@@ -148,7 +148,9 @@ def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path,
     if host != "trl" and (python is None or not python.is_file()):
         pytest.skip(f"no environment for {host}; PHI3_HOST_ENVS=FOLDER names those of tools/host_matrix")
     files = []
-    for name in ("tiny-cpu", "phi3-mini-4k-lora", "phi3-mini-4k-qlora"):
+    names = ["tiny-cpu", "phi3-mini-4k-lora", "phi3-mini-4k-qlora"]
+    names += ["phi3-mini-4k-dpo-lora", "phi3-mini-4k-kto-lora"] if host == "trl" else []
+    for name in names:
         words = [f"model.path={place / 'base'}", "data.max_length=128", f"data.path={place / 'chats.jsonl'}"]
         made = render(load_recipe(name, words), host)
         files.append(tmp_path / f"{name}.yaml")
@@ -162,4 +164,4 @@ def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path,
             [python, *words], capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, **quiet}
         )
     said = [line for line in done.stdout.splitlines() if ": accepted" in line or ": refused" in line]
-    assert done.returncode == 0 and len(said) == 3, "\n".join([*said, done.stderr[-2000:]])
+    assert done.returncode == 0 and len(said) == len(names), "\n".join([*said, done.stderr[-2000:]])

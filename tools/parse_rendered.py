@@ -50,9 +50,12 @@ def on_cpu(*words: str) -> list[str]:
 
 
 def trl(file: Path) -> str:
-    """As `trl sft --config FILE` does."""
-    from trl.scripts.sft import make_parser
+    """As `trl sft --config FILE` does, or the command that the file names."""
+    from importlib import import_module
+    from re import search
 
+    script = search(r"trl (\w+) --config", file.read_text(encoding="utf-8"))
+    make_parser = import_module(f"trl.scripts.{script[1] if script else 'sft'}").make_parser
     words = ["--config", str(file), *on_cpu("--use_cpu", "True")]
     parsed = make_parser().parse_args_and_config(args=words, fail_with_unknown_args=True)
     return str(parsed[2].lora_target_modules)

@@ -31,8 +31,13 @@ def render(recipe: Recipe, host: str) -> Rendered:
         raise RenderError(f"--host: {host!r} is not one of {', '.join(HOSTS)}")
     if recipe.reward:
         raise RenderError(f"{recipe.name} trains by rewards, which is not rendered; it runs by `phi3-lora train`")
-    if recipe.preference.on:
-        raise RenderError(f"{recipe.name} trains on preferences, which is not rendered; it runs by `phi3-lora train`")
+    if recipe.preference.on and (
+        host != "trl" or recipe.preference.rows == "pairs" and not recipe.preference.has_reference
+    ):
+        raise RenderError(
+            f"{recipe.name} trains on preferences, which is not rendered for {host} with preference.loss: "
+            f"{recipe.preference.loss}; it runs by `phi3-lora train`"
+        )
     if why := why_refused(recipe.model.path, recipe.model.revision):
         raise RenderError(f"{recipe.model.path}: {why}")
     if has_towers(base_config(recipe) or {}):

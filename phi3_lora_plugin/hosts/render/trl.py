@@ -1,4 +1,4 @@
-"""A recipe as the YAML of TRL's own command, `trl sft --config FILE`."""
+"""A recipe as the YAML of TRL's own command: `trl sft`, or `trl dpo` and `trl kto` for preferences."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def render(recipe: Recipe) -> Rendered:
     """See `hosts.render`."""
     n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
     names, why = targets(recipe)
+    script = {"chats": "sft", "pairs": "dpo", "judged": "kto"}[recipe.preference.rows]
     head = [
         f"TRL, from the recipe {recipe.name}. Run it with",
-        "  trl sft --config FILE",
-        "or, with LoRA-only checkpoints and stop tokens as well, `phi3-lora trl sft --config FILE`.",
+        f"  trl {script} --config FILE",
+        f"or, with LoRA-only checkpoints and stop tokens as well, `phi3-lora trl {script} --config FILE`.",
     ]
     dtype = precision_elsewhere(model).weights
     lines = [
@@ -55,9 +56,9 @@ def render(recipe: Recipe) -> Rendered:
         *([Line("lora_modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
         *lora_left_out(recipe, "TRL's command", "modules_to_save"),
         *_data(recipe),
-        *_template(recipe),
+        *(_preference(recipe) if recipe.preference.on else _template(recipe)),
         longest(recipe, "max_length"),
-        Line("packing", data.packing),
+        *([] if recipe.preference.on else [Line("packing", data.packing)]),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
         Line("gradient_checkpointing", n.checkpointing, "on by default in TRL"),
         *_precision(recipe, n.rest),
@@ -66,11 +67,27 @@ def render(recipe: Recipe) -> Rendered:
     return Rendered(write(head, lines))
 
 
+def _preference(recipe: Recipe) -> list[Line]:
+    section = recipe.preference
+    lines = [
+        Line("beta", section.beta),
+        Line("disable_dropout", False, "on by default in TRL; the recipe's dropout is that of its LoRA"),
+    ]
+    if section.loss == "kto":
+        return [
+            *lines,
+            Line("desirable_weight", section.desirable_weight),
+            Line("undesirable_weight", section.undesirable_weight),
+        ]
+    smoothing = [Line("label_smoothing", section.label_smoothing)] if section.label_smoothing else []
+    return [*lines, Line("loss_type", [section.loss]), *smoothing]
+
+
 def _data(recipe: Recipe) -> list[Line]:
     found = rows(recipe)
     if found is None:
         found = Rows("YOUR_CHATS.jsonl", True, "messages", {}, "train", "the recipe names none")
-    if found.format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
+    if not recipe.preference.on and found.format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
         raise RenderError(f"data.format: {found.format} is a plugin's, which TRL does not know")
     held_out = rows(recipe, evaluation=True)
     if found.local:
@@ -91,7 +108,10 @@ def _data(recipe: Recipe) -> list[Line]:
         ]
     elif held_out is not None or recipe.data.eval_fraction:
         lines.append(note("left out: rows to evaluate on; TRL's command takes a split of the same data set only"))
-    if found.format == "alpaca" or found.columns:
+    if recipe.preference.on:
+        wanted = "completion and label" if recipe.preference.loss == "kto" else "chosen and rejected"
+        lines.append(note(f"TRL reads rows of prompt, {wanted}"))
+    elif found.format == "alpaca" or found.columns:
         lines.append(
             note(f"TRL reads messages and prompt/completion; turn rows of the format {found.format} into those")
         )
