@@ -52,6 +52,11 @@ def test_near_names_of_commands_and_options() -> None:
         assert f"RECIPE data.path={file}" in CliRunner().invoke(app, ["show", file]).output
 
 
+def test_a_blocked_name_that_no_plugin_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI3_LORA_BLOCK_PLUGINS", "ph3")
+    assert "no plugin is named 'ph3'; did you mean 'phi3'?" in CliRunner().invoke(app, ["plugins"]).output
+
+
 def test_a_shell_completes_recipes_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "phi3-mine.yaml").write_text("")

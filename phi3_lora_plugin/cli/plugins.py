@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 
 from phi3_lora_plugin.cli.overrides import AsJson
+from phi3_lora_plugin.hookspecs import NAME
 from phi3_lora_plugin.plugins.discovery import Plugin, Plugins, PluginWarning, load_plugins
 from phi3_lora_plugin.plugins.registry import BLOCK, KINDS
+from phi3_lora_plugin.wording import nearest
 
 
 def plugins_command(
@@ -73,6 +76,10 @@ def _print(plugins: Plugins, offers: list[tuple[Plugin, dict[str, list[str]]]]) 
         console.print(f"failed: {failure}", style="red")
     if plugins.blocked:
         console.print(f"blocked by {BLOCK}: {', '.join(plugins.blocked)}", style="yellow")
+    there = {point.name for point in metadata.entry_points(group=NAME)}
+    for name in plugins.blocked:
+        if name not in there:
+            console.print(f"{BLOCK}: no plugin is named {name!r}{nearest(name, there)}", style="yellow")
 
 
 def _lines(found: dict[str, list[str]]) -> list[str]:

@@ -12,6 +12,7 @@ from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.seams import look_up
 from phi3_lora_plugin.training.attach import attach, trains_alone, wrap_again
 from phi3_lora_plugin.training.resume import refuse_own_folder
+from phi3_lora_plugin.wording import nearest
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -106,7 +107,7 @@ def _checked(names: Sequence[str] | None, plugins: Plugins) -> list[str]:
     if unknown:
         raise CallbackError(
             f"callbacks: {', '.join(unknown)} is not a plugin with callbacks; available: {', '.join(known)}, "
-            "or any class as module:Class"
+            f"or any class as module:Class{nearest(unknown[0], known)}"
         )
     return list(dict.fromkeys(names))
 
