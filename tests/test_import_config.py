@@ -323,6 +323,9 @@ def test_what_render_wrote_is_the_same_recipe_again_and_edits_are_kept(host: str
         recipe = load_recipe(name)
         made = imported(tmp_path, text, f"{name}.yaml")
         assert (made.host, made.recipe.digest(), made.recipe.output_dir) == (host, recipe.digest(), recipe.output_dir)
+    part = render(load_recipe("tiny-cpu", ["lora.targets=[o_proj]", "lora.r=4", "lora.alpha=5"]), host).text
+    lora = imported(tmp_path, part.replace("learning_rate: 0.002", "learning_rate: 0.001")).recipe.lora
+    assert (lora.targets, lora.r, lora.alpha) == (["o_proj"], 4, 5)
     edited = text.replace(f"learning_rate: {recipe.training['learning_rate']}", "learning_rate: 0.5")
     edited = edited.replace(f"lora_dropout: {recipe.lora.dropout}", "lora_dropout: 0.25")
     changed = imported(tmp_path, edited).recipe
@@ -377,6 +380,11 @@ def test_a_config_without_our_comment_trains_the_same(host: str, tmp_path: Path)
 def test_what_cannot_be_imported_is_said(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ImportConfigError, match=message):
         imported(tmp_path, text)
+
+
+def test_rank_8_and_twice_that_are_llamafactory_s_defaults(tmp_path: Path) -> None:
+    lora = imported(tmp_path, "finetuning_type: lora\nmodel_name_or_path: microsoft/phi-4\n").recipe.lora
+    assert (lora.r, lora.alpha, lora.targets) == (8, 16, "all-linear")
 
 
 def test_a_folder_s_config_decides_and_json_is_read_too(tmp_path: Path) -> None:

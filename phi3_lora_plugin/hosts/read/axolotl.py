@@ -112,6 +112,9 @@ def read(reading: Reading) -> None:
         read_loss(reading, "rl", loss)
     _data(reading)
     _evaluation(reading)
+    for key in ("fsdp", "fsdp_config", "fsdp_version"):
+        if (sharded := reading.take(key)) is not None:
+            reading.note(key, "left out; see training.fsdp, or an accelerate config", sharded)
     if reading.take("wandb_project"):
         reading.put("training.report_to", "wandb")
     read_checkpoints(
@@ -178,6 +181,8 @@ def _source(reading: Reading, rows: dict[str, Any], key: str) -> dict[str, Any]:
     if columns:
         made["columns"] = columns
     rows.pop("conversation", None)
+    if all(theirs == [ours] for ours, theirs in (rows.get("roles") or {}).items()):
+        rows.pop("roles", None)
     for name, value in rows.items():
         reading.note(f"{key}.{name}", "has no equal in a recipe; left out", value)
     return made

@@ -53,11 +53,13 @@ class Reading:
         given: keys that were not read yet.
         folder: where the config lies; paths in it are relative to that or to the working directory.
         recipe: dotted keys of the recipe.
+        partial: the keys are changes to a recipe that is known; the host's defaults do not come with them.
         notes: a sentence for each key that has no equal, or means something else.
     """
 
     given: dict[str, Any]
     folder: Path
+    partial: bool = False
     recipe: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

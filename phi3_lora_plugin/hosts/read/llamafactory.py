@@ -62,7 +62,7 @@ NOT_NEEDED = {
     "resize_vocab": "the vocabulary stays",
     "media_dir": "text only",
 }
-DEFAULTS = {"lora.r": 8, "data.max_length": 2048, "training.gradient_checkpointing": True}
+DEFAULTS: dict[str, Any] = {"lora.r": 8, "data.max_length": 2048, "training.gradient_checkpointing": True}
 
 
 def read(reading: Reading) -> None:
@@ -76,7 +76,7 @@ def read(reading: Reading) -> None:
         read_loss(reading, "pref_loss" if stage == "dpo" else "stage", loss if stage == "dpo" else "kto")
     elif stage != "sft":
         raise ImportConfigError(f"stage: {stage} has no equal in a recipe; available: sft, dpo, kto")
-    read_targets(reading, "lora_target", reading.take("lora_target", "all"), ("all",))
+    read_targets(reading, "lora_target", reading.take("lora_target", None if reading.partial else "all"), ("all",))
     if more := reading.take("additional_target"):
         reading.put("lora.modules_to_save", [part.strip() for part in str(more).split(",")])
     if (bits := reading.take("quantization_bit")) is not None:
@@ -114,8 +114,8 @@ def read(reading: Reading) -> None:
             if (value := reading.take(key)) not in (None, "no"):
                 reading.note(key, "nothing is evaluated: there is no val_size or eval_dataset", value)
     read_optimizer_and_rest(reading)
-    if "lora.alpha" not in reading.recipe and "lora.r" in reading.recipe:
-        reading.put("lora.alpha", 2 * reading.recipe["lora.r"])
+    if not reading.partial and "lora.alpha" not in reading.recipe:
+        reading.put("lora.alpha", 2 * reading.recipe.get("lora.r", DEFAULTS["lora.r"]))
 
 
 def _data(reading: Reading, streaming: bool) -> None:

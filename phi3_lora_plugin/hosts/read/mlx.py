@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number, read_base
+from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number, read_base, read_loss
 
 SIGNS = (
     "lora_parameters",
@@ -33,7 +33,6 @@ NOT_NEEDED = {
     "test": "`phi3-lora eval`",
     "test_batches": "`phi3-lora eval`",
     "resume_adapter_file": "--resume",
-    "hf_dataset": "data.path",
     "val_batches": "all rows are evaluated",
     "clear_cache_threshold": "of MLX",
 }
@@ -61,7 +60,9 @@ def read(reading: Reading) -> None:
         if bits:
             reading.put("model.quantize", "int8" if bits == "8bit" else "nf4")
     read_base(reading, "model", base)
-    kind = reading.take("fine_tune_type", "lora")
+    kind, mode = reading.take("fine_tune_type", "lora"), reading.take("training_mode", "normal")
+    if mode != "normal":
+        read_loss(reading, "training_mode", mode)
     if kind not in ("lora", "dora"):
         raise ImportConfigError(f"fine_tune_type: {kind}: a recipe trains LoRA")
     if kind == "dora" or reading.take("use_dora"):
@@ -126,28 +127,36 @@ def _data(reading: Reading) -> None:
         reading.put("data.train_on", "last_turn")
     else:
         reading.put("data.train_on", "all")
-    named = reading.take("data", "data")
-    folder = next((each for each in (Path(named), reading.folder / named) if each.is_dir()), None)
-    if folder is None:
-        reading.put("data.path", str(named) if "/" in str(named) else f"{named}/train.jsonl")
-        if str(named).count("/") != 1:
-            reading.note("data", "is not a folder here; taken as it is", named)
+    hub = reading.take("hf_dataset")
+    if hub:
+        reading.take("data")
+        rows = dict(hub[0] if isinstance(hub, list) else hub)
+        reading.put("data.path", rows.pop("path", rows.pop("name", None)))
+        for theirs, ours in (("train_split", "split"), ("valid_split", "eval_split")):
+            if (split := rows.pop(theirs, None)) is not None:
+                reading.put(f"data.{ours}", split)
+        reading.given |= rows
     else:
-        reading.put("data.path", str(folder / "train.jsonl"))
-        if (folder / "valid.jsonl").exists():
-            reading.put("data.eval_path", str(folder / "valid.jsonl"))
-    columns = {
-        ours: value
-        for ours, theirs in (
-            ("prompt", "prompt_feature"),
-            ("completion", "completion_feature"),
-            ("messages", "chat_feature"),
-            ("text", "text_feature"),
-        )
-        if (value := reading.take(theirs)) is not None and value != ours
-    }
+        _folder(reading, str(reading.take("data", "data")))
+    features = {"prompt": "prompt_feature", "completion": "completion_feature", "messages": "chat_feature",
+                "text": "text_feature", "chosen": "chosen_feature", "rejected": "rejected_feature"}  # fmt: skip
+    found = {ours: reading.take(theirs) for ours, theirs in features.items()}
+    columns = {ours: value for ours, value in found.items() if value not in (None, ours)}
     if columns:
         reading.put("data.columns", columns)
+
+
+def _folder(reading: Reading, named: str) -> None:
+    """mlx-lm's data is a folder with train.jsonl and valid.jsonl, or a data set of the hub."""
+    folder = next((each for each in (Path(named), reading.folder / named) if each.is_dir()), None)
+    if folder is None and named.count("/") == 1 and named[0] not in "/.~":
+        reading.put("data.path", named)
+        return
+    reading.put("data.path", str((folder or Path(named)) / "train.jsonl"))
+    if folder is None:
+        reading.note("data", "is not a folder here; add data.eval_path if it has a valid.jsonl", named)
+    elif (folder / "valid.jsonl").exists():
+        reading.put("data.eval_path", str(folder / "valid.jsonl"))
 
 
 def _schedule(reading: Reading) -> None:

@@ -59,7 +59,8 @@ def import_config(path: Path, host: str = "") -> Imported:
         raise ImportConfigError(f"--host: {host!r} is not one of {', '.join(HOSTS)}")
     reader = import_module(f"phi3_lora_plugin.hosts.read.{host}")
     made_from = _made_from(text, host, config)
-    reading = Reading(dict(config) if made_from is None else made_from[1] | _base(reader, config), path.parent)
+    given = dict(config) if made_from is None else made_from[1] | _base(config)
+    reading = Reading(given, path.parent, partial=made_from is not None)
     reader.read(reading)
     reading.leave()
     if made_from is None:
@@ -75,7 +76,7 @@ def import_config(path: Path, host: str = "") -> Imported:
     return _whole(host, path, sections, reading.notes)
 
 
-def _base(reader: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def _base(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys without which a reader reads nothing."""
     needed = ("base_model", "adapter", "model_name_or_path", "use_peft", "finetuning_type")
     return {key: config[key] for key in needed if key in config}
