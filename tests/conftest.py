@@ -78,6 +78,14 @@ def old_objects_out_of_garbage_collections() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that need the warm process as slow: it takes six seconds to start, in each worker."""
+    for item in items:
+        if "warm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Warm]:
     """A process to fork others off, which have torch, transformers, peft and datasets imported already."""

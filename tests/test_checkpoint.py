@@ -261,6 +261,7 @@ def _dies_before_change(number: int, store: Path, step: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_of_the_disk_the_last_announced_one_is_there(tmp_path: Path) -> None:
     store, work = tmp_path / "lora", tmp_path / "try"
     write(store, 1)

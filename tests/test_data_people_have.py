@@ -433,6 +433,7 @@ anything = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from([*COLUMNS, "label", "weight", "meta"]), anything))
 def test_whatever_a_preference_holds_it_is_a_pair_or_a_row_error(row: dict[str, Any]) -> None:

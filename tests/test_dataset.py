@@ -88,6 +88,7 @@ def test_the_same_dialogue_in_four_formats_and_every_kind_of_file_gives_the_same
     assert rows(data.train) == want and data.report.unread == {"id": 3}
 
 
+@pytest.mark.slow
 def test_malformed_rows_are_all_named_with_file_and_line_at_once(tmp_path: Path) -> None:
     given: list[Any] = [chat(f"q {n}") for n in range(10_000)]
     given[17] = "{broken"

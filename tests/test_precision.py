@@ -97,6 +97,7 @@ def same_steps_once() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("same_steps_once")
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
 def test_a_card_without_bfloat16_gets_float16_everywhere(
@@ -193,6 +194,7 @@ def peak_of(work: Any) -> tuple[Any, int]:
     return made, status("VmHWM") - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 @pytest.mark.parametrize(
     ("saved", "wanted"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]

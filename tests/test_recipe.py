@@ -438,6 +438,7 @@ print({"torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokeni
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_a_recipe_without_an_end_is_refused_in_a_screen_of_text(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("extends: tiny-cpu\nlora:\n" + "".join(f"  k{n}: 1\n" for n in range(15_000)))
     for number in range(1500):

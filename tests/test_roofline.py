@@ -18,6 +18,8 @@ from benchmarks.costs import GEMM, STREAM, Meter  # noqa: E402
 from benchmarks.fake_card import on_a_card  # noqa: E402
 from benchmarks.sizes import config  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MINI = "microsoft/Phi-3-mini-4k-instruct"
 #: (in, out) of the four maps of a layer of Phi-3-mini.
 MAPS = ((3072, 9216), (3072, 3072), (3072, 16384), (8192, 3072))

@@ -57,6 +57,7 @@ def arguments_of(folder: Path, **changes: object) -> TrainingArguments:
     return TrainingArguments(**(settings | changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}], ids=str
 )
@@ -229,6 +230,7 @@ def test_two_gpus_in_one_process_get_what_survives_copies_of_the_model(tmp_path:
     assert replica.forward.__self__ is replica
 
 
+@pytest.mark.slow
 def test_what_torch_compile_would_compile_for_every_batch_is_left_to_it(tmp_path: Path) -> None:
     model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
     trainer = Trainer(model, arguments_of(tmp_path), train_dataset=rows())  # type: ignore[arg-type]

@@ -14,6 +14,8 @@ from trl import SFTConfig, SFTTrainer
 from phi3_lora_plugin import accelerate_phi3, add_lora
 from phi3_lora_plugin.speed.apply import PARTS, slow_down
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl.trainer.utils").__dict__.get("FusedCausalLMOutput") or pytest.skip(
     "this TRL has no fused head", allow_module_level=True
 )

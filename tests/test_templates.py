@@ -44,6 +44,7 @@ message = st.fixed_dictionaries(
 conversations = st.lists(message, min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conversation=conversations, prompt=st.booleans())
