@@ -204,7 +204,7 @@ WRONG = {
     "a score": ({"prompt": "Hi", "completion": "Ho", "label": 0.5}, "label is a number (0.5); expected true or false"),
     "twice": ({"prompt": "Hi", "completion": "Ho", "label": True, "kto_tag": False}, "twice, as label and kto_tag"),
     "no answer": ({"messages": [*HI, HI[0]], "label": True}, "ends with a turn of role user"),
-    "a weight": ({"prompt": "Hi", "completion": "Ho", "weight": 0.5, "label": True}, "no preference loss honours"),
+    "a weight": ({"prompt": "Hi", "completion": "Ho", "weight": 0.5, "label": True}, "preference losses cannot use"),
     "a pair": ({"prompt": "Hi", "chosen": "Ho", "rejected": "Go"}, "is a pair, but the first row"),
 }
 

@@ -507,7 +507,7 @@ def test_names_that_wrappers_leave_are_refused(prefix: str) -> None:
     assert "16 of 16 tensors are not of this adapter" in problems and "16 of 16 tensors are missing" in problems
     one = dict(list(wrong.items())[:1] + list(state.items())[1:])
     assert "1 of 16 tensors are missing" in " ".join(adapter_problems(one, expected))
-    assert adapter_problems({}, expected)[0].startswith("there is no LoRA tensor")
+    assert adapter_problems({}, expected)[0].startswith("found no LoRA tensor")
 
 
 @pytest.mark.parametrize("layers", ["whole", "each"])

@@ -176,12 +176,12 @@ def test_where_nothing_would_honour_a_weight_it_is_refused(place: Path, tmp_path
         ("speed=off", r"speed.loss is off \(switched off\)"),
         ("training.label_smoothing_factor=0.1", "label_smoothing"),
     ):
-        with pytest.raises(DataError, match=f"rows have weights between 0 and 1, which nothing would honour: .*{why}"):
+        with pytest.raises(DataError, match=f"rows have weights between 0 and 1, which this run cannot use: .*{why}"):
             train(recipe(place, tmp_path / "off", more), check=False)
     pair = {"prompt": "xy", "chosen": [{"role": "assistant", "content": "ko", "weight": 0.5}], "rejected": "mi"}
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(pair) + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match="chosen has a weight between 0 and 1, which no preference loss honours"):
+    with pytest.raises(DataError, match="chosen has a weight between 0 and 1, which preference losses cannot use"):
         load_data(recipe(place, tmp_path, f"data.path={path}", "preference.loss=sigmoid"), TOKENIZER, ADAPTERS)
     with pytest.raises(RowsError, match="has a weight between 0 and 1"):
         encode_rows([chat(1, 0.5)], TOKENIZER, ChatSection())

@@ -29,7 +29,7 @@ class Reading:
     format: str = ""
     because: str = ""  # how the format was chosen
     rows: int = 0  # read so far, good and bad
-    unread: Counter[str] = field(default_factory=Counter)  # columns and keys that the format makes nothing of
+    unread: Counter[str] = field(default_factory=Counter)  # columns and keys that the format does not read
 
 
 def conversations(
@@ -139,7 +139,7 @@ def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tupl
     # A column that is there and null in every row is for the adapter to tell, row by row.
     there = [(row, dict.fromkeys(values, "")) for row, values in renamed]
     for row, values in [*renamed, *there]:
-        # Columns that the recipe speaks of decide, if they make a format by themselves.
+        # Columns that the recipe names decide, if they make a format by themselves.
         fits = detect({name: values[name] for name in columns if name in values}) or detect(values)
         if len(fits) > 1:
             both = " and ".join(f"{name} ({', '.join(REQUIRED[name])})" for name in fits)

@@ -66,7 +66,7 @@ def _by_control_tokens(
             return None
         before = found[at - 1]
         gap = text[before.end() : start]
-        swallows = known[before.group()][1]  # the white space behind it, also where that is the span's own
+        swallows = known[before.group()][1]  # the white space after it, also where that is the span's own
         if gap and (gap.strip("\n ") or not swallows):
             return None
         first = places[at - 1] + 1

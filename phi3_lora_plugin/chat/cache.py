@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 WORTH = 256 * 1024  # bytes of data; fewer are encoded sooner than an entry is found
 LIMIT = 4 * 1024**3  # bytes of all entries; those not used for the longest time go first
-_ABANDONED = 24 * 3600  # seconds after which a half-written entry belongs to a process that is no more
+_ABANDONED = 24 * 3600  # seconds after which a half-written entry belongs to a process that has ended
 
 
 def cache_folder() -> Path | None:
@@ -84,7 +84,7 @@ def find_entry(
 
 
 def read_entry(entry: Path) -> tuple[dict[str, pyarrow.Table], DataReport] | None:
-    """Return tables by part ("train", "eval") and the report; None if there is no such entry, or a damaged one."""
+    """Return tables by part ("train", "eval") and the report; None if the entry is missing or damaged."""
     import pyarrow
 
     if not entry.is_dir():

@@ -46,7 +46,7 @@ def read_calls(calls: list[Any], what: str) -> list[Call]:
 
 
 def calls_in(text: str) -> tuple[str, list[Call]]:
-    """What is said, and the calls at the end of it in a form that models of the family write; maybe none.
+    """The text, and the calls at the end of it in a form that models of the family write; maybe none.
 
     Read are `<|tool_call|>[...]<|/tool_call|>` and `functools[...]`, each up to the end of the text, and the tags of
     Hermes, `<tool_call>{...}</tool_call>`, which data sets for other models have.

@@ -64,7 +64,7 @@ def lookup(row: Any, path: str) -> Any:
 
 
 def unread(row: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield the columns of the row, and the keys of its messages, that format `name` makes nothing of."""
+    """Yield the columns of the row, and the keys of its messages, that format `name` does not read."""
     if name in REQUIRED:  # only another plugin's data format itself knows
         yield from dict.fromkeys(path for path, _ in unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
 

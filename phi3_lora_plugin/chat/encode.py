@@ -151,7 +151,7 @@ def prompt_ids(
     Raises:
         EncodeError: as `encode`.
     """
-    # A model may think where its data did not: what it said a turn ago is no reason to stop.
+    # A model may think where its data did not: an earlier thought is not a reason to stop.
     policy = Policy(
         "assistant", system, tools, control_tokens, tool_format, "train" if thoughts == "error" else thoughts
     )

@@ -9,14 +9,14 @@ from fractions import Fraction
 from phi3_lora_plugin.chat.thoughts import CLOSE, OPEN
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-#: A sign that belongs to the number stands before it and not behind another; `a/b` is one number, `a/b/c` none.
+#: A sign that belongs to the number stands before it and not after another; `a/b` is one number, `a/b/c` none.
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]%.])[-+](?=[$€£¥0-9.])|(?<![\w)\]%])[$€£¥][-+])?[$€£¥]?\s?"
     rf"(?<![\w.])(?<![0-9]/)(?P<value>{_DIGITS})(?P<exponent>[eE][-+]?[0-9]{{1,3}}(?!\w))?(?![eE][-+]?[0-9])"
     rf"(?:\s?/\s?(?P<below>[0-9]+)(?![\w/]|\.[0-9]))?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{?\s*([0-9]+)\s*\}?\s*\{?\s*([0-9]+)\s*\}?")
-_MOST = 200  # digits of a number; a longer one is no answer
+_MOST = 200  # digits of a number; a longer one is not an answer
 _REPLACED = (("\\$", "$"), ("\\%", "%"), ("\\,", ""), ("\\!", ""), ("{,}", ","), ("−", "-"), ("–", "-"), ("\\ ", " "))
 
 

@@ -117,5 +117,5 @@ def _judged(row: dict[str, Any] | EncodeError, good: bool) -> dict[str, Any] | E
     if isinstance(row, EncodeError):
         return row
     if "weights" in row:
-        return EncodeError("messages", "has a weight between 0 and 1, which no preference loss honours")
+        return EncodeError("messages", "has a weight between 0 and 1, which preference losses cannot use")
     return row | {"label": good}

@@ -12,7 +12,7 @@ from phi3_lora_plugin.chat.report_view import KINDS, pieces
 
 _LOOKED_AT = 100  # rows, for one with a thought and one with a call
 _LONGEST = 4000  # characters of one piece; the middle of a longer one is left out
-_ROW = 20_000  # characters of one row; what comes behind is left out
+_ROW = 20_000  # characters of one row; the rest is left out
 
 
 @dataclass(frozen=True)

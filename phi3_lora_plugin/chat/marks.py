@@ -1,7 +1,7 @@
 """How much of a row is to be learned: the marks that data sets use, and the keys that must not be silently ignored.
 
 Read are OpenAI's and Mistral's `weight`, ms-swift's `loss` and `loss_scale`, LLaMA-Factory's `loss_weight`, axolotl's
-`train` and `train_detail`, and KTO's `label`. Any other key whose name speaks of learning is an
+`train` and `train_detail`, and KTO's `label`. Any other key whose name has to do with training is an
 error.
 """
 
@@ -121,7 +121,7 @@ _REASONS = {
     "learn": "looks like a mark of what to train, but is not one that is read here",
     "media": "holds pictures or sound, and text alone would be trained",
     "pairs": "is one side of a preference; set preference.loss to train on pairs",
-    "refusal": "holds what the assistant said instead of its content",
+    "refusal": "holds the assistant's text instead of its content",
 }
 
 

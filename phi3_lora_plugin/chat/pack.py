@@ -69,7 +69,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Flatten the rows of packs into one row of tokens: documents are told apart by positions and by their bounds.
+    """Flatten the rows of packs into one row of tokens: documents are separated by positions and by their bounds.
 
     Each example is a pack, {"rows": [{"input_ids": [...], "labels": [...]}, ...]}, or a plain row: a pack of one.
     There is no attention mask on purpose: with packed positions, a mask of ones lets documents see each other.

@@ -63,7 +63,7 @@ def _joined(chosen: dict[str, Any] | EncodeError, rejected: dict[str, Any] | Enc
         if isinstance(one, EncodeError):
             return EncodeError(one.reason, f"{name}: {one}")
         if "weights" in one:
-            return EncodeError("messages", f"{name} has a weight between 0 and 1, which no preference loss honours")
+            return EncodeError("messages", f"{name} has a weight between 0 and 1, which preference losses cannot use")
     assert isinstance(chosen, dict) and isinstance(rejected, dict)
     return {
         "input_ids": chosen["input_ids"] + rejected["input_ids"],

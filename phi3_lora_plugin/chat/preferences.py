@@ -141,7 +141,7 @@ def _parted(
 
 
 def _said(turn: Message) -> Message:
-    """A turn without what is said of learning it, which no two chats have to agree on."""
+    """A turn without its marks for training, in which the two chats may differ."""
     return {key: value for key, value in turn.items() if key not in ("train", "spans")}
 
 

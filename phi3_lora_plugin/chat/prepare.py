@@ -117,7 +117,7 @@ def _plain(message: Message, policy: Policy, control: re.Pattern[str]) -> dict[s
 
 
 def _read_calls(message: Message, number: int) -> list[Any]:
-    """OpenAI's `tool_calls` on a message that nobody has read before."""
+    """OpenAI's `tool_calls` of a message that was not read before."""
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     try:
         return read_calls(list(calls), f"message {number}")

@@ -154,7 +154,7 @@ def printable(text: str) -> str:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return what to call absolute paths on the screen: as much of their end as tells them from all the others."""
+    """Return what to call absolute paths on the screen: as much of their end as makes them different."""
     paths = {name: Path(name).parts for name in dict.fromkeys(names)}
     short = {}
     for name, parts in paths.items():

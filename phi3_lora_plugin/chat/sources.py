@@ -141,7 +141,7 @@ def _folder(folder: Path, split: str | None) -> Found:
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that the name of a file, or of a folder around it, speaks of."""
+    """Return the split named by a file's name, or by that of a folder around it."""
     words = re.split(r"[^a-z]+", str(path).lower())
     return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 

@@ -87,7 +87,7 @@ def encode_dataset(
         made = encode_batch(conversations, tokenizer, max_length, policy, template) if conversations else []
         for number, one in zip(numbers, made, strict=True):
             if not isinstance(one, EncodeError) and "weights" in one:
-                wrong.append(f"row {number}: has a weight between 0 and 1, which only a run of a recipe honours")
+                wrong.append(f"row {number}: has a weight between 0 and 1, which only `phi3-lora train` supports")
             elif not isinstance(one, EncodeError):
                 rows["input_ids"].append(one["input_ids"])
                 rows["labels"].append(one["labels"])

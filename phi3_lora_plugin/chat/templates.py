@@ -105,7 +105,7 @@ _OUT_OF_BOUNDS = (
     f"the tokenizer's chat template takes more than {template_process.SECONDS} s or "
     f"{template_process.MEMORY // 1024**3} GiB for a chat of a few words; set data.template to a known one"
 )
-# Of the published ones, byte by byte: nobody has to be careful with them.
+# Of the published ones, byte by byte: these are known to be safe.
 _PUBLISHED = frozenset(
     {
         "dcaee66df77bfbb789ec541fe713218da30225a526f1db97138fc39ee6dc56aa",  # Phi-3-mini-4k and -128k

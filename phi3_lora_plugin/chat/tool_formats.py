@@ -24,7 +24,7 @@ class ToolFormat:
         before, after: what stands around the list of calls.
         alone: whether a single call stands without the list around it.
         separators: of the JSON, between items and after keys, as those who write it write it.
-        gap: between what is said before a call and the call.
+        gap: between the text before a call and the call.
         tokens: control tokens that the tokenizer has to have.
         readers: servers that read it, with the name of their parser.
         first_bracket: those of them that stop at the first `]`, so that lists and brackets in text are lost.

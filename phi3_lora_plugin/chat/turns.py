@@ -48,7 +48,7 @@ KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", 
 
 
 def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]:
-    """Yield canonical messages, one for one, except that a call right after what the assistant said joins it."""
+    """Yield canonical messages, one for one, except that a call right after the assistant's text joins it."""
     held: Message | None = None
     whole = ((number, part) for number, item in enumerate(items, 1) for part in split_results(item))
     for number, item in whole:
@@ -101,7 +101,7 @@ def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
 def complete(turns: list[Message], system: Any = None, tools: Any = None) -> list[Message]:
     """Put a row's own system prompt and tools in front of its turns, and check their order.
 
-    A system message stands first and once; the assistant may open (a greeting); nobody speaks twice in a row; a tool
+    A system message stands first and once; the assistant may open (a greeting); no role comes twice in a row; a tool
     answers a call; the assistant speaks at least once.
     """
     if system is not None and (system := read_text(system, "system")):

@@ -22,7 +22,7 @@ def places() -> Iterator[Finding]:
     home = find_home()
     if home is None:
         remedy = "set HOME, or HF_HOME=FOLDER and PHI3_LORA_CACHE=off"
-        yield Finding(AREA, "home", "there is no home folder, so caches have no place", "problem", remedy)
+        yield Finding(AREA, "home", "the home folder does not exist, so caches cannot be kept", "problem", remedy)
     yield folder("working folder", Path.cwd(), "runs are written there; cd elsewhere or pass output_dir=FOLDER")
     yield folder("temporary files", _temporary(), "set TMPDIR=FOLDER")
     cache = hub_cache(home)
@@ -74,7 +74,7 @@ def row_cache(home: Path | None) -> Path | None:
 
 
 def folder(name: str, path: Path, remedy: str, wanted: int = _LEAST) -> Finding:
-    """Whether a folder, there or not yet, can be written, and the room on its disk; nothing is left behind."""
+    """Whether a folder, there or not yet, can be written, and the free space on its disk; leaves no file."""
     there = next((above for above in (path, *path.parents) if above.exists()), Path(path.anchor or "."))
     try:
         free = shutil.disk_usage(there).free

@@ -41,7 +41,7 @@ def questions(
     before it; a row without a whole one is left out.
 
     Args:
-        rows: as `encode` gives them, with the assistant's turns trained and nobody else's; of pairs the chosen chat;
+        rows: as `encode` gives them, with only the assistant's turns trained; of pairs the chosen chat;
             of tasks all of it is asked for.
         stops: the tokens that end a turn.
     """

@@ -94,7 +94,7 @@ def _scores(runtime: Runtime, rows: Sequence[Mapping[str, Any]]) -> tuple[list[f
 
 
 def sentence(text: str, adapter: Figures, shipped: Figures) -> str:
-    """What the form costs, in one sentence: always said, also where it is nothing."""
+    """What the form costs, in one sentence; also where it costs nothing."""
     parts: list[str] = []
     pairs: list[tuple[str, Any, Any]] = [
         ("loss", adapter.loss, shipped.loss), ("token accuracy", adapter.token_accuracy, shipped.token_accuracy)

@@ -116,7 +116,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         if recipe.reward:
             raise ShippedError(f"--as {wanted.as_shipped}: compares losses, and {recipe.name} is measured by rewards")
     if adapter is not None:
-        with loadable(adapter):  # what is damaged is told before anything is measured
+        with loadable(adapter):  # damage is reported before anything is measured
             pass
     model, tokenizer = plugins.load_model(recipe)
     if adapter is not None and (adapter / "tokenizer.json").is_file():
@@ -142,7 +142,7 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         if wanted.answers and not asked:
             notes.append(f"no row has a whole answer within {longest:,} tokens, so no answers are generated")
     measures = (*(() if recipe.reward else ("exact", "rouge_l")), *(["gsm8k"] if wanted.gsm8k else []))
-    if asked and measures:  # what cannot be scored is told before anything is measured
+    if asked and measures:  # what cannot be scored is reported before anything is measured
         score_answers([""] * len(asked), [question.expected for question in asked], measures)
     for note in notes:
         say.print(f"note: {note}", markup=False)

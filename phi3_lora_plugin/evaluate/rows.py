@@ -47,7 +47,7 @@ def evaluation_rows(
         DataError: there are none, or as `load_data`.
     """
     data = recipe.data
-    if recipe.preference.on:  # what it was trained to prefer is no text to be predicted
+    if recipe.preference.on:  # a pair of answers is not text to predict
         if path is None:
             raise DataError([f"{recipe.name} was trained on pairs; pass chats to evaluate on with --data FILE"])
         recipe = recipe.model_copy(update={"preference": recipe.preference.model_copy(update={"loss": "none"})})

@@ -58,7 +58,7 @@ def find_target(what: str, overrides: Sequence[str], find: Find, base: str | Non
 
 
 def _of_recipe(recipe: Recipe) -> Target:
-    """The recipe and its newest adapter; a run whose folder nobody named may be in one with a number at its end."""
+    """The recipe and its newest adapter; a run without a named folder may be in one with a number at its end."""
     folder = Path(recipe.output_dir)
     runs = [folder]
     if recipe.provenance.get("output_dir", "default") == "default":

@@ -151,7 +151,7 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
         scratch: an empty folder that lasts as long as the export.
 
     Raises:
-        ExportError, AdapterError, ModelError, ConvertError: tells what is wrong.
+        ExportError, AdapterError, ModelError, ConvertError: what is wrong.
     """
     from phi3_lora_plugin.chat.templates import TemplateError, template_for
     from phi3_lora_plugin.export.convert import convert

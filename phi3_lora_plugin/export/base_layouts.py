@@ -237,7 +237,7 @@ def _fused_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             "long_factor": rope["long_factor"],
         }
         notes.append("longrope is kept")
-    # Phi-3's own pad id is 32000, which is no row of a smaller table.
+    # Phi-3's own pad id is 32000, which is not a row of a smaller table.
     settings.setdefault("pad_token_id", None)
     return settings, notes
 

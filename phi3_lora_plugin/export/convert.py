@@ -114,7 +114,7 @@ def convert(
         max_rank: the rank that servers shall be able to take, for the notes.
 
     Raises:
-        ConvertError, or the error of the format that is at fault: tells everything that is wrong.
+        ConvertError, or the error of the format that is at fault; lists all that is wrong.
     """
     source, target = Path(source), Path(target)
     if to not in TARGETS:
@@ -259,7 +259,7 @@ def _read(
 def _base_config(base: str | Path | None, revision: str | None, needed: bool) -> dict[str, Any] | None:
     if base is None:
         if needed:
-            raise ConvertError("the base model is missing; pass it with --base, its config tells where the rows begin")
+            raise ConvertError("the base model is missing; pass it with --base: its config has the projections' sizes")
         return None
     try:
         return read_json(find_config(base, revision))

@@ -105,7 +105,7 @@ def merge(
         dequantize: merge onto the values that the quantised base had in training instead of the published ones.
 
     Raises:
-        MergeError, ModelError, PeftFilesError: tells what is wrong; nothing was written.
+        MergeError, ModelError, PeftFilesError: what is wrong; nothing was written.
         VerificationError: the result was not what it should be; nothing was written.
     """
     import torch

@@ -140,4 +140,4 @@ def _inject(root: Any, config: Mapping[str, Any], module: str, tensors: Mapping[
 
 
 class MergeError(Phi3LoraError):
-    """This adapter cannot be merged into this base as asked; tells every reason, and nothing was written."""
+    """This adapter cannot be merged into this base as asked; lists every reason. Nothing was written."""

@@ -106,7 +106,7 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
     import torch
 
     if not tensors:
-        return ["there is no LoRA tensor: the model has no adapter, or it lives on another rank"]
+        return ["found no LoRA tensor: the model has no adapter, or another rank has it"]
     found: dict[str, list[str]] = {}
     values = list(tensors.values())
     healthy = _alike(values) and all_finite(values)

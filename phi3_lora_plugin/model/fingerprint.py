@@ -1,4 +1,4 @@
-"""What tells one base model from another: a hash over its weights."""
+"""What identifies a base model: a hash over its weights."""
 
 from __future__ import annotations
 

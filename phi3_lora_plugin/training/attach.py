@@ -94,7 +94,7 @@ def wrap_again(trainer: Trainer) -> bool:
     """After an evaluation and before training: let accelerate wrap the model for several processes; whether it had to.
 
     Evaluating marks the model as prepared, and accelerate 1.15 then wraps it no more: each process would train on its
-    own rows, in silence.
+    own rows, without an error.
     """
     marked = getattr(trainer.model, "_is_accelerate_prepared", False)
     if trainer.args.world_size == 1 or not marked or trainer.model_wrapped is not trainer.model:

@@ -51,8 +51,8 @@ class JudgedTrainer(LeavesRows, KTOTrainer):  # type: ignore[misc,valid-type]
 class JudgedCollator:
     """Rows of `chat.judged` -> what KTOTrainer computes with, padded on the right.
 
-    `input_ids`, `attention_mask`, `completion_mask` [rows, longest], int64; the same behind `KL_` of each prompt with
-    the answer of the row before it, as TRL pairs them; `label` [rows], bool.
+    `input_ids`, `attention_mask`, `completion_mask` [rows, longest], int64; the same with the prefix `KL_` of each
+    prompt with the answer of the row before it, as TRL pairs them; `label` [rows], bool.
     """
 
     pad: int

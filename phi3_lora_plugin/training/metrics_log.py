@@ -17,7 +17,7 @@ from phi3_lora_plugin.training.health import is_spike
 from phi3_lora_plugin.training.log_line import BEST, NOT_FINITE, RISING, SPIKE
 
 log = logging.getLogger(__name__)
-_RISES = 2  # evaluations in a row that are worse than the best before it is said
+_RISES = 2  # evaluations in a row that are worse than the best before a warning
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
@@ -130,7 +130,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             self._early.append(line)
 
     def _write(self, function: Any, *given: Any) -> Any:
-        """What a run measures is not worth ending it: what cannot be written is said once."""
+        """A log that cannot be written does not end the run: a warning is given once."""
         try:
             return function(*given)
         except Exception as error:

@@ -21,7 +21,7 @@ class Objective:
         arguments: its arguments for (recipe, whether there are rows to evaluate on).
         feed: (rows, collator) for (encoded rows, recipe, tokenizer, tokens of the longest row).
         evaluated: rows to evaluate on as the trainer takes them.
-        metric: what an evaluation gives that tells how good the model is: "loss", or "reward".
+        metric: the figure of an evaluation that measures how good the model is: "loss", or "reward".
     """
 
     trainer: Callable[..., Trainer]

@@ -81,8 +81,8 @@ class _AsTheyAre:
 class TwoSidesCollator:
     """Rows of `chat.pairs` -> what ORPOTrainer and CPOTrainer compute with, each side padded on the right.
 
-    `input_ids`, `attention_mask`, `labels` (-100 where untrained) [rows, longest], int64, behind `chosen_` and
-    `rejected_`.
+    `input_ids`, `attention_mask`, `labels` (-100 where untrained) [rows, longest], int64, with the prefixes `chosen_`
+    and `rejected_`.
     """
 
     pad: int

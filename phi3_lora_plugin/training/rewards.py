@@ -64,9 +64,9 @@ def rewards_of(names: Sequence[str], stops: Sequence[int], folders: Sequence[Pat
 
 
 def folders_of(recipe: Recipe) -> list[Path]:
-    """Where a recipe's own modules may be: where the command runs, and beside the recipe's file."""
-    beside = [] if recipe.source is None else [recipe.source.resolve().parent]
-    return list(dict.fromkeys([Path.cwd(), *beside]))
+    """Where a recipe's own modules may be: where the command runs, and next to the recipe's file."""
+    own = [] if recipe.source is None else [recipe.source.resolve().parent]
+    return list(dict.fromkeys([Path.cwd(), *own]))
 
 
 def _named(reward: Reward, name: str) -> Reward:
@@ -82,7 +82,7 @@ def texts(completions: Sequence[Any]) -> list[str]:
 def _format(stops: frozenset[int]) -> Reward:
     """One third each for a turn that ends on its stop token, thoughts that are closed, and an answer in its form.
 
-    The form is that of the row's own `answer`: behind `####`, in `\\boxed{}`, or any text that is not empty.
+    The form is that of the row's own `answer`: after `####`, in `\\boxed{}`, or any text that is not empty.
     """
 
     def reward(completions: Sequence[Any], completion_ids: Sequence[Any], **columns: Any) -> list[float | None]:

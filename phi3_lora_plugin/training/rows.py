@@ -81,4 +81,4 @@ def require_weighted_loss(applied: Sequence[Any], arguments: Any) -> None:
     if arguments.label_smoothing_factor:
         why = "training.label_smoothing_factor computes the loss from all logits"
     if why is not None:
-        raise DataError([f"rows have weights between 0 and 1, which nothing would honour: {why}"])
+        raise DataError([f"rows have weights between 0 and 1, which this run cannot use: {why}"])

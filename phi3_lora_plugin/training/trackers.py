@@ -52,7 +52,7 @@ class TrackerError(Phi3LoraError, RuntimeError):
 
 
 class UntilClosed:
-    """A tracker's callback whose run begins and ends apart from `trainer.train()`, with `close`.
+    """A tracker's callback whose run begins before `trainer.train()` and ends with `close`.
 
     Evaluations before and after training belong to the same run.
     """

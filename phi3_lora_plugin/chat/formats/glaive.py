@@ -23,7 +23,7 @@ _END = "<|endoftext|>"
 
 
 def adapt(row: Mapping[str, Any]) -> list[Message]:
-    """Read `system`, with the functions as JSON behind its text, and `chat`."""
+    """Read `system`, with the functions as JSON after its text, and `chat`."""
     chat, system = column(row, "chat"), read_text(column(row, "system"), "system")
     if not isinstance(chat, str):
         raise RowError(f"chat is {shown(chat)}; expected a text of USER: and ASSISTANT: turns; lists of messages are "
@@ -48,7 +48,7 @@ def _item(role: str, said: str) -> dict[str, Any] | None:
 
 
 def _declared(system: str) -> tuple[str, list[Any]]:
-    """The text of a system prompt, and the functions behind it; all of it as text where they are not JSON."""
+    """The text of a system prompt, and the functions after it; all of it as text where they are not JSON."""
     start, tools = system.find("{"), []
     if start < 0:
         return system, []

@@ -152,7 +152,7 @@ def open_gguf(file: Path, context: int, lora: Path | None = None) -> Iterator[Ru
 
 
 class _Server:
-    """llama-server behind its HTTP interface: its template, its tokenizer, its log-probabilities."""
+    """llama-server through its HTTP interface: its template, its tokenizer, its log-probabilities."""
 
     measure = "log-probabilities"
 

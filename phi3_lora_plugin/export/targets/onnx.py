@@ -112,7 +112,7 @@ def build(model: Path, folder: Path, precision: str, scratch: Path, adapter: Pat
     """Run onnxruntime-genai's model builder for the CPU, quietly.
 
     Raises:
-        ExportError: what the builder said, where it failed.
+        ExportError: the builder failed; with its output.
     """
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
@@ -127,7 +127,7 @@ def build(model: Path, folder: Path, precision: str, scratch: Path, adapter: Pat
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             create_model(*arguments, **parse_extra_options(*arguments, extra))
-    except OSError:  # a full disk tells its own story
+    except OSError:  # a full disk has an error of its own
         raise
     except Exception as error:
         raise ExportError(f"onnx: the model builder failed: {type(error).__name__}: {error}") from error
