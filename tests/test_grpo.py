@@ -19,6 +19,7 @@ from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_plu
 from phi3_lora_plugin.chat.dataset import DataError, load_data
 from phi3_lora_plugin.chat.encode import prompt_ids
 from phi3_lora_plugin.chat.tasks import Task
+from phi3_lora_plugin.cli.evaluate import show
 from phi3_lora_plugin.embedded.rewards import tells
 from phi3_lora_plugin.evaluate.evaluate import Wanted, evaluate
 from phi3_lora_plugin.evaluate.target import find_target
@@ -85,6 +86,10 @@ def test_an_evaluation_gives_what_answers_earn(tmp_path: Path) -> None:
     assert found.rows == 12 and figures.loss is None and figures.answers["stopped"] == 1
     assert figures.answers["format"] == 1 and 0 < figures.answers[TELLS] < 0.6
     assert figures.answers["reward"] == pytest.approx(0.1 + figures.answers[TELLS])
+    console = Console(width=120)
+    with console.capture() as said:
+        show(found, console)
+    assert "12 rows, each a prompt; 12 answers" in said.get() and re.search(rf"{TELLS} +0\.\d", said.get())
 
 
 @pytest.mark.slow

@@ -77,7 +77,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
     from rich.table import Table
 
     if evaluation.rows:
-        console.print(f"{evaluation.rows:,} rows, {evaluation.tokens:,} trained tokens", end="")
+        trained = f"{evaluation.tokens:,} trained tokens" if evaluation.tokens else "each a prompt"
+        console.print(f"{evaluation.rows:,} rows, {trained}", end="")
         console.print(f"; {len(evaluation.asked):,} answers" if evaluation.asked else "")
     table = Table(box=None, padding=(0, 2, 0, 0))
     sides = {
@@ -99,7 +100,7 @@ def _named(figures: Figures) -> dict[str, float]:
     found: dict[str, float | None] = {
         "loss": figures.loss, "perplexity": figures.perplexity, "token accuracy": figures.token_accuracy,
     }  # fmt: skip
-    found |= {_NAMES[name]: value for name, value in figures.answers.items()}
+    found |= {_NAMES.get(name, name): value for name, value in figures.answers.items()}
     found |= {f"{task} {metric}": value for task, some in figures.tasks.items() for metric, value in some.items()}
     return {name: value for name, value in found.items() if value is not None}
 
