@@ -54,6 +54,8 @@ class Costs:
     kernels: int = 0
     kept: float = 0.0
     reads: int = 0
+    operators: Counter[str] = field(default_factory=Counter)
+    """Seconds by kind, name and the shape of the first input."""
 
     def __sub__(self, other: Costs) -> Costs:
         return self.plus(other, -1)
@@ -65,7 +67,9 @@ class Costs:
             for mine, its in ((self.flops, other.flops), (self.bytes, other.bytes), (self.seconds, other.seconds))
         ]
         rest = [getattr(self, name) + times * getattr(other, name) for name in ("kernels", "kept", "reads")]
-        return Costs(*sums, *rest)  # type: ignore[arg-type]
+        names = self.operators.keys() | other.operators.keys()
+        operators = Counter({name: self.operators[name] + times * other.operators[name] for name in names})
+        return Costs(*sums, *rest, operators)  # type: ignore[arg-type]
 
 
 class Meter(Card):
@@ -96,15 +100,19 @@ class Meter(Card):
             moved += sum(_bytes(each) for each in written) if name in _READS_TWICE else 0
             if outs and written:  # in place: what comes out is what was written
                 moved -= sum(_bytes(each) for each in outs)
-        self.note(*self._work(name, args, outs), moved)
+        kind, flops = self._work(name, args, outs)
+        shape = next((tuple(each.shape) for each in inputs), ())
+        self.note(kind, flops, moved, f"{name} {'x'.join(map(str, shape))}")
 
-    def note(self, kind: str, flops: float, moved: float) -> None:
+    def note(self, kind: str, flops: float, moved: float, name: str = "") -> None:
         """Count one kernel of `kind`."""
         peak = self.facts.flops * (ATTENTION if kind == "attention" else GEMM)
         self.costs.kernels += 1
         self.costs.flops[kind] += flops
         self.costs.bytes[kind] += moved
-        self.costs.seconds[kind] += max(flops / peak, moved / (STREAM * self.facts.bandwidth))
+        seconds = max(flops / peak, moved / (STREAM * self.facts.bandwidth))
+        self.costs.seconds[kind] += seconds
+        self.costs.operators[f"{kind:<12}{name or 'a kernel of Liger'}"] += seconds
 
     @property
     def alive(self) -> int:

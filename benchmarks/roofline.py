@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline --card h100
     python -m benchmarks.roofline --card 4090 --model microsoft/Phi-4-mini-instruct --tokens 2048 --checkpointing
-    python -m benchmarks.roofline --card h200 --quantize nf4 --json
+    python -m benchmarks.roofline --card h200 --quantize nf4 --operators 12 --json
 
 The real code of ours and of stock (Trainer + PEFT) runs forwards and backwards on tensors without values, and each
 operator is priced: FLOPs over what matrix products reach, or bytes over what memory gives, whichever takes longer, and
@@ -70,6 +70,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--supervised", type=float, default=0.45, help="share of tokens with a label")
     parser.add_argument("--quantize", choices=["none", "nf4"], default="none")
     parser.add_argument("--checkpointing", action="store_true", help="each layer's forward runs twice")
+    parser.add_argument("--operators", type=int, default=0, metavar="N", help="list the N longest of a layer")
     parser.add_argument("--no-graphs", action="store_true", help="ask torch.compile for no graphs, which takes 10 s")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
@@ -98,6 +99,8 @@ def main() -> int:
             f"{priced.whole.kept / priced.tokens / 1e6:5.2f} MB a token, {priced.whole.reads:.0f} waits"
             f"{'' if graphs is None else f', {graphs} graphs'}"
         )
+        for name, seconds in layer.operators.most_common(chosen.operators):
+            print(f"    {1e6 * seconds:8.1f} us  {name}")
     print("stock+liger is computed from what Liger's kernels read and write")
     if chosen.json:
         print(json.dumps(lines))

@@ -74,8 +74,21 @@ def test_a_step_of_a_preset_in_its_real_size(name: str) -> None:
     assert ("_varlen_attn" in kinds) == (
         "MoE" not in recipe.model.path and (recipe.data.packing or not recipe.lora.dropout)
     )
+    # and one kernel a pass, in the sizes that they were tried in
+    layers = {"norm", "add_norm", "norm_backward", "turn_", "turn_backward"}
+    assert (layers <= kinds) == (model.config.model_type == "phi3"), layers - kinds
     if recipe.model.quantize == "nf4" and not recipe.lora.dora:
         assert card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] > 0
+
+
+def test_four_bits_are_unpacked_forwards_for_many_rows_only() -> None:
+    few, many = Counting(), Counting()
+    for card, length in ((few, 300), (many, 2048)):
+        recipe = load_recipe("phi3-mini-4k-qlora", ["model.device=auto", f"data.max_length={length}"])
+        on_card(recipe, card)
+        assert card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] >= 4, "backwards it takes the whole weight"
+    product = torch.ops.bitsandbytes.gemm_4bit.default
+    assert few.counts[product] >= 4 and many.counts[product] == 0
 
 
 def test_a_step_in_float16_for_cards_without_bfloat16() -> None:

@@ -124,11 +124,15 @@ def test_four_bits_take_the_products_and_one_buffer() -> None:
 def test_the_command_ends_with_one_line_of_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--card 4090 --tokens 256 --documents 2 --model embedded:tiny-phi3 --rank 4 --no-graphs --json"
+    words = (
+        "--card 4090 --tokens 256 --documents 2 --model embedded:tiny-phi3 --rank 4 --no-graphs --json --operators 2"
+    )
     monkeypatch.setattr(sys, "argv", ["roofline", *words.split()])
     assert roofline.main() == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("computed, not measured: embedded:tiny-phi3 on one NVIDIA GeForce RTX 4090")
+    times = [float(each.split()[0]) for each in said if " us  " in each]
+    assert len(times) == 3 * 2 and times[0] >= times[1] > 0, "the two longest of each variant, the longest first"
     line = json.loads(said[-1])
     assert set(line) == {"ours", "stock", "stock+liger"}
     for row in line.values():
