@@ -207,8 +207,15 @@ def test_several_runs_stand_side_by_side(place: Path, tmp_path: Path, monkeypatc
     assert all(f"<summary>{name}</summary>" in text for name in ("done", "failed", "dpo"))
 
 
-def test_folders_without_a_run_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    for folder, said in ((tmp_path / "none", "is not a folder"), (tmp_path, "nothing of a run")):
+def test_folders_without_a_run_are_named(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    adapter = place / "done" / "lora" / "step-00000004"
+    for folder, said in (
+        (tmp_path / "none", "is not a folder"),
+        (tmp_path, "nothing of a run"),
+        (adapter, f"did you mean {place / 'done'}?"),
+    ):
         monkeypatch.setattr(sys, "argv", ["phi3-lora", "report", str(folder)])
         main_exit(2)
         assert said in capsys.readouterr().err

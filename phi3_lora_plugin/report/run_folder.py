@@ -172,9 +172,10 @@ def read_run_folder(folder: Path, updates: bool = True) -> RunFolder:
     stores = stores_in(folder)
     found = [(store, entry) for store in stores for entry in entries(store)]
     if not (facts or lines or found or (folder / RECIPE).is_file()):
+        run = next((above for above in list(folder.resolve().parents)[:2] if (above / RUN).is_file()), None)
         raise ReportError(
             f"{folder} has nothing of a run (no {RUN}, {METRICS}, {RECIPE} or checkpoint); "
-            "pass the output folder of a run"
+            + (f"did you mean {run}?" if run else "pass the output folder of a run")
         )
     adapter = max(found, key=lambda pair: pair[1].step)[1].path if found else None
     return RunFolder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ def _defaults(recipe: Recipe, device: Device) -> dict[str, Any]:
         defaults["run_name"] = name if name != recipe.output_dir else f"{recipe.name}-{name}"  # wandb warns of the same
         if "project" in installed_fields():
             defaults["project"] = "phi3-lora"
+        if "logging_dir" in installed_fields() and "TENSORBOARD_LOGGING_DIR" not in os.environ:  # before transformers 5
+            defaults["logging_dir"] = str(Path(recipe.output_dir).expanduser() / "tensorboard")
     if not {"bf16", "fp16"} & set(recipe.training):
         defaults |= precision_for(recipe.model, device).arguments
     return defaults

@@ -101,7 +101,9 @@ class Trackers:
             name = names.get(type(callback))
             if name is None or name not in _KINDS:
                 continue
-            if name == TENSORBOARD and callback.logging_dir is None:
+            if (
+                name == TENSORBOARD and getattr(callback, "logging_dir", "") is None
+            ):  # before transformers 5 an argument
                 callback.logging_dir = str(output_dir / TENSORBOARD)
             if not _KINDS[name].running(callback):
                 self._ours.add(name)
