@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,7 @@ def _tokenizer(tokenizer: Any) -> str | None:
     return tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "backend_tokenizer") else None
 
 
+@cache  # reading it takes a millisecond
 def _version(package: str) -> str | None:
     try:
         return version(package)
