@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from warm_process import LAUNCH, Warm
 
 from phi3_lora_plugin import load_recipe, verify
-from phi3_lora_plugin.hosts.ray import Cluster, RayError, read_settings
+from phi3_lora_plugin.hosts.ray_settings import Cluster, RayError, read_settings
 from phi3_lora_plugin.training.arguments import BatchError, same_batch
 
 pytestmark = pytest.mark.slow
@@ -64,6 +64,9 @@ def test_a_batch_is_divided_evenly_or_not_at_all() -> None:
 
 
 def test_settings_of_ray_are_checked_all_at_once() -> None:
+    assert read_settings(["num_workers=2-4"]) == Cluster((2, 4))
+    with pytest.raises(RayError, match="as in 1-4, got '3-1'"):
+        read_settings(["num_workers=3-1"])
     assert read_settings(["num_workers=2,use_gpu=false", "max_failures=-1"]) == Cluster(2, False, max_failures=-1)
     with pytest.raises(RayError, match="did you mean num_workers=.*num_workers: expected a whole number of at least 1"):
         read_settings(["workers=2", "num_workers=0"])

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from phi3_lora_plugin.lora.snapshot import adapter_problems, take
 from phi3_lora_plugin.lora.state import StateError, lora_state_dict
 from phi3_lora_plugin.training.health import HealthError
 from phi3_lora_plugin.training.resume import resumable
+from phi3_lora_plugin.training.run_facts import DriftError
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +88,14 @@ def ddp_resumed(folder: Path) -> Any:
     with resumable(made, say=said.append) as checkpoint:
         made.train(resume_from_checkpoint=checkpoint)
     return {"live": digest(trained(made.model)), "said": said}
+
+
+def ddp_left(folder: Path) -> Any:
+    """Without anything that is random, killed after three steps."""
+    settings = {"per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 0.5}
+    made = trainer(folder / "left", LoraCheckpoint(every_steps=1), Leaves(), model=peft_model(dropout=0.0), **settings)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
 
 
 def ddp_evaluated(folder: Path) -> Any:
@@ -262,7 +272,7 @@ def fsdp1(folder: Path) -> Any:
 
 
 SCENARIOS: tuple[Callable[[Path], Any], ...] = (
-    ddp, ddp_plain, ddp_resumed, ddp_evaluated, refused, sick, fsdp, fsdp_callback, fsdp1,
+    ddp, ddp_plain, ddp_resumed, ddp_left, ddp_evaluated, refused, sick, fsdp, fsdp_callback, fsdp1,
 )  # fmt: skip
 
 
@@ -334,6 +344,26 @@ def test_two_ranks_that_are_killed_and_resumed_end_where_they_would_have(
     ends = [latest_complete(folder / name) for name in ("ddp", "resumed")]
     for name in (WEIGHTS, "resume/optimizer.pt", "resume/rng_state_1.pth"):
         assert ends[0].joinpath(name).read_bytes() == ends[1].joinpath(name).read_bytes(), name
+
+
+def test_what_two_ranks_left_is_resumed_by_one_with_the_same_rows_a_step(ranks: Ranks, tmp_path: Path) -> None:
+    folder, _ = ranks
+    shutil.copytree(folder / "left", tmp_path / "left")
+    settings = {"optim": "sgd", "learning_rate": 0.5}
+
+    def build(rows: int) -> Any:
+        model = peft_model(dropout=0.0)
+        return trainer(tmp_path / "left", LoraCheckpoint(), model=model, per_device_train_batch_size=rows, **settings)
+
+    with pytest.raises(DriftError, match="data.batch: 4 in the checkpoint, 2 now"), resumable(build(2)):
+        pass
+    said: list[str] = []
+    made = build(4)
+    with resumable(made, say=said.append) as checkpoint:
+        made.train(resume_from_checkpoint=checkpoint)
+    assert said[0].endswith("step 3") and said[1].startswith("processes: 2 in the checkpoint, 1 now")
+    one, two = (load_file(latest_complete(out) / WEIGHTS) for out in (tmp_path / "left", folder / "plain"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_two_ranks_evaluate_save_and_load_the_best_back(ranks: Ranks) -> None:

@@ -66,7 +66,13 @@ def train_command(
     recipe, overrides = or_demonstration(recipe, overrides)
     plugins = load_plugins()
     run = load_recipe(recipe, overrides, find=lambda name: plugins.pick("recipes", name))
-    run = _with_output_dir(run, resume)
+    cluster = None
+    if ray:
+        from phi3_lora_plugin.hosts.ray_settings import read_settings, storage_of
+
+        cluster = read_settings(ray)
+    elsewhere = resume and cluster is not None and storage_of(cluster, Path(run.output_dir).expanduser()).has_run()
+    run = _with_output_dir(run, resume, elsewhere)
     others = [override for override in overrides if not override.startswith("output_dir=")]
     again = shlex.join([_command(), "train", recipe, *others, f"output_dir={run.output_dir}", "--resume"])
     again += "".join(f" --ray {shlex.quote(one)}" for one in ray or ()) + " --same-batch" * same_batch
@@ -74,18 +80,17 @@ def train_command(
     try:
         with _sigterm_as_ctrl_c():
             console.print(f"recipe {run.name} -> {run.output_dir}", soft_wrap=True)
-            cluster, processes = None, int(os.environ.get("WORLD_SIZE", "1"))
-            if ray:
-                from phi3_lora_plugin.hosts.ray import read_settings, train_on_ray
-
-                cluster = read_settings(ray)
-                processes = cluster.num_workers
-            if processes > 1:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            if cluster is not None and cluster.fewest < cluster.most:
+                console.print(f"{cluster.fewest} to {cluster.most} processes, which divide the recipe's batch")
+            elif (processes := processes if cluster is None else cluster.most) > 1:
                 run = _batch_of(processes, run, same_batch, console)
 
             from phi3_lora_plugin.pipeline import TrainingError, train
 
             if cluster is not None:
+                from phi3_lora_plugin.hosts.ray import train_on_ray
+
                 result = train_on_ray(run, cluster, quiet=quiet or as_json, **options)
             else:
                 with redirect_stdout(sys.stderr) if as_json else nullcontext():  # trackers print
@@ -215,10 +220,13 @@ def _command() -> str:
     return os.path.relpath(called)
 
 
-def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
+def _with_output_dir(recipe: Recipe, resume: bool, elsewhere: bool = False) -> Recipe:
     """The recipe with a folder that is free, or, to resume, with the run that is meant.
 
     A folder without a chosen name gets a number when it is taken; a chosen one is never overwritten.
+
+    Args:
+        elsewhere: Ray keeps checkpoints of the run to resume, so that there need be none here.
 
     Raises:
         OutputDirError: the named folder holds another run or cannot be written, or has no run to resume.
@@ -234,9 +242,9 @@ def _with_output_dir(recipe: Recipe, resume: bool) -> Recipe:
     runs = [path for path in taken if any((path / trace).exists() for trace in _TRACES)]
     saved = [path for path in taken if any(any(path.glob(pattern)) for pattern in _SAVED)]
     if resume:
-        if not saved:
+        if not saved and not elsewhere:
             raise OutputDirError(f"{folder} has no run to resume; run without --resume or pass output_dir=FOLDER")
-        folder = max(saved, key=lambda path: path.stat().st_mtime)
+        folder = max(saved, key=lambda path: path.stat().st_mtime, default=folder)
     elif saved and named:
         raise OutputDirError(f"{folder} already has a run; pass --resume, or another output_dir=FOLDER")
     elif runs and not named:

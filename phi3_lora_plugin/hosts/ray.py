@@ -1,79 +1,35 @@
 """Ray Train: a recipe on the workers of a cluster, our checkpoints reported as Ray's, resumed when a worker dies.
 
-Each worker runs the same `train` as one process would. When a worker dies, Ray starts all of them again; they resume
-from the newest complete checkpoint: of the run's folder where they see it, else from the one that Ray keeps.
+Each worker runs the same `train` as one process would. When a worker or its machine dies, or there is room for more
+workers, Ray starts all of them again; they resume from the newest complete checkpoint: of the first worker's folder,
+else the one that Ray keeps. Machines need no common disk.
 """
 
 # This module defines a TrainerCallback, a subclass of something heavy; it is imported only inside functions.
 from __future__ import annotations
 
+import logging
 import os
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback  # noqa: TID253
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts.ray_checkpoints import bring, newest_step, of_the_first, share
+from phi3_lora_plugin.hosts.ray_settings import Cluster, RayError, storage_of
 from phi3_lora_plugin.pipeline import Result, TrainingError, train
 from phi3_lora_plugin.store.checkpoint import latest_complete
-from phi3_lora_plugin.store.layout import FOLDER, step_name
-from phi3_lora_plugin.store.manifest import read_manifest
+from phi3_lora_plugin.store.layout import FOLDER
+from phi3_lora_plugin.training.arguments import same_batch
 from phi3_lora_plugin.training.callbacks import LoraCheckpoint
-from phi3_lora_plugin.wording import closest
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
-
-class RayError(Phi3LoraError):
-    """Ray is not installed, or a setting that it does not have."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The settings of `--ray KEY=VALUE`; `use_gpu` follows the recipe's device if not set."""
-
-    num_workers: int = 1
-    use_gpu: bool | None = None
-    cpus_per_worker: int = 1
-    max_failures: int = 3  # times that workers are started again; -1: without end
-    storage_path: str | None = None  # where Ray keeps checkpoints: `ray/` in the run's folder
-    address: str | None = None  # of a running cluster; None: RAY_ADDRESS, or a cluster of this machine
-
-
-def read_settings(texts: Sequence[str]) -> Cluster:
-    """`["num_workers=2", ...]` -> `Cluster`.
-
-    Raises:
-        RayError: with everything that is wrong.
-    """
-    kinds = {field.name: str(field.type) for field in fields(Cluster)}
-    found: dict[str, Any] = {}
-    problems = []
-    for text in (part for given in texts for part in given.split(",")):
-        name, equals, value = text.strip().partition("=")
-        if name not in kinds or not equals:
-            near = closest(name, kinds)
-            problems.append(f"{text!r} is not one of {', '.join(f'{kind}=' for kind in kinds)}")
-            problems[-1] += f"; did you mean {near}=?" if near and near != name else ""
-        elif kinds[name].startswith("bool"):
-            if value.lower() not in ("true", "false"):
-                problems.append(f"{name}: expected true or false, got {value!r}")
-            found[name] = value.lower() == "true"
-        elif kinds[name] == "int":
-            lowest = -1 if name == "max_failures" else 1
-            if not value.lstrip("-").isdigit() or int(value) < lowest:
-                problems.append(f"{name}: expected a whole number of at least {lowest}, got {value!r}")
-            else:
-                found[name] = int(value)
-        else:
-            found[name] = value
-    if problems:
-        raise RayError("--ray: " + "; ".join(problems))
-    return Cluster(**found)
+log = logging.getLogger(__name__)
 
 
 def train_on_ray(
@@ -88,8 +44,11 @@ def train_on_ray(
 ) -> Result:
     """`train` on the workers of a Ray cluster; one of this machine is started if there is none.
 
+    A range of workers divides the recipe's batch among as many as there are, so that each step has the same rows.
+
     Raises:
-        RayError: Ray is not installed.
+        RayError: Ray is not installed, or its storage cannot be used or has another run.
+        BatchError: the batch cannot be divided among every number of workers of a range.
         TrainingError: the run stopped for its health, or workers died more often than `max_failures`.
         ValueError: what `train` raises for wrong input.
     """
@@ -108,10 +67,16 @@ def train_on_ray(
     section = recipe.checkpoint.model_copy(update={"background": False})  # what is reported has to be there
     recipe = recipe.model_copy(update={"output_dir": str(output_dir), "checkpoint": section})
     use_gpu = _has_gpu(recipe) if cluster.use_gpu is None else cluster.use_gpu
+    elastic = not isinstance(cluster.num_workers, int)
+    for number in range(cluster.fewest, cluster.most + 1) if elastic else ():
+        same_batch(recipe, number)
+    storage = storage_of(cluster, output_dir)
+    if not resume and storage.has_run():
+        raise RayError(f"{storage} has checkpoints of a run; pass --resume, or another storage_path or output_dir")
     started = not ray.is_initialized()
     if started:
         here = cluster.address is None and "RAY_ADDRESS" not in os.environ
-        cores = {"num_cpus": cluster.num_workers * cluster.cpus_per_worker + 1} if here and not use_gpu else {}
+        cores = {"num_cpus": cluster.most * cluster.cpus_per_worker + 1} if here and not use_gpu else {}
         options = {"include_dashboard": False if here else None, "logging_level": "warning", "log_to_driver": not quiet}
         ray.init(address=cluster.address, **options, **cores)
     try:
@@ -122,16 +87,16 @@ def train_on_ray(
                 "where": os.getcwd(),
                 "resume": resume,
                 "fresh": latest_complete(output_dir) is None,
+                "divide": elastic,
                 "quiet": quiet,
                 "options": {"allow_drift": tuple(allow_drift), "samples": samples, "check": check},
             },
             scaling_config=ScalingConfig(
                 num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
-                | ({"GPU": 1} if use_gpu else {}),
+                | ({"GPU": 1} if use_gpu else {}), elastic_resize_monitor_interval_s=cluster.resize_seconds,
             ),
             run_config=RunConfig(
-                name="run",
-                storage_path=cluster.storage_path or str(output_dir / "ray"),
+                name=storage.name, storage_path=storage.path, storage_filesystem=storage.filesystem,
                 failure_config=FailureConfig(cluster.max_failures, controller_failure_limit=cluster.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=max(2, recipe.checkpoint.keep_last)),
             ),
@@ -146,7 +111,16 @@ def train_on_ray(
         raise value
     if not isinstance(value, Result):
         raise TrainingError("Ray returned no result from the first worker")
-    return value
+    return _here(value, outcome, output_dir)
+
+
+def _here(result: Result, outcome: Any, output_dir: Path) -> Result:
+    """Bring the last checkpoint to this machine, if the first worker wrote it on another one."""
+    kept = [outcome.checkpoint] if outcome.checkpoint is not None else []
+    if bring(kept, output_dir, log.warning) is not None:
+        log.warning("the first worker ran on another machine: %s is copied from Ray's storage", output_dir / FOLDER)
+    adapter = latest_complete(output_dir)
+    return replace(result, adapter=None if adapter is None else str(adapter))
 
 
 class ReportToRay(TrainerCallback):  # type: ignore[misc]
@@ -175,30 +149,33 @@ class ReportToRay(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the checkpoint taken at this step's beginning."""
-        self._report(state)
+        self._report_new()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As at the beginning of a step."""
-        self._report(state)
+        self._report_new()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As at the beginning of a step."""
-        self._report(state)
+        self._report_new()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the end."""
-        self._report(state)
+        self._report_new()
 
-    def _report(self, state: Any) -> None:
-        from ray import train as ray_train
-
+    def _report_new(self) -> None:
         taken = None if self._ours is None else self._ours._taken
         if taken is None or taken == self._reported:
             return
         self._reported = taken
         saved = self._ours.saved if self._ours is not None else None  # on the first worker only
+        self._report(self._metrics | {"step": taken}, saved)
+
+    def _report(self, metrics: dict[str, Any], saved: Path | None) -> None:
+        from ray import train as ray_train
+
         checkpoint = None if saved is None else ray_train.Checkpoint.from_directory(saved)
-        ray_train.report(self._metrics | {"step": taken}, checkpoint=checkpoint)
+        ray_train.report(metrics, checkpoint=checkpoint)
 
 
 def _work(config: dict[str, Any]) -> Result | Exception:
@@ -214,14 +191,13 @@ def _work(config: dict[str, Any]) -> Result | Exception:
     context = ray_train.get_context()
     if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # as its launcher sets it; else it wraps no model on a CPU
-    kept = ray_train.get_checkpoint()
-    if kept is not None and context.get_local_rank() == 0:
-        _restore(kept, Path(recipe.output_dir))
-    # A worker may die between writing and handing over: what is here was written by this very run.
-    written = config["fresh"] and latest_complete(recipe.output_dir) is not None
-    resume = _as_the_first_worker(config["resume"] or kept is not None or written)
     console = Console(quiet=config["quiet"] or context.get_world_rank() != 0, highlight=False, width=120)
+    output_dir = Path(recipe.output_dir)
     try:
+        if config["divide"]:
+            recipe = same_batch(recipe, context.get_world_size())
+            console.print(f"workers: {context.get_world_size()}")
+        resume = _ready_to_resume(config, output_dir, lambda text: console.print(text, markup=False))
         result = train(
             recipe, resume=resume, plugins=load_plugins(), console=console, callbacks=[ReportToRay()],
             **config["options"],
@@ -231,31 +207,35 @@ def _work(config: dict[str, Any]) -> Result | Exception:
         return error
 
 
-def _as_the_first_worker(resume: bool) -> bool:
-    """Resume together or not at all, also where workers see different disks."""
+def _ready_to_resume(config: dict[str, Any], output_dir: Path, say: Callable[[str], Any]) -> bool:
+    """Put what to resume from where every worker sees it; whether there is something, or it was asked for."""
     import torch.distributed as dist
+    from ray import train as ray_train
+    from ray.train import CheckpointConsistencyMode
 
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return resume
-    said = [resume]
-    dist.broadcast_object_list(said)
-    return said[0]
-
-
-def _restore(kept: Any, output_dir: Path) -> None:
-    """Put the checkpoint that Ray keeps into the run's folder, if that is new here or has only older ones."""
-    newest = latest_complete(output_dir)
-    with kept.as_directory() as folder:
-        step = int(read_manifest(Path(folder))["step"])
-        if newest is not None and int(read_manifest(newest)["step"]) >= step:
-            return
-        target = output_dir / FOLDER / step_name(step)
-        if target.exists():
-            shutil.rmtree(target)  # damaged, or it would be the newest
-        staged = target.with_name(f".{target.name}.from-ray")
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(folder, staged)
-        staged.rename(target)
+    context = ray_train.get_context()
+    resume, problem = bool(config["resume"]), None
+    if context.get_world_rank() == 0:
+        kept = ray_train.get_checkpoint()
+        if kept is not None:
+            every = ray_train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, 10)
+            older = sorted(
+                (one for one in every if one.checkpoint.path != kept.path), key=lambda one: -one.metrics["step"]
+            )
+            try:
+                bring([kept, *(one.checkpoint for one in older)], output_dir, say)
+            except RayError as error:
+                problem = str(error)
+        # A worker may die between writing and handing over: what is here was written by this very run.
+        written = config["fresh"] and newest_step(output_dir) >= 0
+        resume = resume or kept is not None or written
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        resume, problem = of_the_first((resume, problem))
+        if resume and problem is None:
+            share(output_dir, context.get_local_rank() == 0)
+    if problem is not None:
+        raise RayError(problem)
+    return resume
 
 
 def _has_gpu(recipe: Recipe) -> bool:

@@ -96,6 +96,8 @@ def resumable(
     for callback in ours:  # which compare too, and see a length of nothing where the run has ended
         callback.allow_drift = (*callback.allow_drift, *allow_drift, *(LENGTH if ended else ()))
     say(f"resuming from {entry.path}, step {entry.step}")
+    if (was := entry.manifest.get("world_size")) not in (None, trainer.args.world_size):
+        say(f"processes: {was} in the checkpoint, {trainer.args.world_size} now: random numbers (dropout's) are others")
     for name, (was, value) in changed.items():
         say(f"{name}: {was!r} in the checkpoint; {value!r} from step {entry.step + 1} on")
     with TemporaryDirectory(prefix="phi3-lora-resume-") as together:

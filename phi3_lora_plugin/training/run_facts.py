@@ -99,6 +99,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
                     found[f"{field}.{name}"] = _short(pair[0]), _short(pair[1])
         elif was != is_now and was is not None and is_now is not None:
             found[field.removesuffix(".fingerprint")] = _short(was), _short(is_now)
+    if before.get("world_size") != now.get("world_size") and "data.batch" not in found:
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):  # the same rows a step, divided anew
+            found.pop(f"training.{name}", None)
     if "training.learning_rate" in found:
         found.pop("optimizer.learning_rates", None)  # the same change, reported twice
     return found

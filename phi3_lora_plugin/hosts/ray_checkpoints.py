@@ -1,0 +1,120 @@
+"""Checkpoints from where Ray keeps them, or from another machine: checked byte for byte before they are used."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from phi3_lora_plugin.hosts.ray_settings import RayError
+from phi3_lora_plugin.store.layout import FOLDER, Entry, step_name
+from phi3_lora_plugin.store.manifest import MANIFEST, check_folder
+from phi3_lora_plugin.training.resume import newest_resumable
+
+
+def newest_step(output_dir: Path) -> int:
+    """The step that this machine could resume a run from; -1 if there is none."""
+    entry = _newest(output_dir)
+    return -1 if entry is None else entry.step
+
+
+def bring(kept: Sequence[Any], output_dir: Path, say: Callable[[str], Any]) -> Path | None:
+    """Put the newest good checkpoint that Ray keeps into the run's folder; None if that has one as new.
+
+    Args:
+        kept: `ray.train.Checkpoint`s of whatever file system, newest first.
+        say: called with a sentence for each that is damaged and skipped.
+
+    Raises:
+        RayError: none of them is what was written; the run's folder is as before.
+        OSError: the storage cannot be read.
+    """
+    store = output_dir / FOLDER
+    store.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for one in kept:
+        staged = Path(mkdtemp(prefix=".from-ray-", dir=store))
+        try:
+            one.to_directory(staged)
+            report = check_folder(staged)
+            if report:
+                step = int(report.manifest["step"])
+                return None if newest_step(output_dir) >= step else _put(staged, store / step_name(step))
+            problems.append(f"{one.path}: {'; '.join(report.problems)}")
+            say(f"skipped {problems[-1]}")
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    if kept and newest_step(output_dir) < 0:
+        raise RayError(f"every checkpoint that Ray keeps of this run is damaged: {'; '.join(problems)}")
+    return None
+
+
+def share(output_dir: Path, writes: bool) -> None:
+    """Give every machine of a group the newest checkpoint of the first process. Collective.
+
+    A worker that died may have written one that Ray has not got, and machines without a common disk do not see it.
+
+    Args:
+        writes: whether this process writes for its machine.
+
+    Raises:
+        RayError: a copy is not what was sent.
+    """
+    import torch.distributed as dist
+
+    entry = _newest(output_dir) if dist.get_rank() == 0 else None
+    newest = None if entry is None else entry.path
+    wanted = of_the_first(None if newest is None else (newest.name, (newest / MANIFEST).read_bytes()))
+    if wanted is None:
+        return
+    name, manifest = wanted
+    target = output_dir / FOLDER / name
+    there = (
+        (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == manifest and bool(check_folder(target))
+    )
+    have: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(have, there)
+    if all(have):
+        return
+    content = of_the_first(None if newest is None else _content(newest))
+    if writes and not there:
+        (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+        staged = Path(mkdtemp(prefix=".from-first-", dir=output_dir / FOLDER))
+        try:
+            for path, data in content.items():
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                (staged / path).write_bytes(data)
+            if not (report := check_folder(staged)):
+                raise RayError(f"the checkpoint sent by the first worker is damaged: {'; '.join(report.problems)}")
+            _put(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    dist.barrier()
+
+
+def _put(staged: Path, target: Path) -> Path:
+    """Give a checked folder its name; what has that name is damaged, or of a run that is not resumed."""
+    if target.exists():
+        shutil.rmtree(target)
+    staged.chmod(0o755)  # mkdtemp's is for its owner alone
+    staged.rename(target)
+    return target
+
+
+def _newest(output_dir: Path) -> Entry | None:
+    return newest_resumable(output_dir, lambda _: None)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def of_the_first(value: Any) -> Any:
+    """What the first process of a group passes, for all. Collective."""
+    import torch.distributed as dist
+
+    said = [value]
+    dist.broadcast_object_list(said)
+    return said[0]
