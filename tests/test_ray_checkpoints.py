@@ -12,7 +12,7 @@ import torch
 from warm_process import Warm
 
 from phi3_lora_plugin import verify
-from phi3_lora_plugin.hosts.ray_checkpoints import newest_step, share
+from phi3_lora_plugin.hosts.ray_checkpoints import claim, newest_step, share
 from phi3_lora_plugin.hosts.ray_settings import Cluster, RayError, storage_of
 from phi3_lora_plugin.store.checkpoint import write_checkpoint
 
@@ -49,6 +49,14 @@ def test_every_machine_gets_the_newest_checkpoint_of_the_first(tmp_path: Path, w
     assert verify(tmp_path / "machine-1")
     names = [sorted(path.name for path in (tmp_path / f"machine-{rank}" / "lora").iterdir()) for rank in range(2)]
     assert names == [["LATEST", "step-00000006"], ["LATEST", "step-00000003", "step-00000006"]]
+
+
+def test_a_folder_left_over_on_a_machine_is_not_taken_for_this_run(tmp_path: Path) -> None:
+    claim(tmp_path / "new", "this run")
+    write(tmp_path / "new", 3)
+    claim(tmp_path / "new", "this run")  # started again
+    with pytest.raises(RayError, match=f"{tmp_path / 'new'} on .* has checkpoints of another run; pass --resume"):
+        claim(tmp_path / "new", "next run")
 
 
 def test_a_storage_is_a_folder_or_a_url_of_pyarrow_or_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

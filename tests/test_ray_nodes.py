@@ -123,14 +123,17 @@ def test_a_run_grows_and_outlives_its_first_node(one: Path, cluster: Any, bucket
             [str(word) for word in command], cwd=one, stdout=stream, stderr=stream,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PHI3_LORA_CACHE": "off"},
         )  # fmt: skip
-    wait_for(process, said, lambda: bucket.steps("loras/runs/nodes"))
-    cluster.add_node(num_cpus=1)
-    wait_for(process, said, lambda: "workers: 2" in said.read_text(encoding="utf-8"))
-    grown = max(bucket.steps("loras/runs/nodes"))
-    wait_for(process, said, lambda: max(bucket.steps("loras/runs/nodes")) > grown)
-    kept = max(bucket.steps("loras/runs/nodes"))
-    cluster.remove_node(first, allow_graceful=False)  # it has the first worker
-    assert process.wait(900) == 0, said.read_text(encoding="utf-8")[-6000:]
+    try:
+        wait_for(process, said, lambda: bucket.steps("loras/runs/nodes"))
+        cluster.add_node(num_cpus=1)
+        wait_for(process, said, lambda: "workers: 2" in said.read_text(encoding="utf-8"))
+        grown = max(bucket.steps("loras/runs/nodes"))
+        wait_for(process, said, lambda: max(bucket.steps("loras/runs/nodes")) > grown)
+        kept = max(bucket.steps("loras/runs/nodes"))
+        cluster.remove_node(first, allow_graceful=False)  # it has the first worker
+        assert process.wait(900) == 0, said.read_text(encoding="utf-8")[-6000:]
+    finally:
+        process.kill()
     text = said.read_text(encoding="utf-8")
     assert [line.split("workers: ")[1][0] for line in text.splitlines() if "workers: " in line] == ["1", "2", "1"]
     resumed = [int(step) for step in re.findall(r"resuming from .*, step (\d+)", text)]

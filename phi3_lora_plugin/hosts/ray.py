@@ -14,11 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from transformers import TrainerCallback  # noqa: TID253
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.hosts.ray_checkpoints import bring, newest_step, of_the_first, share
+from phi3_lora_plugin.hosts.ray_checkpoints import (
+    bring,
+    claim,
+    first_of_all,
+    newest_step,
+    of_the_first,
+    share,
+)
 from phi3_lora_plugin.hosts.ray_settings import Cluster, RayError, storage_of
 from phi3_lora_plugin.pipeline import Result, TrainingError, train
 from phi3_lora_plugin.store.checkpoint import latest_complete
@@ -86,6 +94,7 @@ def train_on_ray(
                 "recipe": recipe,
                 "where": os.getcwd(),
                 "resume": resume,
+                "run": uuid4().hex,
                 "fresh": latest_complete(output_dir) is None,
                 "divide": elastic,
                 "quiet": quiet,
@@ -214,25 +223,24 @@ def _ready_to_resume(config: dict[str, Any], output_dir: Path, say: Callable[[st
     from ray.train import CheckpointConsistencyMode
 
     context = ray_train.get_context()
-    resume, problem = bool(config["resume"]), None
-    if context.get_world_rank() == 0:
-        kept = ray_train.get_checkpoint()
-        if kept is not None:
-            every = ray_train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, 10)
-            older = sorted(
-                (one for one in every if one.checkpoint.path != kept.path), key=lambda one: -one.metrics["step"]
-            )
-            try:
-                bring([kept, *(one.checkpoint for one in older)], output_dir, say)
-            except RayError as error:
-                problem = str(error)
-        # A worker may die between writing and handing over: what is here was written by this very run.
-        written = config["fresh"] and newest_step(output_dir) >= 0
-        resume = resume or kept is not None or written
+    resume, problem, of_a_machine = bool(config["resume"]), None, context.get_local_rank() == 0
+    try:
+        if of_a_machine and config["fresh"] and not resume:
+            claim(output_dir, config["run"])
+        if context.get_world_rank() == 0:
+            kept = ray_train.get_checkpoint()
+            if kept is not None:
+                every = ray_train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, 10)
+                every.sort(key=lambda one: one.metrics["step"], reverse=True)
+                bring([one.checkpoint for one in every] or [kept], output_dir, say)
+            # A worker may die between writing and handing over: what is here was written by this very run.
+            resume = resume or kept is not None or (config["fresh"] and newest_step(output_dir) >= 0)
+    except RayError as error:
+        problem = str(error)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        resume, problem = of_the_first((resume, problem))
+        resume, problem = of_the_first(resume), first_of_all(problem)
         if resume and problem is None:
-            share(output_dir, context.get_local_rank() == 0)
+            share(output_dir, of_a_machine)
     if problem is not None:
         raise RayError(problem)
     return resume

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from socket import gethostname
 from tempfile import mkdtemp
 from typing import Any
 
@@ -18,6 +19,23 @@ def newest_step(output_dir: Path) -> int:
     """The step that this machine could resume a run from; -1 if there is none."""
     entry = _newest(output_dir)
     return -1 if entry is None else entry.step
+
+
+def claim(output_dir: Path, run: str) -> None:
+    """Mark a run's folder on this machine as that of `run`, where it may be left over from another one.
+
+    Raises:
+        RayError: it has checkpoints of another run, which would be resumed instead.
+    """
+    mark = output_dir / ".ray-run"
+    if mark.is_file() and mark.read_text(encoding="utf-8") == run:
+        return
+    if newest_step(output_dir) >= 0:
+        raise RayError(
+            f"{output_dir} on {gethostname()} has checkpoints of another run; pass --resume, or another output_dir"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    mark.write_text(run, encoding="utf-8")
 
 
 def bring(kept: Sequence[Any], output_dir: Path, say: Callable[[str], Any]) -> Path | None:
@@ -109,6 +127,15 @@ def _newest(output_dir: Path) -> Entry | None:
 
 def _content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def first_of_all(problem: str | None) -> str | None:
+    """The problem of the first process that has one, for all. Collective."""
+    import torch.distributed as dist
+
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next((one for one in found if one is not None), None)
 
 
 def of_the_first(value: Any) -> Any:
