@@ -68,6 +68,7 @@ def bucket() -> Iterator[Bucket]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("RAY_raylet_start_wait_time_s", "300")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_DEDUP_LOGS", "0")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
         filesystem, _ = arrow.FileSystem.from_uri("s3://loras?region=us-east-1&allow_bucket_creation=true")
@@ -107,20 +108,10 @@ def test_a_run_grows_and_outlives_its_first_node(one: Path, cluster: Any, bucket
     first = cluster.add_node(num_cpus=1)
     said = one / "nodes.txt"
     settings = f"num_workers=1-2,resize_seconds=1,address={cluster.address},storage_path={bucket.url}"
-    command = [
-        BIN / "phi3-lora",
-        "train",
-        "r.yaml",
-        "output_dir=nodes",
-        "--samples",
-        "0",
-        "--no-check",
-        "--ray",
-        settings,
-    ]
+    options = ["output_dir=nodes", "--samples", "0", "--no-check", "--ray", settings]
     with said.open("wb") as stream:
         process = subprocess.Popen(
-            [str(word) for word in command], cwd=one, stdout=stream, stderr=stream,
+            [str(BIN / "phi3-lora"), "train", "r.yaml", *options], cwd=one, stdout=stream, stderr=stream,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PHI3_LORA_CACHE": "off"},
         )  # fmt: skip
     try:
@@ -130,7 +121,7 @@ def test_a_run_grows_and_outlives_its_first_node(one: Path, cluster: Any, bucket
         grown = max(bucket.steps("loras/runs/nodes"))
         wait_for(process, said, lambda: max(bucket.steps("loras/runs/nodes")) > grown)
         kept = max(bucket.steps("loras/runs/nodes"))
-        cluster.remove_node(first, allow_graceful=False)  # it has the first worker
+        cluster.remove_node(first, allow_graceful=False)
         assert process.wait(900) == 0, said.read_text(encoding="utf-8")[-6000:]
     finally:
         process.kill()
