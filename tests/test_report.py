@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import chromium
+import lora_runs
 import pytest
 import tiny
 from transformers import TrainerCallback
 
 pytest.importorskip("pygal", reason="pygal draws the charts of reports and is not installed: pip install pygal")
 
-from phi3_lora_plugin import load_recipe, load_tokenizer, train
+from phi3_lora_plugin import LoraCheckpoint, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.marked import mark
 from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.pipeline import TrainingError
@@ -276,6 +277,14 @@ def test_the_data_page_stands_alone(place: Path, tmp_path: Path, monkeypatch: py
     assert "wrote data.html" in capsys.readouterr().out
     text = (tmp_path / "data.html").read_text(encoding="utf-8")
     assert Tags(text) and "&lt;script&gt;" in text and "Length of training rows" in text and "<mark>" in text
+
+
+def test_runs_of_other_hosts_have_a_page_too(tmp_path: Path) -> None:
+    trainer = lora_runs.trainer(tmp_path, LoraCheckpoint(every_steps=2), eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    text = render_runs([read_run_folder(tmp_path)])
+    assert Tags(text) and "<h3>Loss</h3>" in text and "step-00000006" not in text.split("<main")[0]
+    assert "Largest updates" in text and "phi3-lora chat" in text and 'class="badge' not in text
 
 
 def test_of_rewards_the_page_shows_rewards(place: Path) -> None:
