@@ -83,7 +83,7 @@ def test_a_run_leaves_a_checked_adapter_and_says_what_it_did(place: Path, tmp_pa
 def test_the_report_shows_any_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     odd = Sample("[b]x[/i] [/INST]", "\x1b[31m", "[/]", "[red]")
     result = Result(
-        "done", "out", "runs/[1]/lora", "base", 1, 1.0, 9, 1.0, 0.5, 2.0, 1.0, 1, 10, 100, 1000, 0.0, (odd,)
+        "done", "out", "runs/[1]/lora", "base", 1, 1.0, 9, 1.0, 0.5, 2.0, 1.0, 1, 10, 100, 1000, 0.0, samples=(odd,)
     )
     report(result, "again", Console(width=200))
     shown = capsys.readouterr().out
