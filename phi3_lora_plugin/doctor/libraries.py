@@ -104,6 +104,7 @@ def _device(row: dict[str, Any]) -> Finding:
     parts = [
         f"weights {row['weights']}{large}, {mixed}",
         f"attention {' or '.join(row['attention'])}",
+        ", ".join(row["fast"]),
         "nf4 and int8 by bitsandbytes" if row["nf4"] else "no nf4 (extra qlora)",
     ]
     cards = row.get("cards", ())

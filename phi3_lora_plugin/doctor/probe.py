@@ -68,12 +68,17 @@ def _devices(nf4: bool) -> list[dict[str, Any]]:
         base = BaseSize(3_800_000_000, "bfloat16")
         precision = choose("auto", device, base)
         kernels = ["flash_attention_2"] if flash and device.flash else []
+        fast = ["norm, rotation and gate by Triton"] if kind == "cuda" and _has("triton") else []
+        fast += (
+            ["packs by varlen_attn"] if kind == "cuda" and device.flash and _has("torch.nn.attention.varlen") else []
+        )
         row = {
             "kind": kind,
             "name": _name(kind),
             "weights": precision.weights,
             "mixed": precision.mixed,
             "attention": ["sdpa", *kernels],
+            "fast": fast or ["fast paths in plain PyTorch"],
             "nf4": nf4,
             "notes": list(precision.notes),
         }
