@@ -63,7 +63,9 @@ def test_all_of_it_on_this_machine(warm: Warm, tmp_path: Path) -> None:
     assert report["ok"] == (done.returncode == 0), done.stderr
     assert found["self-test", "train"]["state"] == "ok", found["self-test", "train"]
     assert "torch" in found["libraries", "imported"]["text"]
-    assert "weights" in found["devices", "cpu"]["text"] and "attention sdpa; fast paths" in found["devices", "cpu"]["text"]
+    assert (
+        "weights" in found["devices", "cpu"]["text"] and "attention sdpa; fast paths" in found["devices", "cpu"]["text"]
+    )
     assert "tested with" in found["versions", "transformers"]["text"]
     assert "model loader" in found["plugins", "phi3"]["text"] and ("hosts", "trl") in found
     assert {area for area, _ in found} == {*CHECKS, "devices"}
