@@ -28,20 +28,24 @@ def trl_trainer(
     Raises:
         ObjectiveError: the installed TRL has none that fits; says which to install.
     """
+    reason = ""
     for place in (f"trl.experimental.{name.lower()}", "trl"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is experimental, or has moved
             try:
                 module = import_module(place)
                 trainer, arguments = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
-            except (ImportError, AttributeError):
+            except AttributeError:
+                continue
+            except ImportError as error:  # of what TRL itself imports, or of a place that this version does not have
+                reason = reason if (error.name or "").startswith("trl") else f" ({error})"
                 continue
         # A place that it has left has a class of the same name, which only warns.
         own = import_module(trainer.__module__)
         if own.__name__.endswith(f"{name.lower()}_trainer") and fits(own):
             return trainer, arguments
     raise ObjectiveError(
-        f"{setting} needs {name}Trainer as TRL {since} has it; {installed_trl()}: pip install 'trl>={since}'"
+        f"{setting} needs {name}Trainer as TRL {since} has it; {installed_trl()}{reason}: pip install 'trl>={since}'"
     )
 
 
