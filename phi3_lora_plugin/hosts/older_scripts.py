@@ -40,7 +40,6 @@ _DROPPED = {
 
 def older_scripts(say: Say) -> tuple[list[str], Undo]:
     """Wrap what takes such arguments, TRL's own as it is imported; (sentences, undo)."""
-    import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
     undone = [
@@ -67,7 +66,7 @@ def older_scripts(say: Say) -> tuple[list[str], Undo]:
         for take_back in reversed(undone):
             take_back()
 
-    return [f"arguments of older releases are passed on to transformers {transformers.__version__} and TRL"], undo
+    return ["arguments of older releases are passed on under their present names"], undo
 
 
 def _wrapped_init(kind: Any, change: Callable[[dict[str, Any]], None]) -> Undo:
