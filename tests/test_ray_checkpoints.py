@@ -47,6 +47,7 @@ def test_every_machine_gets_the_newest_checkpoint_of_the_first(tmp_path: Path, w
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == [{"first": 6, "damaged": 6}] * 2
     assert verify(tmp_path / "machine-1")
+    assert (tmp_path / "machine-1" / "lora" / "LATEST").read_text() == "step-00000006\n"
     names = [sorted(path.name for path in (tmp_path / f"machine-{rank}" / "lora").iterdir()) for rank in range(2)]
     assert names == [["LATEST", "step-00000006"], ["LATEST", "step-00000003", "step-00000006"]]
 

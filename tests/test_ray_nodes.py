@@ -163,6 +163,7 @@ def test_what_comes_back_from_s3_is_checked(one: Path, bucket: Bucket, tmp_path:
     with pytest.raises(RayError, match="every checkpoint that Ray keeps of this run is damaged: .*newest.*older"):
         bring(kept, tmp_path / "none", said.append)
     assert not list((tmp_path / "none" / "lora").iterdir())
+    assert (tmp_path / "whole" / "lora" / "LATEST").read_text() == f"{newest.name}\n"
 
 
 def test_a_storage_has_one_run_of_a_name(one: Path, bucket: Bucket, warm: Warm) -> None:

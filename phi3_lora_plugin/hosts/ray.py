@@ -86,7 +86,8 @@ def train_on_ray(
         here = cluster.address is None and "RAY_ADDRESS" not in os.environ
         cores = {"num_cpus": cluster.most * cluster.cpus_per_worker + 1} if here and not use_gpu else {}
         options = {"include_dashboard": False if here else None, "logging_level": "warning", "log_to_driver": not quiet}
-        ray.init(address=cluster.address, **options, **cores)
+        # "local": not a cluster that somebody else has started on this machine
+        ray.init(address="local" if here else cluster.address, **options, **cores)
     try:
         outcome = TorchTrainer(
             _work,

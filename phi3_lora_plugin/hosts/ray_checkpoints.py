@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from socket import gethostname
-from tempfile import mkdtemp
 from typing import Any
 
 from phi3_lora_plugin.hosts.ray_settings import RayError
-from phi3_lora_plugin.store.layout import FOLDER, Entry, step_name
+from phi3_lora_plugin.store.layout import FOLDER, LATEST, Entry, beside, replace_file, step_name
 from phi3_lora_plugin.store.manifest import MANIFEST, check_folder
 from phi3_lora_plugin.training.resume import newest_resumable
 
@@ -50,10 +49,9 @@ def bring(kept: Sequence[Any], output_dir: Path, say: Callable[[str], Any]) -> P
         OSError: the storage cannot be read.
     """
     store = output_dir / FOLDER
-    store.mkdir(parents=True, exist_ok=True)
     problems = []
     for one in kept:
-        staged = Path(mkdtemp(prefix=".from-ray-", dir=store))
+        staged = _staging(store)
         try:
             one.to_directory(staged)
             report = check_folder(staged)
@@ -98,8 +96,7 @@ def share(output_dir: Path, writes: bool) -> None:
         return
     content = of_the_first(None if newest is None else _content(newest))
     if writes and not there:
-        (output_dir / FOLDER).mkdir(parents=True, exist_ok=True)
-        staged = Path(mkdtemp(prefix=".from-first-", dir=output_dir / FOLDER))
+        staged = _staging(output_dir / FOLDER)
         try:
             for path, data in content.items():
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +113,17 @@ def _put(staged: Path, target: Path) -> Path:
     """Give a checked folder its name; what has that name is damaged, or of a run that is not resumed."""
     if target.exists():
         shutil.rmtree(target)
-    staged.chmod(0o755)  # mkdtemp's is for its owner alone
     staged.rename(target)
+    replace_file(target.parent / LATEST, f"{target.name}\n".encode())
     return target
+
+
+def _staging(store: Path) -> Path:
+    """An empty folder in a store that readers do not look at, and that the next run sweeps."""
+    staged = beside(store, "arriving")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
 
 
 def _newest(output_dir: Path) -> Entry | None:
