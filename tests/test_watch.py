@@ -105,4 +105,4 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(run: Path) -> None:
     finally:
         code = child.wait(timeout=30) if step == 102 else child.kill()
         os.close(ours)
-    assert code == 0 and b"step 101  loss 0.2500" in said and b": done" in said
+    assert code == 0 and b"step 101  loss 0.2500" in said and b": done" in said, said.decode(errors="replace")

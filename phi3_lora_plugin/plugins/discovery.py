@@ -84,7 +84,7 @@ def _claims(failures: list[Failure], strict: bool) -> dict[str, list[tuple[Plugi
         try:
             if NAME not in (distribution.read_text("entry_points.txt") or ""):
                 continue
-            owner, version = (distribution.metadata[key] or "unknown" for key in ("Name", "Version"))
+            owner, version = _name_and_version(distribution)
             # The first one on the path is the one that Python imports; a checkout often sits next to its install.
             canonical = re.sub(r"[-_.]+", "-", owner).lower()
             if owner != "unknown" and canonical in seen:
@@ -103,6 +103,19 @@ def _claims(failures: list[Failure], strict: bool) -> dict[str, list[tuple[Plugi
             )  # its name may be unreadable too
             failures.append(Failure("?", where, "has an entry_points.txt that cannot be read", error))
     return claims
+
+
+def _name_and_version(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Of a distribution, "unknown" where its metadata is missing.
+
+    importlib.metadata then has an empty message; the backport importlib_metadata, whose distributions take the place of
+    Python's own in every process that imports it, raises.
+    """
+    try:
+        about = distribution.metadata
+    except FileNotFoundError:
+        return "unknown", "unknown"
+    return about["Name"] or "unknown", about["Version"] or "unknown"
 
 
 def _load(manager: pluggy.PluginManager, plugin: Plugin, entry_point: metadata.EntryPoint) -> Plugin:
