@@ -108,9 +108,13 @@ def test_trl_s_own_scripts(script: str, rows: str, more: list[str], place: Path,
 
 
 def test_trl_s_command_runs_what_trl_s_scripts_run(place: Path, warm: Warm) -> None:
-    given = ["--dataset_name", "judged", "--output_dir", "out-command", *COMMON, *PEFT]
-    run(warm, place, "trl", "kto", *given)
-    ours, theirs = (reloaded(place / name, place / "base") for name in ("out-command", "out-kto"))
+    if not (file := SCRIPTS / "kto.py").exists():
+        pytest.skip("the installed TRL has no kto.py")
+    given = ["--dataset_name", "judged", *COMMON, *PEFT]
+    run(warm, place, "trl", "kto", "--output_dir", "out-command", *given)
+    # Again, for the test of the script may have run in another process, or not at all.
+    run(warm, place, "run", str(file), "--output_dir", "out-script", *given)
+    ours, theirs = (reloaded(place / name, place / "base") for name in ("out-command", "out-script"))
     assert (ours / "adapter_model.safetensors").read_bytes() == (theirs / "adapter_model.safetensors").read_bytes()
 
 
