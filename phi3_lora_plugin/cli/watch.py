@@ -78,7 +78,8 @@ def _view(console: Console, run: Path, status: str, lines: list[dict[str, Any]])
     from phi3_lora_plugin.report.terminal_chart import terminal_chart
     from phi3_lora_plugin.training.log_line import log_line, style_of
 
-    head = Text(f"{run}: {status}", style="bold", no_wrap=True, overflow="ellipsis")
+    # The name alone: the end of a long path would hide how the run is.
+    head = Text(f"{run.resolve().name}: {status}", style="bold", no_wrap=True, overflow="ellipsis")
     room = console.height - 8  # the head, and what the axes take
     count = max(1, min(_LINES, room - 5))
     height = max(2, min(20, room - count))
