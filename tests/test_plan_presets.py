@@ -26,11 +26,12 @@ def test_every_preset_as_it_is_now_is_in_the_table() -> None:
 def check(name: str) -> None:
     need, recipe = preset_needs()[name], load_recipe(name)
     made = plan(recipe, int(1e12), need.device)
-    # On cards all is computed, and the table is renewed when it is off by more than what decides whether a preset fits;
-    # elsewhere the size of the planning process is part of it.
-    assert made.peak == pytest.approx(need.peak, rel=0.02 if need.device == "cuda" else 0.25), (
-        "tools/plan_presets.py --all"
-    )
+    # On cards all is computed, and the table is renewed when it is off by more than what decides whether a preset fits.
+    # Elsewhere the process that plans is part of it, and this one has imported what other tests need.
+    if need.device == "cuda":
+        assert made.peak == pytest.approx(need.peak, rel=0.02), "tools/plan_presets.py --all"
+    else:
+        assert made.peak - made.program < need.peak < 1.05 * made.peak, "tools/plan_presets.py --all"
     assert made.margin == round(need.margin * 1e12)
     assert need.fits_into(int(need.peak / (1 - need.margin)) + 1) and not need.fits_into(need.peak - 1)
 
