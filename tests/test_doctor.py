@@ -18,11 +18,13 @@ from phi3_lora_plugin.doctor import plugin_check
 from phi3_lora_plugin.doctor.examine import CHECKS, examine
 from phi3_lora_plugin.doctor.extras import ADDS, DEVELOPERS, extras
 from phi3_lora_plugin.doctor.finding import Finding, Report
+from phi3_lora_plugin.doctor.host_check import hosts
 from phi3_lora_plugin.doctor.libraries import libraries
 from phi3_lora_plugin.doctor.places import places
 from phi3_lora_plugin.doctor.self_test import self_test
 from phi3_lora_plugin.doctor.versions import tested as known_versions
 from phi3_lora_plugin.doctor.versions import versions
+from phi3_lora_plugin.hosts.startup import folder
 
 ROOT = Path(__file__).parents[1]
 Broken = Callable[[str, str], None]
@@ -232,3 +234,19 @@ def test_issue_reports_ask_for_it() -> None:
     asked = [field for field in bug["body"] if field.get("id") == "doctor"]
     assert asked and "phi3-lora doctor" in asked[0]["attributes"]["description"]
     assert asked[0]["validations"]["required"]
+
+
+@pytest.mark.parametrize(
+    ("value", "state", "words"),
+    [(None, "ok", "not set"), ("0", "ok", "switched off"), ("1", "ok", "no effect"), ("maybe", "problem", "1 or 0")],
+)
+def test_the_switch_of_hosts_is_told(
+    value: str | None, state: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI3_LORA_ACTIVATE", value or "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    found = next(finding for finding in hosts() if finding.name == "PHI3_LORA_ACTIVATE")
+    assert found.state == state and words in found.text
+    if value == "1":
+        monkeypatch.setenv("PYTHONPATH", str(folder()))
+        assert any(finding.text == "1: on in every host" for finding in hosts())
