@@ -19,6 +19,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts import first_rank
 
 _HELP = """Run a training script, unedited, with our callbacks, target defaults, templates and fast paths."""
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
 
     interrupted: list[bool] = []
     atexit.register(_end_by_the_signal, interrupted)  # before any library's: exit handlers run in reverse
-    say = _quiet if given.quiet or os.environ.get("RANK", "0") != "0" else _say
+    say = _quiet if given.quiet else first_rank.say
     try:
         for sentence in _activate(given, say):
             say(sentence)
@@ -144,10 +145,6 @@ def _own(trace: TracebackType | None) -> TracebackType | None:
     while top is not None and (top.tb_frame.f_code is main.__code__ or "<frozen runpy>" in str(top.tb_frame.f_code)):
         top = top.tb_next
     return top or trace
-
-
-def _say(sentence: str) -> None:
-    print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)
 
 
 def _quiet(sentence: str) -> None:

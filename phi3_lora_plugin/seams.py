@@ -44,6 +44,7 @@ class Seam:
 _MODULE = "LoRA's tensors cannot be found in a model"
 _MEASURED = "phi3-lora plan cannot measure memory"
 _AXOLOTL, _FACTORY, _SWIFT = "Phi-3 in axolotl", "Phi-3 in LLaMA-Factory", "Phi-3 in ms-swift"
+_OLIVE = "every projection in Olive's LoRA pass"
 _ROWS = ("self", "dataset", "processing_class", "args")
 
 SEAMS = {
@@ -109,6 +110,7 @@ SEAMS = {
     "axolotl.plugin": Seam("axolotl", "axolotl.integrations.base:BasePlugin", _AXOLOTL),
     "axolotl.model": Seam("axolotl", "axolotl.model_support.base:ModelSupport", _AXOLOTL),
     "axolotl.unsupported": Seam("axolotl", "axolotl.model_support.base:Unsupported", _AXOLOTL),
+    "axolotl.prepare": Seam("axolotl", "axolotl.cli.config:prepare_plugins", _AXOLOTL, ("cfg",)),
     "axolotl.rows": Seam("axolotl", "axolotl.prompt_tokenizers:PromptTokenizingStrategy", _AXOLOTL),
     "llamafactory.templates": Seam("llamafactory", "llamafactory.data.template:TEMPLATES", _FACTORY),
     "llamafactory.template": Seam("llamafactory", "llamafactory.data.template:Template", _FACTORY),
@@ -121,6 +123,7 @@ SEAMS = {
         "llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin._attempted_template_imports",
         _FACTORY,
     ),
+    "llamafactory.v1_renderer": Seam("llamafactory", "llamafactory.v1.core.utils.rendering:Renderer", _FACTORY),
     "llamafactory.run": Seam("llamafactory", "llamafactory.train.tuner:run_exp", _FACTORY),
     "llamafactory.read": Seam("llamafactory", "llamafactory.hparams.parser:read_args", _FACTORY),
     "swift.callbacks": Seam("ms-swift", "swift.callbacks.mapping:callbacks_map", _SWIFT),
@@ -129,6 +132,7 @@ SEAMS = {
     "swift.templates": Seam("ms-swift", "swift.template.register:TEMPLATE_MAPPING", _SWIFT),
     "swift.register": Seam("ms-swift", "swift.template.register:register_template", _SWIFT),
     "swift.meta": Seam("ms-swift", "swift.template.template_meta:TemplateMeta", _SWIFT),
+    "olive.targets": Seam("olive-ai", "olive.common.hf.mappings:MODELS_TO_LORA_TARGET_MODULES_MAPPING", _OLIVE),
 }
 
 

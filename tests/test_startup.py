@@ -168,3 +168,11 @@ def test_v1_renders_text_thoughts_and_calls_as_they_are_trained_everywhere_else(
     assert prompt["input_ids"] == expected["input_ids"][: len(prompt["input_ids"])]
     with pytest.raises(EncodeError, match="part of type image_url"):
         llamafactory_v1.render(tokenizer, [{"role": "user", "content": [part("image_url", "x")]}, chat[1]])
+
+
+def test_a_library_that_has_changed_is_named_and_its_import_is_left_alone(packages: Path) -> None:
+    (packages / "olive" / "common" / "hf" / "mappings.py").write_text("")
+    show = "import olive.common.hf.mappings; print('imported')"
+    done = python(show, folder(), packages, PHI3_LORA_ACTIVATE="1")
+    assert done.returncode == 0 and done.stdout.strip() == "imported" and "Traceback" not in done.stderr
+    assert "not active in olive: olive-ai has no " in done.stderr and "switched off: every projection" in done.stderr

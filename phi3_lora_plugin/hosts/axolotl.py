@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from phi3_lora_plugin.hosts.axolotl_config import prepare
-from phi3_lora_plugin.hosts.base import phi_config
+from phi3_lora_plugin.hosts.base import phi_config_if_found
 from phi3_lora_plugin.hosts.settings import HostSettings, checkpoint_callback, read_settings
 from phi3_lora_plugin.hosts.switch import switched
 from phi3_lora_plugin.seams import look_up
@@ -46,7 +46,7 @@ class Phi3LoraPlugin(look_up("axolotl.plugin")):  # type: ignore[misc]
         """
         self._active = False
         base, section = cfg.get("base_model"), cfg.get("phi3_lora")
-        config = _phi(base, cfg.get("revision_of_model"))
+        config = phi_config_if_found(str(base), cfg.get("revision_of_model")) if base else None
         if config is None:
             # axolotl asks every installed plugin, so only who named this one, or set it up, wants an answer.
             asked = section or any(Phi3LoraPlugin.__name__ in str(name) for name in cfg.get("plugins") or ())
@@ -98,14 +98,3 @@ class Phi3LoraPlugin(look_up("axolotl.plugin")):  # type: ignore[misc]
             output_path,
             adapter_path,
         )
-
-
-def _phi(base: Any, revision: str | None) -> dict[str, Any] | None:
-    """The config of a Phi base; None for any other, and for one that axolotl itself will not find either."""
-    if not base:
-        return None
-    try:
-        return phi_config(str(base), revision)
-    except (OSError, ValueError) as error:
-        log.debug("phi3_lora_plugin: the config of %s cannot be read: %s", base, error)
-        return None

@@ -39,6 +39,25 @@ def phi_config(base: str, revision: str | None = None) -> dict[str, Any] | None:
     return dict(config)
 
 
+def phi_config_if_found(base: str, revision: str | None = None) -> dict[str, Any] | None:
+    """As `phi_config`, and None where no config can be read: whoever loads the base says so."""
+    try:
+        return phi_config(base, revision)
+    except (OSError, ValueError) as error:
+        log.debug("the config of %s cannot be read: %s", base, error)
+        return None
+
+
+def family_template(tokenizer: Any) -> Any:
+    """The template of ours that renders as this tokenizer's own; None if it has none, or one of another family."""
+    from phi3_lora_plugin.chat.templates import TemplateError, template_for
+
+    try:
+        return template_for(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    except (TemplateError, AttributeError):
+        return None
+
+
 def no_remote_code(args: MutableMapping[str, Any]) -> list[str]:
     """Switch off the hub's own code for a model in a host's arguments; a sentence if it was on."""
     if not args.get("trust_remote_code"):

@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, encode, prompt_ids
 from phi3_lora_plugin.chat.marks import weight_of
-from phi3_lora_plugin.chat.templates import TemplateError, template_for
+from phi3_lora_plugin.hosts.base import family_template
 from phi3_lora_plugin.hosts.llamafactory import TEMPLATE
 from phi3_lora_plugin.hosts.pairs import conversation
 from phi3_lora_plugin.seams import look_up
@@ -30,7 +30,7 @@ def take_over(renderer: Any) -> None:
 
     def init(self: Any, template: str, processor: Any) -> None:
         stock(self, template, processor)
-        if template != TEMPLATE and _is_phi(_tokenizer(processor)):
+        if template != TEMPLATE and family_template(_tokenizer(processor)) is not None:
             log.warning("template: %s instead of %s, which renders and masks as published", TEMPLATE, template)
             self.template = TEMPLATE
 
@@ -84,10 +84,3 @@ def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokenizer(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
-
-
-def _is_phi(tokenizer: Any) -> bool:
-    try:
-        return bool(getattr(tokenizer, "chat_template", None)) and template_for(tokenizer) is not None
-    except TemplateError:
-        return False

@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any
 
-from phi3_lora_plugin.hosts.base import no_remote_code
+from phi3_lora_plugin.hosts.base import no_remote_code, phi_config_if_found
 from phi3_lora_plugin.hosts.on_import import when_imported
 
 Say = Callable[[str], Any]
@@ -219,12 +219,7 @@ def present_loading(base: Any, named: MutableMapping[str, Any]) -> list[str]:
 
 
 def _is_phi(base: str, revision: str | None) -> bool:
-    from phi3_lora_plugin.hosts.base import phi_config
-
-    try:
-        config = phi_config(base, revision)
-    except (OSError, ValueError):  # loading it will say what is wrong
-        return False
+    config = phi_config_if_found(base, revision)
     return config is not None and config.get("model_type") in ("phi3", "phimoe")
 
 

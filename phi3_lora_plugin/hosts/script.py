@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from phi3_lora_plugin.hosts.first_rank import say
 from phi3_lora_plugin.hosts.trl import TrlError
 from phi3_lora_plugin.seams import look_up
 
@@ -18,16 +19,9 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
     if name not in SCRIPTS:
         raise TrlError(f"trl {name}: expected one of {', '.join(SCRIPTS)}")
     make_parser, script = look_up(f"trl.{name}_parser"), look_up(f"trl.{name}_main")
-    for sentence in activate(parts=list(PARTS), say=_say):
-        _say(sentence)
+    for sentence in activate(parts=list(PARTS), say=say):
+        say(sentence)
     sys.argv = [f"phi3-lora trl {name}", *arguments]
     parser = make_parser()
     parsed = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=True)
     script(*parsed)
-
-
-def _say(sentence: str) -> None:
-    import os
-
-    if os.environ.get("RANK", "0") == "0":
-        print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts.base import family_template
 from phi3_lora_plugin.hosts.on_import import when_imported
 from phi3_lora_plugin.seams import ActivationError, is_installed, look_into, look_up
 
@@ -71,8 +72,8 @@ def _our_templates(module: Any) -> Callable[[], None]:
 
     def get_training_chat_template(*given: Any, **named: Any) -> Any:
         tokenizer = given[0] if given else named.get("processing_class") or named.get("tokenizer")
-        found = _marked(tokenizer)
-        return found if found is not None else stock(*given, **named)
+        found = family_template(tokenizer)
+        return found.text if found is not None else stock(*given, **named)
 
     get_training_chat_template.__wrapped__ = stock  # type: ignore[attr-defined]
     module.get_training_chat_template = get_training_chat_template
@@ -81,16 +82,6 @@ def _our_templates(module: Any) -> Callable[[], None]:
         module.get_training_chat_template = stock
 
     return undo
-
-
-def _marked(tokenizer: Any) -> str | None:
-    """The text of our template that renders as this tokenizer's; None if it is of another family."""
-    from phi3_lora_plugin.chat.templates import TemplateError, template_for
-
-    try:
-        return template_for(tokenizer).text if getattr(tokenizer, "chat_template", None) else None
-    except (TemplateError, AttributeError):
-        return None
 
 
 def _wrap_sft(module: Any) -> Callable[[], None]:
@@ -103,7 +94,7 @@ def _wrap_sft(module: Any) -> Callable[[], None]:
         module.get_training_chat_template = chat_template_utils.get_training_chat_template
 
     def _prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: Any, *others: Any, **named: Any) -> Any:
-        if getattr(args, "assistant_only_loss", False) and _marked(processing_class) is not None:
+        if getattr(args, "assistant_only_loss", False) and family_template(processing_class) is not None:
             dataset = encoded(dataset, processing_class)
         return stock(self, dataset, processing_class, args, *others, **named)
 
@@ -122,7 +113,7 @@ def _wrap_dpo(module: Any) -> Callable[[], None]:
     stock, trainer = look_up("trl.dpo_rows"), module.DPOTrainer
 
     def _prepare_dataset(self: Any, dataset: Any, processing_class: Any, args: Any, *others: Any, **named: Any) -> Any:
-        if not _takes_pairs(module) or _marked(processing_class) is None or not _are_chats(next(iter(dataset))):
+        if not _takes_pairs(module) or family_template(processing_class) is None or not _are_chats(next(iter(dataset))):
             return stock(self, dataset, processing_class, args, *others, **named)
         made = pairs(dataset, processing_class)
         if args.max_length is None or getattr(args, "truncation_mode", "keep_start") != "keep_start":

@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts import first_rank
 from phi3_lora_plugin.hosts.on_import import Undo, when_imported
 from phi3_lora_plugin.hosts.switch import VARIABLE, SwitchError, switched
+from phi3_lora_plugin.seams import look_up
 
 AXOLOTL = "phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin"
 
@@ -55,7 +57,7 @@ def _axolotl(module: Any) -> None:
     """Before 0.21 axolotl asks nobody for plugins, so every config names ours; for other bases it does nothing."""
     if hasattr(import_module("axolotl.integrations.base"), "get_builtin_plugins"):
         return
-    stock = module.prepare_plugins
+    stock = look_up("axolotl.prepare")
 
     @wraps(stock)
     def prepare_plugins(cfg: Any) -> Any:
@@ -70,13 +72,13 @@ def _axolotl(module: Any) -> None:
 def _llamafactory(module: Any) -> None:
     from phi3_lora_plugin.hosts.llamafactory import wrapped
 
-    module.run_exp = wrapped(module.run_exp)
+    module.run_exp = wrapped(look_up("llamafactory.run"))
 
 
 def _llamafactory_v1(module: Any) -> None:
     from phi3_lora_plugin.hosts.llamafactory_v1 import take_over
 
-    take_over(module.Renderer)
+    take_over(look_up("llamafactory.v1_renderer"))
 
 
 def _swift(module: Any) -> None:
@@ -89,8 +91,7 @@ def _swift(module: Any) -> None:
 def _olive(module: Any) -> None:
     from phi3_lora_plugin.hosts.activate import TARGETS
 
-    table = module.MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    table.update(TARGETS)
+    look_up("olive.targets").update(TARGETS)
     say(f"Olive's LoRA pass goes to {', '.join(TARGETS['phi3'])} of a phi3 model")
 
 
@@ -108,12 +109,11 @@ HOOKS: dict[str, Callable[[Any], None]] = {
 
 
 def say(sentence: str) -> None:
-    """On stderr, by the first process of a run; before the first sentence, why and how to switch it off."""
-    if os.environ.get("RANK", "0") == "0":
-        _introduce()
-        print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)
+    """As `first_rank.say`; before the first sentence, why and how to switch it off."""
+    _introduce()
+    first_rank.say(sentence)
 
 
 @cache
 def _introduce() -> None:
-    print(f"phi3-lora: active, because {VARIABLE}=1; {VARIABLE}=0 switches it off", file=sys.stderr, flush=True)
+    first_rank.say(f"active, because {VARIABLE}=1; {VARIABLE}=0 switches it off")
