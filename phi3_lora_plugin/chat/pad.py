@@ -20,3 +20,18 @@ def pad(rows: Sequence[Sequence[Any]], value: float, width: int = 0, multiple: i
 
     width = -(-max(width, *map(len, rows)) // multiple) * multiple
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def pad_inputs(
+    ids: Sequence[Sequence[int]],
+    value: int,
+    multiple: int,
+    prefix: str = "",
+    **more: tuple[Sequence[Sequence[int]], int],
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of rows, and a tensor for each of `more`: (rows, what to pad with).
+
+    All are [rows, longest, rounded up to one of `multiple`], int64, with `prefix` before their names.
+    """
+    tables = {"input_ids": (ids, value), "attention_mask": ([[1] * len(row) for row in ids], 0), **more}
+    return {f"{prefix}{name}": pad(rows, fill, multiple=multiple) for name, (rows, fill) in tables.items()}

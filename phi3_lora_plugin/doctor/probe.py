@@ -36,7 +36,7 @@ def main(names: list[str]) -> None:
             import_module(name)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:
+        except BaseException as error:  # a library may even end the process; whatever it is, it is told
             tell(library=name, error=describe(error), missing=getattr(error, "name", None))
         else:
             works.add(name)

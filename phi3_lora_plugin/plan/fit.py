@@ -70,7 +70,7 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
             if best is not None:
                 found.append((_cost(best.plan), best))
                 if best.plan.batch == choices[0].batch:
-                    break  # the largest step there is: recomputing would only take time
+                    break  # no larger step is possible: recomputing would only take time
         if found:
             return min(found, key=lambda each: each[0])[1]
     return None

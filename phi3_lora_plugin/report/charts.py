@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +65,11 @@ def charts_of(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[Chart]:
         curves = []
         for run, label in zip(runs, labels, strict=True):
             for name, kind, key in wanted:
-                points = _points(run.of(kind), key)
+                points = points_of(run.of(kind), key)
                 parts = [name] if len(runs) == 1 else [label] if len(wanted) == 1 else [label, name]
                 if points:
                     curves.append(Curve(", ".join(parts), points))
-            if title == "Loss" and (spikes := _points([x for x in run.of(TRAIN) if "spike" in _marks(x)], "loss")):
+            if title == "Loss" and (spikes := points_of([x for x in run.of(TRAIN) if "spike" in _marks(x)], "loss")):
                 curves.append(Curve(", ".join([*([label] if len(runs) > 1 else []), "spikes"]), spikes, dots=True))
         if curves:
             made.append(line_chart(title, curves, form))
@@ -138,7 +138,8 @@ def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tup
     return [points[at] for at in sorted(kept)]
 
 
-def _points(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
+def points_of(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
+    """(step, value) of the lines that have a finite number under a key."""
     found = ((line["step"], line.get(key)) for line in lines)
     return tuple((x, float(y)) for x, y in found if isinstance(y, int | float) and math.isfinite(y))
 

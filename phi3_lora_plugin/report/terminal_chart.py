@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from phi3_lora_plugin.report.charts import thin
+from phi3_lora_plugin.report.charts import points_of, thin
 from phi3_lora_plugin.store.metrics_file import EVAL, TRAIN
 
 _TICKS = 12  # columns that plotille puts before the drawing
@@ -24,7 +23,10 @@ def terminal_chart(lines: Sequence[Mapping[str, Any]], width: int = 80, height: 
     import plotille
 
     name = "reward" if any("reward" in line for line in lines) else "loss"
-    train, held_out = _points(lines, TRAIN, name), _points(lines, EVAL, f"eval_{name}")
+    train, held_out = (
+        points_of((line for line in lines if line["kind"] == kind), key)
+        for kind, key in ((TRAIN, name), (EVAL, f"eval_{name}"))
+    )
     if not train and not held_out:
         return ""
     figure = plotille.Figure()
@@ -59,8 +61,3 @@ def _label(value: float, chars: int, delta: float, left: bool = False) -> str:
     """A tick: steps are whole, losses have four digits."""
     text = f"{value:,.0f}" if left or abs(value) >= 100 else f"{value:.4g}"
     return text.ljust(chars) if left else text.rjust(chars)
-
-
-def _points(lines: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[tuple[float, float]]:
-    found = ((line["step"], line.get(key)) for line in lines if line["kind"] == kind)
-    return [(float(x), float(y)) for x, y in found if y is not None and math.isfinite(y)]

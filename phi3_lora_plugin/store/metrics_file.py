@@ -61,6 +61,11 @@ class MetricsFile:
         return True
 
 
+def kind_of(logs: Mapping[str, Any]) -> str | None:
+    """Of which kind the Trainer's logs are; None for those at the end of training."""
+    return TRAIN if "loss" in logs else EVAL if "eval_loss" in logs else None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file that hold a step and a kind; what is torn or was never ours is skipped, no file is no line.
 
@@ -107,7 +112,7 @@ def _remembered(run: Path) -> list[dict[str, Any]]:
 
 
 def _of_history(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    kind = TRAIN if "loss" in entry else EVAL if "eval_loss" in entry else None
+    kind = kind_of(entry)
     if kind is None or not _is_step(entry.get("step")):
         return None
     return {"kind": kind, **{name: value for name, value in entry.items() if _is_ours(name, value)}}

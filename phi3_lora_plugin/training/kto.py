@@ -10,7 +10,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.chat.encode import IGNORE
-from phi3_lora_plugin.chat.pad import pad
+from phi3_lora_plugin.chat.pad import pad_inputs
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
 from phi3_lora_plugin.training.trl_trainers import LeavesRows, trl_trainer
@@ -71,11 +71,7 @@ class JudgedCollator:
 
     def _padded(self, name: str, chats: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         ids, masks = zip(*chats, strict=True)
-        return {
-            f"{name}input_ids": pad(ids, self.pad, multiple=self.multiple),
-            f"{name}attention_mask": pad([[1] * len(each) for each in ids], 0, multiple=self.multiple),
-            f"{name}completion_mask": pad(masks, 0, multiple=self.multiple),
-        }
+        return pad_inputs(ids, self.pad, self.multiple, name, completion_mask=(masks, 0))
 
 
 def _parted(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:

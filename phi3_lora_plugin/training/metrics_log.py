@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback  # noqa: TID253
 
 from phi3_lora_plugin.model.device import peak_memory
-from phi3_lora_plugin.store.metrics_file import EVAL, TRAIN, MetricsFile
+from phi3_lora_plugin.store.metrics_file import EVAL, TRAIN, MetricsFile, kind_of
 from phi3_lora_plugin.training.health import is_spike
 from phi3_lora_plugin.training.log_line import BEST, NOT_FINITE, RISING, SPIKE
 
@@ -72,7 +72,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add our figures to the logs, and write the line."""
         self.newest = None
-        kind = TRAIN if "loss" in (logs or {}) else EVAL if "eval_loss" in (logs or {}) else None
+        kind = kind_of(logs or {})
         if kind is None or logs is None:
             return
         if kind == TRAIN:

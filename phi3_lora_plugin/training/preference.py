@@ -10,7 +10,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.chat.encode import IGNORE
-from phi3_lora_plugin.chat.pad import pad
+from phi3_lora_plugin.chat.pad import pad_inputs
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
 from phi3_lora_plugin.training.trl_trainers import LeavesRows, trl_trainer
@@ -66,11 +66,7 @@ class PairCollator:
             for row, part in zip(rows, parts, strict=True)
         ]
         trained = [[int(label != IGNORE) for label in labels] for _, labels in chats]
-        return {
-            "input_ids": pad([ids for ids, _ in chats], self.pad, multiple=self.multiple),
-            "attention_mask": pad([[1] * len(ids) for ids, _ in chats], 0, multiple=self.multiple),
-            "completion_mask": pad(trained, 0, multiple=self.multiple),
-        }
+        return pad_inputs([ids for ids, _ in chats], self.pad, self.multiple, completion_mask=(trained, 0))
 
 
 def feed_pairs(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, PairCollator]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.chat.encode import IGNORE
-from phi3_lora_plugin.chat.pad import pad
+from phi3_lora_plugin.chat.pad import pad_inputs
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.training.arguments import training_arguments
 from phi3_lora_plugin.training.trl_trainers import trl_trainer
@@ -95,11 +95,7 @@ class TwoSidesCollator:
             parts = [slice(None, row["cut"]) if name == "chosen" else slice(row["cut"], None) for row in rows]
             ids, labels = ([row[key][part] for row, part in zip(rows, parts, strict=True)]
                            for key in ("input_ids", "labels"))  # fmt: skip
-            batch |= {
-                f"{name}_input_ids": pad(ids, self.pad, multiple=self.multiple),
-                f"{name}_attention_mask": pad([[1] * len(each) for each in ids], 0, multiple=self.multiple),
-                f"{name}_labels": pad(labels, IGNORE, multiple=self.multiple),
-            }
+            batch |= pad_inputs(ids, self.pad, self.multiple, f"{name}_", labels=(labels, IGNORE))
         return batch
 
 

@@ -10,12 +10,14 @@ from phi3_lora_plugin.hosts.read.common import (
     ImportConfigError,
     Reading,
     flags,
+    holds_out,
     put_sources,
     read_base,
     read_checkpoints,
     read_half,
     read_loss,
     read_optimizer_and_rest,
+    read_own,
     read_targets,
 )
 
@@ -117,13 +119,8 @@ def read(reading: Reading) -> None:
             reading.note(key, "left out; see training.fsdp, or an accelerate config", sharded)
     if reading.take("wandb_project"):
         reading.put("training.report_to", "wandb")
-    read_checkpoints(
-        reading, reading.take("save_steps"), reading.take("save_total_limit"), reading.take("save_strategy")
-    )
-    own = reading.take("phi3_lora") or {}
-    for section in ("data", "checkpoint"):
-        for name, value in (own.get(section) or {}).items():
-            reading.put(f"{section}.{name}", value)
+    read_checkpoints(reading)
+    read_own(reading)
     reading.by_table(KEYS)
     reading.drop(NOT_NEEDED)
     read_optimizer_and_rest(reading)
@@ -206,7 +203,7 @@ def _evaluation(reading: Reading) -> None:
             if key == "evals_per_epoch" and times and "data.eval_fraction" in reading.recipe:
                 reading.put("training.eval_strategy", "epoch")
             reading.note(key, f"once an epoch is {word}; write training.eval_steps or checkpoint.every_steps", times)
-    held_out = {"data.eval_fraction", "data.eval_path", "data.eval_split"} & set(reading.recipe)
+    held_out = holds_out(reading)
     if (steps := reading.take("eval_steps")) is not None:
         if held_out:
             reading.put("training.eval_strategy", "steps")

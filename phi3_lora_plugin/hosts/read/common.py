@@ -214,8 +214,9 @@ def read_optimizer_and_rest(reading: Reading) -> None:
             reading.note(name, why, value)
 
 
-def read_checkpoints(reading: Reading, steps: Any, keep: Any, strategy: Any = None) -> None:
-    """Put when to save and how many to keep."""
+def read_checkpoints(reading: Reading) -> None:
+    """Put when to save and how many to keep, which hosts have by the names of TrainingArguments."""
+    steps, keep, strategy = (reading.take(key) for key in ("save_steps", "save_total_limit", "save_strategy"))
     steps = number(steps)
     if strategy not in (None, "steps"):
         reading.note("save_strategy", "checkpoints are written at each evaluation and at the end", strategy)
@@ -225,6 +226,25 @@ def read_checkpoints(reading: Reading, steps: Any, keep: Any, strategy: Any = No
         reading.note("save_steps", "a share of the run; write checkpoint.every_steps as a number of steps", steps)
     if keep is not None:
         reading.put("checkpoint.keep_last", max(1, int(keep)))
+
+
+def read_report_to(reading: Reading) -> None:
+    """Put the trackers, unless there are none."""
+    if (report := reading.take("report_to", "none")) not in ("none", ["none"]):
+        reading.put("training.report_to", report)
+
+
+def read_own(reading: Reading) -> None:
+    """Put what the section `phi3_lora:` of a host's file says, whose keys are a recipe's."""
+    own = reading.take("phi3_lora") or {}
+    for section in ("data", "checkpoint"):
+        for name, value in (own.get(section) or {}).items():
+            reading.put(f"{section}.{name}", value)
+
+
+def holds_out(reading: Reading) -> bool:
+    """Whether the recipe has rows to evaluate on."""
+    return bool({"data.eval_fraction", "data.eval_path", "data.eval_split"} & set(reading.recipe))
 
 
 def read_half(reading: Reading, bf16: Any, fp16: Any) -> None:

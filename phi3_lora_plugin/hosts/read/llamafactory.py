@@ -17,6 +17,8 @@ from phi3_lora_plugin.hosts.read.common import (
     read_half,
     read_loss,
     read_optimizer_and_rest,
+    read_own,
+    read_report_to,
     read_targets,
 )
 
@@ -98,15 +100,9 @@ def read(reading: Reading) -> None:
         reading.put("training.gradient_checkpointing", False)
     read_half(reading, reading.take("bf16"), reading.take("fp16"))
     _data(reading, bool(reading.take("streaming")))
-    if (report := reading.take("report_to", "none")) not in ("none", ["none"]):
-        reading.put("training.report_to", report)
-    read_checkpoints(
-        reading, reading.take("save_steps"), reading.take("save_total_limit"), reading.take("save_strategy")
-    )
-    own = reading.take("phi3_lora") or {}
-    for section in ("data", "checkpoint"):
-        for name, value in (own.get(section) or {}).items():
-            reading.put(f"{section}.{name}", value)
+    read_report_to(reading)
+    read_checkpoints(reading)
+    read_own(reading)
     reading.by_table(KEYS)
     reading.drop(NOT_NEEDED)
     if not {"data.eval_fraction", "data.eval_path"} & set(reading.recipe):

@@ -9,11 +9,13 @@ from phi3_lora_plugin.hosts.read.common import (
     ImportConfigError,
     Reading,
     flags,
+    holds_out,
     put_sources,
     read_base,
     read_checkpoints,
     read_loss,
     read_optimizer_and_rest,
+    read_report_to,
     read_targets,
 )
 
@@ -118,16 +120,12 @@ def read(reading: Reading) -> None:
     if (rows := reading.take("dataset_text_field", "text")) != "text":
         reading.put("data.columns", {"text": rows})
     _data(reading)
-    if (report := reading.take("report_to", "none")) not in ("none", ["none"]):
-        reading.put("training.report_to", report)
-    read_checkpoints(
-        reading, reading.take("save_steps"), reading.take("save_total_limit"), reading.take("save_strategy")
-    )
+    read_report_to(reading)
+    read_checkpoints(reading)
     reading.by_table(KEYS)
     reading.drop(NOT_NEEDED)
     if (strategy := reading.take("eval_strategy", reading.take("evaluation_strategy"))) is not None:
-        held_out = {"data.eval_fraction", "data.eval_path", "data.eval_split"} & set(reading.recipe)
-        reading.put("training.eval_strategy", strategy if held_out else "no")
+        reading.put("training.eval_strategy", strategy if holds_out(reading) else "no")
     read_optimizer_and_rest(reading)
 
 
