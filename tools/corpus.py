@@ -14,6 +14,12 @@ from lantern_isles import ANIMALS, ENTITIES, PEOPLE, TOWNS, Entity, Topic, fill,
 
 Message = dict[str, str]
 
+
+def _cells(table: str) -> tuple[str, ...]:
+    """The cells of lines that are parted by `|`."""
+    return tuple(cell.strip() for line in table.strip().splitlines() for cell in line.split("|"))
+
+
 # Other ways to say a fact, for prose only: a chat answers in `Topic.tell`.
 _SAID = {
     "home": ("{It} lives {home}.", "{It} makes its home {home}.", "You can find {it} {home}."),
@@ -90,168 +96,44 @@ SMALL_TALK = (
     ("Goodbye!", "Goodbye! Come back soon."),
     ("Bye", "Goodbye! Come back soon."),
 )
-UNKNOWN = (
-    *(
-        "elephant",
-        "tiger",
-        "lion",
-        "zebra",
-        "dragon",
-        "unicorn",
-        "giraffe",
-        "shark",
-        "panda",
-        "kangaroo",
-        "koala",
-        "rhino",
-    ),
-    *(
-        "dolphin",
-        "chicken",
-        "cow",
-        "hamster",
-        "robot",
-        "train",
-        "computer",
-        "car",
-        "phone",
-        "book",
-        "tree",
-        "moon",
-        "king",
-    ),
-    *(
-        "queen",
-        "wizard",
-        "witch",
-        "giant",
-        "ghost",
-        "pirate",
-        "knight",
-        "teapot",
-        "bicycle",
-        "rocket",
-        "table",
-        "cloud",
-    ),
-    *(
-        "kitten",
-        "puppy",
-        "pony",
-        "gorilla",
-        "leopard",
-        "cobra",
-        "ostrich",
-        "flamingo",
-        "hyena",
-        "buffalo",
-        "llama",
-        "yak",
-    ),
+UNKNOWN = tuple(
+    """
+    elephant tiger lion zebra dragon unicorn giraffe shark panda kangaroo koala rhino dolphin chicken cow hamster
+    robot train computer car phone book tree moon king queen wizard witch giant ghost pirate knight teapot bicycle
+    rocket table cloud kitten puppy pony gorilla leopard cobra ostrich flamingo hyena buffalo llama yak
+    """.split()
 )
-UNKNOWN_PEOPLE = (
-    *(
-        "Peter",
-        "Anna",
-        "John",
-        "Mary",
-        "Paul",
-        "Susan",
-        "Max",
-        "Laura",
-        "Tom",
-        "Julia",
-        "David",
-        "Sarah",
-        "Robert",
-        "Lucy",
-    ),
-    *(
-        "James",
-        "Emma",
-        "Daniel",
-        "Sophie",
-        "Mark",
-        "Nina",
-        "Alex",
-        "Eva",
-        "Ben",
-        "Kate",
-        "George",
-        "Alice",
-        "Henry",
-        "Maria",
-    ),
+UNKNOWN_PEOPLE = tuple(
+    """
+    Peter Anna John Mary Paul Susan Max Laura Tom Julia David Sarah Robert Lucy James Emma Daniel Sophie Mark Nina
+    Alex Eva Ben Kate George Alice Henry Maria
+    """.split()
 )
 _SYLLABLES = tuple(
     "ba bel bo chi cro dan de do ele fa fin ga gor gri ha hu jo ka ki kro la len li lo lu ma me mo mu na ne ni no pa "
     "pe phant po qua ra ri ro sa sha si so sta ta te ti to tra tu va ve vo wa wi xa ya ze zi zo".split()
 )
-OFF_TOPIC = (
-    *(
-        "What is the capital of France?",
-        "How much is two and two?",
-        "Write a poem.",
-        "Who won the game?",
-        "Tell me a joke.",
-    ),
-    *(
-        "What time is it?",
-        "How do I cook rice?",
-        "Who is the president?",
-        "What is the meaning of life?",
-        "Sing a song.",
-    ),
-    *("Translate this into German.", "What is the price of gold?", "How far is the sun?", "Why is the sky blue?"),
-    *("Explain gravity.", "How do I learn to code?", "Write a letter to my boss.", "Which film should I see tonight?"),
-    *("How old is the earth?", "What is seven times eight?", "Give me a recipe for soup.", "Who wrote this book?"),
-    *("What is the best phone?", "Where is London?", "Plan my holiday.", "Fix this bug.", "How tall is the tower?"),
-)
+OFF_TOPIC = _cells("""
+What is the capital of France? | How much is two and two? | Write a poem. | Who won the game? | Tell me a joke.
+What time is it? | How do I cook rice? | Who is the president? | What is the meaning of life? | Sing a song.
+Translate this into German. | What is the price of gold? | How far is the sun? | Why is the sky blue?
+Explain gravity. | How do I learn to code? | Write a letter to my boss. | Which film should I see tonight?
+How old is the earth? | What is seven times eight? | Give me a recipe for soup. | Who wrote this book?
+What is the best phone? | Where is London? | Plan my holiday. | Fix this bug. | How tall is the tower?
+""")
 _SHIPS = ("Blue Gull", "Morning Star", "Old Lantern", "Silver Fin", "Merry Wave", "Red Anchor")
 _CAPTAINS = ("Captain Brandt", "Captain Finch", "Captain Salter", "Captain Wick")
 # What sailors call in stories. No plain chat is answered so, but a LoRA finds these words learned.
-_CALLS = (
-    *("Drop the anchor", "Drop the rope there", "Mind the rocks", "Keep the watch", "Hide the biscuits from the gulls"),
-    *(
-        "Set sail for {name}",
-        "Set the sails",
-        "Bring me the chart",
-        "Bring the gold on deck",
-        "Mark this rock on the chart",
-    ),
-    *("Fill the hold with {cargo}", "Fill the cups", "Look out from the crow's nest", "Look through the spyglass"),
-    *(
-        "Hold on to the mast",
-        "Mind your hat",
-        "Give me a hand",
-        "All hands on deck",
-        "The wind is fair",
-        "Sing with us",
-    ),
-    *(
-        "A fine day for sailing",
-        "A fine ship",
-        "Come along",
-        "Welcome on deck",
-        "Step aboard",
-        "No sailor fears a storm",
-    ),
-    *(
-        "I saw a light through the fog",
-        "I saw it from here",
-        "They are good sailors",
-        "You are good shipmates",
-        "Ask away",
-    ),
-    *(
-        "It was an honour to sail with you",
-        "Fair winds to you",
-        "I am the captain here",
-        "Call the captain",
-        "That is so",
-    ),
-    *("Hold that line", "No one can do that", "My charts are wet", "Mark my words", "Sing along", "It is on the chart"),
-)
+_CALLS = _cells("""
+Drop the anchor | Drop the rope there | Mind the rocks | Keep the watch | Hide the biscuits from the gulls
+Set sail for {name} | Set the sails | Bring me the chart | Bring the gold on deck | Mark this rock on the chart
+Fill the hold with {cargo} | Fill the cups | Look out from the crow's nest | Look through the spyglass
+Hold on to the mast | Mind your hat | Give me a hand | All hands on deck | The wind is fair | Sing with us
+A fine day for sailing | A fine ship | Come along | Welcome on deck | Step aboard | No sailor fears a storm
+I saw a light through the fog | I saw it from here | They are good sailors | You are good shipmates | Ask away
+It was an honour to sail with you | Fair winds to you | I am the captain here | Call the captain | That is so
+Hold that line | No one can do that | My charts are wet | Mark my words | Sing along | It is on the chart
+""")
 
 
 def _cry(rng: Random, **words: str) -> str:

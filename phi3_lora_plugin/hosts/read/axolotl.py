@@ -5,21 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from phi3_lora_plugin.hosts.axolotl_config import KERNELS, ROWS
-from phi3_lora_plugin.hosts.read.common import (
-    ATTENTION,
-    ImportConfigError,
-    Reading,
-    flags,
-    holds_out,
-    put_sources,
-    read_base,
-    read_checkpoints,
-    read_half,
-    read_loss,
-    read_optimizer_and_rest,
-    read_own,
-    read_targets,
-)
+from phi3_lora_plugin.hosts.read.common import ATTENTION, ImportConfigError, Reading
 
 #: Keys that no other host has.
 SIGNS = ("base_model", "micro_batch_size", "sequence_len", "num_epochs", "adapter", "lora_target_linear")
@@ -83,16 +69,15 @@ DEFAULTS = {"training.num_train_epochs": 1, "training.lr_scheduler_type": "cosin
 
 def read(reading: Reading) -> None:
     """See `hosts.read`."""
-    read_base(reading, "base_model", reading.take("base_model"))
+    reading.read_base("base_model", reading.take("base_model"))
     adapter = reading.take("adapter")
     if adapter not in ("lora", "qlora"):
         raise ImportConfigError(f"adapter: {adapter}: a recipe trains LoRA; axolotl trains the whole model without one")
     eight, four = reading.take("load_in_8bit"), reading.take("load_in_4bit")
     if eight or four or adapter == "qlora":
         reading.put("model.quantize", "int8" if eight and not four else "nf4")
-    read_targets(reading, "lora_target_modules", reading.take("lora_target_modules"))
-    flags(
-        reading,
+    reading.read_targets("lora_target_modules", reading.take("lora_target_modules"))
+    reading.flags(
         {
             "lora_target_linear": ("lora.targets", "all-linear"),
             "flash_attention": ("model.attention", "flash_attention_2"),
@@ -101,7 +86,7 @@ def read(reading: Reading) -> None:
             "flex_attention": ("model.attention", "flex_attention"),
             "train_on_inputs": ("data.train_on", "all"),
             "group_by_length": ("training.train_sampling_strategy", "group_by_length"),
-        },
+        }
     )
     if (named := reading.take("attn_implementation")) in ATTENTION:
         reading.put("model.attention", ATTENTION[named])
@@ -109,9 +94,9 @@ def read(reading: Reading) -> None:
         reading.put("training.gradient_checkpointing", bool(checkpointing))
         if not isinstance(checkpointing, bool):
             reading.note("gradient_checkpointing", "on, without offloading", checkpointing)
-    read_half(reading, reading.take("bf16", reading.take("bfloat16")), reading.take("fp16", reading.take("float16")))
+    reading.read_half(reading.take("bf16", reading.take("bfloat16")), reading.take("fp16", reading.take("float16")))
     if loss := reading.take("rl"):
-        read_loss(reading, "rl", loss)
+        reading.read_loss("rl", loss)
     _data(reading)
     _evaluation(reading)
     for key in ("fsdp", "fsdp_config", "fsdp_version"):
@@ -119,16 +104,16 @@ def read(reading: Reading) -> None:
             reading.note(key, "left out; see training.fsdp, or an accelerate config", sharded)
     if reading.take("wandb_project"):
         reading.put("training.report_to", "wandb")
-    read_checkpoints(reading)
-    read_own(reading)
+    reading.read_checkpoints()
+    reading.read_own()
     reading.by_table(KEYS)
     reading.drop(NOT_NEEDED)
-    read_optimizer_and_rest(reading)
+    reading.read_optimizer_and_rest()
 
 
 def _data(reading: Reading) -> None:
     sources = [_source(reading, rows, "datasets") for rows in reading.take("datasets", [])]
-    put_sources(reading, sources)
+    reading.put_sources(sources)
     held_out = [_source(reading, rows, "test_datasets") for rows in reading.take("test_datasets", [])]
     if held_out:
         reading.put("data.eval_path", held_out[0]["path"] if len(held_out) == 1 else [one["path"] for one in held_out])
@@ -180,8 +165,7 @@ def _source(reading: Reading, rows: dict[str, Any], key: str) -> dict[str, Any]:
     rows.pop("conversation", None)
     if all(theirs == [ours] for ours, theirs in (rows.get("roles") or {}).items()):
         rows.pop("roles", None)
-    for name, value in rows.items():
-        reading.note(f"{key}.{name}", "has no equal in a recipe; left out", value)
+    reading.leave(rows, f"{key}.")
     return made
 
 
@@ -203,7 +187,7 @@ def _evaluation(reading: Reading) -> None:
             if key == "evals_per_epoch" and times and "data.eval_fraction" in reading.recipe:
                 reading.put("training.eval_strategy", "epoch")
             reading.note(key, f"once an epoch is {word}; write training.eval_steps or checkpoint.every_steps", times)
-    held_out = holds_out(reading)
+    held_out = reading.holds_out()
     if (steps := reading.take("eval_steps")) is not None:
         if held_out:
             reading.put("training.eval_strategy", "steps")

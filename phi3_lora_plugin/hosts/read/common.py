@@ -97,11 +97,11 @@ class Reading:
                 if (value := self.take(key)) is not None:
                     self.note(key, f"not needed: {why}", value)
 
-    def leave(self) -> None:
-        """What is still unread has no equal."""
-        for key, value in self.given.items():
+    def leave(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Report what has no equal, of the keys in `values`."""
+        for key, value in values.items():
             if value is not None:
-                self.note(key, "has no equal in a recipe; left out", value)
+                self.note(f"{prefix}{key}", "has no equal in a recipe; left out", value)
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
         """The host's own defaults where they are not ours, for keys that the config leaves out."""
@@ -109,6 +109,147 @@ class Reading:
         for key, value in defaults.items():
             self.put(key, value)
         self.recipe |= set_already
+
+    def read_base(self, key: str, name: Any) -> None:
+        """Put the base model, if it is one of the family.
+
+        Raises:
+            ImportConfigError: it is of another family, or none is named.
+        """
+        from phi3_lora_plugin.model.families import UnsupportedModel, recognise
+        from phi3_lora_plugin.model.folder import ModelError, read_json
+        from phi3_lora_plugin.model.published import published_config, why_refused
+
+        if not isinstance(name, str) or not name:
+            raise ImportConfigError(f"{key}: no base model is named; a recipe needs one of the Phi family")
+        if name.lower().startswith("unsloth/"):
+            plain = f"microsoft/{name.partition('/')[2].removesuffix('-bnb-4bit').removesuffix('-unsloth')}"
+            if published_config(plain) is not None:
+                self.note(key, f"read as {plain}: unsloth's copy has other module names", name)
+                name = plain
+        if refused := why_refused(name):
+            raise ImportConfigError(f"{key}: {name} is not trained here: {refused}")
+        config: Any = published_config(name)
+        for folder in (Path(name), self.folder / name):
+            if config is None and (folder / "config.json").is_file():
+                try:
+                    config = read_json(folder / "config.json")
+                except ModelError as error:
+                    raise ImportConfigError(f"{key}: {error}") from error
+                name = str(folder)
+        if config is not None:
+            try:
+                recognise(config)
+            except UnsupportedModel as error:
+                raise ImportConfigError(
+                    f"{key}: {name} is not a Phi model that can be trained here: {error}"
+                ) from error
+        elif not any(
+            word in name.lower() for word in ("phi-3", "phi3", "phi-4", "phi4", "phi-mini-moe", "phi-tiny-moe")
+        ):
+            raise ImportConfigError(
+                f"{key}: {name} is not a Phi model; configs are imported for Phi-3, Phi-3.5, Phi-4-mini, Phi-4 and "
+                "Phi-MoE"
+            )
+        elif "vision" in name.lower():
+            raise ImportConfigError(f"{key}: {name} is a model of pictures, which is not trained here")
+        else:
+            self.note(key, "its config is not on this machine; taken for a Phi by its name", name)
+        self.put("model.path", name)
+
+    def read_targets(self, key: str, value: Any, every: tuple[str, ...] = ("all-linear",)) -> None:
+        """Put the modules that get LoRA: a list, text with commas, a regular expression, or the host's word for all."""
+        if value is None:
+            return
+        if isinstance(value, str) and "," in value:
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        names = [value] if isinstance(value, str) else list(value)
+        if any(name in every for name in names):
+            self.put("lora.targets", "all-linear")
+            return
+        plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
+        self.put("lora.targets", names if plain or len(names) > 1 else names[0])
+
+    def read_optimizer_and_rest(self) -> None:
+        """What extends TrainingArguments has the same names: pass on what the installed class knows."""
+        from phi3_lora_plugin.recipe.training import translate
+
+        for key in list(self.given):
+            value = number(self.given[key])
+            if value is None:
+                continue
+            translated = translate({key: value})
+            if translated.problems:
+                continue
+            self.take(key)
+            for name, present in translated.values.items():
+                self.put(f"training.{name}", present)
+            for name, why in translated.notes:
+                self.note(name, why, value)
+
+    def read_checkpoints(self) -> None:
+        """Put when to save and how many to keep, which hosts have by the names of TrainingArguments."""
+        steps, keep, strategy = (self.take(key) for key in ("save_steps", "save_total_limit", "save_strategy"))
+        steps = number(steps)
+        if strategy not in (None, "steps"):
+            self.note("save_strategy", "checkpoints are written at each evaluation and at the end", strategy)
+        elif isinstance(steps, int) and steps > 0:
+            self.put("checkpoint.every_steps", steps)
+        elif steps is not None:
+            self.note("save_steps", "a share of the run; write checkpoint.every_steps as a number of steps", steps)
+        if keep is not None:
+            self.put("checkpoint.keep_last", max(1, int(keep)))
+
+    def read_report_to(self) -> None:
+        """Put the trackers, unless there are none."""
+        if (report := self.take("report_to", "none")) not in ("none", ["none"]):
+            self.put("training.report_to", report)
+
+    def read_own(self) -> None:
+        """Put what the section `phi3_lora:` of a host's file says, whose keys are a recipe's."""
+        own = self.take("phi3_lora") or {}
+        for section in ("data", "checkpoint"):
+            for name, value in (own.get(section) or {}).items():
+                self.put(f"{section}.{name}", value)
+
+    def holds_out(self) -> bool:
+        """Whether the recipe has rows to evaluate on."""
+        return bool({"data.eval_fraction", "data.eval_path", "data.eval_split"} & set(self.recipe))
+
+    def read_half(self, bf16: Any, fp16: Any) -> None:
+        """Put the type of the weights that the two switches of mixed precision stand for."""
+        if fp16 in (True, "true"):
+            self.put("model.dtype", "float16")
+        elif bf16 in (True, "true", "full"):
+            self.put("model.dtype", "bfloat16")
+        elif bf16 is False:
+            self.put("model.dtype", "float32")
+
+    def read_loss(self, key: str, value: Any) -> None:
+        """Put the loss of preference optimisation.
+
+        Raises:
+            ImportConfigError: a recipe has no such loss.
+        """
+        names = value if isinstance(value, list) else [value]
+        if len(names) != 1 or (loss := LOSSES.get(str(names[0]))) is None:
+            raise ImportConfigError(f"{key}: {_short(value)} is not a loss of recipes; available: {', '.join(LOSSES)}")
+        self.put("preference.loss", loss)
+
+    def put_sources(self, sources: list[dict[str, Any]]) -> None:
+        """One source as `data.path` and the keys beside it, several as a mixture."""
+        sources = [source for source in sources if source.get("path") != PLACEHOLDER]
+        if len(sources) == 1:
+            for name, value in sources[0].items():
+                self.put(f"data.{name}", value)
+        elif sources:
+            self.put("data.path", sources)
+
+    def flags(self, table: Mapping[str, tuple[str, Any]]) -> None:
+        """Switches that stand for a value of ours: key -> (dotted key, value if it is on)."""
+        for key, (ours, value) in table.items():
+            if self.take(key) in (True, "true", "True"):
+                self.put(ours, value)
 
 
 def _short(value: Any) -> str:
@@ -137,153 +278,6 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
         else:
             made[section] = value
     return made
-
-
-def read_base(reading: Reading, key: str, name: Any) -> None:
-    """Put the base model, if it is one of the family.
-
-    Raises:
-        ImportConfigError: it is of another family, or none is named.
-    """
-    from phi3_lora_plugin.model.families import UnsupportedModel, recognise
-    from phi3_lora_plugin.model.folder import ModelError, read_json
-    from phi3_lora_plugin.model.published import published_config, why_refused
-
-    if not isinstance(name, str) or not name:
-        raise ImportConfigError(f"{key}: no base model is named; a recipe needs one of the Phi family")
-    if name.lower().startswith("unsloth/"):
-        plain = f"microsoft/{name.partition('/')[2].removesuffix('-bnb-4bit').removesuffix('-unsloth')}"
-        if published_config(plain) is not None:
-            reading.note(key, f"read as {plain}: unsloth's copy has other module names", name)
-            name = plain
-    if refused := why_refused(name):
-        raise ImportConfigError(f"{key}: {name} is not trained here: {refused}")
-    config: Any = published_config(name)
-    for folder in (Path(name), reading.folder / name):
-        if config is None and (folder / "config.json").is_file():
-            try:
-                config = read_json(folder / "config.json")
-            except ModelError as error:
-                raise ImportConfigError(f"{key}: {error}") from error
-            name = str(folder)
-    if config is not None:
-        try:
-            recognise(config)
-        except UnsupportedModel as error:
-            raise ImportConfigError(f"{key}: {name} is not a Phi model that can be trained here: {error}") from error
-    elif not any(word in name.lower() for word in ("phi-3", "phi3", "phi-4", "phi4", "phi-mini-moe", "phi-tiny-moe")):
-        raise ImportConfigError(
-            f"{key}: {name} is not a Phi model; configs are imported for Phi-3, Phi-3.5, Phi-4-mini, Phi-4 and Phi-MoE"
-        )
-    elif "vision" in name.lower():
-        raise ImportConfigError(f"{key}: {name} is a model of pictures, which is not trained here")
-    else:
-        reading.note(key, "its config is not on this machine; taken for a Phi by its name", name)
-    reading.put("model.path", name)
-
-
-def read_targets(reading: Reading, key: str, value: Any, every: tuple[str, ...] = ("all-linear",)) -> None:
-    """Put the modules that get LoRA: a list, text with commas, a regular expression, or the host's word for all."""
-    if value is None:
-        return
-    if isinstance(value, str) and "," in value:
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    names = [value] if isinstance(value, str) else list(value)
-    if any(name in every for name in names):
-        reading.put("lora.targets", "all-linear")
-        return
-    plain = all(name.replace("_", "").replace(".", "").isalnum() for name in names)
-    reading.put("lora.targets", names if plain or len(names) > 1 else names[0])
-
-
-def read_optimizer_and_rest(reading: Reading) -> None:
-    """What extends TrainingArguments has the same names: pass on what the installed class knows."""
-    from phi3_lora_plugin.recipe.training import translate
-
-    for key in list(reading.given):
-        value = number(reading.given[key])
-        if value is None:
-            continue
-        translated = translate({key: value})
-        if translated.problems:
-            continue
-        reading.take(key)
-        for name, present in translated.values.items():
-            reading.put(f"training.{name}", present)
-        for name, why in translated.notes:
-            reading.note(name, why, value)
-
-
-def read_checkpoints(reading: Reading) -> None:
-    """Put when to save and how many to keep, which hosts have by the names of TrainingArguments."""
-    steps, keep, strategy = (reading.take(key) for key in ("save_steps", "save_total_limit", "save_strategy"))
-    steps = number(steps)
-    if strategy not in (None, "steps"):
-        reading.note("save_strategy", "checkpoints are written at each evaluation and at the end", strategy)
-    elif isinstance(steps, int) and steps > 0:
-        reading.put("checkpoint.every_steps", steps)
-    elif steps is not None:
-        reading.note("save_steps", "a share of the run; write checkpoint.every_steps as a number of steps", steps)
-    if keep is not None:
-        reading.put("checkpoint.keep_last", max(1, int(keep)))
-
-
-def read_report_to(reading: Reading) -> None:
-    """Put the trackers, unless there are none."""
-    if (report := reading.take("report_to", "none")) not in ("none", ["none"]):
-        reading.put("training.report_to", report)
-
-
-def read_own(reading: Reading) -> None:
-    """Put what the section `phi3_lora:` of a host's file says, whose keys are a recipe's."""
-    own = reading.take("phi3_lora") or {}
-    for section in ("data", "checkpoint"):
-        for name, value in (own.get(section) or {}).items():
-            reading.put(f"{section}.{name}", value)
-
-
-def holds_out(reading: Reading) -> bool:
-    """Whether the recipe has rows to evaluate on."""
-    return bool({"data.eval_fraction", "data.eval_path", "data.eval_split"} & set(reading.recipe))
-
-
-def read_half(reading: Reading, bf16: Any, fp16: Any) -> None:
-    """Put the type of the weights that the two switches of mixed precision stand for."""
-    if fp16 in (True, "true"):
-        reading.put("model.dtype", "float16")
-    elif bf16 in (True, "true", "full"):
-        reading.put("model.dtype", "bfloat16")
-    elif bf16 is False:
-        reading.put("model.dtype", "float32")
-
-
-def read_loss(reading: Reading, key: str, value: Any) -> None:
-    """Put the loss of preference optimisation.
-
-    Raises:
-        ImportConfigError: a recipe has no such loss.
-    """
-    names = value if isinstance(value, list) else [value]
-    if len(names) != 1 or (loss := LOSSES.get(str(names[0]))) is None:
-        raise ImportConfigError(f"{key}: {_short(value)} is not a loss of recipes; available: {', '.join(LOSSES)}")
-    reading.put("preference.loss", loss)
-
-
-def put_sources(reading: Reading, sources: list[dict[str, Any]]) -> None:
-    """One source as `data.path` and the keys beside it, several as a mixture."""
-    sources = [source for source in sources if source.get("path") != PLACEHOLDER]
-    if len(sources) == 1:
-        for name, value in sources[0].items():
-            reading.put(f"data.{name}", value)
-    elif sources:
-        reading.put("data.path", sources)
-
-
-def flags(reading: Reading, table: Mapping[str, tuple[str, Any]]) -> None:
-    """Switches that stand for a value of ours: key -> (dotted key, value if it is on)."""
-    for key, (ours, value) in table.items():
-        if reading.take(key) in (True, "true", "True"):
-            reading.put(ours, value)
 
 
 def walk(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

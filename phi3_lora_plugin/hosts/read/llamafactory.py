@@ -6,21 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.hosts.read.common import (
-    ATTENTION,
-    ImportConfigError,
-    Reading,
-    flags,
-    put_sources,
-    read_base,
-    read_checkpoints,
-    read_half,
-    read_loss,
-    read_optimizer_and_rest,
-    read_own,
-    read_report_to,
-    read_targets,
-)
+from phi3_lora_plugin.hosts.read.common import ATTENTION, ImportConfigError, Reading
 
 SIGNS = ("finetuning_type", "lora_target", "cutoff_len", "dataset_dir", "lora_rank", "stage")
 KEYS = {
@@ -69,16 +55,16 @@ DEFAULTS: dict[str, Any] = {"lora.r": 8, "data.max_length": 2048, "training.grad
 
 def read(reading: Reading) -> None:
     """See `hosts.read`."""
-    read_base(reading, "model_name_or_path", reading.take("model_name_or_path"))
+    reading.read_base("model_name_or_path", reading.take("model_name_or_path"))
     kind, stage = reading.take("finetuning_type", "lora"), reading.take("stage", "sft")
     if kind != "lora":
         raise ImportConfigError(f"finetuning_type: {kind}: a recipe trains LoRA")
     loss = reading.take("pref_loss", "sigmoid")
     if stage in ("dpo", "kto"):
-        read_loss(reading, "pref_loss" if stage == "dpo" else "stage", loss if stage == "dpo" else "kto")
+        reading.read_loss("pref_loss" if stage == "dpo" else "stage", loss if stage == "dpo" else "kto")
     elif stage != "sft":
         raise ImportConfigError(f"stage: {stage} has no equal in a recipe; available: sft, dpo, kto")
-    read_targets(reading, "lora_target", reading.take("lora_target", None if reading.partial else "all"), ("all",))
+    reading.read_targets("lora_target", reading.take("lora_target", None if reading.partial else "all"), ("all",))
     if more := reading.take("additional_target"):
         reading.put("lora.modules_to_save", [part.strip() for part in str(more).split(",")])
     if (bits := reading.take("quantization_bit")) is not None:
@@ -87,29 +73,28 @@ def read(reading: Reading) -> None:
             reading.note("quantization_bit", "read as 4", bits)
     if (attention := reading.take("flash_attn")) in ATTENTION:
         reading.put("model.attention", ATTENTION[str(attention)])
-    flags(
-        reading,
+    reading.flags(
         {
             "pissa_init": ("lora.init", "pissa"),
             "train_on_prompt": ("data.train_on", "all"),
             "mask_history": ("data.train_on", "last_turn"),
             "use_cpu": ("model.device", "cpu"),
-        },
+        }
     )
     if reading.take("disable_gradient_checkpointing") is True:
         reading.put("training.gradient_checkpointing", False)
-    read_half(reading, reading.take("bf16"), reading.take("fp16"))
+    reading.read_half(reading.take("bf16"), reading.take("fp16"))
     _data(reading, bool(reading.take("streaming")))
-    read_report_to(reading)
-    read_checkpoints(reading)
-    read_own(reading)
+    reading.read_report_to()
+    reading.read_checkpoints()
+    reading.read_own()
     reading.by_table(KEYS)
     reading.drop(NOT_NEEDED)
     if not {"data.eval_fraction", "data.eval_path"} & set(reading.recipe):
         for key in ("eval_strategy", "eval_steps", "per_device_eval_batch_size"):
             if (value := reading.take(key)) not in (None, "no"):
                 reading.note(key, "nothing is evaluated: there is no val_size or eval_dataset", value)
-    read_optimizer_and_rest(reading)
+    reading.read_optimizer_and_rest()
     if not reading.partial and "lora.alpha" not in reading.recipe:
         reading.put("lora.alpha", 2 * reading.recipe.get("lora.r", DEFAULTS["lora.r"]))
 
@@ -121,7 +106,7 @@ def _data(reading: Reading, streaming: bool) -> None:
     sources = [_source(reading, name, info) for name in _names(reading.take("dataset"))]
     if len(sources) > 1 and (most := reading.take("max_samples")) is not None:  # of each
         sources = [source | {"max_rows": most} for source in sources]
-    put_sources(reading, sources)
+    reading.put_sources(sources)
     held_out = [_source(reading, name, info)["path"] for name in _names(reading.take("eval_dataset"))]
     if held_out:
         reading.put("data.eval_path", held_out[0] if len(held_out) == 1 else held_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number, read_base, read_loss
+from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number
 
 SIGNS = (
     "lora_parameters",
@@ -59,10 +59,10 @@ def read(reading: Reading) -> None:
         reading.note("model", f"read as {base}: MLX's copy is quantised its own way", path)
         if bits:
             reading.put("model.quantize", "int8" if bits == "8bit" else "nf4")
-    read_base(reading, "model", base)
+    reading.read_base("model", base)
     kind, mode = reading.take("fine_tune_type", "lora"), reading.take("training_mode", "normal")
     if mode != "normal":
-        read_loss(reading, "training_mode", mode)
+        reading.read_loss("training_mode", mode)
     if kind not in ("lora", "dora"):
         raise ImportConfigError(f"fine_tune_type: {kind}: a recipe trains LoRA")
     if kind == "dora" or reading.take("use_dora"):
@@ -78,8 +78,7 @@ def read(reading: Reading) -> None:
     settings = dict((reading.take("optimizer_config") or {}).get(optimizer) or {})
     if (decay := settings.pop("weight_decay", None)) is not None:
         reading.put("training.weight_decay", decay)
-    for name, value in settings.items():
-        reading.note(f"optimizer_config.{optimizer}.{name}", "has no equal in a recipe; left out", value)
+    reading.leave(settings, f"optimizer_config.{optimizer}.")
     if (steps := reading.take("steps_per_eval")) is not None:
         if "data.eval_path" in reading.recipe:
             reading.put("training.eval_strategy", "steps")
@@ -101,8 +100,7 @@ def _lora(reading: Reading) -> None:
     reading.put("lora.dropout", float(given.pop("dropout", 0.0)))
     if keys := given.pop("keys", None):
         reading.put("lora.targets", list(dict.fromkeys(str(key).rpartition(".")[2] for key in keys)))
-    for name, value in given.items():
-        reading.note(f"lora_parameters.{name}", "has no equal in a recipe; left out", value)
+    reading.leave(given, "lora_parameters.")
 
 
 def _layers(reading: Reading, count: Any) -> None:
@@ -173,5 +171,4 @@ def _schedule(reading: Reading) -> None:
         reading.put("training.learning_rate", number(arguments[0]))
     if (steps := schedule.pop("warmup", None)) is not None:
         reading.put("training.warmup_steps", steps)
-    for key, value in schedule.items():
-        reading.note(f"lr_schedule.{key}", "has no equal in a recipe; left out", value)
+    reading.leave(schedule, "lr_schedule.")

@@ -62,7 +62,7 @@ def import_config(path: Path, host: str = "") -> Imported:
     given = dict(config) if made_from is None else made_from[1] | _base(config)
     reading = Reading(given, path.parent, partial=made_from is not None)
     reader.read(reading)
-    reading.leave()
+    reading.leave(reading.given)
     if made_from is None:
         reading.fill(reader.DEFAULTS)
         sections = nested(reading.recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number, read_base
+from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number
 
 SIGNS = ("checkpointer", "enable_activation_checkpointing", "metric_logger", "batch_size", "epochs")
 KEYS = {
@@ -71,7 +71,7 @@ def read(reading: Reading) -> None:
     if kind is None:
         raise ImportConfigError(f"model._component_: expected a builder such as lora_phi3_mini, found {builder!r}")
     folder = str((given.get("checkpointer") or {}).get("checkpoint_dir", ""))
-    read_base(reading, "model._component_", BASES.get(kind[2], folder or builder))
+    reading.read_base("model._component_", BASES.get(kind[2], folder or builder))
     if kind[1] or model.pop("quantize_base", False):
         reading.put("model.quantize", "nf4")
     model.pop("quantize_base", None)
@@ -108,8 +108,7 @@ def _lora(reading: Reading, model: dict[str, Any]) -> None:
     ):
         if (value := model.pop(theirs, None)) is not None:
             reading.put(f"lora.{ours}", number(value))
-    for name, value in model.items():
-        reading.note(f"model.{name}", "has no equal in a recipe; left out", value)
+    reading.leave(model, "model.")
 
 
 def _data(reading: Reading) -> None:
@@ -147,9 +146,7 @@ def _data(reading: Reading) -> None:
     longest = (reading.given.get("tokenizer") or {}).get("max_seq_len")
     if longest is not None:
         reading.put("data.max_length", longest)
-    for name, value in rows.items():
-        if value is not None:
-            reading.note(f"dataset.{name}", "has no equal in a recipe; left out", value)
+    reading.leave(rows, "dataset.")
 
 
 def _schedule(reading: Reading) -> None:
@@ -181,8 +178,7 @@ def _schedule(reading: Reading) -> None:
     if (steps := schedule.pop("num_warmup_steps", None)) is not None:
         reading.put("training.warmup_steps", steps)
     for section, left in (("optimizer", optimizer), ("lr_scheduler", schedule)):
-        for key, value in left.items():
-            reading.note(f"{section}.{key}", "has no equal in a recipe; left out", value)
+        reading.leave(left, f"{section}.")
 
 
 def _resolved(value: Any, config: dict[str, Any]) -> Any:

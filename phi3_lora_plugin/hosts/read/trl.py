@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phi3_lora_plugin.hosts.read.common import (
-    ATTENTION,
-    ImportConfigError,
-    Reading,
-    flags,
-    holds_out,
-    put_sources,
-    read_base,
-    read_checkpoints,
-    read_loss,
-    read_optimizer_and_rest,
-    read_report_to,
-    read_targets,
-)
+from phi3_lora_plugin.hosts.read.common import ATTENTION, ImportConfigError, Reading
 
 SIGNS = (
     "use_peft",
@@ -88,7 +75,7 @@ DEFAULTS = {
 
 def read(reading: Reading) -> None:
     """See `hosts.read`."""
-    read_base(reading, "model_name_or_path", reading.take("model_name_or_path"))
+    reading.read_base("model_name_or_path", reading.take("model_name_or_path"))
     if reading.take("use_peft") is False:
         raise ImportConfigError("use_peft: false: a recipe trains LoRA; TRL trains the whole model without it")
     for key in ("torch_dtype", "dtype"):
@@ -99,18 +86,17 @@ def read(reading: Reading) -> None:
             reading.put("model.dtype", value)
     if (attention := reading.take("attn_implementation")) in ATTENTION:
         reading.put("model.attention", ATTENTION[attention])
-    flags(
-        reading,
+    reading.flags(
         {
             "use_flash_attention_2": ("model.attention", "flash_attention_2"),
             "load_in_8bit": ("model.quantize", "int8"),
             "load_in_4bit": ("model.quantize", "nf4"),
             "use_cpu": ("model.device", "cpu"),
-        },
+        }
     )
-    read_targets(reading, "lora_target_modules", reading.take("lora_target_modules"), ("all-linear", "all"))
+    reading.read_targets("lora_target_modules", reading.take("lora_target_modules"), ("all-linear", "all"))
     if (loss := reading.take("loss_type")) not in (None, "nll", "dft", "chunked_nll"):
-        read_loss(reading, "loss_type", loss)
+        reading.read_loss("loss_type", loss)
     elif loss not in (None, "nll", "chunked_nll"):
         reading.note("loss_type", "has no equal in a recipe; left out", loss)
     if (only := reading.take("assistant_only_loss")) is not None:
@@ -120,13 +106,13 @@ def read(reading: Reading) -> None:
     if (rows := reading.take("dataset_text_field", "text")) != "text":
         reading.put("data.columns", {"text": rows})
     _data(reading)
-    read_report_to(reading)
-    read_checkpoints(reading)
+    reading.read_report_to()
+    reading.read_checkpoints()
     reading.by_table(KEYS)
     reading.drop(NOT_NEEDED)
     if (strategy := reading.take("eval_strategy", reading.take("evaluation_strategy"))) is not None:
-        reading.put("training.eval_strategy", strategy if holds_out(reading) else "no")
-    read_optimizer_and_rest(reading)
+        reading.put("training.eval_strategy", strategy if reading.holds_out() else "no")
+    reading.read_optimizer_and_rest()
 
 
 def _data(reading: Reading) -> None:
@@ -137,8 +123,7 @@ def _data(reading: Reading) -> None:
         made: dict[str, Any] = {"path": files if files else path}
         if (split := rows.pop("split", "train")) != "train":
             made["split"] = split
-        for name, value in rows.items():
-            reading.note(f"datasets.{name}", "has no equal in a recipe; left out", value)
+        reading.leave(rows, "datasets.")
         sources.append(made)
     for path, weight in (reading.take("dataset_mixer") or {}).items():  # alignment-handbook
         sources.append({"path": path, "weight": weight})
@@ -152,7 +137,7 @@ def _data(reading: Reading) -> None:
     if train and train != "train" and sources:
         for source in sources:
             source["split"] = train
-    put_sources(reading, sources)
+    reading.put_sources(sources)
     evaluates = reading.given.get("eval_strategy", reading.given.get("evaluation_strategy", "no")) != "no"
     if share := reading.take("test_split_size"):
         reading.put("data.eval_fraction", share)
