@@ -31,8 +31,7 @@ def measured(folder: Path, form: str) -> Evaluation:
 
 
 @pytest.mark.parametrize(
-    ("form", "module"),
-    [("llama.cpp:q8_0", "xllamacpp"), ("onnx:int4", "onnxruntime_genai"), ("mlx:4bit", "mlx_lm")],
+    ("form", "module"), [("llama.cpp:q8_0", "xllamacpp"), ("onnx:int4", "onnxruntime_genai"), ("mlx:4bit", "mlx_lm")]
 )
 def test_a_quantised_form_is_measured_on_the_same_tokens(random_adapter, form, module):
     pytest.importorskip(module, reason=f"{module} is not installed")

@@ -20,11 +20,7 @@ from phi3_lora_plugin.chat.boundaries import tokenise
 from phi3_lora_plugin.chat.encode import _tokens
 from phi3_lora_plugin.chat.templates import TEMPLATES, render, template_for
 
-REAL = [
-    "phi-3-mini-4k-instruct",
-    "phi-3-mini-128k-instruct-apr2024",
-    "phi-3-medium-4k-instruct",
-]
+REAL = ["phi-3-mini-4k-instruct", "phi-3-mini-128k-instruct-apr2024", "phi-3-medium-4k-instruct"]
 WORDS = st.sampled_from(
     ["", " ", "\n", "\n\n", "\t", "a", " the fox", "paris.", "ü", "😀", "\x1c", "\u2028", "< |end|>", "<unk"]
 )

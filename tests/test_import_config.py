@@ -358,10 +358,7 @@ def test_a_config_without_our_comment_trains_the_same(host: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "base_model: meta-llama/Llama-3.1-8B\nadapter: lora\nnum_epochs: 9\n",
-            "meta-llama.* is not a Phi",
-        ),
+        ("base_model: meta-llama/Llama-3.1-8B\nadapter: lora\nnum_epochs: 9\n", "meta-llama.* is not a Phi"),
         ("base_model: microsoft/phi-2\nadapter: lora\nsequence_len: 9\n", "base_model: microsoft/phi-2 is not a Phi"),
         ("base_model: microsoft/phi-4\nsequence_len: 9\n", "adapter: None: a recipe trains LoRA"),
         ("finetuning_type: full\nmodel_name_or_path: microsoft/phi-4\n", "finetuning_type: full"),
@@ -370,10 +367,7 @@ def test_a_config_without_our_comment_trains_the_same(host: str, tmp_path: Path)
         ("hello: 1\n", "its keys are nobody's; name the host: --host"),
         ("- 1\n", "expected a mapping of settings, found list"),
         ("a: [\n", "is not YAML or JSON"),
-        (
-            "use_peft: true\nmodel_name_or_path: microsoft/phi-4\nlora_r: 0\n",
-            "a recipe refuses:\n  lora.r",
-        ),
+        ("use_peft: true\nmodel_name_or_path: microsoft/phi-4\nlora_r: 0\n", "a recipe refuses:\n  lora.r"),
         ("base_model: x/phi-4\nadapter: lora\nrl: grpo\nsequence_len: 9\n", "rl: grpo is not a loss"),
     ],
 )

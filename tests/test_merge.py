@@ -412,13 +412,7 @@ def test_the_command_says_what_it_checked(base, tmp_path):
 
 
 def test_sizes_are_read_as_people_write_them():
-    assert [read_size(text) for text in ("2GB", "500 MB", "1GiB", "1.5kb", 7)] == [
-        2 * 10**9,
-        5 * 10**8,
-        2**30,
-        1500,
-        7,
-    ]
+    assert [read_size(text) for text in ("2GB", "500 MB", "1GiB", "1.5kb", 7)] == [2 * 10**9, 5 * 10**8, 2**30, 1500, 7]
     for wrong in ("much", "0GB", "-1GB", "2XB"):
         assert read_size(wrong) is None
         with pytest.raises(ModelError, match="expected something like 2GB"):

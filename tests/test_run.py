@@ -19,10 +19,7 @@ pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
 CONFIG = Path(__file__).parents[1] / "docs" / "accelerate" / "ddp-cpu.yaml"
-OURS = {
-    "module": [sys.executable, "-m", "phi3_lora_plugin.run"],
-    "command": [str(BIN / "phi3-lora"), "run"],
-}
+OURS = {"module": [sys.executable, "-m", "phi3_lora_plugin.run"], "command": [str(BIN / "phi3-lora"), "run"]}
 FORKED = "import runpy; runpy.run_module('phi3_lora_plugin.run', run_name='__main__', alter_sys=True)"
 ODD = """
 import json, pickle, sys

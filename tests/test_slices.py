@@ -21,10 +21,7 @@ R, ALPHA = 4, 12
 MHA: dict[str, Any] = {}
 GQA = {"num_key_value_heads": 2}
 IDS = torch.arange(3, 3 + 24).reshape(2, 12)
-SPLIT_NAMES = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-}
+SPLIT_NAMES = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def batches(count: int) -> list[torch.Tensor]:

@@ -55,11 +55,7 @@ class Data:
 
 
 def load_data(
-    recipe: Recipe,
-    tokenizer: Any,
-    adapters: Mapping[str, Adapter],
-    max_length: int | None = None,
-    cache: bool = False,
+    recipe: Recipe, tokenizer: Any, adapters: Mapping[str, Adapter], max_length: int | None = None, cache: bool = False
 ) -> Data:
     """Read, check, encode and split the rows of a recipe.
 

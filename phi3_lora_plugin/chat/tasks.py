@@ -58,11 +58,7 @@ def columns_of(tasks: Sequence[Task]) -> dict[str, list[Any]]:
 
 
 def read_tasks(
-    source: Source,
-    reading: Reading,
-    columns: Mapping[str, str],
-    ignore: Collection[str] = (),
-    numbers: bool = False,
+    source: Source, reading: Reading, columns: Mapping[str, str], ignore: Collection[str] = (), numbers: bool = False
 ) -> Iterator[tuple[Place, Task] | Problem]:
     """Yield the task of each row, or what is wrong with it; with `numbers`, an answer without one is wrong.
 

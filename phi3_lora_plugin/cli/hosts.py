@@ -68,9 +68,7 @@ def import_command(
     print(f"wrote {out}; check it with: phi3-lora validate {out}", file=sys.stderr)
 
 
-def host_path_command(
-    host: Annotated[str, typer.Argument(help="swift or startup")],
-) -> None:
+def host_path_command(host: Annotated[str, typer.Argument(help="swift or startup")]) -> None:
     """Print the path of a plugin file or folder for a host.
 
     For example: swift sft --external_plugins $(phi3-lora host-path swift) ...

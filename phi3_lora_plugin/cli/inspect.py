@@ -12,8 +12,7 @@ from phi3_lora_plugin.cli.overrides import AsJson
 
 
 def inspect_command(
-    path: Annotated[str, typer.Argument(help="Model, tokenizer or adapter folder, or hub id.")],
-    as_json: AsJson = False,
+    path: Annotated[str, typer.Argument(help="Model, tokenizer or adapter folder, or hub id.")], as_json: AsJson = False
 ) -> None:
     """Show what a folder holds, and its problems.
 

@@ -109,8 +109,7 @@ def show_command(
 
 
 def validate_command(
-    files: Annotated[list[str], typer.Argument(help="YAML files or presets, then overrides.")],
-    as_json: AsJson = False,
+    files: Annotated[list[str], typer.Argument(help="YAML files or presets, then overrides.")], as_json: AsJson = False
 ) -> None:
     """Validate recipes in full.
 
@@ -130,11 +129,7 @@ def validate_command(
         else:
             found[file] = (
                 recipe,
-                [
-                    *_unregistered(recipe, plugins.pick),
-                    *_unsupported_base(recipe),
-                    *_missing_data(recipe),
-                ],
+                [*_unregistered(recipe, plugins.pick), *_unsupported_base(recipe), *_missing_data(recipe)],
             )
     if not found:
         print("nothing to validate: name a recipe before its overrides", file=sys.stderr)

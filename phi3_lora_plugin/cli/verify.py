@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def verify_command(
-    path: Annotated[Path, typer.Argument(help="Adapter, checkpoint store or run folder.")],
-    as_json: AsJson = False,
+    path: Annotated[Path, typer.Argument(help="Adapter, checkpoint store or run folder.")], as_json: AsJson = False
 ) -> None:
     """Verify every file and tensor of an adapter or a run.
 

@@ -142,10 +142,7 @@ class Reference:
 
 
 def compare(
-    reference: Reference,
-    variant: Variant,
-    max_new_tokens: int,
-    advance: Callable[[], None] = lambda: None,
+    reference: Reference, variant: Variant, max_new_tokens: int, advance: Callable[[], None] = lambda: None
 ) -> Comparison:
     """Compare one variant on every prompt of the reference.
 

@@ -19,14 +19,7 @@ from uuid import uuid4
 from transformers import TrainerCallback  # noqa: TID253
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.hosts.ray_checkpoints import (
-    bring,
-    claim,
-    first_of_all,
-    newest_step,
-    of_the_first,
-    share,
-)
+from phi3_lora_plugin.hosts.ray_checkpoints import bring, claim, first_of_all, newest_step, of_the_first, share
 from phi3_lora_plugin.hosts.ray_settings import Cluster, RayError, storage_of
 from phi3_lora_plugin.pipeline import Result, TrainingError, train
 from phi3_lora_plugin.store.checkpoint import latest_complete

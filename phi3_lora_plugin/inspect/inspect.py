@@ -108,9 +108,7 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
         if not template.system:
             problems.append(
                 Problem(
-                    f"template {template.name} silently drops system messages",
-                    "data.system: fold, or drop",
-                    here=True,
+                    f"template {template.name} silently drops system messages", "data.system: fold, or drop", here=True
                 )
             )
     except TemplateError as error:

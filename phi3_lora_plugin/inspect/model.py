@@ -11,14 +11,7 @@ from typing import Any
 
 from phi3_lora_plugin.inspect.findings import AGAIN, FETCH, LFS, PULL, Findings, Problem, Trainable
 from phi3_lora_plugin.model.base_size import parameters, weight_shapes
-from phi3_lora_plugin.model.families import (
-    RopeError,
-    UnsupportedModel,
-    projections,
-    recognise,
-    repair_rope,
-    row_limit,
-)
+from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, projections, recognise, repair_rope, row_limit
 from phi3_lora_plugin.model.folder import published_stops
 from phi3_lora_plugin.model.published import published_config
 from phi3_lora_plugin.model.quantize import quantized_by

@@ -38,12 +38,7 @@ class InjectionError(Phi3LoraError, RuntimeError):
 
 
 def add_lora(
-    model: PreTrainedModel,
-    targets: str | Iterable[str],
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    **options: Any,
+    model: PreTrainedModel, targets: str | Iterable[str], r: int, alpha: float, dropout: float = 0.0, **options: Any
 ) -> PeftModel:
     """Put LoRA on the named projections of a Phi model and return it as the `PeftModel` that PEFT itself would build.
 

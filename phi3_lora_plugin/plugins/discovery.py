@@ -14,15 +14,7 @@ import pluggy
 from phi3_lora_plugin import hookspecs
 from phi3_lora_plugin.hookspecs import NAME
 from phi3_lora_plugin.plugins.contain import add_note, clean, describe, prints_on_stderr, shown
-from phi3_lora_plugin.plugins.registry import (
-    BLOCK,
-    KINDS,
-    Failure,
-    Plugin,
-    PluginError,
-    Plugins,
-    PluginWarning,
-)
+from phi3_lora_plugin.plugins.registry import BLOCK, KINDS, Failure, Plugin, PluginError, Plugins, PluginWarning
 from phi3_lora_plugin.wording import nearest
 
 __all__ = ["Failure", "Plugin", "PluginError", "PluginWarning", "Plugins", "load_plugins"]

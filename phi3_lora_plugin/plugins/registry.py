@@ -29,12 +29,7 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 BLOCK = "PHI3_LORA_BLOCK_PLUGINS"
-KINDS = {
-    "models": "model loader",
-    "dataset_adapters": "data format",
-    "recipes": "recipe",
-    "exporters": "export target",
-}
+KINDS = {"models": "model loader", "dataset_adapters": "data format", "recipes": "recipe", "exporters": "export target"}
 OURS = "phi3-lora-plugin"  # our own distribution, whose errors are not wrapped
 _NAME_PATTERN = re.compile(r"[^\W_][\w.+-]{0,99}")  # never a path: `a/b`, `..` and `` are refused
 _LISTED = 12  # names in a message

@@ -33,13 +33,7 @@ _DETAILED = 8  # runs side by side that have their own sections; of more, their 
 _TEXT = 2000  # characters of a prompt, an answer, a value or an error
 _ROWS = 300_000  # characters of all rows in colour, so that a page stays below 2 MB
 #: What a status means to a reader, by the status in run.json.
-_STATUS = {
-    DONE: "finished",
-    INTERRUPTED: "interrupted",
-    FAILED: "failed",
-    KILLED: "killed",
-    RUNNING: "still running",
-}
+_STATUS = {DONE: "finished", INTERRUPTED: "interrupted", FAILED: "failed", KILLED: "killed", RUNNING: "still running"}
 
 
 def write_report(run: Path) -> Path:

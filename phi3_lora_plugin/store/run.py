@@ -55,11 +55,7 @@ class CheckpointRun:
         self._writer.catch_sigterm()
 
     def save(
-        self,
-        step: int,
-        snapshot: Snapshot,
-        resume: Mapping[str, Content] | None,
-        metric: Mapping[str, Any] | None,
+        self, step: int, snapshot: Snapshot, resume: Mapping[str, Content] | None, metric: Mapping[str, Any] | None
     ) -> None:
         """Write a checkpoint, or have it written; what fails is logged and kept in `failed`."""
         self._writer.submit(partial(self._write, step, snapshot, resume, metric))
@@ -73,11 +69,7 @@ class CheckpointRun:
             self._lock = None
 
     def _write(
-        self,
-        step: int,
-        snapshot: Snapshot,
-        resume: Mapping[str, Content] | None,
-        metric: Mapping[str, Any] | None,
+        self, step: int, snapshot: Snapshot, resume: Mapping[str, Content] | None, metric: Mapping[str, Any] | None
     ) -> None:
         try:
             self._put_other_runs_aside()
