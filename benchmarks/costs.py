@@ -80,6 +80,7 @@ class Meter(Card):
         self.facts, self.costs = facts, Costs()
         self._alive: dict[int, int] = {}
         self._bounds: list[int] = []  # of documents, as the forward pass has them
+        self._beside = 0.0  # bytes that move while the next product runs
 
     def seen(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
         """Count one operator."""
@@ -105,14 +106,35 @@ class Meter(Card):
         self.note(kind, flops, moved, f"{name} {'x'.join(map(str, shape))}")
 
     def note(self, kind: str, flops: float, moved: float, name: str = "") -> None:
-        """Count one kernel of `kind`."""
+        """Count one kernel of `kind`.
+
+        One on the stream beside takes its time from the next product: that is as long as its arithmetic, or as the
+        bytes of both, whichever is longer.
+        """
         peak = self.facts.flops * (ATTENTION if kind == "attention" else GEMM)
         self.costs.kernels += 1
         self.costs.flops[kind] += flops
         self.costs.bytes[kind] += moved
+        if self.aside:
+            self._beside += moved
+            return
+        if kind == "gemm":
+            moved, self._beside = moved + self._beside, 0.0
         seconds = max(flops / peak, moved / (STREAM * self.facts.bandwidth))
         self.costs.seconds[kind] += seconds
         self.costs.operators[f"{kind:<12}{name or 'a kernel of Liger'}"] += seconds
+
+    def again(self) -> None:
+        """Count from here on, in the state that the card is in now."""
+        self.costs = Costs()
+
+    def ended(self) -> None:
+        """What still moves on the stream beside has no product to hide behind."""
+        left, self._beside = self._beside, 0.0
+        if left:
+            self.note("elementwise", 0.0, left, "beside the last product")
+            self.costs.kernels -= 1  # they and their bytes are counted already
+            self.costs.bytes["elementwise"] -= left
 
     @property
     def alive(self) -> int:

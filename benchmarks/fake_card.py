@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,8 @@ class Card(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.reads: list[str] = []
         self.copies: list[str] = []  # from the host to the card, which wait too where memory is not pinned
+        self.aside = False
+        """Whether operators run on a stream beside the one that computes."""
 
     def put(self, batch: Any) -> Any:
         """Move the tensors of a batch to the card; they keep their values."""
@@ -143,6 +145,30 @@ def _into_buffer(func: Any, args: Any, kwargs: Any) -> None:
         raise ValueError(f"a buffer of {tuple(out.shape)} in {out.dtype} for a weight of {shape} in {dtype}")
 
 
+class _Streams:
+    """Both streams of `prefetch`: nothing takes time here, so nothing waits."""
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+
+    def passed(self, beside: bool) -> Any:
+        return None
+
+    def wait(self, beside: bool, event: Any) -> None:
+        pass
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        self._card.aside = True
+        try:
+            yield
+        finally:
+            self._card.aside = False
+
+    def keep(self, tensor: Any) -> None:
+        pass
+
+
 class _Made(TorchFunctionMode):
     """Whole numbers that are made on the device of another tensor are on the card, which the CPU stands for here."""
 
@@ -197,8 +223,23 @@ def on_a_card(card: Card) -> Iterator[Card]:
     lists = mock.patch.object(FakeTensor, "tolist", tolist)
     is_hopper = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
-    fused = sys.modules.get("phi3_lora_plugin.speed.lora_linear4bit")
-    # A buffer that all layers share would outlive the card that it is on.
-    buffers: Any = mock.patch.dict(fused._scratch, clear=True) if fused else nullcontext()
-    with says, hosted, lists, is_hopper, pinned, buffers, card.fake, card, _Made(card):
+    with says, hosted, lists, is_hopper, pinned, _packed_weights(card), card.fake, card, _Made(card):
         yield card
+
+
+@contextmanager
+def _packed_weights(card: Card) -> Iterator[None]:
+    """Buffers of this card alone: they would outlive it. Its weights have no address."""
+    fused = sys.modules.get("phi3_lora_plugin.speed.lora_linear4bit")
+    if fused is None:
+        yield
+        return
+    from phi3_lora_plugin.speed import card_streams
+
+    with (
+        mock.patch.object(fused, "_buffers", {}),
+        mock.patch.object(fused, "_ahead", {}),
+        mock.patch.object(fused, "_address", id),
+        mock.patch.object(card_streams, "CardStreams", lambda device: _Streams(card)),
+    ):
+        yield

@@ -58,6 +58,7 @@ def test_the_whole_command_in_tiny_sizes(
         "plan against the measured peak: phi3-mini-4k-lora",
         "plan against the measured peak: phi3-mini-4k-qlora",
         "NF4 as its dequantised twin",  # bitsandbytes
+        "NF4 unpacked ahead as in turn",
         "NF4, 8k tokens a step",
         "DPO",  # TRL
         "TRL with its defaults",

@@ -121,6 +121,40 @@ def test_four_bits_take_the_products_and_one_buffer() -> None:
         assert abs(four.kept - sixteen.kept) < 0.1 * sixteen.kept, variant  # unpacked weights are kept by nobody
 
 
+def test_the_next_four_bits_are_unpacked_beside_a_product_and_take_its_bandwidth() -> None:
+    pytest.importorskip("bitsandbytes")
+    made = {}
+    for tokens in (4096, 512):  # bitsandbytes multiplies 512 rows by packed weights; backwards they are unpacked
+        for ahead in (True, False):
+            step = roofline.Step(MINI, CARDS["h100"], (tokens,), quantize="nf4", ahead=ahead)
+            made[tokens, ahead] = roofline.price(step, "ours")
+        sixteen = roofline.price(roofline.Step(MINI, CARDS["h100"], (tokens,)), "ours")
+        ahead, in_turn = (made[tokens, which].layer for which in (True, False))
+        assert ahead.bytes == in_turn.bytes and ahead.kernels == in_turn.kernels, "nothing is left out"
+        unpacked = in_turn.bytes["elementwise"] - sixteen.layer.bytes["elementwise"]
+        weights, passes = sum(rows * columns for rows, columns in MAPS), 2 if tokens == 4096 else 1
+        # Half a byte read and two written, and for each 64 a scale in 8 bits made one of 32, shifted, and read.
+        assert unpacked == pytest.approx(passes * weights * (0.5 + 2 + (1 + 4 + 8 + 4) / 64), rel=0.01)
+        saved = in_turn.seconds["elementwise"] - ahead.seconds["elementwise"]
+        assert saved == pytest.approx(unpacked / (STREAM * 3.35e12), rel=0.01)
+        if tokens == 4096:  # arithmetic takes longer than the bytes of both
+            assert ahead.seconds["gemm"] == in_turn.seconds["gemm"]
+            assert made[tokens, True].tokens_per_second >= 0.94 * sixteen.tokens_per_second
+        else:  # some products wait for memory, and that is shared
+            assert in_turn.seconds["gemm"] * 1.05 < ahead.seconds["gemm"] < in_turn.seconds["gemm"] + saved
+
+
+def test_what_no_product_hides_is_counted_at_the_end() -> None:
+    meter = Meter(CARDS["h100"])
+    meter.aside = True
+    meter.note("elementwise", 0.0, 3.35e9)
+    meter.aside = False
+    assert not meter.costs.seconds["elementwise"] and meter.costs.bytes["elementwise"] == 3.35e9
+    meter.ended()
+    assert meter.costs.seconds["elementwise"] == pytest.approx(1e-3 / STREAM)
+    assert meter.costs.bytes["elementwise"] == 3.35e9 and meter.costs.kernels == 1
+
+
 def test_the_command_ends_with_one_line_of_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,14 @@ class Applied:
         return f"{self.part}: {'on' if self.on else 'off'} ({self.why})"
 
 
+@dataclass(frozen=True)
+class _Where:
+    """Cards that a model will be moved to, and why its weights will not stay as they are, if that is known."""
+
+    cards: Iterable[torch.device]
+    wrapped: str | None
+
+
 def speed_up(
     model: Any, parts: str | Mapping[Any, bool] = "auto", device: torch.device | None = None
 ) -> tuple[Applied, ...]:
@@ -56,11 +64,18 @@ def speed_up(
     Raises:
         SpeedError: an unknown part.
     """
+    return _switch(model, parts, device)
+
+
+def _switch(
+    model: Any, parts: str | Mapping[Any, bool], device: torch.device | None, wrapped: str | None = None
+) -> tuple[Applied, ...]:
+    """`speed_up`; `wrapped` says why weights will not stay as they are now."""
     import torch
 
     wanted = _wanted(parts)
     base = _base(model)
-    where = () if device is None or device.type != "cuda" else (device,)
+    where = _Where(() if device is None or device.type != "cuda" else (device,), wrapped)
     changed = obstacle("torch.hooks", "torch.pre_hooks", "torch.backward_hooks")
     done = []
     with torch.inference_mode(False):  # what is made here is trained later
@@ -82,6 +97,7 @@ def slow_down(model: Any) -> None:
     from phi3_lora_plugin.speed.lora_swap import restore_lora
     from phi3_lora_plugin.speed.loss import restore_loss
     from phi3_lora_plugin.speed.masters import restore_masters
+    from phi3_lora_plugin.speed.proved_prefetch import stop
 
     base = _base(model)
     if "_trl_forward" in base.__dict__:
@@ -91,6 +107,7 @@ def slow_down(model: Any) -> None:
     restore_loss(base)
     restore_documents(base)
     restore_layers(base)
+    stop(model)
     restore_lora(model)
     restore_masters(model)
     restore_host(model, base)
@@ -133,7 +150,7 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
         wanted["loss"] = False
     elif wanted["loss"] and (liger := liger_loss(trainer)):
         leave("loss", liger)
-    applied = speed_up(model, wanted, trainer.args.device)
+    applied = _switch(model, wanted, trainer.args.device, _moved_later(trainer))
     if applied[0].on:
         follow(trainer, base)
     return tuple(left.get(one.part, one) for one in applied)
@@ -156,6 +173,13 @@ def _sharded_later(trainer: Any) -> dict[str, str]:
     return {}
 
 
+def _moved_later(trainer: Any) -> str | None:
+    """Why frozen weights will not be found later where they are now."""
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP puts them together in each forward"
+    return "torch_compile is on" if getattr(trainer.args, "torch_compile", False) else None
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -171,7 +195,7 @@ def _wanted(parts: str | Mapping[Any, bool]) -> Mapping[str, bool]:
     return dict.fromkeys(PARTS, True) | dict(parts)
 
 
-def _apply_loss(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+def _apply_loss(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.loss import fuse_loss, head_obstacle, loss_kernel_used
     from phi3_lora_plugin.speed.shards import in_units
 
@@ -179,7 +203,7 @@ def _apply_loss(model: Any, base: Any, devices: Iterable[torch.device]) -> Appli
     if obstacle is not None:
         return Applied("loss", False, f"{obstacle}: {_ALL_LOGITS}")
     fuse_loss(base)
-    return Applied("loss", True, _with("loss", loss_kernel_used(base, devices)))
+    return Applied("loss", True, _with("loss", loss_kernel_used(base, where.cards)))
 
 
 def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
@@ -194,38 +218,40 @@ def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
     return Applied("loss", obstacle is None, obstacle or PARTS["loss"])
 
 
-def _apply_lora(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+def _apply_lora(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.lora_swap import fuse_lora, fused_layers
+    from phi3_lora_plugin.speed.proved_prefetch import prefetch_used
 
     fuse_lora(model)
     count, others = fused_layers(model)
-    kept = "; ".join(f"{number} keep PEFT's forward: {why}" for why, number in others.items())
+    kept = [f"{number} keep PEFT's forward: {why}" for why, number in others.items()]
     if not count:
-        return Applied("lora", False, kept or "no LoRA layer over a plain linear layer")
-    return Applied("lora", True, f"{count} layers{'; ' if kept else ''}{kept}")
+        return Applied("lora", False, "; ".join(kept) or "no LoRA layer over a plain linear layer")
+    unpacked = prefetch_used(model, where.wrapped)
+    return Applied("lora", True, "; ".join((f"{count} layers", *kept, *([unpacked] if unpacked else []))))
 
 
-def _apply_attention(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+def _apply_attention(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.documents import attention_used, documents_obstacle, fuse_documents
 
     obstacle = documents_obstacle(base)
     if obstacle is not None:
         return Applied("attention", False, obstacle)
-    fuse_documents(model, base, devices)
+    fuse_documents(model, base, where.cards)
     return Applied("attention", True, f"{PARTS['attention']}; {attention_used(base)}")
 
 
-def _apply_layers(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+def _apply_layers(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.layers import fuse_layers, kernels_used, layers_obstacle
 
     obstacle = layers_obstacle(base)
     if obstacle is not None:
         return Applied("layers", False, obstacle)
     fuse_layers(base)
-    return Applied("layers", True, _with("layers", kernels_used(base, devices)))
+    return Applied("layers", True, _with("layers", kernels_used(base, where.cards)))
 
 
-def _apply_masters(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+def _apply_masters(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.masters import float32_adapters
 
     changed = float32_adapters(model)
@@ -234,7 +260,7 @@ def _apply_masters(model: Any, base: Any, devices: Iterable[torch.device]) -> Ap
     )
 
 
-def _apply_host(model: Any, base: Any, devices: Iterable[torch.device]) -> Applied:
+def _apply_host(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.host import fuse_host
 
     if not hasattr(type(base), "num_parameters"):

@@ -1,11 +1,13 @@
-"""The fused LoRA function over a 4-bit base: unpacked once in each direction, into one buffer for all layers.
+"""The fused LoRA function over a 4-bit base: unpacked once in each direction, into buffers that all layers share.
 
-bitsandbytes allocates an unpacked weight in each call and keeps a copy of the result; PEFT clones it once more.
+bitsandbytes allocates an unpacked weight in each call and keeps a copy of the result; PEFT clones it once more. On a
+card where that was found right and faster (see proved_prefetch.py), the next weight is unpacked beside a product.
 """
 
 # Imports what needs bitsandbytes; imported only inside functions, and only where it is installed.
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -14,10 +16,14 @@ import torch  # noqa: TID253
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit  # noqa: TID253
 
 from phi3_lora_plugin.speed.lora_linear import Part, apply, computed_in, part_of, parts_obstacle, single_adapter
-from phi3_lora_plugin.speed.shards import say_once
+from phi3_lora_plugin.speed.prefetch import Buffers, Packed
+from phi3_lora_plugin.speed.shards import say_once, shard_obstacle
 
-#: One buffer a device, dtype and stream, as large as the largest weight met.
-_scratch: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+#: Buffers of a device, dtype and stream, as large as the largest weight met: what one stream reads, another must not
+#: write over.
+_buffers: dict[tuple[torch.device, torch.dtype, int], Buffers] = {}
+#: Weights that may be unpacked before they are asked for: name -> (the weight, where its memory was then).
+_ahead: dict[int, tuple[Any, int]] = {}
 
 _FEW_ROWS = 1536  # up to which bitsandbytes (0.50, `gemm_4bit`) has products that need no unpacked weight
 
@@ -73,17 +79,75 @@ def _times(weight: torch.Tensor, state: Any, bias: torch.Tensor | None, x: torch
 
 def _unpacked(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """[out, in] in `dtype`; good until the next call on the same stream."""
-    out = None
-    if weight.is_cuda:  # bitsandbytes' CPU backend takes no buffer
-        size = state.shape.numel()
-        place = weight.device, state.dtype, _stream(weight.device)
-        if place not in _scratch or _scratch[place].numel() < size:
-            _scratch[place] = torch.empty(size, device=weight.device, dtype=state.dtype)
-        out = _scratch[place][:size].view(state.shape)
-    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(weight.detach(), state, out=out)
-    return unpacked.to(dtype)
+    if not _buffered(weight):
+        made: torch.Tensor = bnb.functional.dequantize_4bit(weight.detach(), state)
+        return made.to(dtype)
+    packed = Packed(weight, state, _address(weight), state.shape.numel())
+    return buffers_of(weight.device, state.dtype).take(packed).view(state.shape).to(dtype)
 
 
-def _stream(device: torch.device) -> int:
-    """The stream that works on the device now: what one stream reads, another must not write over."""
-    return int(torch.cuda.current_stream(device).cuda_stream) if torch.cuda.is_available() else 0
+def _buffered(weight: torch.Tensor) -> bool:
+    """Not on a CPU, whose backend takes no buffer, nor where work is compiled or captured and not done now."""
+    if not weight.is_cuda or torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def buffers_of(device: torch.device, dtype: torch.dtype) -> Buffers:
+    """Those of the stream that works on this device now."""
+    from phi3_lora_plugin.speed.card_streams import CardStreams
+
+    initialised = torch.cuda.is_initialized()
+    place = device, dtype, int(torch.cuda.current_stream(device).cuda_stream) if initialised else 0
+    if place not in _buffers:
+        _buffers[place] = Buffers(
+            CardStreams(device), partial(_room, device, dtype), _unpack, partial(_known_now, device, dtype)
+        )
+    return _buffers[place]
+
+
+def _room(device: torch.device, dtype: torch.dtype, size: int) -> torch.Tensor:
+    with torch.inference_mode(False):  # made in an evaluation, it is written to in training
+        return torch.empty(size, device=device, dtype=dtype)
+
+
+def _unpack(packed: Packed, room: torch.Tensor) -> None:
+    state = packed.state
+    bnb.functional.dequantize_4bit(packed.weight.detach(), state, out=room[: packed.size].view(state.shape))
+
+
+def unpack_ahead(weight: Any) -> None:
+    """From now on this weight may be unpacked before it is asked for: it is whole, on a card, and stays where it is."""
+    state = weight.quant_state
+    streams = buffers_of(weight.device, state.dtype).streams
+    for part in (state, state.state2):
+        for tensor in (weight, *(() if part is None else (part.absmax, part.code, part.offset))):
+            if tensor is not None:
+                streams.keep(tensor)
+    name = id(weight)
+    _ahead[name] = weakref.ref(weight, lambda _: _ahead.pop(name, None)), _address(weight)
+
+
+def unpack_in_turn(weight: Any) -> None:
+    """Undo `unpack_ahead`."""
+    _ahead.pop(id(weight), None)
+
+
+def let_go() -> None:
+    """Hold one buffer a stream until a weight is known beforehand."""
+    for buffers in _buffers.values():
+        buffers.forget()
+
+
+def _known_now(device: torch.device, dtype: torch.dtype, name: int) -> Packed | None:
+    """The weight of this name as it is now, if it is still the one that `unpack_ahead` was told of."""
+    found, address = _ahead.get(name, (None, 0))
+    weight: Any = None if found is None else found()
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.device != device or state.dtype != dtype or shard_obstacle(weight):
+        return None
+    return Packed(weight, state, address, state.shape.numel()) if _address(weight) == address else None
+
+
+def _address(weight: torch.Tensor) -> int:
+    return int(weight.data_ptr())
