@@ -91,6 +91,36 @@ def test_four_bits_are_unpacked_forwards_for_many_rows_only() -> None:
     assert few.counts[product] >= 4 and many.counts[product] == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_the_next_four_bits_are_unpacked_on_a_stream_of_their_own(device: str) -> None:
+    if device != "cpu" and torch.version.cuda is None:
+        pytest.skip("this PyTorch is a CPU build; .ci/fake_cuda runs it with CUDA's")
+    pytest.importorskip("bitsandbytes")
+    from phi3_lora_plugin.speed.lora_linear4bit import buffers_of
+    from phi3_lora_plugin.speed.proved_prefetch import start
+
+    card = Counting(device)
+    model = build(
+        config("microsoft/Phi-3-mini-4k-instruct", 2), dict(targets="all-linear", r=4, alpha=8),
+        dtype=torch.bfloat16, quantize="nf4",
+    )  # fmt: skip
+    fast(model, "auto", card.device)
+    rows = batch((2048, 512))
+    with on_a_card(card):
+        settle(model, device)
+        start(model)
+        buffers = buffers_of(card.device, torch.bfloat16)
+        for _ in range(4):
+            card.counts.clear()
+            found = buffers.found
+            total = loss(model, card.put(rows), items(rows), torch.bfloat16, card.device.type)
+            if device == "cpu":
+                total.backward()
+        assert buffers.found - found == (15 if device == "cpu" else 8), "all of them were there when they were wanted"
+        assert 0 < card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] <= buffers.found - found
+    assert len(card.reads) == 4, "the host has read each batch once, and waited for nothing else"
+
+
 def test_a_step_in_float16_for_cards_without_bfloat16() -> None:
     card = Counting()
     model, total = on_card(on_cuda("phi3-mini-4k-lora-16gb"), card, dtype=torch.float16)

@@ -129,6 +129,18 @@ def test_what_saves_memory_saves_it_here(base: Path) -> None:
     assert packed.base < whole.base
 
 
+def test_a_card_holds_two_unpacked_weights_where_they_are_little_of_its_memory(base: Path) -> None:
+    asked = ("data.max_length=64", "model.quantize=nf4", "model.dtype=float16")
+    large, small = (plan_of(base, *asked, device="cuda", memory=memory) for memory in (24 * 10**9, 10**5))
+    whole = plan_of(base, *asked, "speed={lora: false}", device="cuda", memory=24 * 10**9)
+    config = tiny.config()
+    largest = 2 * 2 * config.intermediate_size * config.hidden_size  # of gate and up, in 16 bits
+    for phase in ("training step", "optimizer step"):
+        more = large.phases[phase] - small.phases[phase]
+        assert largest <= more <= 1.1 * largest, phase
+    assert large.phases["optimizer step"] - whole.phases["optimizer step"] >= 2 * largest
+
+
 def test_sums_and_tokens_add_up(base: Path) -> None:
     lengths = Lengths(train=(100, 50, 30, 20), supervised=(50, 25, 10, 5))
     made = plan_of(base, "data.max_length=128", "training.per_device_train_batch_size=2", lengths=lengths)

@@ -19,6 +19,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.plan.live import Live, Moment, mark_layers, size_of
+from phi3_lora_plugin.plan.packed import make_buffers
 from phi3_lora_plugin.seams import look_up, require
 
 FakeTensorMode: Any = look_up("torch.fake_mode")
@@ -72,6 +73,8 @@ class Run:
     speed: Any
     attention: str
     evaluate: Batch | None
+    on_card: bool
+    memory: int | None
 
 
 def footprint(
@@ -86,6 +89,8 @@ def footprint(
     speed: Any = "auto",
     attention: str = "sdpa",
     evaluate: Batch | None = None,
+    on_card: bool = False,
+    memory: int | None = None,
     whole: bool = False,
 ) -> Footprint:
     """Run a step without computing anything and report what was alive at the worst moments.
@@ -97,12 +102,14 @@ def footprint(
         dtype: of the frozen weights.
         mixed: what autocast computes in: "bf16", "fp16" or "no".
         evaluate: the largest batch of the evaluation, if there is one.
+        on_card: the run is on a GPU, where 4-bit weights are unpacked into buffers that stay.
+        memory: bytes of the card, if known.
         whole: run all layers even where they are alike; tests compare the short way with it.
 
     Raises:
         TargetError, UnsupportedModel: as `add_lora`.
     """
-    run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate)
+    run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate, on_card, memory)
     layers = int(config.num_hidden_layers)
     if whole or layers <= _MORE or not _alike(config, lora):
         found = _measure(config, run)
@@ -174,6 +181,8 @@ def _measure(config: Any, run: Run) -> Footprint:
         live.parameters = trained
         with live.phase("load", moments):
             pass
+        if run.on_card and run.quantize == "nf4":
+            make_buffers(model, run.memory)
         live.optimizer = optimizer = _optimizer(run.arguments, model, trained)
         _fill_gradients(trained)
         optimizer.step()  # from now on it has its state

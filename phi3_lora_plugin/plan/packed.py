@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
 from phi3_lora_plugin.model.quantize import PACKED_BYTES
 from phi3_lora_plugin.speed.lora_linear import apply, part_of, single_adapter
+from phi3_lora_plugin.speed.prefetch import fits_twice
 
 
 def pack_weights(model: Any, quantize: str, compute: Any) -> None:
@@ -28,6 +29,20 @@ def fuse_packed(model: Any) -> None:
     for module in model.modules():
         if type(module) is PeftLinear and type(module.base_layer) is _PackedLinear:
             module.__class__ = _FusedPackedLinear
+
+
+def make_buffers(model: Any, memory: int | None) -> None:
+    """What `speed.lora` holds on a card with so many bytes of memory (None: not known): the largest weight, or two."""
+    fused = [module for module in model.modules() if type(module) is _FusedPackedLinear]
+    if not fused:
+        return
+    bases = [module.base_layer for module in fused]
+    size = max(base.out_features * base.in_features for base in bases)
+    compute = bases[0].compute
+    count = 2 if len(fused) > 1 and fits_twice(size * compute.itemsize, memory) else 1
+    rooms = [torch.empty(size, dtype=compute) for _ in range(count)]
+    for module in fused:
+        module.rooms = rooms
 
 
 class _PackedFunction(torch.autograd.Function):  # type: ignore[misc]
@@ -55,6 +70,9 @@ class _PackedLinear(torch.nn.Linear):  # type: ignore[misc]
 class _FusedPackedLinear(PeftLinear):  # type: ignore[misc]
     """Stands for `FusedLoraLinear4bit`."""
 
+    rooms: Any = ()
+    """What weights are unpacked into; empty where each is unpacked into memory of its own."""
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         adapter = single_adapter(self)
         if adapter is None or args or kwargs:
@@ -64,9 +82,10 @@ class _FusedPackedLinear(PeftLinear):  # type: ignore[misc]
 
     def part(self, adapter: str, dtype: Any) -> Any:
         """As `FusedLoraLinear4bit.part`."""
-        base = self.base_layer
+        base, rooms = self.base_layer, self.rooms
 
         def unpack() -> Any:  # must not know x: what it knows stays alive until the backward pass
-            return torch.empty((base.out_features, base.in_features), dtype=base.compute)
+            shape = base.out_features, base.in_features
+            return rooms[0][: shape[0] * shape[1]].view(shape) if rooms else torch.empty(shape, dtype=base.compute)
 
         return part_of(self, adapter, base.weight, base.bias, unpack) if base.compute == dtype else None

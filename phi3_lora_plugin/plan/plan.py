@@ -114,6 +114,7 @@ def plan(
     fed = feed(lengths, rows, longest, recipe.data.packing)
     evaluates = recipe.data.eval_path is not None or recipe.data.eval_split is not None or recipe.data.eval_fraction > 0
     takes = machine(place, program)
+    memory = memory if memory is not None else memory_of(recipe, place)
     found = footprint(
         config,
         lora_options(recipe),
@@ -125,6 +126,8 @@ def plan(
         speed=recipe.speed,
         attention="eager" if recipe.model.attention == "eager" else "sdpa",  # flash keeps what sdpa keeps
         evaluate=evaluation_batch(lengths, int(arguments.per_device_eval_batch_size), longest) if evaluates else None,
+        on_card=place.kind == "cuda",
+        memory=memory if recipe.model.quantize == "nf4" else None,
     )
     workspaces = takes.workspaces
     if place.kind != "cpu":
@@ -135,7 +138,6 @@ def plan(
     phases["load"] = takes.program + loading
     when = max(phases, key=lambda phase: phases[phase])
     worst = moments[when].bytes if when != "load" else dict.fromkeys(moments["load"].bytes, 0) | {"base": loading}
-    memory = memory if memory is not None else memory_of(recipe, place)
     margin = 0 if memory is None else round(takes.margin * memory)
     per_step = fed.tokens_per_batch * accumulation
     steps = _steps(fed.batches, arguments, accumulation)

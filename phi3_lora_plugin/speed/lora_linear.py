@@ -4,7 +4,7 @@
 it to the adapter's float32), the scaled copy and the out-sized sums are never made, and the frozen weight is never
 differentiated. Only the class of PEFT's layer is swapped: parameters, keys, files, merge and resume stay PEFT's.
 
-A 4-bit weight is unpacked once in each direction, into one buffer that all layers share (see lora_linear4bit.py).
+A 4-bit weight is unpacked once in each direction, into buffers that all layers share (see lora_linear4bit.py).
 A layer whose parameters are not whole (FSDP, ZeRO-3, DTensors) takes PEFT's forward (see shards.py).
 """
 
