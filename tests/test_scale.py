@@ -115,6 +115,7 @@ def test_two_processes_of_accelerate_give_the_result_of_one(one: Path, warm: War
     assert_equal(one, "two")
 
 
+@pytest.mark.long  # mostly waits, for nodes and workers
 def test_ray_goes_on_when_a_worker_is_killed_and_gives_the_result_of_one(one: Path) -> None:
     process = start(one, "ray", "--ray", "num_workers=2", "--same-batch")
     while process.poll() is None and not (one / "ray" / "lora" / "step-00000003").is_dir():

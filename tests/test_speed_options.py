@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import tiny
@@ -119,6 +120,16 @@ def test_a_run_has_the_losses_that_it_has_without(
     assert ours[1] == pytest.approx(stock[1], rel=1e-5) and ours[1]
     for name, want in stock[2].items():
         torch.testing.assert_close(ours[2][name], want, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_a_trainer_that_is_dropped_is_gone_at_once(tmp_path: Path) -> None:
+    """Not at the next garbage collection, which would wait five seconds for each worker of its DataLoaders."""
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
+    made = Trainer(model, arguments(tmp_path), train_dataset=data(4))  # type: ignore[arg-type]
+    assert next(one.on for one in accelerate_phi3(made, "auto") if one.part == "loss")
+    there = ref(made)
+    del made
+    assert there() is None
 
 
 @pytest.mark.parametrize("packed", [False, True])

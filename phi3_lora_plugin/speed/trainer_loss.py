@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -45,26 +47,35 @@ def follow(trainer: Any, base: Any) -> None:
     from phi3_lora_plugin.speed.loss import only_if_asked
 
     only_if_asked(base)
-    if "_stock_compute_loss" in trainer.__dict__:
+    if getattr(trainer.__dict__.get("compute_loss"), "func", None) is _compute_loss:
         return
-    trainer._stock_compute_loss, trainer._stock_prediction_step = trainer.compute_loss, trainer.prediction_step
     # `base` as it is now: later it may be inside any number of wrappers
-    trainer.compute_loss = partial(_compute_loss, trainer, base)
-    trainer.prediction_step = partial(_prediction_step, trainer, base)
+    for name, ours in (("compute_loss", _compute_loss), ("prediction_step", _prediction_step)):
+        setattr(trainer, name, partial(ours, _held(trainer, getattr(trainer, name)), base))
 
 
-def _compute_loss(self: Any, base: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+def _held(trainer: Any, method: Any) -> Callable[[], Any]:
+    """A trainer's method that the trainer can keep without keeping itself alive.
+
+    Otherwise a dropped trainer waits for a garbage collection, and that waits five seconds for each DataLoader worker.
+    """
+    return WeakMethod(method) if getattr(method, "__self__", None) is trainer else lambda: method
+
+
+def _compute_loss(
+    stock: Callable[[], Any], base: Any, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+) -> Any:
     from phi3_lora_plugin.speed.loss import asked
 
     without = not return_outputs or base.__dict__.get("_asked") == "loss"
     with asked(base, "loss" if without else "logits"):
-        return self._stock_compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        return stock()(model, inputs, return_outputs=return_outputs, **kwargs)
 
 
 def _prediction_step(
-    self: Any, base: Any, model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **kwargs: Any
+    stock: Callable[[], Any], base: Any, model: Any, inputs: Any, prediction_loss_only: bool, *rest: Any, **kwargs: Any
 ) -> Any:
     from phi3_lora_plugin.speed.loss import asked
 
     with asked(base, "loss" if prediction_loss_only else "logits"):
-        return self._stock_prediction_step(model, inputs, prediction_loss_only, *rest, **kwargs)
+        return stock()(model, inputs, prediction_loss_only, *rest, **kwargs)
