@@ -90,12 +90,15 @@ def show_command(
 
     As written, or with --resolved or overrides as it would run.
     """
+    from phi3_lora_plugin.plugins.discovery import load_plugins
     from phi3_lora_plugin.recipe import RecipeError, load_recipe
 
+    plugins = load_plugins()
     try:
-        recipe = load_recipe(name, overrides or (), find=_finder())
+        recipe = load_recipe(name, overrides or (), find=lambda wanted: plugins.pick("recipes", wanted))
     except RecipeError as error:
-        _wrong_input(error)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
     for problem in _unsupported_base(recipe):
         print(problem, file=sys.stderr)
     if as_json:
@@ -176,13 +179,6 @@ def annotated(recipe: Recipe) -> str:
     return "\n".join([*head, *body]) + "\n"
 
 
-def _finder() -> Callable[[str], Any]:
-    from phi3_lora_plugin.plugins.discovery import load_plugins
-
-    plugins = load_plugins()
-    return lambda name: plugins.pick("recipes", name)
-
-
 def _unregistered(recipe: Recipe, pick: Callable[[str, str], Any]) -> list[Problem]:
     """Names that a recipe gives to plugins and that none of them knows."""
     from phi3_lora_plugin.recipe.yaml_file import Problem
@@ -229,11 +225,6 @@ def _missing_data(recipe: Recipe) -> list[Problem]:
             where = recipe.provenance.get(f"data.{key}", "")
             problems += [Problem(where, f"data.{key}", text.removeprefix(": ")) for text in error.problems]
     return problems
-
-
-def _wrong_input(error: Exception) -> Any:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def _notes(recipe: Recipe) -> list[str]:

@@ -117,17 +117,22 @@ def require(extra: str, *modules: str, what: str) -> None:
         )
 
 
-def refuse(target: str, wanted: Wanted, **allowed: Any) -> None:
-    """Refuse options that a target does not have.
+def refuse(target: str, wanted: Wanted, kind: Any = None, **allowed: Any) -> None:
+    """Refuse models and options that a target does not have.
 
     Args:
-        allowed: `quantize`, `dtypes`: the names that it knows; `forms`: of True (merged) and False (adapter);
-            `push`: whether it pushes.
+        kind: the base's `model_type`.
+        allowed: `kinds`: of models; `quantize`, `dtypes`: the names that it knows; `one`: why it takes one quantised
+            form only; `forms`: of True (merged) and False (adapter); `push`: whether it pushes.
 
     Raises:
         ExportError: every option that is not allowed.
     """
     problems = []
+    if "kinds" in allowed and kind not in allowed["kinds"]:
+        problems.append(f"model_type {kind!r} is not exported; expected {' or '.join(allowed['kinds'])}")
+    if "one" in allowed and len(wanted.quantize) > 1:
+        problems.append(f"{allowed['one']}; pass one form to --quantize")
     known = allowed.get("quantize", ())
     if odd := [name for name in wanted.quantize if name not in known]:
         problems.append(f"--quantize {', '.join(odd)}: available: {', '.join(known) or 'none'}")

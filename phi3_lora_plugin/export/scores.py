@@ -15,11 +15,9 @@ class ShowsLogits:
         raise NotImplementedError
 
     def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
         return self._logits(ids)[-1]
 
     def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-        """See `Runtime`."""
         logits, found, likeliest = self._logits(ids), [], []
         for place in range(first, len(ids)):
             row = in_measure(logits[place - 1], "log-probabilities")

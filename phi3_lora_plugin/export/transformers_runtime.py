@@ -27,12 +27,10 @@ class Transformers(ShowsLogits):
         self._model, self._tokenizer = model, tokenizer
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         made = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         return [int(each) for each in made]
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """See `Runtime`."""
         import torch
 
         prompt = torch.tensor([list(ids)])

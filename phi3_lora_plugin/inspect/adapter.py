@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,9 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         family = recognise(of_base)
         found |= {"family": f"{family.name} ({family.title})", "projections": projections(of_base)}
     if "adapter_model.safetensors" not in files:
-        pickled = "adapter_model.bin" in files
-        problems.append(
-            Problem(
-                "weights are a pickle, which can execute code" if pickled else "the folder has no adapter weights",
-                "save the adapter as safetensors" if pickled else AGAIN,
-            )
-        )
+        pickled = Problem("weights are a pickle, which can execute code", "save the adapter as safetensors")
+        none = Problem("the folder has no adapter weights", AGAIN)
+        problems.append(pickled if "adapter_model.bin" in files else none)
         return found
     shapes, wrong = header_of(folder / "adapter_model.safetensors")
     if wrong:
@@ -112,9 +109,8 @@ def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict
         problems.append(Problem(f"its base is {error}", "use an adapter for a supported member of the family"))
         return None
     except (ValueError, TypeError, KeyError) as error:
-        problems.append(
-            Problem(f"the config.json of its base cannot be used: {error}", "look at the base with inspect")
-        )
+        what = f"the config.json of its base cannot be used: {error}"
+        problems.append(Problem(what, "look at the base with inspect"))
         return None
     return config
 
@@ -139,88 +135,70 @@ def _embedding_problems(
     return problems
 
 
-def _tensor_problems(folder: Path, keys: list[str]) -> list[Problem]:
+def _tensor_problems(folder: Path, keys: list[str]) -> Iterator[Problem]:
     """Problems of the values themselves."""
     from safetensors import safe_open
 
-    problems = []
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in keys}
     dead = [key for key in keys if "lora_B" in key and not tensors[key].any()]
     broken = not_finite(tensors)
     loras = [key for key in keys if "lora_B" in key]
     if not loras:
-        problems.append(Problem("has no LoRA tensors", "check what wrote it; it may be a full checkpoint"))
+        yield Problem("has no LoRA tensors", "check what wrote it; it may be a full checkpoint")
     elif len(dead) == len(loras):
-        problems.append(Problem("every lora_B is zero: the adapter changes nothing", "check that it was trained"))
+        yield Problem("every lora_B is zero: the adapter changes nothing", "check that it was trained")
     elif dead:
-        problems.append(Problem(f"{len(dead)} of {len(loras)} lora_B are zero, such as {dead[0]}", "check the targets"))
+        yield Problem(f"{len(dead)} of {len(loras)} lora_B are zero, such as {dead[0]}", "check the targets")
     if broken:
-        problems.append(Problem(f"{len(broken)} tensors are not finite, such as {broken[0]}", OLDER))
-    return problems
+        yield Problem(f"{len(broken)} tensors are not finite, such as {broken[0]}", OLDER)
 
 
 def _layout_problems(
     folder: Path, config: dict[str, Any], of_base: dict[str, Any] | None, keys: list[str]
-) -> list[Problem]:
+) -> Iterator[Problem]:
     """Names and shapes: what no loader takes, what the base does not have, and what servers refuse."""
     from phi3_lora_plugin.lora_files.keys import PREFIX, read_key
     from phi3_lora_plugin.lora_files.layouts import unknown_modules
     from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, changes_base, parts, read_peft
     from phi3_lora_plugin.lora_files.servable import servable
 
-    problems = []
     if odd := [key for key in keys if key != PREFIX + read_key(key).shared]:
-        problems.append(
-            Problem(
-                f"{len(odd)} keys are spelled in a way that PEFT silently ignores, such as {odd[0]}",
-                "phi3-lora convert SRC DST --to peft",
-                here=True,
-            )
-        )
+        what = f"{len(odd)} keys are spelled in a way that PEFT silently ignores, such as {odd[0]}"
+        yield Problem(what, "phi3-lora convert SRC DST --to peft", here=True)
     parents = {key.split(".")[-3] for key in keys if "lora_B" in key and key.count(".") > 2}
     # PhiMoE has these by name; without its base at hand, a q_proj is most likely one that Phi-3 has fused.
     fused = of_base is None or of_base.get("model_type") == "phi3"
     split = WHOLE.keys() & parents if fused else set()
     if split:
-        problems.append(
-            Problem(
-                f"adapts {', '.join(sorted(split))}, fused in Microsoft's Phi-3, which ignores these tensors",
-                "phi3-lora convert SRC DST --to fused",
-            )
-        )
+        what = f"adapts {', '.join(sorted(split))}, fused in Microsoft's Phi-3, which ignores these tensors"
+        yield Problem(what, "phi3-lora convert SRC DST --to fused")
     try:
         adapter = read_peft(folder)
     except PeftFilesError as error:
-        told = str(error).splitlines()
-        fix = "load it with the version of PEFT that wrote it"
-        return problems + [Problem(line.strip(), fix) for line in told[1:] or told]
+        told, fix = str(error).splitlines(), "load it with the version of PEFT that wrote it"
+        yield from (Problem(line.strip(), fix) for line in told[1:] or told)
+        return
     if not split:
-        problems += [
-            Problem(text, "phi3-lora docs export says how to convert it")
-            for text in servable(folder)
-            if "base_model_name" not in text
-        ]
+        fix = "phi3-lora docs export says how to convert it"
+        yield from (Problem(text, fix) for text in servable(folder) if "base_model_name" not in text)
     if config.get("target_parameters") or changes_base(config):
-        return problems
+        return
     try:
         pieces = parts(adapter)
     except PeftFilesError as error:
         told = str(error).splitlines()
-        return problems + [Problem(line.strip(), OLDER) for line in told[1:] or told]
+        yield from (Problem(line.strip(), OLDER) for line in told[1:] or told)
+        return
     if of_base is not None and not split:
         layout, layers = projections(of_base), int(of_base["num_hidden_layers"])
         wrong = unknown_modules(pieces.loras, layout, layers)
-        problems += [Problem(text, "use it on the model that it was trained on") for text in wrong[:_SHOWN]]
+        yield from (Problem(text, "use it on the model that it was trained on") for text in wrong[:_SHOWN])
         if len(wrong) > _SHOWN:
-            problems.append(Problem(f"{len(wrong) - _SHOWN} more modules do not fit the base", "see above"))
-        missing = _named(config, layout, layers) - {lora.module for lora in pieces.loras}
-        if missing:
-            some = listed(sorted(missing), _SHOWN)
-            problems.append(
-                Problem(f"{len(missing)} modules that the config names have no tensors, such as {some}", OLDER)
-            )
-    return problems
+            yield Problem(f"{len(wrong) - _SHOWN} more modules do not fit the base", "see above")
+        if missing := sorted(_named(config, layout, layers) - {lora.module for lora in pieces.loras}):
+            some = listed(missing, _SHOWN)
+            yield Problem(f"{len(missing)} modules that the config names have no tensors, such as {some}", OLDER)
 
 
 def _named(config: dict[str, Any], layout: tuple[Projection, ...], layers: int) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,60 +107,38 @@ def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -
         if members:
             found["family"] = f"by its template, of {', '.join(members)}"
         if not template.system:
-            problems.append(
-                Problem(
-                    f"template {template.name} silently drops system messages", "data.system: fold, or drop", here=True
-                )
-            )
+            what = f"template {template.name} silently drops system messages"
+            problems.append(Problem(what, "data.system: fold, or drop", here=True))
     except TemplateError as error:
         problems.append(Problem(str(error), "data.template: NAME"))
     highest = max(tokenizer.get_vocab().values())
     rows = _embedding_rows(folder) if "config.json" in files else None
     if rows is not None and highest >= rows:
-        problems.append(
-            Problem(
-                f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings",
-                "take model and tokenizer from the same repository",
-            )
-        )
-    _look_at_settings(folder, files, tokenizer, stops, problems)
-    return found
-
-
-def _look_at_settings(folder: Path, files: set[str], tokenizer: Any, stops: list[int], problems: list[Problem]) -> None:
-    """What other hosts would make of the files next to tokenizer.json, and of what was saved inside it."""
+        what = f"the tokenizer has ids up to {highest}, the model {rows} rows of embeddings"
+        problems.append(Problem(what, "take model and tokenizer from the same repository"))
     settings = read_json(folder / "tokenizer_config.json", problems) if "tokenizer_config.json" in files else {}
-    pad = settings.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad is not None and tokenizer.convert_tokens_to_ids(pad) in stops:
-        problems.append(
-            Problem(f"pads with {pad}, which is a stop token", f"pad_token: {tokenizer.pad_token}", here=True)
-        )
-    kind = settings.get("tokenizer_class")
-    if kind in ("LlamaTokenizer", "LlamaTokenizerFast") and "config.json" not in files:
-        problems.append(
-            Problem(
-                f"tokenizer_class is {kind} without a config.json next to it: AutoTokenizer then gives other ids",
-                "save the tokenizer with phi3_lora_plugin, or put config.json next to it",
-                here=True,
-            )
-        )
-    if settings.get("auto_map"):
-        problems.append(
-            Problem(
-                "tokenizer_config.json has auto_map: hosts with trust_remote_code run remote code for it",
-                "delete auto_map",
-                here=True,
-            )
-        )
+    problems += _settings_problems(settings, "config.json" not in files, tokenizer, stops)
     backend = read_json(folder / "tokenizer.json", problems)
     for key in ("truncation", "padding"):
         if backend.get(key):
-            problems.append(
-                Problem(
-                    f"tokenizer.json has {key} saved in it, which raw tokenizers apply", f"set {key} to null", here=True
-                )
-            )
+            what = f"tokenizer.json has {key} saved in it, which raw tokenizers apply"
+            problems.append(Problem(what, f"set {key} to null", here=True))
+    return found
+
+
+def _settings_problems(settings: dict[str, Any], alone: bool, tokenizer: Any, stops: list[int]) -> Iterator[Problem]:
+    """What other hosts would make of a tokenizer_config.json; `alone`, without a config.json next to it."""
+    pad = settings.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if pad is not None and tokenizer.convert_tokens_to_ids(pad) in stops:
+        yield Problem(f"pads with {pad}, which is a stop token", f"pad_token: {tokenizer.pad_token}", here=True)
+    kind = settings.get("tokenizer_class")
+    if kind in ("LlamaTokenizer", "LlamaTokenizerFast") and alone:
+        what = f"tokenizer_class is {kind} without a config.json next to it: AutoTokenizer then gives other ids"
+        yield Problem(what, "save the tokenizer with phi3_lora_plugin, or put config.json next to it", here=True)
+    if settings.get("auto_map"):
+        what = "tokenizer_config.json has auto_map: hosts with trust_remote_code run remote code for it"
+        yield Problem(what, "delete auto_map", here=True)
 
 
 def _embedding_rows(folder: Path) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -48,9 +48,8 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
         problems.append(Problem(str(error), "download config.json again"))
     problems += _config_problems(config)
     problems += _weight_problems(folder, files, config)
-    problems += _generation_problems(
-        folder, files, config, family.pad[0] if family.pad else "an unused token", problems
-    )
+    generation = read_json(folder / "generation_config.json", problems) if "generation_config.json" in files else {}
+    problems += _generation_problems(generation, config, family.pad[0] if family.pad else "an unused token")
     found["parameters"] = parameters(config)
     found["trainable"] = _presets(config)
     return found
@@ -116,27 +115,16 @@ def quantised(config: Mapping[str, Any]) -> list[Problem]:
     return [Problem(f"weights are quantised ({method}): training and merging need other libraries or fail", fix)]
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[Problem]:
-    problems = quantised(config)
+def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from quantised(config)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
     if kind in ("su", "yarn"):
-        problems.append(
-            Problem(
-                f"rope type {kind!r} is an old name of longrope, which transformers 5 refuses",
-                "write 'longrope' into config.json for other hosts",
-                here=True,
-            )
-        )
+        what = f"rope type {kind!r} is an old name of longrope, which transformers 5 refuses"
+        yield Problem(what, "write 'longrope' into config.json for other hosts", here=True)
     if "auto_map" in config:
-        problems.append(
-            Problem(
-                "config.json has auto_map: hosts with trust_remote_code run modeling code of 2024 that fails today",
-                "delete auto_map, or keep trust_remote_code off",
-                here=True,
-            )
-        )
-    return problems
+        what = "config.json has auto_map: hosts with trust_remote_code run modeling code of 2024 that fails today"
+        yield Problem(what, "delete auto_map, or keep trust_remote_code off", here=True)
 
 
 def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -> list[Problem]:
@@ -147,19 +135,13 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
         place = read_json(folder / _INDEX, problems).get("weight_map")
         shards = sorted(set(place.values())) if isinstance(place, dict) else names
         if missing := [shard for shard in shards if shard not in files]:
-            shown = listed(missing, 3)
-            problems.append(
-                Problem(f"{len(missing)} of {len(shards)} shards are missing, such as {shown}", "fetch them")
-            )
+            what = f"{len(missing)} of {len(shards)} shards are missing, such as {listed(missing, 3)}"
+            problems.append(Problem(what, "fetch them"))
         names = [shard for shard in shards if shard in files]
     if not names and not problems:
-        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in files)
-        return [
-            Problem(
-                "weights are pickles, which can execute code" if pickled else "the folder has no weights",
-                "convert them to safetensors" if pickled else "fetch model.safetensors or its shards",
-            )
-        ]
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+            return [Problem("weights are pickles, which can execute code", "convert them to safetensors")]
+        return [Problem("the folder has no weights", "fetch model.safetensors or its shards")]
     held: dict[str, tuple[int, ...]] = {}
     for name in names:
         shapes, wrong = header_of(folder / name)
@@ -171,42 +153,25 @@ def _weight_problems(folder: Path, files: set[str], config: Mapping[str, Any]) -
         return problems
     wanted = weight_shapes(config)
     if absent := [name for name in wanted if name not in held]:
-        shown = listed(absent, 3)
-        problems.append(
-            Problem(f"{len(absent)} of {len(wanted)} weights are missing, such as {shown}", "fetch the weights again")
-        )
+        what = f"{len(absent)} of {len(wanted)} weights are missing, such as {listed(absent, 3)}"
+        problems.append(Problem(what, "fetch the weights again"))
     if other := [name for name in wanted if name in held and held[name] != wanted[name]]:
-        name = other[0]
-        problems.append(
-            Problem(
-                f"{len(other)} weights have another shape than in config.json, such as {name}: "
-                f"{list(held[name])} instead of {list(wanted[name])}",
-                "take config.json and weights from the same model",
-            )
-        )
+        example = f"{other[0]}: {list(held[other[0]])} instead of {list(wanted[other[0]])}"
+        what = f"{len(other)} weights have another shape than in config.json, such as {example}"
+        problems.append(Problem(what, "take config.json and weights from the same model"))
     return problems
 
 
-def _generation_problems(
-    folder: Path, files: set[str], config: Mapping[str, Any], pad_with: str, problems: list[Problem]
-) -> list[Problem]:
-    generation = read_json(folder / "generation_config.json", problems) if "generation_config.json" in files else {}
-    found = []
+def _generation_problems(generation: Mapping[str, Any], config: Mapping[str, Any], pad_with: str) -> Iterator[Problem]:
     stops = published_stops(generation, config)
     if len(stops) < 2:
-        found.append(
-            Problem(
-                f"generation stops at {stops or 'nothing'} only, and continues after the end of a turn",
-                "give eos_token_id in generation_config.json both the end of turn and the end of text",
-                here=True,
-            )
-        )
+        what = f"generation stops at {stops or 'nothing'} only, and continues after the end of a turn"
+        fix = "give eos_token_id in generation_config.json both the end of turn and the end of text"
+        yield Problem(what, fix, here=True)
     pad = generation.get("pad_token_id", config.get("pad_token_id"))
     if pad is not None and pad in stops:
-        found.append(
-            Problem(f"pad id {pad} is a stop token, which collators then mask out", f"pad with {pad_with}", here=True)
-        )
-    return found
+        what = f"pad id {pad} is a stop token, which collators then mask out"
+        yield Problem(what, f"pad with {pad_with}", here=True)
 
 
 def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:

@@ -26,9 +26,7 @@ NAME = "llama.cpp"
 
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write GGUF files for llama.cpp; see `exporter`."""
-    refuse("llama.cpp", wanted, quantize=FORMS, dtypes=tuple(_SUFFIX))
-    if (kind := adapted.config.get("model_type")) not in ARCHITECTURES:
-        raise ExportError(f"llama.cpp: model_type {kind!r} is not exported; expected {' or '.join(ARCHITECTURES)}")
+    refuse(NAME, wanted, adapted.config.get("model_type"), kinds=ARCHITECTURES, quantize=FORMS, dtypes=tuple(_SUFFIX))
     require("llama-cpp", "gguf", *(("xllamacpp",) if wanted.prove else ()), what="a GGUF for llama.cpp")
     if wanted.merged is False:
         if wanted.quantize:
@@ -167,11 +165,9 @@ class _Server:
         return [int(each) for each in _json(f"{self._url}/tokenize", body)["tokens"]]
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         return self.text_ids(_json(f"{self._url}/apply-template", {"messages": list(messages)})["prompt"])
 
     def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
         import numpy
 
         scores: Any = numpy.full(self._size, -numpy.inf, dtype=numpy.float32)
@@ -180,7 +176,6 @@ class _Server:
         return scores
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """See `Runtime`."""
         return [int(each) for each in self._complete(ids, max_new_tokens)["tokens"]]
 
     def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:

@@ -21,11 +21,8 @@ FORMS = ("8bit", "6bit", "4bit")
 
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write an MLX adapter or model; see `exporter`."""
-    refuse("mlx", wanted, quantize=FORMS, dtypes=("float32", "bfloat16", "float16"))
-    if adapted.config.get("model_type") != "phi3":
-        raise ExportError(f"mlx: model_type {adapted.config.get('model_type')!r} is not exported; expected phi3")
-    if len(wanted.quantize) > 1:
-        raise ExportError("mlx: a folder holds one model; pass one form to --quantize")
+    refuse("mlx", wanted, adapted.config.get("model_type"), kinds=("phi3",), quantize=FORMS,
+           dtypes=("float32", "bfloat16", "float16"), one="a folder holds one model")  # fmt: skip
     longrope = mlx_config(adapted.config).get("rope_scaling") is not None
     merged = bool(wanted.quantize) or longrope if wanted.merged is None else wanted.merged
     if not merged and wanted.quantize:
@@ -150,11 +147,9 @@ class _Mlx(ShowsLogits):
         self._model, self._tokenizer = model, tokenizer
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         return list(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True))
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """See `Runtime`."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step
 

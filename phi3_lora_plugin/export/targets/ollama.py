@@ -25,11 +25,8 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write a GGUF and a Modelfile; see `exporter`."""
     if wanted.merged is False:
         raise ExportError("ollama: Ollama 0.34.1 and later take no ADAPTER (ollama#14969); leave out --adapter")
-    refuse("ollama", wanted, quantize=FORMS, dtypes=("float32", "float16", "bfloat16"))
-    if len(wanted.quantize) > 1:
-        raise ExportError("ollama: a Modelfile names one file; pass one form to --quantize")
-    if (kind := adapted.config.get("model_type")) not in ARCHITECTURES:
-        raise ExportError(f"ollama: model_type {kind!r} is not exported; expected {' or '.join(ARCHITECTURES)}")
+    refuse("ollama", wanted, adapted.config.get("model_type"), kinds=ARCHITECTURES, quantize=FORMS,
+           dtypes=("float32", "float16", "bfloat16"), one="a Modelfile names one file")  # fmt: skip
     require("ollama", "gguf", *(("xllamacpp",) if wanted.prove else ()), what="an export to Ollama")
     if adapted.template is None:
         raise ExportError(f"ollama: {adapted.notes[-1]}; without a known template no Modelfile can be written")
@@ -90,7 +87,6 @@ class _Ollama:
         self._server, self._template, self.measure = server, template, server.measure
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         return list(self._server.text_ids(render_go(self._template, messages)))
 
     def __getattr__(self, name: str) -> Any:

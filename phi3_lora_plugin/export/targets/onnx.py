@@ -50,9 +50,8 @@ print(tokenizer.decode(generator.get_sequence(0)[len(ids) :]).strip())
 
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write a folder for ONNX Runtime GenAI; see `exporter`."""
-    refuse("onnx", wanted, quantize=FORMS, dtypes=("float32",))
-    if len(wanted.quantize) > 1:
-        raise ExportError("onnx: a folder holds one model; pass one form to --quantize")
+    refuse("onnx", wanted, adapted.config.get("model_type"), kinds=("phi3",), quantize=FORMS, dtypes=("float32",),
+           one="a folder holds one model")  # fmt: skip
     _fits(adapted.config)
     require("onnx", "onnxruntime_genai", "onnxruntime", "onnx", "onnx_ir", what="an export to ONNX Runtime GenAI")
     if wanted.merged is False:
@@ -97,8 +96,6 @@ def _fits(config: Mapping[str, Any]) -> None:
     heads = int(config["num_attention_heads"])
     head = int(config.get("head_dim") or config["hidden_size"] // heads)
     problems = []
-    if config.get("model_type") != "phi3":
-        problems.append(f"model_type {config.get('model_type')!r} is not exported; expected phi3")
     if head % 16:
         problems.append(f"the head size is {head}; ONNX Runtime's attention needs a multiple of 16")
     rotated = int(rope_of(config)["partial_rotary_factor"] * head)
@@ -221,14 +218,12 @@ class _Onnx(ShowsLogits):
         self._tokenizer = onnxruntime_genai.Tokenizer(model)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         import json
 
         text = self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
         return [int(each) for each in self._tokenizer.encode(text)]
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """See `Runtime`."""
         generator = self._generator(ids, max_new_tokens)
         said: list[int] = []
         while not generator.is_done():

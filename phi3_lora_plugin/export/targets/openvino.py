@@ -35,9 +35,7 @@ print(pipe.generate(history, max_new_tokens=256, do_sample=False).texts[0].strip
 
 def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write IR, tokenizer and settings; see `exporter`."""
-    refuse("openvino", wanted, dtypes=("float32", "float16"))
-    if adapted.config.get("model_type") != "phi3":
-        raise ExportError(f"openvino: model_type {adapted.config.get('model_type')!r} is not exported; expected phi3")
+    refuse("openvino", wanted, adapted.config.get("model_type"), kinds=("phi3",), dtypes=("float32", "float16"))
     require("openvino", "openvino", "openvino_tokenizers", "openvino_genai", what="an export to OpenVINO")
     from phi3_lora_plugin.model.families import rope_of
 
@@ -101,20 +99,16 @@ class _OpenVino(ShowsLogits):
         self._graph, self._logits_of = model.create_infer_request(), model.output("logits")
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         return [int(each) for each in self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]]
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """See `Runtime`."""
         return [int(each) for each in self._generate(ids, max_new_tokens).tokens[0]]
 
     def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
         return super().next_scores(ids) if self.measure else None
 
     def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-        """See `Runtime`."""
         if not self.measure:
             raise ExportError("openvino: openvino-genai shows no scores with an adapter on; evaluate the merged model")
         return super().log_probabilities(ids, first)

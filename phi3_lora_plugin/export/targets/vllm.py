@@ -144,13 +144,11 @@ class _Vllm:
             self._lora = LoRARequest("adapter", 1, str(adapter))
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See `Runtime`."""
         tokenizer = self._engine.get_tokenizer()
         made = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         return [int(each) for each in made]
 
     def next_scores(self, ids: Sequence[int]) -> Any:
-        """See `Runtime`."""
         import numpy
 
         told = self._complete(ids, max_tokens=1, logprobs=-1).logprobs[0]
@@ -160,11 +158,9 @@ class _Vllm:
         return scores
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """See `Runtime`."""
         return [int(each) for each in self._complete(ids, max_tokens=max_new_tokens).token_ids]
 
     def log_probabilities(self, ids: Sequence[int], first: int) -> tuple[list[float], list[bool]]:
-        """See `Runtime`."""
         told = self._request(ids, max_tokens=1, prompt_logprobs=1).prompt_logprobs
         rows = [
             (told[place][ids[place]].logprob, told[place][ids[place]].rank == 1) for place in range(first, len(ids))
