@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.load import environment_kept
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.report.page import try_report
 from phi3_lora_plugin.store.run_file import FAILED, INTERRUPTED, RunFile
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from phi3_lora_plugin.evaluate.answers import Question
     from phi3_lora_plugin.recipe import Recipe
-
-_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 class TrainingError(Phi3LoraError, RuntimeError):
@@ -73,19 +71,8 @@ class Result:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Take back what transformers before 5 tells accelerate by the environment, where the next run would find it."""
-    before = os.environ.get(_MIXED_PRECISION)
-    try:
-        yield
-    finally:
-        os.environ.pop(_MIXED_PRECISION, None)
-        if before is not None:
-            os.environ[_MIXED_PRECISION] = before
-
-
-@_environment_kept()
+# What transformers before 5 tells accelerate by the environment, where the next run would find it.
+@environment_kept("ACCELERATE_MIXED_PRECISION")
 def train(
     recipe: Recipe,
     *,

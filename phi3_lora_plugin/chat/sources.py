@@ -14,18 +14,8 @@ from phi3_lora_plugin.chat.readers import READERS, Place, Row, Rows, SourceError
 from phi3_lora_plugin.wording import closest
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "evaluation": "validation",
-}
+_NAMES = {"train": "train training", "test": "test testing", "validation": "validation valid val dev eval evaluation"}
+_SPLITS = {name: split for split, names in _NAMES.items() for name in names.split()}
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 

@@ -23,24 +23,13 @@ from phi3_lora_plugin.chat.thoughts import THOUGHTS, inline, tagged
 Message = dict[str, Any]
 
 # How data sets in the wild call the four roles. A `function_call` is a turn of the assistant that holds a call.
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+_NAMES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt model function_call tool_call",
+    "tool": "tool observation function function_response tool_response ipython",
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _CALLS = ("function_call", "tool_call")
 # Every key of a message that is read; others (`id`, `name`, `timestamp`) are counted by the report.
 KEYS = ("role", "content", "from", "value", "tools", "functions", "tool_calls", "function_call", "tool_call_id",

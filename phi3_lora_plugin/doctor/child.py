@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,13 @@ def run(module: str, *arguments: str, seconds: int) -> Outcome:
     except OSError as error:
         return Outcome((), f"no process could be started: {error.strerror or error}")
     return Outcome(_lines(said), None if code == 0 else _end(code, errors))
+
+
+def teller() -> Callable[[dict[str, Any]], None]:
+    """In a child: what writes a line of JSON for `run`. Whatever libraries print goes to stderr from now on."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return lambda line: print(json.dumps(line), file=out, flush=True)
 
 
 def _lines(said: bytes) -> tuple[dict[str, Any], ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 
-from phi3_lora_plugin.doctor.child import run
+from phi3_lora_plugin.doctor.child import run, teller
 from phi3_lora_plugin.doctor.finding import Finding
 from phi3_lora_plugin.doctor.versions import NAME
 from phi3_lora_plugin.hookspecs import NAME as GROUP
@@ -53,11 +51,9 @@ def look() -> Iterator[Finding]:
 
 def main() -> None:
     """Print a finding a line."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what plugins print
+    tell = teller()
     for finding in look():
-        out.write(json.dumps(asdict(finding)) + "\n")
-        out.flush()
+        tell(asdict(finding))
 
 
 if __name__ == "__main__":

@@ -6,47 +6,39 @@ A line of JSON for each step, and one before it, so that whoever reads knows whe
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
 import time
 import warnings
 from importlib import import_module
 from typing import Any
 
+from phi3_lora_plugin.doctor.child import teller
 from phi3_lora_plugin.plugins.contain import describe
 
 
 def main(names: list[str]) -> None:
     """Import each module of `names`; after torch, look at devices."""
-    # What libraries print belongs to stderr; the lines go to what was stdout, however they change it.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    tell = teller()
     warnings.simplefilter("ignore")
-
-    def tell(**line: Any) -> None:
-        out.write(json.dumps(line) + "\n")
-        out.flush()
-
     works = set()
     for name in names:
-        tell(begins=name)
+        tell(dict(begins=name))
         start = time.perf_counter()
         try:
             import_module(name)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a library may even end the process; whatever it is, it is told
-            tell(library=name, error=describe(error), missing=getattr(error, "name", None))
+            tell(dict(library=name, error=describe(error), missing=getattr(error, "name", None)))
         else:
             works.add(name)
-            tell(library=name, seconds=round(time.perf_counter() - start, 2))
+            tell(dict(library=name, seconds=round(time.perf_counter() - start, 2)))
     if "torch" in works:
-        tell(begins="devices")
+        tell(dict(begins="devices"))
         try:
-            tell(devices=_devices("bitsandbytes" in works))
+            tell(dict(devices=_devices("bitsandbytes" in works)))
         except Exception as error:
-            tell(devices=[], error=describe(error))
+            tell(dict(devices=[], error=describe(error)))
 
 
 def _devices(nf4: bool) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 import time
@@ -11,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.doctor.child import run
+from phi3_lora_plugin.doctor.child import run, teller
 from phi3_lora_plugin.doctor.finding import Finding
 
 AREA = "self-test"
@@ -39,8 +37,7 @@ def self_test() -> Iterator[Finding]:
 
 def main(folder: str) -> None:
     """Print one line of JSON: what came of it, or what went wrong."""
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    tell = teller()
     from phi3_lora_plugin.plugins.contain import describe
 
     start = time.perf_counter()
@@ -48,8 +45,7 @@ def main(folder: str) -> None:
         line = _train(Path(folder)) | {"seconds": round(time.perf_counter() - start, 1)}
     except Exception as error:
         line = {"error": describe(error)}
-    out.write(json.dumps(line) + "\n")
-    out.flush()
+    tell(line)
 
 
 def _train(folder: Path) -> dict[str, Any]:

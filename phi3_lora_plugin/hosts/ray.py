@@ -151,28 +151,15 @@ class ReportToRay(TrainerCallback):  # type: ignore[misc]
         self._metrics |= {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the checkpoint taken at this step's beginning."""
-        self._report_new()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As at the beginning of a step."""
-        self._report_new()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As at the beginning of a step."""
-        self._report_new()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the end."""
-        self._report_new()
-
-    def _report_new(self) -> None:
+        """Report the checkpoint that was taken since, if one was."""
         taken = None if self._ours is None else self._ours._taken
         if taken is None or taken == self._reported:
             return
         self._reported = taken
         saved = self._ours.saved if self._ours is not None else None  # on the first worker only
         self._report(self._metrics | {"step": taken}, saved)
+
+    on_epoch_begin = on_save = on_train_end = on_step_begin
 
     def _report(self, metrics: dict[str, Any], saved: Path | None) -> None:
         from ray import train as ray_train

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.lora.plan import span
+from phi3_lora_plugin.lora.plan import ranges
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,7 +80,7 @@ def render_coverage(rows: Sequence[CoverageRow]) -> Table:
     for row in rows:
         table.add_row(
             Text(row.module),  # the names of some hold [brackets]
-            span(row.layers).partition(" ")[2] if row.layers else "-",
+            ranges(row.layers),
             " x ".join(str(size) for size in row.shape),
             "full" if row.rank is None else str(row.rank),
             f"{row.parameters:,}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,14 +122,17 @@ class TargetPlan:
         return pattern
 
 
-def span(layers: Iterable[int]) -> str:
+def span(layers: Collection[int]) -> str:
     """Layer numbers as people write them: `layer 3`, `layers 0-31`, `layers 0-2, 5`."""
-    numbers = sorted(layers)
+    return f"layer{'s' if len(layers) != 1 else ''} {ranges(layers)}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 5` for numbers; `-` for none."""
     runs: list[tuple[int, int]] = []
-    for number in numbers:
+    for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
             runs[-1] = (runs[-1][0], number)
         else:
             runs.append((number, number))
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"layer{'s' if len(numbers) != 1 else ''} {text}"
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"

@@ -173,19 +173,21 @@ def _weights_to_convert(
     names = [SINGLE] if places is None else sorted(set(places.values()))
     with ExitStack() as stack:
         # One tensor at a time: four threads with buffers of their own take a tenth more than the result.
-        stack.enter_context(_environment("HF_DEACTIVATE_ASYNC_LOAD", "1"))
+        stack.enter_context(environment_kept("HF_DEACTIVATE_ASYNC_LOAD", "1"))
         opened = [stack.enter_context(safe_open(folder / name, framework="pt", backend="pread")) for name in names]
         yield {key: file.get_slice(key) for file in opened for key in file.keys()}
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment_kept(name: str, value: str | None = None) -> Iterator[None]:
+    """Take back whatever becomes of an environment variable in the block, which begins with `value` in it, if given."""
     before = os.environ.get(name)
-    os.environ[name] = value
+    if value is not None:
+        os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop(name)
+        os.environ.pop(name, None)
         if before is not None:
             os.environ[name] = before
 

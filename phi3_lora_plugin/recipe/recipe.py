@@ -161,25 +161,16 @@ class Recipe(Section):
         if data.train_on != "assistant":
             yield "data.train_on", "has no effect with reward: what the model answers is trained; leave it out"
         if data.max_length is not None and data.max_length <= self.grpo.max_completion_length:
-            yield (
-                "data.max_length",
-                (
-                    f"{data.max_length} leaves no room for a prompt before grpo.max_completion_length: "
-                    f"{self.grpo.max_completion_length}"
-                ),
-            )
+            longest = f"grpo.max_completion_length: {self.grpo.max_completion_length}"
+            yield "data.max_length", f"{data.max_length} leaves no room for a prompt before {longest}"
         if self.grpo.beta and self.lora.init not in ("default", "gaussian"):
             yield "lora.init", f"{self.lora.init} does not start at the base model, which grpo.beta compares with"
         rows, steps = (training.get(name, other) for name, other in
                        (("per_device_train_batch_size", 8), ("gradient_accumulation_steps", 1)))  # fmt: skip
         if rows * steps % many:
-            yield (
-                "grpo.num_generations",
-                (
-                    f"{many} answers to a prompt do not divide the {rows * steps} rows of a step (training."
-                    "per_device_train_batch_size times gradient_accumulation_steps)"
-                ),
-            )
+            size = "training.per_device_train_batch_size times gradient_accumulation_steps"
+            why = f"{many} answers to a prompt do not divide the {rows * steps} rows of a step ({size})"
+            yield "grpo.num_generations", why
         for name in ("train_sampling_strategy", "group_by_length", "auto_find_batch_size"):
             if training.get(name):
                 yield f"training.{name}", "has no effect with reward: batches are groups of answers; leave it out"

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.report_view import fates, printable, short_names
+from phi3_lora_plugin.lora.plan import ranges
 from phi3_lora_plugin.report.charts import Chart, bar_chart, charts_of
 from phi3_lora_plugin.report.run_folder import RunFolder, figures, read_run_folder
 from phi3_lora_plugin.store.layout import replace_file
@@ -238,16 +238,6 @@ def _clipped(text: str) -> str:
     return text if len(text) <= _TEXT else f"{text[:_TEXT]} [... {len(text) - _TEXT:,} more characters]"
 
 
-def _span(layers: Sequence[int]) -> str:
-    """`0-3, 5` for the numbers of layers."""
-    numbers = sorted(layers)
-    if not numbers:
-        return "-"
-    starts = [numbers[0], *(b for a, b in pairwise(numbers) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(numbers) if b != a + 1), numbers[-1]]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-
-
 @cache
 def _environment() -> jinja2.Environment:
     import jinja2
@@ -264,7 +254,7 @@ def _environment() -> jinja2.Environment:
         # Control characters and what turns the direction of text are spelled out, as on the terminal.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters |= {"bytes": human, "span": _span, "svg": Markup}
+    environment.filters |= {"bytes": human, "span": ranges, "svg": Markup}
     return environment
 
 

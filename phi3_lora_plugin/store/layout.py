@@ -153,12 +153,7 @@ def _folders(store: Path) -> list[Path]:
 
 
 def _alive(pid: int, host: str) -> bool:
-    if host != socket.gethostname() or pid == os.getpid():
-        return False  # the lock is ours, so that process has ended
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    import psutil
+
+    # The lock is ours, so a process of another machine, or of this one's number, has ended.
+    return host == socket.gethostname() and pid != os.getpid() and psutil.pid_exists(pid)

@@ -79,10 +79,9 @@ def _is_dead(sessions: Any) -> bool:
     last = sessions[-1] if isinstance(sessions, list) and sessions else {}
     if not isinstance(last, dict) or last.get("host") != socket.gethostname() or not isinstance(last.get("pid"), int):
         return False
+    import psutil
+
     try:
-        os.kill(last["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
+        return not psutil.pid_exists(last["pid"])
+    except OverflowError:
         return False
-    return False

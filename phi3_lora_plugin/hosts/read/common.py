@@ -11,29 +11,12 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 #: Losses of preference optimisation by the names that hosts have for them.
-LOSSES = {
-    "dpo": "sigmoid",
-    "sigmoid": "sigmoid",
-    "ipo": "ipo",
-    "hinge": "hinge",
-    "robust": "robust",
-    "orpo": "orpo",
-    "apo_zero": "apo_zero",
-    "apo_down": "apo_down",
-    "kto": "kto",
-    "simpo": "simpo",
+LOSSES = {"dpo": "sigmoid"} | {
+    name: name for name in "sigmoid ipo hinge robust orpo apo_zero apo_down kto simpo".split()
 }
 #: What transformers calls some attention implementations of hosts.
-ATTENTION = {
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
-    "disabled": "eager",
-    "flash_attention_2": "flash_attention_2",
-    "flash_attention_3": "flash_attention_3",
-    "sdpa": "sdpa",
-    "eager": "eager",
-    "flex_attention": "flex_attention",
-    "auto": "auto",
+ATTENTION = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager"} | {
+    name: name for name in ("flash_attention_2", "flash_attention_3", "sdpa", "eager", "flex_attention", "auto")
 }
 
 

@@ -25,21 +25,19 @@ NOT_NEEDED = {
     "metric_logger": "training.report_to",
     "resume_from_checkpoint": "--resume",
     "save_adapter_weights_only": "it always does",
-    "profiler": "of torchtune's",
+    **dict.fromkeys(
+        ("profiler", "log_level", "device_map", "enable_activation_offloading", "custom_sharded_layers",
+         "fsdp_cpu_offload"), "of torchtune's",
+    ),
     "compile": "training.torch_compile",
     "log_peak_memory_stats": "memory is in the run's report",
     "shuffle": "rows are shuffled by seed",
     "model_type": "the family is recognised",
-    "log_level": "of torchtune's",
-    "device_map": "of torchtune's",
-    "enable_activation_offloading": "of torchtune's",
     "save_last_epoch_only": "checkpoint.keep_last",
-    "custom_sharded_layers": "of torchtune's",
-    "fsdp_cpu_offload": "of torchtune's",
     "optimizer_in_bwd": "LoRA is small",
     "run_val_every_n_steps": "training.eval_steps",
     "adapter_path": "output_dir",
-}
+}  # fmt: skip
 #: The builder that a config names -> the base.
 BASES = {
     "phi3_mini": "microsoft/Phi-3-mini-4k-instruct",

@@ -39,30 +39,26 @@ KEYS = {
 }
 NOT_NEEDED = {
     "trust_remote_code": "remote code is never run",
-    "chat_template_path": "it is the base's",
+    **dict.fromkeys(("chat_template_path", "tokenizer_name_or_path"), "it is the base's"),
     "bnb_4bit_quant_type": "nf4",
     "use_bnb_nested_quant": "on",
     "bnb_4bit_compute_dtype": "model.dtype",
     "bnb_4bit_quant_storage": "of bitsandbytes",
     "eos_token": "stop tokens are known",
     "pad_token": "one that ends nothing",
-    "dataset_num_proc": "rows are encoded in batches",
+    **dict.fromkeys(("dataset_num_proc", "preprocessing_num_workers"), "rows are encoded in batches"),
     "eval_packing": "it follows data.packing",
     "packing_strategy": "whole rows, each attending to itself",
     "padding_free": "rows of a batch are never padded there",
     "lora_task_type": "CAUSAL_LM",
     "gradient_checkpointing_kwargs": "set as LoRA needs it",
-    "preprocessing_num_workers": "rows are encoded in batches",
     "use_liger_kernel": "recipes have fast paths of their own",
     "overwrite_output_dir": "a run never overwrites another's",
     "do_eval": "it follows from the data",
     "truncation_mode": "rows are cut at the end",
-    "tokenizer_name_or_path": "it is the base's",
     "dataset_kwargs": "rows are recognised by their columns",
     "logging_strategy": "by steps",
-    "push_to_hub": "`phi3-lora export --to hub`",
-    "hub_strategy": "`phi3-lora export --to hub`",
-    "hub_model_id": "`phi3-lora export --to hub`",
+    **dict.fromkeys(("push_to_hub", "hub_strategy", "hub_model_id"), "`phi3-lora export --to hub`"),
 }
 #: TRL's where they are not a recipe's.
 DEFAULTS = {
