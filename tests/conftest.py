@@ -97,7 +97,7 @@ def warm() -> Iterator[Warm]:
 def reload_in_fork(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that reloads an adapter with plain PEFT at the end of a run gets a fork, not a fresh interpreter.
 
-    `test_train`, README.md and `--json` have it in a fresh one, which proves that it needs nothing of ours.
+    README.md and `--json` have it in a fresh one, which proves that it needs nothing of ours.
     """
     from phi3_lora_plugin.training import reload_check
 

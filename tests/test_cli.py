@@ -158,6 +158,7 @@ def test_json_is_the_only_line_on_stdout_and_chat_and_verify_work_on_the_result(
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
     assert result["status"] == "done" and "\x1b" not in done.stdout + done.stderr
+    assert result["reload_difference"] == 0.0
     chat = ["chat", result["output_dir"], "--prompt", "hello", "--max-new-tokens", "5", "--device", "cpu"]
     asked = warm.command(*chat, cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr

@@ -1,24 +1,24 @@
-"""Other people's scripts under `phi3-lora run`, torchrun and accelerate: not a line edited."""
+"""Other people's scripts under `phi3-lora run`, in one process and in two: not a line edited."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
-from warm_process import FILE, LAUNCH, Warm
+from warm_process import FILE, Warm
 
 from phi3_lora_plugin import latest_complete, verify
 
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
-CONFIG = Path(__file__).parents[1] / "docs" / "accelerate" / "ddp-cpu.yaml"
 OURS = {"module": [sys.executable, "-m", "phi3_lora_plugin.run"], "command": [str(BIN / "phi3-lora"), "run"]}
 FORKED = "import runpy; runpy.run_module('phi3_lora_plugin.run', run_name='__main__', alter_sys=True)"
 ODD = """
@@ -123,17 +123,20 @@ def test_a_trainer_script_for_other_models_trains_phi3(place: Path, warm: Warm) 
     assert (place / "out" / "adapter_model.safetensors").exists()
 
 
+def run_in_two(where: str) -> None:
+    """One rank of `accelerate launch -m phi3_lora_plugin.run`; tests/test_scale.py has the launcher itself."""
+    os.chdir(where)
+    options = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2", "--report_to", "none"]
+    sys.argv = ["-c", "train.py", "base", "--output_dir", "two", *options]
+    runpy.run_module("phi3_lora_plugin.run", run_name="__main__", alter_sys=True)
+
+
 def test_two_processes_run_it_too_and_speak_once(place: Path, warm: Warm) -> None:
-    ours = warm.run(
-        LAUNCH, "--config_file", str(CONFIG), "--main_process_port", "0",
-        "-m", "phi3_lora_plugin.run", "train.py", "base", "--output_dir", "two", "--use_cpu", "--max_steps", "2",
-        "--per_device_train_batch_size", "2", "--report_to", "none",
-        cwd=place, plain=True, timeout=900, PYTHONUNBUFFERED="", ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    assert ours.returncode == 0, ours.stderr[-3000:]
-    ends = re.findall(r"finished 2 [\d.]+", ours.stdout)  # anywhere: lines of two processes may meet in the pipe
-    assert len(ends) == 2 and ends[0] == ends[1], ends  # two processes, and they have learned the same
-    assert "share gradients, which evaluating before training had undone" in ours.stderr
-    assert ours.stderr.count("LoRA-only checkpoints are saved") == 1
+    said = warm.ranks(place, run_in_two, str(place), PYTHONUNBUFFERED="", ACCELERATE_USE_CPU="true")
+    ends = [end for each in said for end in re.findall(r"finished 2 [\d.]+", each)]
+    assert len(ends) == 2 and ends[0] == ends[1], said  # two processes, and they have learned the same
+    together = "".join(said)
+    assert "share gradients, which evaluating before training had undone" in together
+    assert together.count("LoRA-only checkpoints are saved") == 1
     adapter = latest_complete(place / "two")
     assert adapter and verify(adapter)

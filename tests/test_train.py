@@ -53,6 +53,7 @@ def recipe(place: Path, out: Path, *overrides: str) -> Any:
     return load_recipe("tiny-cpu", [*settings, *overrides])
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_a_run_leaves_a_checked_adapter_and_says_what_it_did(place: Path, tmp_path: Path) -> None:
     said = StringIO()
     given = recipe(place, tmp_path / "run")

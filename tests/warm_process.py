@@ -3,7 +3,8 @@
 A fresh interpreter spends five seconds of CPU on those imports. A fork has what a test of a command needs of a process:
 an id to send signals to, an exit code, its own memory, environment, working directory, stdout and stderr, and an end
 with joined threads and `atexit`. What it does not have is an unimported module: tests of what gets imported, of hash
-seeds and of the interpreter's own options start fresh interpreters. With `plain=True` the fork has only the libraries
+seeds and of the interpreter's own options start fresh interpreters. Nor are its modules taken apart at the end, which
+would be most of a short command's time. With `plain=True` the fork has only the libraries
 and nothing of ours, which it can import like everybody else.
 """
 
@@ -35,7 +36,16 @@ _CALL = "import importlib; getattr(importlib.import_module({module!r}), {functio
 HASH_SEED = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
 
 _WAITS = """
-import gc, json, os, signal, sys
+import atexit, gc, json, os, signal, sys
+__code = []  # with which a child ends
+@atexit.register  # registered first, it runs last
+def leave(code=__code, exit=os._exit, sys=sys):
+    if code:
+        try:
+            sys.stdout.flush(), sys.stderr.flush()
+        except OSError:
+            return  # the interpreter says it
+        exit(code[0])
 gc.disable()  # none of what is imported is garbage
 tests, asked, told = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 import datasets, peft, torch.optim
@@ -82,7 +92,16 @@ sys.argv = ["-c", *request["arguments"]]
 for name in [name for name in globals() if not name.startswith("__") and name not in ("request", "name")]:
     del globals()[name]
 # Not inside the loop: the process has to end as any other does, its threads joined and its errors shown.
-exec(compile(request["program"], "<string>", "exec"), globals())
+try:
+    exec(compile(request["program"], "<string>", "exec"), globals())
+except SystemExit as __end:
+    __code.append(0 if __end.code is None else __end.code & 255 if isinstance(__end.code, int) else 1)
+    raise
+except Exception:
+    __code.append(1)
+    raise
+else:
+    __code.append(0)
 """
 
 
