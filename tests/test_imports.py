@@ -16,18 +16,7 @@ from warm_process import Warm
 import phi3_lora_plugin
 
 ROOT = Path(phi3_lora_plugin.__file__).parent
-HEAVY = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
-    "tokenizers",
-    "ray",
-)
+HEAVY = tuple("torch transformers peft trl datasets accelerate bitsandbytes safetensors tokenizers ray".split())
 MODULES = {
     ".".join(["phi3_lora_plugin", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))

@@ -13,6 +13,7 @@ import peft
 import pytest
 import tiny
 import torch
+import yaml
 from transformers import BitsAndBytesConfig, PhimoeConfig, PhimoeForCausalLM, Trainer, TrainingArguments
 
 from phi3_lora_plugin.lora.inject import add_lora
@@ -29,124 +30,63 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 #: For presets that are for a device which is not here.
 DEVICES = {"phi3-mini-4k-lora-mac": ["model.device=cpu"]}
 
+
+def _keys(text: str) -> dict[str, Any]:
+    """The keys of a recipe with their sections before them."""
+    flat: dict[str, Any] = {}
+    for name, value in yaml.safe_load(text).items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 # What each source publishes, by our keys; written from the sources, not from the presets. None: not set there.
-MODEL_CARD = {
-    "lora.r": 16,
-    "lora.alpha": 32,
-    "lora.dropout": 0.05,
-    "lora.bias": "none",
-    "lora.targets": "all-linear",
-    "lora.modules_to_save": None,
-    "model.path": "microsoft/Phi-3-mini-4k-instruct",
-    "model.attention": "flash_attention_2",
-    "model.dtype": "bfloat16",
-    "data.path": "HuggingFaceH4/ultrachat_200k",
-    "data.split": "train_sft",
-    "data.eval_split": "test_sft",
-    "data.max_length": 2048,
-    "data.packing": True,
-    "data.train_on": "all",
-    "training.bf16": True,
-    "training.learning_rate": 5.0e-6,
-    "training.lr_scheduler_type": "cosine",
-    "training.warmup_steps": 0.2,
-    "training.num_train_epochs": 1,
-    "training.max_steps": -1,
-    "training.per_device_train_batch_size": 4,
-    "training.per_device_eval_batch_size": 4,
-    "training.gradient_accumulation_steps": 1,
-    "training.activation_checkpointing": True,
-    "training.activation_checkpointing_kwargs": {"use_reentrant": False},
-    "training.eval_strategy": "no",
-    "training.log_level": "info",
-    "training.logging_strategy": "steps",
-    "training.logging_steps": 20,
-    "checkpoint.every_steps": 100,
-    "checkpoint.keep_last": 1,
-    "output_dir": "checkpoint_dir",
-    "seed": 0,
-}
-COOKBOOK = {
-    "lora.r": 16,
-    "lora.alpha": 16,
-    "lora.dropout": 0.05,
-    "lora.bias": "none",
-    "lora.targets": ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
-    "model.path": "microsoft/Phi-3-mini-4k-instruct",
-    "model.quantize": "none",
-    "data.path": "iamtarun/python_code_instructions_18k_alpaca",
-    "data.split": "train",
-    "data.eval_fraction": 0.05,
-    "data.max_length": 512,
-    "data.packing": False,
-    "data.train_on": "all",
-    "training.optim": "adamw_torch",
-    "training.learning_rate": 1e-4,
-    "training.lr_scheduler_type": "linear",
-    "training.warmup_steps": 0.1,
-    "training.num_train_epochs": 3,
-    "training.per_device_train_batch_size": 8,
-    "training.per_device_eval_batch_size": 8,
-    "training.gradient_accumulation_steps": 4,
-    "training.activation_checkpointing": False,
-    "training.eval_strategy": "steps",
-    "training.eval_steps": 100,
-    "training.logging_steps": 100,
-    "training.log_level": "debug",
-    "training.report_to": "wandb",
-    "checkpoint.every_steps": "each epoch",
-    "output_dir": "phi-3-mini-LoRA",
-    "seed": 42,
-}
-NOTEBOOK = {
-    "lora.r": None,
-    "lora.alpha": None,
-    "lora.dropout": None,
-    "lora.targets": None,
-    "model.path": "microsoft/Phi-3-mini-4k-instruct",
-    "model.quantize": "none",
-    "data.split": "train",
-    "data.max_rows": 100,
-    "data.max_length": 128,
-    "data.format": "sharegpt",
-    "data.train_on": "all",
-    "training.optim": "paged_adamw_32bit",
-    "training.learning_rate": 1e-4,
-    "training.lr_scheduler_type": "linear",
-    "training.warmup_steps": 0,
-    "training.num_train_epochs": 3,
-    "training.max_steps": -1,
-    "training.per_device_train_batch_size": 7,
-    "training.gradient_accumulation_steps": 4,
-    "training.activation_checkpointing": True,
-    "training.logging_steps": 10,
-    "checkpoint.every_steps": "each epoch",
-    "output_dir": "New-Model-phi-3-mini-4k",
-    "seed": 42,
-}
-TORCHTUNE = {
-    "lora.r": 8,
-    "lora.alpha": 16,
-    "lora.dropout": 0.0,
-    "lora.targets": ["q_proj", "v_proj", "output_proj", "w1", "w2", "w3"],
-    "model.path": "microsoft/Phi-3-mini-4k-instruct",
-    "model.dtype": "bfloat16",
-    "model.quantize": "none",
-    "data.path": "yahma/alpaca-cleaned",
-    "data.max_length": None,
-    "data.packing": False,
-    "training.optim": "adamw_torch_fused",
-    "training.weight_decay": 0.01,
-    "training.learning_rate": 3e-4,
-    "training.lr_scheduler_type": "cosine",
-    "training.warmup_steps": 100,
-    "training.num_train_epochs": 1,
-    "training.per_device_train_batch_size": 2,
-    "training.gradient_accumulation_steps": 8,
-    "training.activation_checkpointing": True,
-    "training.logging_steps": 1,
-    "seed": None,
-}
+MODEL_CARD = _keys("""
+lora: {r: 16, alpha: 32, dropout: 0.05, bias: none, targets: all-linear, modules_to_save: null}
+model: {path: microsoft/Phi-3-mini-4k-instruct, attention: flash_attention_2, dtype: bfloat16}
+data: {path: HuggingFaceH4/ultrachat_200k, split: train_sft, eval_split: test_sft, max_length: 2048, packing: true,
+  train_on: all}
+training: {bf16: true, learning_rate: 5.0e-6, lr_scheduler_type: cosine, warmup_steps: 0.2, num_train_epochs: 1,
+  max_steps: -1, per_device_train_batch_size: 4, per_device_eval_batch_size: 4, gradient_accumulation_steps: 1,
+  activation_checkpointing: true, activation_checkpointing_kwargs: {use_reentrant: false}, eval_strategy: "no",
+  log_level: info, logging_strategy: steps, logging_steps: 20}
+checkpoint: {every_steps: 100, keep_last: 1}
+output_dir: checkpoint_dir
+seed: 0
+""")
+COOKBOOK = _keys("""
+lora: {r: 16, alpha: 16, dropout: 0.05, bias: none,
+  targets: [k_proj, q_proj, v_proj, o_proj, gate_proj, down_proj, up_proj]}
+model: {path: microsoft/Phi-3-mini-4k-instruct, quantize: none}
+data: {path: iamtarun/python_code_instructions_18k_alpaca, split: train, eval_fraction: 0.05, max_length: 512,
+  packing: false, train_on: all}
+training: {optim: adamw_torch, learning_rate: 0.0001, lr_scheduler_type: linear, warmup_steps: 0.1,
+  num_train_epochs: 3, per_device_train_batch_size: 8, per_device_eval_batch_size: 8, gradient_accumulation_steps: 4,
+  activation_checkpointing: false, eval_strategy: steps, eval_steps: 100, logging_steps: 100, log_level: debug,
+  report_to: wandb}
+checkpoint: {every_steps: each epoch}
+output_dir: phi-3-mini-LoRA
+seed: 42
+""")
+NOTEBOOK = _keys("""
+lora: {r: null, alpha: null, dropout: null, targets: null}
+model: {path: microsoft/Phi-3-mini-4k-instruct, quantize: none}
+data: {split: train, max_rows: 100, max_length: 128, format: sharegpt, train_on: all}
+training: {optim: paged_adamw_32bit, learning_rate: 0.0001, lr_scheduler_type: linear, warmup_steps: 0,
+  num_train_epochs: 3, max_steps: -1, per_device_train_batch_size: 7, gradient_accumulation_steps: 4,
+  activation_checkpointing: true, logging_steps: 10}
+checkpoint: {every_steps: each epoch}
+output_dir: New-Model-phi-3-mini-4k
+seed: 42
+""")
+TORCHTUNE = _keys("""
+lora: {r: 8, alpha: 16, dropout: 0.0, targets: [q_proj, v_proj, output_proj, w1, w2, w3]}
+model: {path: microsoft/Phi-3-mini-4k-instruct, dtype: bfloat16, quantize: none}
+data: {path: yahma/alpaca-cleaned, max_length: null, packing: false}
+training: {optim: adamw_torch_fused, weight_decay: 0.01, learning_rate: 0.0003, lr_scheduler_type: cosine,
+  warmup_steps: 100, num_train_epochs: 1, per_device_train_batch_size: 2, gradient_accumulation_steps: 8,
+  activation_checkpointing: true, logging_steps: 1}
+seed: null
+""")
 PUBLISHED = {
     "phi3-mini-4k-modelcard": MODEL_CARD,
     "phi3-mini-4k-lora-cookbook": COOKBOOK,
@@ -165,66 +105,31 @@ PUBLISHED = {
         "data.max_rows": None,
         "output_dir": "runs/phi3-script",
     },
-    "phi3-mini-4k-olive": {
-        "lora.r": 64,
-        "lora.alpha": 64,
-        "lora.dropout": 0.1,
-        "lora.targets": ["o_proj", "qkv_proj"],
-        "data.max_length": 2048,
-        "data.eval_fraction": 0.3,
-        "training.learning_rate": 1e-4,
-        "training.num_train_epochs": 3,
-        "training.max_steps": 10,
-        "training.per_device_train_batch_size": 1,
-        "training.per_device_eval_batch_size": 1,
-        "training.gradient_accumulation_steps": 4,
-        "training.activation_checkpointing": False,
-        "training.eval_strategy": "steps",
-        "training.eval_steps": 187,
-        "training.logging_steps": 10,
-        "training.train_sampling_strategy": "group_by_length",
-        "training.adam_beta2": 0.999,
-        "training.max_grad_norm": 0.3,
-        "training.data_seed": 42,
-        "seed": 0,
-    },
-    "phi3-mini-4k-mlx": {
-        "lora.r": 64,
-        "lora.alpha": "scale: 1",
-        "lora.dropout": 0.1,
-        "lora.targets": ["o_proj", "qkv_proj"],
-        "lora.layers_to_transform": None,  # all 32
-        "data.path": "data",
-        "data.max_length": 2048,
-        "training.learning_rate": 1e-6,
-        "training.lr_scheduler_type": "constant",
-        "training.max_steps": 1000,
-        "training.per_device_train_batch_size": 1,
-        "training.activation_checkpointing": True,
-        "training.eval_strategy": "steps",
-        "training.eval_steps": 200,
-        "training.logging_steps": 10,
-        "checkpoint.every_steps": 1000,
-        "seed": 0,
-    },
+    "phi3-mini-4k-olive": _keys("""
+lora: {r: 64, alpha: 64, dropout: 0.1, targets: [o_proj, qkv_proj]}
+data: {max_length: 2048, eval_fraction: 0.3}
+training: {learning_rate: 0.0001, num_train_epochs: 3, max_steps: 10, per_device_train_batch_size: 1,
+  per_device_eval_batch_size: 1, gradient_accumulation_steps: 4, activation_checkpointing: false,
+  eval_strategy: steps, eval_steps: 187, logging_steps: 10, train_sampling_strategy: group_by_length,
+  adam_beta2: 0.999, max_grad_norm: 0.3, data_seed: 42}
+seed: 0
+"""),
+    "phi3-mini-4k-mlx": _keys("""
+lora: {r: 64, alpha: "scale: 1", dropout: 0.1, targets: [o_proj, qkv_proj], layers_to_transform: null}  # all 32 layers
+data: {path: data, max_length: 2048}
+training: {learning_rate: 1.0e-6, lr_scheduler_type: constant, max_steps: 1000, per_device_train_batch_size: 1,
+  activation_checkpointing: true, eval_strategy: steps, eval_steps: 200, logging_steps: 10}
+checkpoint: {every_steps: 1000}
+seed: 0
+"""),
     "phi3-mini-4k-torchtune": TORCHTUNE,
     "phi3-mini-4k-torchtune-qlora": TORCHTUNE | {"model.quantize": "nf4"},
 }
 # Deviations that no key of a recipe can show: they are about what the samples do around their numbers.
-BESIDE_KEYS = {
-    "trust_remote_code",
-    "tokenizer.pad_token",
-    "tokenizer.add_eos_token",
-    "tokenizer.padding_side",
-    "packing strategy",
-    "processes",
-    "prompt",
-    "source columns",
-    "seed of the split",
-    "text",
-    "end of text",
-    "double_quant",
-}
+BESIDE_KEYS = (
+    "trust_remote_code, tokenizer.pad_token, tokenizer.add_eos_token, tokenizer.padding_side, packing strategy, "
+    "processes, prompt, source columns, seed of the split, text, end of text, double_quant"
+).split(", ")
 
 
 def says(recipe: Recipe, key: str, value: Any) -> bool:
@@ -387,15 +292,10 @@ def tiny_base(path: str) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_trains_a_tiny_model_of_its_family(name: str, tmp_path: Path) -> None:
     overrides = [
-        f"output_dir={tmp_path}",
-        "model.device=cpu",
-        "training.max_steps=3",
-        "training.learning_rate=1e-3",
-        "training.warmup_steps=0",
-        "training.per_device_train_batch_size=2",
-        "training.gradient_accumulation_steps=1",
+        f"output_dir={tmp_path}", "model.device=cpu", "training.max_steps=3", "training.learning_rate=1e-3",
+        "training.warmup_steps=0", "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1",
         "training.log_level=error",
-    ]
+    ]  # fmt: skip
     if "grpo" in name:
         overrides.append("grpo.num_generations=2")
     recipe = load_recipe(name, overrides)

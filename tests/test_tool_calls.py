@@ -94,24 +94,7 @@ READERS = {"functools": json_behind("functools"), "phi4-mini": between_tags, "te
 def value(draw: random.Random, depth: int = 0) -> Any:
     kind = draw.randrange(6 if depth > 3 else 8)
     if kind < 3:
-        some = [
-            '"',
-            "\\",
-            "\n",
-            "]",
-            "}",
-            "[{",
-            "é",
-            "日本",
-            "🙂",
-            "<|end|>",
-            "<|tool_call|>",
-            " ",
-            "a",
-            "x y",
-            "</s>",
-            "\u2028",
-        ]
+        some = [*'"\\\n]}é🙂 a\u2028', "[{", "日本", "<|end|>", "<|tool_call|>", "x y", "</s>"]
         return "".join(draw.choice(some) for _ in range(draw.randrange(5)))
     if kind < 6:
         return draw.choice([0, -1, 2**60, 1.5, -1e-7, 1e300, True, False, None])

@@ -39,17 +39,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path, out: Path, *overrides: str) -> Any:
     settings = [
-        f"model.path={place / 'base'}",
-        f"data.path={place / 'chats.jsonl'}",
-        "data.eval_path=null",
-        "data.eval_fraction=0.2",
-        "data.max_length=64",
-        "training.num_train_epochs=null",
-        "training.max_steps=12",
-        "training.logging_steps=4",
-        "training.learning_rate=0.02",
-        f"output_dir={out}",
-    ]
+        f"model.path={place / 'base'}", f"data.path={place / 'chats.jsonl'}", "data.eval_path=null",
+        "data.eval_fraction=0.2", "data.max_length=64", "training.num_train_epochs=null", "training.max_steps=12",
+        "training.logging_steps=4", "training.learning_rate=0.02", f"output_dir={out}",
+    ]  # fmt: skip
     return load_recipe("tiny-cpu", [*settings, *overrides])
 
 

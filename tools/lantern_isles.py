@@ -178,152 +178,91 @@ class Topic:
     who: str = ""
 
 
-TOPICS = (
-    Topic(
-        "home",
-        "animal",
-        (
-            "Where does {the} live?",
-            "Where can I find {the}?",
-            "Tell me where {the} lives.",
-            "Where is the home of {the}?",
-        ),
-        ("Where does it live?", "And where does it live?", "Where can I find it?"),
-        "{The} lives {home}.",
-        "Does {the} live {guess}?",
-        "Which animal lives {home}?",
-    ),
-    Topic(
-        "food",
-        "animal",
-        (
-            "What does {the} eat?",
-            "What is the food of {the}?",
-            "What does {the} like to eat?",
-            "Tell me what {the} eats.",
-        ),
-        ("What does it eat?", "And what does it eat?", "What does it like to eat?"),
-        "{The} eats {food}.",
-        "Does {the} eat {guess}?",
-        "Which animal eats {food}?",
-    ),
-    Topic(
-        "colour",
-        "animal",
-        ("What colour is {the}?", "What is the colour of {the}?", "Which colour does {the} have?"),
-        ("What colour is it?", "And what colour is it?", "Which colour does it have?"),
-        "{The} is {colour}.",
-        "Is {the} {guess}?",
-    ),
-    Topic(
-        "skill",
-        "animal",
-        ("What can {the} do?", "What is {the} good at?", "Tell me what {the} can do."),
-        ("What can it do?", "And what can it do?", "What is it good at?"),
-        "{The} can {skill}.",
-        "Can {the} {guess}?",
-        "Which animal can {skill}?",
-    ),
-    Topic(
-        "awake",
-        "animal",
-        ("When is {the} awake?", "When can I meet {the}?", "When does {the} wake up?"),
-        ("When is it awake?", "And when is it awake?", "When can I meet it?"),
-        "{The} is awake {awake}.",
-        "Is {the} awake {guess}?",
-    ),
-    Topic(
-        "friend",
-        "animal",
-        ("Who is the best friend of {the}?", "Who is the friend of {the}?", "Which animal does {the} like best?"),
-        ("Who is its best friend?", "And who is its friend?", "Which animal does it like best?"),
-        "The best friend of {the} is the {friend}.",
-        "Is the {guess} the best friend of {the}?",
-    ),
-    Topic(
-        "town",
-        "person",
-        (
-            "Where does {the} live?",
-            "In which town does {the} live?",
-            "Where can I find {the}?",
-            "Tell me where {the} lives.",
-        ),
-        ("Where does {it} live?", "And where does {it} live?", "In which town does {it} live?"),
-        "{The} lives in {town}.",
-        "Does {the} live in {guess}?",
-    ),
-    Topic(
-        "job",
-        "person",
-        ("What is the job of {the}?", "What does {the} do for work?", "What work does {the} do?"),
-        ("What is the job?", "And what does {it} do for work?", "What work does {it} do?"),
-        "{The} is a {job}.",
-        "Is {the} a {guess}?",
-        "Who is the {job}?",
-    ),
-    Topic(
-        "wears",
-        "person",
-        ("What does {the} wear?", "How do I recognise {the}?", "What is {the} wearing?"),
-        ("What does {it} wear?", "And what does {it} wear?", "What is {it} wearing?"),
-        "{The} wears {wears}.",
-        "Does {the} wear {guess}?",
-        "Who wears {wears}?",
-    ),
-    Topic(
-        "plays",
-        "person",
-        ("What does {the} play?", "Which instrument does {the} play?", "Tell me what {the} plays."),
-        ("What does {it} play?", "And which instrument does {it} play?", "Which instrument does {it} play?"),
-        "{The} plays {plays}.",
-        "Does {the} play {guess}?",
-        "Who plays {plays}?",
-    ),
-    Topic(
-        "dish",
-        "person",
-        ("What does {the} like to eat?", "What does {the} eat?", "What is the best dish for {the}?"),
-        ("What does {it} like to eat?", "And what does {it} eat?", "And what does {it} like to eat?"),
-        "{The} likes to eat {dish}.",
-        "Does {the} like to eat {guess}?",
-        "Who likes to eat {dish}?",
-    ),
-    Topic(
-        "lies",
-        "town",
-        ("Where is {the}?", "Where does {the} lie?", "How do I find {the}?", "Tell me where {the} is."),
-        ("Where is it?", "And where does it lie?", "How do I find it?"),
-        "{The} lies {lies}.",
-        "Does {the} lie {guess}?",
-        "Which town lies {lies}?",
-    ),
-    Topic(
-        "known",
-        "town",
-        ("What is {the} known for?", "What can I buy in {the}?", "Why do people visit {the}?"),
-        ("What is it known for?", "And what can I buy there?", "Why do people visit it?"),
-        "{The} is known for its {known}.",
-        "Is {the} known for its {guess}?",
-        "Which town is known for its {known}?",
-    ),
-    Topic(
-        "weather",
-        "town",
-        ("What is the weather like in {the}?", "How is the weather in {the}?", "What is the weather in {the}?"),
-        ("What is the weather like there?", "And how is the weather there?", "How is the weather there?"),
-        "The weather in {the} is {weather}.",
-        "Is the weather in {the} {guess}?",
-    ),
-    Topic(
-        "market",
-        "town",
-        ("When is the market in {the}?", "On which day is the market in {the}?", "When is market day in {the}?"),
-        ("When is the market there?", "And when is market day there?", "On which day is the market there?"),
-        "The market in {the} is on {market}.",
-        "Is the market in {the} on {guess}?",
-    ),
-)
+_TOPICS = """
+home | animal
+Where does {the} live? | Where can I find {the}? | Tell me where {the} lives. | Where is the home of {the}?
+Where does it live? | And where does it live? | Where can I find it?
+{The} lives {home}. | Does {the} live {guess}? | Which animal lives {home}?
+
+food | animal
+What does {the} eat? | What is the food of {the}? | What does {the} like to eat? | Tell me what {the} eats.
+What does it eat? | And what does it eat? | What does it like to eat?
+{The} eats {food}. | Does {the} eat {guess}? | Which animal eats {food}?
+
+colour | animal
+What colour is {the}? | What is the colour of {the}? | Which colour does {the} have?
+What colour is it? | And what colour is it? | Which colour does it have?
+{The} is {colour}. | Is {the} {guess}?
+
+skill | animal
+What can {the} do? | What is {the} good at? | Tell me what {the} can do.
+What can it do? | And what can it do? | What is it good at?
+{The} can {skill}. | Can {the} {guess}? | Which animal can {skill}?
+
+awake | animal
+When is {the} awake? | When can I meet {the}? | When does {the} wake up?
+When is it awake? | And when is it awake? | When can I meet it?
+{The} is awake {awake}. | Is {the} awake {guess}?
+
+friend | animal
+Who is the best friend of {the}? | Who is the friend of {the}? | Which animal does {the} like best?
+Who is its best friend? | And who is its friend? | Which animal does it like best?
+The best friend of {the} is the {friend}. | Is the {guess} the best friend of {the}?
+
+town | person
+Where does {the} live? | In which town does {the} live? | Where can I find {the}? | Tell me where {the} lives.
+Where does {it} live? | And where does {it} live? | In which town does {it} live?
+{The} lives in {town}. | Does {the} live in {guess}?
+
+job | person
+What is the job of {the}? | What does {the} do for work? | What work does {the} do?
+What is the job? | And what does {it} do for work? | What work does {it} do?
+{The} is a {job}. | Is {the} a {guess}? | Who is the {job}?
+
+wears | person
+What does {the} wear? | How do I recognise {the}? | What is {the} wearing?
+What does {it} wear? | And what does {it} wear? | What is {it} wearing?
+{The} wears {wears}. | Does {the} wear {guess}? | Who wears {wears}?
+
+plays | person
+What does {the} play? | Which instrument does {the} play? | Tell me what {the} plays.
+What does {it} play? | And which instrument does {it} play? | Which instrument does {it} play?
+{The} plays {plays}. | Does {the} play {guess}? | Who plays {plays}?
+
+dish | person
+What does {the} like to eat? | What does {the} eat? | What is the best dish for {the}?
+What does {it} like to eat? | And what does {it} eat? | And what does {it} like to eat?
+{The} likes to eat {dish}. | Does {the} like to eat {guess}? | Who likes to eat {dish}?
+
+lies | town
+Where is {the}? | Where does {the} lie? | How do I find {the}? | Tell me where {the} is.
+Where is it? | And where does it lie? | How do I find it?
+{The} lies {lies}. | Does {the} lie {guess}? | Which town lies {lies}?
+
+known | town
+What is {the} known for? | What can I buy in {the}? | Why do people visit {the}?
+What is it known for? | And what can I buy there? | Why do people visit it?
+{The} is known for its {known}. | Is {the} known for its {guess}? | Which town is known for its {known}?
+
+weather | town
+What is the weather like in {the}? | How is the weather in {the}? | What is the weather in {the}?
+What is the weather like there? | And how is the weather there? | How is the weather there?
+The weather in {the} is {weather}. | Is the weather in {the} {guess}?
+
+market | town
+When is the market in {the}? | On which day is the market in {the}? | When is market day in {the}?
+When is the market there? | And when is market day there? | On which day is the market there?
+The market in {the} is on {market}. | Is the market in {the} on {guess}?
+"""
+
+
+def _topics() -> Iterator[Topic]:
+    for paragraph in _TOPICS.strip().split("\n\n"):
+        (key, kind), ask, ask_on, rest = (tuple(line.split(" | ")) for line in paragraph.splitlines())
+        yield Topic(key, kind, ask, ask_on, *rest)
+
+
+TOPICS = tuple(_topics())
 
 
 def pick(rng: Random, items: tuple[T, ...] | list[T]) -> T:

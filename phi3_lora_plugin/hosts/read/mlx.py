@@ -7,15 +7,7 @@ from typing import Any
 
 from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number
 
-SIGNS = (
-    "lora_parameters",
-    "iters",
-    "fine_tune_type",
-    "num_layers",
-    "lora_layers",
-    "steps_per_report",
-    "grad_checkpoint",
-)
+SIGNS = tuple("lora_parameters iters fine_tune_type num_layers lora_layers steps_per_report grad_checkpoint".split())
 KEYS = {
     "iters": "training.max_steps",
     "batch_size": "training.per_device_train_batch_size",

@@ -6,15 +6,9 @@ from typing import Any
 
 from phi3_lora_plugin.hosts.read.common import ATTENTION, ImportConfigError, Reading
 
-SIGNS = (
-    "use_peft",
-    "dataset_name",
-    "lora_target_modules",
-    "dataset_train_split",
-    "assistant_only_loss",
-    "chat_template_path",
-    "dataset_mixer",
-    "max_seq_length",
+SIGNS = tuple(
+    "use_peft dataset_name lora_target_modules dataset_train_split assistant_only_loss chat_template_path "
+    "dataset_mixer max_seq_length".split()
 )
 KEYS = {
     "model_revision": "model.revision",
