@@ -418,8 +418,7 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path
 
     def changed(**settings) -> Path:
         adapter = train(fused, tmp_path / "adapter", target_modules=FUSED)
-        path = adapter / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        tiny.edit(adapter / "adapter_config.json", **settings)
         return adapter
 
     cases = {

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 from rich.console import Console
+from tiny import write
 from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin import load_recipe
@@ -28,12 +29,6 @@ TOKENIZER = tiny.tokenizer()
 
 def chat(question: str, answer: str = "paris.") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def write(file: Path, rows: list[Any]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return file
 
 
 def fresh_check(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
+from tiny import write
 
 from phi3_lora_plugin import encode, load_recipe, load_tokenizer
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
@@ -28,13 +29,6 @@ MEDIUM = (
 
 def chat(question: str, answer: str = "paris.", **first: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question} | first, {"role": "assistant", "content": answer}]}
-
-
-def write(file: Path, rows: list[Any]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    file.write_text("".join(line + "\n" for line in lines))
-    return file
 
 
 def load(path: Any, *overrides: str, tokenizer: Any = TOKENIZER, adapters: Any = ADAPTERS, **given: Any) -> Data:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from lora_runs import same
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import write
 from transformers import TrainerCallback, set_seed
 
 from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_plugins, load_recipe, load_tokenizer, train
@@ -141,17 +142,12 @@ ROWS = [{"prompt": "Name: crab. Topic: awake.", "answer": "at night", "level": 1
         {"prompt": "Name: Leon. Topic: dish.", "answer": "hot pancakes"}]  # fmt: skip
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
-
-
 @pytest.mark.slow
 def test_a_reward_of_one_s_own_is_called_as_trl_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spy_reward.py").write_text(SPY, encoding="utf-8")
     run = recipe(
-        tmp_path / "run", f"data.path={write(tmp_path / 'rows.jsonl', *ROWS)}", "reward=null",
+        tmp_path / "run", f"data.path={write(tmp_path / 'rows.jsonl', ROWS)}", "reward=null",
         "reward={python:spy_reward.spy: 0.5}", "training.max_steps=1",
     )  # fmt: skip
     logs = Logs()
@@ -180,7 +176,7 @@ def test_what_a_reward_does_wrong_is_said_with_its_name_and_the_row(
         "def fails(completions, answer, **columns):\n    return [float(text) for text in answer]\n"
         "def short(completions, **columns):\n    return [0.0]\n", encoding="utf-8",
     )  # fmt: skip
-    data = write(tmp_path / "rows.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "x"})
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "x"}])
     for name, message in (
         ("fails", r"reward python:bad_reward.fails failed on rows.jsonl:2: ValueError: could not convert"),
         ("short", r"reward python:bad_reward.short gave 1 numbers for 8 completions"),
@@ -195,7 +191,7 @@ def test_what_a_reward_does_wrong_is_said_with_its_name_and_the_row(
 
 
 def tasks(tmp_path: Path, *rows: dict[str, Any], more: tuple[str, ...] = ()) -> Any:
-    path = write(tmp_path / "rows.jsonl", *rows)
+    path = write(tmp_path / "rows.jsonl", rows)
     run = recipe(tmp_path, f"data.path={path}", "reward=null", "reward=[format, gsm8k]", *more)
     return load_data(run, load_tokenizer("embedded:tiny-phi3"), {}, max_length=64)
 

@@ -31,10 +31,6 @@ def clean(folder: Path) -> Path:
     return folder / "clean"
 
 
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def whats(problems: tuple[Problem, ...]) -> str:
     return "\n".join(problem.what for problem in problems)
 
@@ -79,19 +75,17 @@ def test_a_published_model_is_offered_its_own_presets_only(shared_data: Path, tm
 )
 def test_a_quantised_base_is_named_in_its_folder_and_under_its_adapter(tmp_path: Path, given: dict, said: str) -> None:
     base = clean(tmp_path)
-    config = base / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": given}))
+    tiny.edit(base / "config.json", quantization_config=given)
     assert said in whats(inspect(base).problems)
     on = adapter(tmp_path / "adapter")
-    path = on / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    tiny.edit(on / "adapter_config.json", base_model_name_or_path=str(base))
     assert said in whats(inspect(on).problems)
 
 
 def test_embeddings_in_an_adapter_are_named_with_their_size(tmp_path: Path) -> None:
     base, on = clean(tmp_path), adapter(tmp_path / "adapter")
-    path, file = on / "adapter_config.json", on / "adapter_model.safetensors"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    tiny.edit(on / "adapter_config.json", base_model_name_or_path=str(base))
+    file = on / "adapter_model.safetensors"
     saved = load_file(file)
     save_file(saved | {"base_model.model.model.embed_tokens.weight": torch.ones(512, 32)}, file)
     found = inspect(on)
@@ -136,7 +130,7 @@ def test_presets_say_the_parameters_that_they_really_train(tmp_path: Path) -> No
 )
 def test_each_problem_is_found_with_its_fix(tmp_path: Path, file: str, changes: dict[str, object], says: str) -> None:
     folder = clean(tmp_path)
-    edit(folder / file, **changes)
+    tiny.edit(folder / file, **changes)
     found = inspect(folder)
     assert says in whats(found.problems)
     assert all(problem.fix for problem in found.problems)
@@ -165,7 +159,7 @@ def test_missing_and_pickled_weights_are_named(tmp_path: Path) -> None:
 
 def test_a_tokenizer_that_auto_tokenizer_would_misread_is_named(tmp_path: Path) -> None:
     save_tokenizer(tiny.tokenizer(), tmp_path)
-    edit(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    tiny.edit(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     assert "AutoTokenizer then gives other ids" in whats(inspect(tmp_path).problems)
 
 
@@ -220,7 +214,7 @@ def test_a_config_that_does_not_fit_its_weights_is_named(
     tmp_path: Path, edit_of: dict[str, object], says: str, fix: str
 ) -> None:
     folder = clean(tmp_path)
-    edit(folder / "config.json", **edit_of)
+    tiny.edit(folder / "config.json", **edit_of)
     (problem,) = [each for each in inspect(folder).problems if says in each.what]
     assert fix in problem.fix
 
@@ -247,7 +241,7 @@ def test_weights_that_were_not_fetched_whole_are_named(tmp_path: Path) -> None:
 
 def test_an_adapter_is_held_against_the_base_that_it_names(tmp_path: Path) -> None:
     folder, base = adapter(tmp_path / "run" / "adapter"), clean(tmp_path)
-    edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    tiny.edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
     found = inspect(tmp_path / "run")  # the folder of a run
     assert found.problems == () and found.family == "phi3 (a model of the Phi-3 architecture)"
     file = folder / "adapter_model.safetensors"
@@ -256,7 +250,7 @@ def test_an_adapter_is_held_against_the_base_that_it_names(tmp_path: Path) -> No
     assert "2 modules that the config names have no tensors" in whats(inspect(folder).problems)
     save_file({n: each[:, :7].contiguous() if "lora_A" in n else each for n, each in tensors.items()}, file)
     assert "do not fit the model's weight (96, 32)" in whats(inspect(folder).problems)
-    edit(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"), r="four")
+    tiny.edit(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"), r="four")
     assert "its base model is not found" in whats(inspect(folder).problems)
     assert "r and lora_alpha have to be numbers" in whats(inspect(folder).problems)
     for broken in ("{", "[]"):

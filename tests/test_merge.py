@@ -302,7 +302,7 @@ def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base
             merge(edited(adapter(), change), base, tmp_path / "out")
     path = adapter() / "adapter_config.json"
     for init in ("pissa_niter_4", "corda", "loftq"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+        tiny.edit(path, init_lora_weights=init)
         with pytest.raises(MergeError, match="changed the base in a way that cannot be computed again"):
             merge(path.parent, base, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -404,8 +404,7 @@ def test_the_command_says_what_it_checked(base, tmp_path):
     )
     told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out2"), "--base", str(base), "--no-check"])
     assert "logits of the whole model were not compared" in told.output
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    tiny.edit(adapter / "adapter_config.json", base_model_name_or_path=None)
     told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out3")])
     assert isinstance(told.exception, AdapterError) and "records no base model" in str(told.exception)
     assert CliRunner().invoke(app, [str(adapter), str(tmp_path / "o"), "--dtype", "int3"]).exit_code == 2

@@ -21,8 +21,7 @@ from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
 
 def edit(folder: Path, **changes: object) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    tiny.edit(folder / "config.json", **changes)
     return folder
 
 

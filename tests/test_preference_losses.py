@@ -14,6 +14,7 @@ from datasets import Dataset
 from lora_runs import same
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import write
 from transformers import TrainerCallback, set_seed
 
 from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_recipe, load_tokenizer, train
@@ -40,11 +41,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
               for at, n in enumerate(NUMBERS)]  # fmt: skip
     write(folder / "judged.jsonl", judged)
     return folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
 
 
 def recipe(place: Path, out: Path, loss: str, *more: str) -> Recipe:

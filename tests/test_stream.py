@@ -12,6 +12,7 @@ import datasets
 import pytest
 import tiny
 from datasets.distributed import split_dataset_by_node
+from tiny import write
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from phi3_lora_plugin import load_recipe
@@ -26,11 +27,6 @@ TOKENIZER = tiny.tokenizer()
 
 def chat(question: str, answer: str = "paris.") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def write(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def stream(*files: Path) -> Any:

@@ -27,8 +27,7 @@ TEXTS = ["<|user|>\nHello<|end|>\n<|assistant|>\n", " two  spaces", "naïve 日�
 
 def saved(folder: Path, **changes: object) -> Path:
     tiny.tokenizer().save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    tiny.edit(folder / "tokenizer_config.json", **changes)
     return folder
 
 

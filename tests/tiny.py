@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def config(**changes: Any) -> Phi3Config:
             factors = {name: rope[name] for name in ("short_factor", "long_factor")}
             settings["rope_scaling"] = {"type": "longrope", **factors}
     return Phi3Config(**(settings | changes))
+
+
+def write(path: Path, rows: Iterable[Any]) -> Path:
+    """Write rows as lines of JSON; a text is a line as it stands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Change values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def model(seed: int = 0, **changes: Any) -> Phi3ForCausalLM:
