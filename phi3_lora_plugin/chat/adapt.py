@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from phi3_lora_plugin.chat.columns import MESSAGE_KEYS, lookup, refuse_decisive, rename, unread_values
 from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, Adapter, detect
@@ -18,6 +18,7 @@ from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.wording import nearest
 
+_Read = TypeVar("_Read")
 _LOOK_AT = 100  # rows from the top that decide how a source is read
 
 
@@ -78,6 +79,28 @@ def conversations(
             others = [name for name in detect(item.values) if name != reading.format]
             hint = f"; it looks like {others[0]}, but one source has one format" if others and wanted == "auto" else ""
             yield Problem(item.place, f"{error}{hint}")
+
+
+def each(
+    source: Source, reading: Reading, read: Callable[[Mapping[str, Any]], _Read]
+) -> Iterator[tuple[Place, _Read] | Problem]:
+    """Yield what `read` makes of each row, or what is wrong with it, in order; `reading` counts the rows.
+
+    Raises `SourceError` for a source without rows.
+    """
+    for item in source.rows():
+        reading.rows += 1
+        if isinstance(item, Problem):
+            yield item
+            continue
+        try:
+            yield item.place, read(item.values)
+        except RowError as error:
+            yield Problem(item.place, str(error))
+        except RecursionError:
+            yield Problem(item.place, "is nested too deeply to be a chat")
+    if not reading.rows:
+        raise SourceError([f"{source.name}: has no rows"])
 
 
 def adapted(adapt: Adapter, row: Mapping[str, Any], name: str, unused: Counter[str] | None = None) -> list[Message]:
@@ -153,18 +176,16 @@ def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tupl
     raise SourceError(
         [
             f"{rows[0].place}: fits no format; its columns are {named(rows[0].values)}, while {formats}. "
-            + advice([row.values for row in rows])
+            + _advice([row.values for row in rows])
         ]
     )
 
 
-def advice(rows: list[Mapping[str, Any]], pairs: bool = False) -> str:
+def _advice(rows: list[Mapping[str, Any]]) -> str:
     """Return what to write for rows that fit no format."""
-    given = propose(rows, pairs)
-    if given is not None:
+    if (given := propose(rows)) is not None:
         return f"If that is what they mean, write {given}"
-    shape = "{prompt: question, chosen: better, rejected: worse}" if pairs else "{prompt: question, completion: answer}"
-    return f"Name the columns with data.columns, as in data.columns='{shape}'"
+    return "Name the columns with data.columns, as in data.columns='{prompt: question, completion: answer}'"
 
 
 def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ Role tokens that swallow white space, in the revisions where they do, start befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.boundaries import tokenise
@@ -82,13 +82,7 @@ def encode_batch(
     """
     policy = policy or Policy()
     kind = template_for(tokenizer, template)
-    control = control_pattern(tokenizer)
-    prepared: list[list[dict[str, Any]] | EncodeError] = []
-    for conversation in conversations:
-        try:
-            prepared.append(prepare(conversation, kind, policy, control))
-        except EncodeError as error:
-            prepared.append(error)
+    prepared = list(_prepared(conversations, tokenizer, policy, kind))
     chats = [one for one in prepared if not isinstance(one, EncodeError) and not _is_text(one)]
     texts, spans = render(kind.turns, chats, _tokens(tokenizer), marked=True) if chats else ([], [])
     tokenised = iter(zip(texts, spans, tokenise(texts, spans, tokenizer), strict=True))
@@ -114,22 +108,27 @@ def encode_batch(
     return rows
 
 
+def _prepared(
+    conversations: Sequence[Sequence[Message]], tokenizer: Any, policy: Policy, kind: Template
+) -> Iterator[list[dict[str, Any]] | EncodeError]:
+    control = control_pattern(tokenizer)
+    for conversation in conversations:
+        try:
+            yield prepare(conversation, kind, policy, control)
+        except EncodeError as error:
+            yield error
+
+
 def encode_prompts(
     conversations: Sequence[Sequence[Message]], tokenizer: Any, policy: Policy, template: str | None = None
 ) -> list[list[int] | EncodeError]:
     """Ids to generate the next turn from, as `prompt_ids`, of many conversations; a failure takes its row's place."""
-    kind, control = template_for(tokenizer, template), control_pattern(tokenizer)
+    kind = template_for(tokenizer, template)
     prepared: list[list[dict[str, Any]] | EncodeError] = []
-    for conversation in conversations:
-        try:
-            made = prepare(conversation, kind, policy, control)
-        except EncodeError as error:
-            prepared.append(error)
-            continue
-        if not made or made[-1]["role"] == "assistant":
-            prepared.append(EncodeError("messages", "the next turn is not the assistant's; end with a user message"))
-        else:
-            prepared.append(made)
+    for made in _prepared(conversations, tokenizer, policy, kind):
+        if not isinstance(made, EncodeError) and (not made or made[-1]["role"] == "assistant"):
+            made = EncodeError("messages", "the next turn is not the assistant's; end with a user message")
+        prepared.append(made)
     chats = [one for one in prepared if not isinstance(one, EncodeError)]
     texts = render(kind.text, chats, _tokens(tokenizer), add_generation_prompt=True)[0] if chats else []
     encoded = iter(whole_texts(tokenizer).encode_batch(texts, add_special_tokens=False))

@@ -38,9 +38,7 @@ def history(row: Mapping[str, Any]) -> list[Message]:
 
 def whole(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     """All turns of a row, with its system message, its tools and its weight."""
-    system, tools = ((row.get(name) if row.get(name) is not None else row.get(other))
-                     for name, other in (("system", "system_prompt"), ("tools", "functions")))  # fmt: skip
-    return weighed(row, complete(turns, system=system, tools=tools))
+    return weighed(row, complete(turns, row))
 
 
 def column(row: Mapping[str, Any], name: str) -> Any:

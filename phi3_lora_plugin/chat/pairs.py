@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from phi3_lora_plugin.chat.adapt import Reading
+from phi3_lora_plugin.chat.adapt import Reading, each
 from phi3_lora_plugin.chat.columns import refuse_decisive, rename, unread_values
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode_batch
 from phi3_lora_plugin.chat.preferences import COLUMNS, Pair, preference
 from phi3_lora_plugin.chat.propose import propose
-from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
+from phi3_lora_plugin.chat.readers import Place, Problem
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.sources import Source
 
@@ -18,32 +18,27 @@ from phi3_lora_plugin.chat.sources import Source
 def read_pairs(
     source: Source, reading: Reading, columns: Mapping[str, str], ignore: Collection[str] = ()
 ) -> Iterator[tuple[Place, Pair] | Problem]:
-    """Yield the pair of each row, or what is wrong with it, in order; `reading` is filled on the way.
+    """The pair of each row, or what is wrong with it, in order; `reading` is filled on the way.
 
     Raises `SourceError` for a source without rows.
     """
     reading.format, reading.because = "preference", "as the recipe's preference.loss says"
     good = False
-    for item in source.rows():
-        reading.rows += 1
-        if isinstance(item, Problem):
-            yield item
-            continue
+
+    def read(values: Mapping[str, Any]) -> Pair:
+        nonlocal good
         try:
-            row = rename(item.values, columns, ignore)
+            row = rename(values, columns, ignore)
             pair = preference(row)
-            names = refuse_decisive(unread_values(row, COLUMNS))
+            reading.unread.update(refuse_decisive(unread_values(row, COLUMNS)))
         except RowError as error:
-            text = str(error)
-            if not good and "has no column" in text and not columns and (given := propose([item.values], pairs=True)):
-                text = f"{text}; if that is what they mean, write {given}"
-            yield Problem(item.place, text)
-            continue
+            if not good and "has no column" in str(error) and not columns and (given := propose([values], pairs=True)):
+                raise RowError(f"{error}; if that is what they mean, write {given}") from None
+            raise
         good = True
-        reading.unread.update(names)
-        yield item.place, pair
-    if not reading.rows:
-        raise SourceError([f"{source.name}: has no rows"])
+        return pair
+
+    return each(source, reading, read)
 
 
 def encode_pairs(

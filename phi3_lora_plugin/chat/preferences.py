@@ -77,9 +77,7 @@ def _preference(row: Mapping[str, Any]) -> Pair:
     if _said(chosen[0]) == _said(rejected[0]):
         raise RowError("chosen and rejected are the same, so there is nothing to prefer")
     before = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in prompt]
-    system, tools = (row.get(name) if row.get(name) is not None else row.get(other)
-                     for name, other in (("system", "system_prompt"), ("tools", "functions")))  # fmt: skip
-    whole = [complete([*before, *answer], system=system, tools=tools) for answer in (chosen, rejected)]
+    whole = [complete([*before, *answer], row) for answer in (chosen, rejected)]
     return Pair(*whole)
 
 

@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi3_lora_plugin.chat.adapt import Reading
+from phi3_lora_plugin.chat.adapt import Reading, each
 from phi3_lora_plugin.chat.columns import rename
 from phi3_lora_plugin.chat.content import read_text
 from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, Policy, encode_prompts
 from phi3_lora_plugin.chat.final_number import final_number
 from phi3_lora_plugin.chat.marks import MEDIA
-from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
+from phi3_lora_plugin.chat.readers import Place, Problem
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
@@ -28,7 +28,7 @@ _PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "conve
 ANSWERS = ("answer", "solution", "ground_truth", "final_answer", "target", "completion", "output", "response")
 #: What TRL itself calls rewards with.
 _TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-_OF_ROW = (("system", "system_prompt"), ("tools", "functions"))
+_OF_ROW = {"system", "system_prompt", "tools", "functions"}
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,19 @@ def columns_of(tasks: Sequence[Task]) -> dict[str, list[Any]]:
 def read_tasks(
     source: Source, reading: Reading, columns: Mapping[str, str], ignore: Collection[str] = (), numbers: bool = False
 ) -> Iterator[tuple[Place, Task] | Problem]:
-    """Yield the task of each row, or what is wrong with it; with `numbers`, an answer without one is wrong.
+    """The task of each row, or what is wrong with it; with `numbers`, an answer without one is wrong.
 
     Raises `SourceError` for a source without rows.
     """
     reading.format, reading.because = "prompts", "as the recipe's reward says"
-    for item in source.rows():
-        reading.rows += 1
-        if isinstance(item, Problem):
-            yield item
-            continue
-        try:
-            made = task(rename(item.values, columns, ignore))
-            if numbers:
-                _check_number(made)
-            yield item.place, made
-        except RowError as error:
-            yield Problem(item.place, str(error))
-        except RecursionError:
-            yield Problem(item.place, "is nested too deeply to be a chat")
-    if not reading.rows:
-        raise SourceError([f"{source.name}: has no rows"])
+
+    def read(values: Mapping[str, Any]) -> Task:
+        made = task(rename(values, columns, ignore))
+        if numbers:
+            _check_number(made)
+        return made
+
+    return each(source, reading, read)
 
 
 def _check_number(made: Task) -> None:
@@ -109,12 +101,9 @@ def task(row: Mapping[str, Any]) -> Task:
     turns, said = _turns(row, prompts[0])
     given = next((name for name in ANSWERS if row.get(name) is not None), None)
     answer = said if given is None else row[given]
-    system, tools = (row.get(name) if row.get(name) is not None else row.get(other) for name, other in _OF_ROW)
     # The order of turns is checked with an answer after them, as the model will write it.
-    whole = complete([*turns, {"role": "assistant", "content": "-"}], system=system, tools=tools)
-    used = {prompts[0], *(name for names in _OF_ROW for name in names)} | (
-        {"input"} if "instruction" in prompts else set()
-    )
+    whole = complete([*turns, {"role": "assistant", "content": "-"}], row)
+    used = {prompts[0]} | _OF_ROW | ({"input"} if "instruction" in prompts else set())
     others = {str(name): value for name, value in row.items() if name not in used}
     if taken := sorted(set(others) & set(_TAKEN)):
         raise RowError(

@@ -87,19 +87,21 @@ def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     return changed
 
 
-def complete(turns: list[Message], system: Any = None, tools: Any = None) -> list[Message]:
-    """Put a row's own system prompt and tools in front of its turns, and check their order.
+def complete(turns: list[Message], row: Mapping[str, Any] | None = None) -> list[Message]:
+    """Put the system prompt and the tools of a row's own columns in front of its turns, and check their order.
 
     A system message stands first and once; the assistant may open (a greeting); no role comes twice in a row; a tool
     answers a call; the assistant speaks at least once.
     """
+    row = row or {}
+    system = _either(row, "system", "system_prompt")
     if system is not None and (system := read_text(system, "system")):
         if turns and turns[0]["role"] == "system":
             if turns[0]["content"] != system:
                 raise RowError("has a system column and a system message that differ; keep one")
         else:
             turns = [{"role": "system", "content": system}, *turns]
-    if (declared := read_tools(tools, "row")) is not None:
+    if (declared := read_tools(_either(row, "tools", "functions"), "row")) is not None:
         if not turns or turns[0]["role"] != "system":
             turns = [{"role": "system", "content": ""}, *turns]
         if turns[0].get("tools", declared) != declared:
@@ -147,14 +149,14 @@ def _turn(item: Any, what: str) -> tuple[Message, bool]:
     """Return one canonical message, and whether it holds a call."""
     if not isinstance(item, Mapping):
         raise RowError(f"{what} is {shown(item)}; expected an object with role and content")
-    name = item.get("role") if item.get("role") is not None else item.get("from")
+    name = _either(item, "role", "from")
     if name is None:
         raise RowError(f"{what} has no role, only {named(item)}")
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError(f"{what} has the unknown role {shown(name)}; known are {', '.join(ROLES)}")
     what = f"{what} ({name})"
-    value = item.get("content") if item.get("content") is not None else item.get("value")
+    value = _either(item, "content", "value")
     content = Content() if value is None else read_content(value, f"content of {what}")
     calls = read_calls([*content.calls, *_listed_calls(item, what)], what)
     if value is None and not calls:
@@ -175,12 +177,15 @@ def _turn(item: Any, what: str) -> tuple[Message, bool]:
     turn |= ({"thoughts": block} if block is not None else {}) | ({"calls": calls} if calls else {})
     if role == "tool" and isinstance(item.get("tool_call_id"), str):
         turn["id"] = item["tool_call_id"]
-    declared = item.get("tools") if item.get("tools") is not None else item.get("functions")
-    if (tools := read_tools(declared, what)) is not None:
+    if (tools := read_tools(_either(item, "tools", "functions"), what)) is not None:
         if role != "system":
             raise RowError(f"{what} declares tools, which only a system message does")
         turn["tools"] = tools
     return turn, bool(calls)
+
+
+def _either(item: Mapping[str, Any], name: str, other: str) -> Any:
+    return item.get(name) if item.get(name) is not None else item.get(other)
 
 
 def _listed_calls(item: Mapping[str, Any], what: str) -> list[Any]:

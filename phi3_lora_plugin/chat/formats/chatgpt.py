@@ -51,7 +51,7 @@ def adapt(row: Mapping[str, Any]) -> list[Message]:
             said[-1]["content"] += f"\n\n{text}"  # it went on after a pause
         else:
             said.append({"role": role, "content": text} | marks)
-    return complete(list(read_turns(said)), system="\n\n".join(system) or None)
+    return complete(list(read_turns(said)), {"system": "\n\n".join(system)})
 
 
 def _branch(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
