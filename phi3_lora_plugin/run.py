@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m phi3_lor
 
     interrupted: list[bool] = []
     atexit.register(_end_by_the_signal, interrupted)  # before any library's: exit handlers run in reverse
-    say = _quiet if given.quiet else first_rank.say
+    say = (lambda sentence: None) if given.quiet else first_rank.say
     try:
         for sentence in _activate(given, say):
             say(sentence)
@@ -145,10 +145,6 @@ def _own(trace: TracebackType | None) -> TracebackType | None:
     while top is not None and (top.tb_frame.f_code is main.__code__ or "<frozen runpy>" in str(top.tb_frame.f_code)):
         top = top.tb_next
     return top or trace
-
-
-def _quiet(sentence: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -176,9 +176,7 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def token_weights(
-    spans: list[Span], text: str, offsets: list[tuple[int, int]], start: int, end: int, last: float = 1.0
-) -> list[float]:
+def token_weights(spans: list[Span], text: str, offsets: list[tuple[int, int]], start: int, end: int) -> list[float]:
     """How much each token of a text is to be learned.
 
     A token is learned as little as the least learned of its letters: none of it may be in a span that is not to be
@@ -188,15 +186,14 @@ def token_weights(
         spans: over `text`.
         text: a stretch of what was tokenised, beginning at its character `start` and ending before `end`.
         offsets: first character of each token, and the one after its last, in what was tokenised.
-        last: of tokens after the text.
     """
     of_character = [weight for first, stop, weight in spans for _ in range(first, stop)]
     found = []
     for first, stop in offsets:
         if first >= end:
-            found.append(last)
+            found.append(1.0)  # a token after the text
             continue
         places = range(max(first, start) - start, max(min(stop, end), first + 1, start + 1) - start)
         letters = [place for place in places if not text[place].isspace()]
-        found.append(min((of_character[place] for place in letters or places[:1]), default=last))
+        found.append(min((of_character[place] for place in letters or places[:1]), default=1.0))
     return found

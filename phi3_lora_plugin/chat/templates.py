@@ -39,7 +39,6 @@ class Template:
         empty_system: whether an empty system message is rendered at all.
         system_first: whether system messages come before all others, wherever they stand.
         tools: whether it has a place for tool messages and declared tools.
-        user_opens: whether a user turn always opens the assistant's, so that a generation prompt is always there.
         refused: why models with this template cannot be trained, if so.
         preamble: text that every conversation begins with, such as the instructions of Phi-4-reasoning.
     """
@@ -50,7 +49,6 @@ class Template:
     empty_system: bool = True
     system_first: bool = False
     tools: bool = False
-    user_opens: bool = False
     refused: str | None = None
     preamble: str = ""
 
@@ -76,10 +74,10 @@ TEMPLATES = {
     for template in (
         Template("phi-3-mini-4k"),
         Template("phi-3.5-mini", empty_system=False),
-        Template("phi-3-mini-128k-apr2024", system=False, user_opens=True),
-        Template("phi-3-medium", system=False, user_opens=True),
+        Template("phi-3-mini-128k-apr2024", system=False),
+        Template("phi-3-medium", system=False),
         Template("phi-4", stop="<|im_end|>"),
-        Template("phi-4-dec2024", stop="<|im_end|>", user_opens=True),
+        Template("phi-4-dec2024", stop="<|im_end|>"),
         Template("phi-4-mini", tools=True),
         Template("phi-4-mini-reasoning", tools=True, system_first=True),
         Template("plain", stop=None),
@@ -170,7 +168,8 @@ def serving_text(template: Template, how: ToolFormat) -> str:
 
 def template_fingerprint(tokenizer: Any) -> str:
     """sha256 of what the tokenizer's template renders for fixed conversations; of nothing where it has none."""
-    return _fingerprint(_text(tokenizer.chat_template)) if tokenizer.chat_template else hashlib.sha256().hexdigest()
+    rendered = _renders(_text(tokenizer.chat_template)) if tokenizer.chat_template else ()
+    return hashlib.sha256("\0".join(rendered).encode()).hexdigest()
 
 
 def render(
@@ -252,10 +251,6 @@ def _behind_preamble(wanted: Sequence[str]) -> Template | None:
             name = template.name + _BEHIND
             return replace(template, name=name, preamble=preamble, system=template.system and all(equal))
     return None
-
-
-def _fingerprint(text: str) -> str:
-    return hashlib.sha256("\0".join(_renders(text)).encode()).hexdigest()
 
 
 @lru_cache(maxsize=256)

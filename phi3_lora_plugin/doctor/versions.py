@@ -60,7 +60,7 @@ def _tested(known: Mapping[str, str]) -> str:
     return f"; tested with {newest}" if oldest in (None, newest) else f"; tested with {oldest} to {newest}"
 
 
-def version_of(name: str, bounds: str, area: str = AREA) -> Finding:
+def version_of(name: str, bounds: str) -> Finding:
     """One requirement: its version, whether it is within `bounds`, and what the tests run with."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
@@ -68,12 +68,12 @@ def version_of(name: str, bounds: str, area: str = AREA) -> Finding:
     found = installed(name)
     pip = f"pip install '{name}{bounds}'"
     if found is None:
-        return Finding(area, name, f"not installed; {bounds or 'any version'} is required", "problem", pip)
+        return Finding(AREA, name, f"not installed; {bounds or 'any version'} is required", "problem", pip)
     known = tested().get(name, {})
     about = _tested(known)
     if not SpecifierSet(bounds, prereleases=True).contains(found):
-        return Finding(area, name, f"{found} is too old: {bounds} is required", "problem", pip)
+        return Finding(AREA, name, f"{found} is too old: {bounds} is required", "problem", pip)
     if "newest" in known and Version(found).release[:2] > Version(known["newest"]).release[:2]:
         remedy = f"if something fails: pip install '{name}=={known['newest']}'"
-        return Finding(area, name, f"{found}, newer than tested{about}", "note", remedy)
-    return Finding(area, name, f"{found}{about}")
+        return Finding(AREA, name, f"{found}, newer than tested{about}", "note", remedy)
+    return Finding(AREA, name, f"{found}{about}")

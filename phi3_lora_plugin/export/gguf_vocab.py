@@ -101,8 +101,10 @@ def read_vocabulary(folder: Path, size: int, stop_ids: Sequence[int] = ()) -> Vo
         notes.append(f"white space after {', '.join(odd)} is cut differently by llama.cpp")
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     special = _special(settings, pieces, read_json(folder / "config.json"), stop_ids)
+    # A space inside a part would end its merge, and is written as its byte-level twin.
+    lines = tuple(" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges) if byte_level else ()
     return Vocabulary(
-        kind, pre, tokens, types, scores, tuple(_spaceless(pair) for pair in merges) if byte_level else (), special,
+        kind, pre, tokens, types, scores, lines, special,
         _adds_bos(path, special.get("bos")), _template(folder, settings), swallows, tuple(notes),
     )  # fmt: skip
 
@@ -180,11 +182,6 @@ def _find(step: Any, kind: str) -> Mapping[str, Any] | None:
         if found := _find(inner, kind):
             return found
     return None
-
-
-def _spaceless(pair: Sequence[str]) -> str:
-    """A merge as one line; a space inside a part would end it, and is written as its byte-level twin."""
-    return " ".join(part.replace(" ", "Ġ") for part in pair)
 
 
 def _special(

@@ -208,19 +208,11 @@ def _term(tokens: list[str], dot: Any, variables: Mapping[str, Any]) -> tuple[An
     raise GoTemplateError(f"{token!r} is not understood here")
 
 
-def _and(*values: Any) -> Any:
-    return next((value for value in values if not value), values[-1])
-
-
-def _or(*values: Any) -> Any:
-    return next((value for value in values if value), values[-1])
-
-
 _FUNCTIONS: Mapping[str, Any] = {
     "eq": lambda first, *others: any(first == other for other in others),
     "ne": lambda first, second: first != second,
-    "and": _and,
-    "or": _or,
+    "and": lambda *values: next((value for value in values if not value), values[-1]),
+    "or": lambda *values: next((value for value in values if value), values[-1]),
     "not": lambda value: not value,
     "json": lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")),
 }

@@ -150,7 +150,8 @@ def compare(
     forward pass over prompt and answer tells. Tokens nearer to each other than the tolerance count as equally likely.
     """
     with variant.open() as runtime:
-        measured = [_ask(runtime, *prompt, max_new_tokens, advance) for prompt in _pairs(reference)]
+        asked = zip(reference.prompts, reference.ids, strict=True)
+        measured = [_ask(runtime, *prompt, max_new_tokens, advance) for prompt in asked]
         measure = runtime.measure
     rows = [list(ids) + answer for ids, (_, _, answer) in zip(reference.ids, measured, strict=True)]
     wanted = reference.logits(rows, [len(ids) for ids in reference.ids])
@@ -181,10 +182,6 @@ def compare(
         variant.name, variant.exact, count, equal_ids, equal, stopped, would_stop, worst, total / max(1, count),
         measure, largest, odd,
     )  # fmt: skip
-
-
-def _pairs(reference: Reference) -> list[tuple[Sequence[Mapping[str, Any]], list[int]]]:
-    return list(zip(reference.prompts, reference.ids, strict=True))
 
 
 def _ask(

@@ -196,8 +196,9 @@ def _misfits(
         if options.get(name)
     ]  # fmt: skip
     if plan.blocks:
+        slices = ", ".join(dict.fromkeys(block.name for blocks in plan.blocks.values() for block in blocks))
         problems += [
-            f"{name} does not go with slices ({_sliced(plan)}): it changes or reads all rows of the fused projection; "
+            f"{name} does not go with slices ({slices}): it changes or reads all rows of the fused projection; "
             "name the fused projection instead"
             for name in variants
         ]
@@ -269,10 +270,6 @@ def _token_problems(model: Any, options: Mapping[str, Any]) -> list[str]:
 def _tied(model: Any) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _sliced(plan: TargetPlan) -> str:
-    return ", ".join(dict.fromkeys(block.name for blocks in plan.blocks.values() for block in blocks))
 
 
 def _warn_of_nothing_to_do(model: Any, options: Mapping[str, Any]) -> None:

@@ -129,7 +129,8 @@ def load_lora_state_dict(
     """
 
     inner = unwrapped(model)
-    _refuse_flattened(inner)
+    if is_flattened(inner):
+        raise StateError("FSDP1 has flattened the parameters: load the LoRA state before the model is wrapped")
     if adapter is not None and adapter not in (known := adapters_of(inner)):
         raise StateError(f"no adapter {adapter!r}; the model has {', '.join(sorted(known)) or 'none'}")
     targets = _parameters(inner)
@@ -255,11 +256,6 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
         if is_lora(plain) and first.setdefault(id(parameter), plain) != plain:
             found[plain] = first[id(parameter)]
     return found
-
-
-def _refuse_flattened(model: nn.Module) -> None:
-    if is_flattened(model):
-        raise StateError("FSDP1 has flattened the parameters: load the LoRA state before the model is wrapped")
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def fused_to_split(
             piece = replace(lora, module=target, b=b, magnitude=_cut(lora.magnitude, part), bias=_cut(lora.bias, part))
             live = b.any(dim=0)
             if compact and not whole_is_zero and not live.all():
-                if not live.any() and piece.magnitude is None and not _any(piece.bias):
+                if not live.any() and piece.magnitude is None and (piece.bias is None or not piece.bias.any()):
                     rows.append(Row(lora.module, "-", tuple(b.shape), f"{part.name} is not adapted: its rows are zero"))
                     continue
                 live[0] |= not live.any()
@@ -372,10 +372,6 @@ def _join(vectors: Sequence[Any], projection: Projection, pieces: Mapping[str, L
 
 def _cut(vector: Tensor | None, part: Any) -> Tensor | None:
     return None if vector is None else vector[part.start : part.stop].contiguous()
-
-
-def _any(vector: Tensor | None) -> bool:
-    return vector is not None and bool(vector.any())
 
 
 def _misshapen(lora: Lora, in_features: int, out_features: int) -> str:

@@ -93,7 +93,7 @@ def read_mlx(folder: str | Path) -> tuple[list[Lora], list[Row], float]:
     return loras, rows, float(parameters.get("dropout") or 0.0)
 
 
-def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, dropout: float = 0.0) -> list[Row]:
+def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str) -> list[Row]:
     """Write the two files of an MLX adapter into `folder`; returns report rows.
 
     mlx-lm has one rank and one scale for all modules: smaller ranks are filled up with zeros, other scalings are
@@ -129,7 +129,7 @@ def write_mlx(folder: Path, loras: Sequence[Lora], layers: int, model: str, drop
         rows.append(Row(lora.module, f"{lora.module}.lora_a, .lora_b", tuple(lora.b.shape), rule))
     config = {
         "fine_tune_type": "dora" if dora == {True} else "lora",
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": dropout, "keys": sorted(keys)},
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(keys)},
         "model": model,
         "num_layers": layers - first,
     }

@@ -153,11 +153,8 @@ class RunFolder:
         return _checked(_PARTS[name], self.facts.get(name)) or []
 
 
-def read_run_folder(folder: Path, updates: bool = True) -> RunFolder:
+def read_run_folder(folder: Path) -> RunFolder:
     """Read the folder of a run.
-
-    Args:
-        updates: whether to compute the norms of updates, which reads the weights of the newest checkpoint.
 
     Raises:
         ReportError: it is not a folder, or nothing in it is of a run.
@@ -186,7 +183,7 @@ def read_run_folder(folder: Path, updates: bool = True) -> RunFolder:
         settings=_settings(folder, facts),
         checkpoints=[_checkpoint(store, entry) for store, entry in found],
         torn=[path.name for store in stores for path in torn(store)],
-        updates=largest_updates(adapter) if updates and adapter is not None else [],
+        updates=largest_updates(adapter) if adapter is not None else [],
         adapter=adapter,
     )
 

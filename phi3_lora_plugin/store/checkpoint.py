@@ -61,19 +61,11 @@ def latest_complete(folder: str | Path) -> Path | None:
     return None if found is None else found.path
 
 
-def newest_complete(folder: Path, skipped: list[Report] | None = None) -> Entry | None:
-    """As `latest_complete`, of a store or run; the reports of newer ones that are not whole are added to `skipped`."""
-    for store in stores_in(folder):
-        for place in (store, *earlier(store)):
-            for entry in entries(place):
-                report = check_folder(entry.path, resume=False)
-                if report:
-                    return entry
-                if skipped is not None:
-                    skipped.append(report)
-            if skipped is not None:
-                skipped.extend(check_folder(path) for path in torn(place))
-    return None
+def newest_complete(folder: Path) -> Entry | None:
+    """As `latest_complete`, of a store or run."""
+    places = (place for store in stores_in(folder) for place in (store, *earlier(store)))
+    found = (entry for place in places for entry in entries(place))
+    return next((entry for entry in found if check_folder(entry.path, resume=False)), None)
 
 
 def verify(folder: str | Path) -> Report:

@@ -68,51 +68,47 @@ def render_manifest(content: Mapping[str, Any]) -> bytes:
 
 def parse_manifest(raw: bytes) -> dict[str, Any]:
     """The content of a manifest's bytes; raises `ManifestError` as `read_manifest` does."""
-    _check(MANIFEST, raw)
+    _check(raw)
     return dict(json.loads(raw))
 
 
-def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
         ManifestError: there is none, or a byte of it is not as it was written.
     """
-    raw = _raw(folder, name)
-    _check(name, raw)
-    return dict(json.loads(raw))
-
-
-def _raw(folder: Path, name: str = MANIFEST) -> bytes:
     try:
-        return read_small(folder / name, LIMIT)
+        raw = read_small(folder / MANIFEST, LIMIT)
     except FileNotFoundError as error:
-        raise ManifestError(
-            f"{name}: missing: the save was never finished, or another program wrote the folder"
-        ) from error
+        what = "missing: the save was never finished, or another program wrote the folder"
+        raise ManifestError(f"{MANIFEST}: {what}") from error
     except BadFile as error:
-        raise ManifestError(f"{name}: {error}") from error
+        raise ManifestError(f"{MANIFEST}: {error}") from error
+    return parse_manifest(raw)
 
 
 @lru_cache(maxsize=256)
-def _check(name: str, raw: bytes) -> None:
+def _check(raw: bytes) -> None:
     """Raise what is wrong with the bytes of a manifest; a run asks at each save, of all that it keeps."""
     try:
         content = parse_json(raw)
     except BadFile as error:
-        raise ManifestError(f"{name}: {error} (cut off or damaged)") from error
+        raise ManifestError(f"{MANIFEST}: {error} (cut off or damaged)") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise ManifestError(f"{name}: is not the manifest of a checkpoint")
+        raise ManifestError(f"{MANIFEST}: is not the manifest of a checkpoint")
     if content.get("format") != FORMAT or isinstance(content["format"], bool):
-        raise ManifestError(f"{name}: has format {shorten(content.get('format'))}; only {FORMAT} is understood here")
+        raise ManifestError(
+            f"{MANIFEST}: has format {shorten(content.get('format'))}; only {FORMAT} is understood here"
+        )
     if problems := list(_misfits(content)):
-        raise ManifestError(f"{name}: {'; '.join(problems[:3])}")
+        raise ManifestError(f"{MANIFEST}: {'; '.join(problems[:3])}")
     try:
         unchanged = render_manifest(content) == raw
     except (ValueError, RecursionError):  # NaN, or half of a character, which Python reads and no manifest has
         unchanged = False
     if not unchanged:
-        raise ManifestError(f"{name}: was changed after it was written")
+        raise ManifestError(f"{MANIFEST}: was changed after it was written")
 
 
 def _misfits(content: Mapping[str, Any]) -> Iterator[str]:
