@@ -48,6 +48,11 @@ def trained(row: dict[str, Any]) -> str:
     return str(TOKENIZER.decode(ids)).replace("<|end|>", "|")
 
 
+def _node(role: str, text: str, **more: Any) -> dict[str, Any]:
+    """A message in an export of ChatGPT."""
+    return {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}} | more
+
+
 READ: dict[str, dict[str, Any]] = {
     "parts of LLaMA-Factory v1": {
         "messages": [
@@ -67,31 +72,10 @@ READ: dict[str, dict[str, Any]] = {
         "title": "Greeting",
         "mapping": {
             "r": {"message": None, "parent": None, "children": ["s"]},
-            "s": {
-                "message": {"author": {"role": "system"}, "content": {"content_type": "text", "parts": [""]}},
-                "parent": "r",
-                "children": ["u"],
-            },
-            "u": {
-                "message": {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hi"]}},
-                "parent": "s",
-                "children": ["a", "b"],
-            },
-            "a": {
-                "message": {"author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["No"]}},
-                "parent": "u",
-                "children": [],
-            },
-            "b": {
-                "message": {
-                    "author": {"role": "assistant"},
-                    "content": {"content_type": "text", "parts": ["Hello"]},
-                    "recipient": "all",
-                    "weight": 1.0,
-                },
-                "parent": "u",
-                "children": [],
-            },
+            "s": {"message": _node("system", ""), "parent": "r", "children": ["u"]},
+            "u": {"message": _node("user", "Hi"), "parent": "s", "children": ["a", "b"]},
+            "a": {"message": _node("assistant", "No"), "parent": "u", "children": []},
+            "b": {"message": _node("assistant", "Hello", recipient="all", weight=1.0), "parent": "u", "children": []},
         },
         "current_node": "b",
     },

@@ -454,10 +454,7 @@ DRIFT: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
     "schedule": (lambda: {"training": {"lr_scheduler_type": "cosine"}}, ["training.lr_scheduler_type"]),
     "warm-up": (lambda: {"training": {"warmup_steps": 3}}, ["training.warmup_steps"]),
     "steps": (lambda: {"training": {"max_steps": 9}}, ["training.max_steps"]),
-    "epochs": (
-        lambda: {"training": {"max_steps": -1, "num_train_epochs": 2}},
-        ["training.max_steps"],
-    ),
+    "epochs": (lambda: {"training": {"max_steps": -1, "num_train_epochs": 2}}, ["training.max_steps"]),
     "weight decay": (lambda: {"training": {"weight_decay": 0.1}}, ["training.weight_decay"]),
     "clipping": (lambda: {"training": {"max_grad_norm": 0.1}}, ["training.max_grad_norm"]),
     "smoothing": (lambda: {"training": {"label_smoothing_factor": 0.1}}, ["training.label_smoothing_factor"]),
