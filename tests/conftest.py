@@ -80,9 +80,9 @@ def old_objects_out_of_garbage_collections() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that need the warm process as slow: it takes six seconds to start, in each worker."""
+    """Mark as slow what needs the warm process, which takes six seconds to start, or real tokenizers, a second each."""
     for item in items:
-        if "warm" in getattr(item, "fixturenames", ()):
+        if {"warm", "shared_data"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -16,6 +16,8 @@ import torch
 from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.embedded import locate
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str]]
 
 

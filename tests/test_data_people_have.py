@@ -328,6 +328,7 @@ def test_the_reports_of_users(shared_data: Path) -> None:
     assert '"name": "weather"' in TOKENIZER.decode(declared["input_ids"])
 
 
+@pytest.mark.slow
 def test_rows_that_are_too_deep_or_too_long_are_told_by_their_line(tmp_path: Path) -> None:
     deep = '{"messages": ' + "[" * 50_000 + "]" * 50_000 + "}"
     nested = json.dumps({"messages": '[{"role": "user", "content": ' + "[" * 50_000 + "]" * 50_000 + "}]"})
@@ -351,6 +352,7 @@ def test_rows_that_are_too_deep_or_too_long_are_told_by_their_line(tmp_path: Pat
     assert load(table, "data.on_error=skip").report.train.rows == 1
 
 
+@pytest.mark.slow
 def test_a_small_packed_file_cannot_fill_the_memory(tmp_path: Path) -> None:
     code = """
 import gzip, resource, sys

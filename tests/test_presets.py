@@ -289,6 +289,7 @@ def tiny_base(path: str) -> Any:
     return tiny.model(**traits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_trains_a_tiny_model_of_its_family(name: str, tmp_path: Path) -> None:
     overrides = [

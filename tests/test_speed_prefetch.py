@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi3_lora_plugin.speed.prefetch import Buffers, Order, Packed, fits_twice
 
+pytestmark = pytest.mark.slow
+
 STATE = SimpleNamespace()
 
 

@@ -217,6 +217,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_cannot_take_all_time_or_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # of waiting, three of them; the process has ten of computing. What ends at a gigabyte has to get there.

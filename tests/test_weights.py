@@ -152,6 +152,7 @@ def recipe(place: Path, out: Path, *overrides: str) -> Any:
     return load_recipe("tiny-cpu", [*given, *overrides])
 
 
+@pytest.mark.slow
 def test_a_run_honours_weights_and_says_which_rows_have_none(place: Path, tmp_path: Path) -> None:
     data = load_data(recipe(place, tmp_path), TOKENIZER, ADAPTERS)
     assert data.report.rows_read == 20 and len(data.report.dropped) == 4  # of weight 0
