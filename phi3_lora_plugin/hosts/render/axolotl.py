@@ -5,20 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.axolotl_config import KERNELS, ROWS
-from phi3_lora_plugin.hosts.render.common import (
-    Line,
-    Rendered,
-    Rows,
-    base_path,
-    left_out,
-    longest,
-    lora_left_out,
-    note,
-    numbers,
-    rows,
-    targets,
-    write,
-)
+from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, Rendering, Rows, note, some, write
 from phi3_lora_plugin.hosts.render.settings_section import section
 from phi3_lora_plugin.model.precision import precision_elsewhere
 
@@ -32,27 +19,28 @@ _SAME = ("max_steps", "eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", 
 
 def render(recipe: Recipe) -> Rendered:
     """See `hosts.render`."""
-    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
+    r = Rendering(recipe, "axolotl")
+    n, lora, data, model = r.numbers, recipe.lora, recipe.data, recipe.model
     head = [
         f"axolotl, from the recipe {recipe.name}. Run it with",
         "  axolotl train FILE",
         "in an environment that has phi3-lora-plugin.",
     ]
     lines = [
-        Line("base_model", base_path(recipe)),
-        *([Line("revision_of_model", model.revision)] if model.revision else []),
+        Line("base_model", r.base),
+        *some(revision_of_model=model.revision),
         Line("plugins", ["phi3_lora_plugin.hosts.axolotl.Phi3LoraPlugin"], "masks, stop tokens, LoRA-only checkpoints"),
         *section(recipe),
         note("on by default, and they fail on a fused qkv_proj"),
         *(Line(name, False) for name in KERNELS),
         Line("adapter", "qlora" if model.quantize == "nf4" else "lora"),
         *([Line("load_in_4bit", True, "nf4 with double quantisation")] if model.quantize == "nf4" else []),
-        *([Line("load_in_8bit", True)] if model.quantize == "int8" else []),
-        *_lora(recipe),
-        *_data(recipe),
-        longest(recipe, "sequence_len"),
+        *some(load_in_8bit=model.quantize == "int8"),
+        *_lora(r),
+        *_data(r),
+        r.longest("sequence_len"),
         Line("sample_packing", data.packing),
-        *([Line("group_by_length", True)] if n.by_length else []),
+        *some(group_by_length=n.by_length),
         Line("micro_batch_size", n.batch),
         Line("gradient_accumulation_steps", n.accumulation),
         Line("num_epochs", n.epochs),
@@ -63,25 +51,25 @@ def render(recipe: Recipe) -> Rendered:
         Line("optimizer", n.optimizer),
         Line("weight_decay", n.weight_decay),
         Line("max_grad_norm", n.max_grad_norm),
-        *([Line("loraplus_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
+        *some(loraplus_lr_ratio=lora.loraplus_lr_ratio),
         *_precision(precision_elsewhere(model).mixed, model.device, n.rest),
         Line("attn_implementation", "sdpa" if model.attention == "auto" else model.attention),
         Line("gradient_checkpointing", n.checkpointing),
-        *([Line("gradient_checkpointing_kwargs", {"use_reentrant": False})] if n.checkpointing else []),
+        *some(gradient_checkpointing_kwargs=n.checkpointing and {"use_reentrant": False}),
         Line("logging_steps", n.logging_steps),
-        *([Line("save_steps", recipe.checkpoint.every_steps)] if recipe.checkpoint.every_steps else []),
+        *some(save_steps=recipe.checkpoint.every_steps),
         Line("save_total_limit", max(1, recipe.checkpoint.keep_last)),
         Line("seed", recipe.seed),
         Line("output_dir", recipe.output_dir),
         *(Line(key, value) for key, value in n.rest.items() if key in _SAME and key not in ("bf16", "fp16")),
-        *left_out("training", {key: value for key, value in n.rest.items() if key not in _SAME}, "axolotl"),
+        *r.left_out("training", {key: value for key, value in n.rest.items() if key not in _SAME}),
     ]
     return Rendered(write(head, lines))
 
 
-def _lora(recipe: Recipe) -> list[Line]:
-    lora = recipe.lora
-    names, why = targets(recipe)
+def _lora(r: Rendering) -> list[Line]:
+    lora = r.recipe.lora
+    names, why = r.targets()
     lines = [
         Line("lora_r", lora.r),
         Line("lora_alpha", lora.alpha),
@@ -102,27 +90,21 @@ def _lora(recipe: Recipe) -> list[Line]:
         "peft_trainable_token_indices": lora.trainable_token_indices,
     }
     known = ("loraplus_lr_ratio", "init", *(key.split("_", 1)[1] for key in optional))
-    return (
-        lines
-        + [Line(key, value) for key, value in optional.items() if value]
-        + lora_left_out(recipe, "axolotl", *known)
-    )
+    return [*lines, *some(**optional), *r.lora_left_out(*known)]
 
 
-def _data(recipe: Recipe) -> list[Line]:
-    found = rows(recipe)
+def _data(r: Rendering) -> list[Line]:
+    found = r.rows()
     if found is None:
-        return [
-            Line("datasets", [{"path": "YOUR_CHATS.jsonl", "ds_type": "json", "type": ROWS}], "the recipe names none")
-        ]
+        return [Line("datasets", [{"path": NO_ROWS.path, "ds_type": "json", "type": ROWS}], NO_ROWS.why)]
     lines = [Line("datasets", [_source(found)], found.why)]
-    held_out = rows(recipe, evaluation=True)
+    held_out = r.rows(evaluation=True)
     if held_out is not None:
         lines.append(Line("test_datasets", [_source(held_out)]))
-    elif recipe.data.eval_fraction:
-        lines.append(Line("val_set_size", recipe.data.eval_fraction))
-    if (held_out is not None or recipe.data.eval_fraction) and "eval_strategy" in recipe.training:
-        lines.append(Line("eval_strategy", recipe.training["eval_strategy"]))
+    elif r.recipe.data.eval_fraction:
+        lines.append(Line("val_set_size", r.recipe.data.eval_fraction))
+    if (held_out is not None or r.recipe.data.eval_fraction) and "eval_strategy" in r.recipe.training:
+        lines.append(Line("eval_strategy", r.recipe.training["eval_strategy"]))
     return lines
 
 

@@ -6,20 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.llamafactory import TEMPLATE
-from phi3_lora_plugin.hosts.render.common import (
-    Line,
-    Rendered,
-    RenderError,
-    Rows,
-    base_path,
-    longest,
-    lora_left_out,
-    numbers,
-    rows,
-    targets,
-    trainer_lines,
-    write,
-)
+from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, RenderError, Rendering, Rows, some, write
 from phi3_lora_plugin.hosts.render.settings_section import section
 from phi3_lora_plugin.model.precision import precision_elsewhere
 
@@ -29,17 +16,18 @@ if TYPE_CHECKING:
 
 def render(recipe: Recipe) -> Rendered:
     """See `hosts.render`."""
-    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
-    names, why = targets(recipe)
-    info, chosen, assumed = _data(recipe)
+    r = Rendering(recipe, "LLaMA-Factory")
+    n, lora, data, model = r.numbers, recipe.lora, recipe.data, recipe.model
+    names, why = r.targets()
+    info, chosen, assumed = _data(r)
     head = [
         f"LLaMA-Factory, from the recipe {recipe.name}. Run it with",
         "  python -m phi3_lora_plugin.hosts.llamafactory FILE",
         "(llamafactory-cli forgets callbacks and does not know the template), also under torchrun -m.",
     ]
     lines = [
-        Line("model_name_or_path", base_path(recipe)),
-        *([Line("model_revision", model.revision)] if model.revision else []),
+        Line("model_name_or_path", r.base),
+        *some(model_revision=model.revision),
         *section(recipe),
         Line("stage", "sft"),
         Line("do_train", True),
@@ -49,24 +37,21 @@ def render(recipe: Recipe) -> Rendered:
         Line("lora_alpha", int(lora.alpha), "" if int(lora.alpha) == lora.alpha else f"the recipe has {lora.alpha}"),
         Line("lora_dropout", lora.dropout),
         Line("lora_target", names if isinstance(names, str) else ",".join(names), why),
-        *([Line("use_dora", True)] if lora.dora else []),
-        *([Line("use_rslora", True)] if lora.rslora else []),
-        *([Line("pissa_init", True)] if lora.init == "pissa" else []),
-        *([Line("loraplus_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
-        *lora_left_out(recipe, "LLaMA-Factory", "loraplus_lr_ratio", *(["init"] if lora.init == "pissa" else [])),
+        *some(use_dora=lora.dora, use_rslora=lora.rslora, pissa_init=lora.init == "pissa"),
+        *some(loraplus_lr_ratio=lora.loraplus_lr_ratio),
+        *r.lora_left_out("loraplus_lr_ratio", *(["init"] if lora.init == "pissa" else [])),
         *_quantised(model.quantize),
         Line(
             "flash_attn", {"auto": "sdpa", "eager": "disabled", "flash_attention_2": "fa2"}.get(model.attention, "sdpa")
         ),
         Line("dataset_dir", ".", "the folder of dataset_info.json; run it from there"),
         *[Line(key, value, assumed if key == "dataset" else "") for key, value in chosen.items()],
-        longest(recipe, "cutoff_len"),
-        *([Line("packing", True), Line("neat_packing", True)] if data.packing else []),
-        *([Line("max_samples", data.max_rows)] if data.max_rows else []),
+        r.longest("cutoff_len"),
+        *some(packing=data.packing, neat_packing=data.packing, max_samples=data.max_rows),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
         *_precision(recipe, n.rest),
         Line("disable_gradient_checkpointing", not n.checkpointing),
-        *trainer_lines(recipe, n, "LLaMA-Factory"),
+        *r.trainer_lines(),
     ]
     return Rendered(write(head, lines), {"dataset_info.json": json.dumps(info, indent=2) + "\n"})
 
@@ -82,25 +67,22 @@ def _precision(recipe: Recipe, rest: dict[str, Any]) -> list[Line]:
     if {"bf16", "fp16"} & set(rest):
         return [Line(name, rest[name]) for name in ("bf16", "fp16") if name in rest]
     mixed = precision_elsewhere(recipe.model).mixed
-    return [*([Line("use_cpu", True)] if recipe.model.device == "cpu" else []),
-            *([] if mixed == "no" else [Line(mixed, True)])]  # fmt: skip
+    return some(use_cpu=recipe.model.device == "cpu", bf16=mixed == "bf16", fp16=mixed == "fp16")
 
 
-def _data(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any], str]:
+def _data(r: Rendering) -> tuple[dict[str, Any], dict[str, Any], str]:
     """(content of dataset_info.json, the keys that choose from it, what was assumed)."""
-    found = rows(recipe)
-    if found is None:
-        found = Rows("YOUR_CHATS.jsonl", True, "messages", {}, "train", "the recipe names none")
+    found = r.rows() or NO_ROWS
     info, chosen = {"train": _entry(found)}, {"dataset": "train"}
-    held_out = rows(recipe, evaluation=True)
+    held_out = r.rows(evaluation=True)
     more: dict[str, Any] = {}
     if held_out is not None:
         info["eval"] = _entry(held_out)
         more = {"eval_dataset": "eval", "do_eval": True}
-    elif recipe.data.eval_fraction:
-        more = {"val_size": recipe.data.eval_fraction, "do_eval": True}
+    elif r.recipe.data.eval_fraction:
+        more = {"val_size": r.recipe.data.eval_fraction, "do_eval": True}
     if more:
-        more["eval_strategy"] = recipe.training.get("eval_strategy", "epoch")
+        more["eval_strategy"] = r.recipe.training.get("eval_strategy", "epoch")
     return info, chosen | more, found.why
 
 

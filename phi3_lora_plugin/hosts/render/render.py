@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.render import __path__
-from phi3_lora_plugin.hosts.render.common import Rendered, RenderError, base_config
+from phi3_lora_plugin.hosts.render.common import Rendered, RenderError, Rendering
 from phi3_lora_plugin.model.families import has_towers
 from phi3_lora_plugin.model.published import why_refused
 from phi3_lora_plugin.recipe.sections import Section
@@ -40,7 +40,7 @@ def render(recipe: Recipe, host: str) -> Rendered:
         )
     if why := why_refused(recipe.model.path, recipe.model.revision):
         raise RenderError(f"{recipe.model.path}: {why}")
-    if has_towers(base_config(recipe) or {}):
+    if has_towers(Rendering(recipe, host).base_config or {}):
         raise RenderError(
             f"{recipe.model.path}: {host} would give LoRA to the audio tower as well, whose modules have the names of "
             "the text model's; its text side is trained by `phi3-lora train`"

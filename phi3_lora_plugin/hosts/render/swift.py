@@ -5,19 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from phi3_lora_plugin.hosts.render.common import (
-    Line,
-    Rendered,
-    RenderError,
-    base_path,
-    longest,
-    lora_left_out,
-    numbers,
-    rows,
-    targets,
-    trainer_lines,
-    write,
-)
+from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, RenderError, Rendering, some, write
 from phi3_lora_plugin.hosts.render.settings_section import settings_of
 from phi3_lora_plugin.hosts.swift import plugin_file
 from phi3_lora_plugin.model.precision import precision_elsewhere
@@ -31,8 +19,9 @@ _SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_nois
 
 def render(recipe: Recipe) -> Rendered:
     """See `hosts.render`."""
-    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
-    names, why = targets(recipe)
+    r = Rendering(recipe, "ms-swift")
+    n, lora, data, model = r.numbers, recipe.lora, recipe.data, recipe.model
+    names, why = r.targets()
     given = settings_of(recipe)
     head = [
         f"ms-swift, from the recipe {recipe.name}. Run it with",
@@ -42,8 +31,8 @@ def render(recipe: Recipe) -> Rendered:
     dtype = precision_elsewhere(model).weights
     lines = [
         *([Line("ENV", {"PHI3_LORA_SETTINGS": json.dumps(given)}, "ms-swift has no keys for these")] if given else []),
-        Line("model", base_path(recipe)),
-        *([Line("model_revision", model.revision)] if model.revision else []),
+        Line("model", r.base),
+        *some(model_revision=model.revision),
         Line("use_hf", True, "ms-swift's default is another hub"),
         *([] if _known(model.path) else [Line("model_type", "phi3", "ms-swift cannot tell it from a folder's name")]),
         Line("external_plugins", [str(plugin_file())], "exact ids and labels"),
@@ -58,21 +47,18 @@ def render(recipe: Recipe) -> Rendered:
         Line("lora_alpha", lora.alpha),
         Line("lora_dropout", lora.dropout),
         *([Line("target_regex", names, why)] if isinstance(names, str) else [Line("target_modules", names, why)]),
-        *([Line("use_dora", True)] if lora.dora else []),
-        *([Line("use_rslora", True)] if lora.rslora else []),
-        *([Line("lorap_lr_ratio", lora.loraplus_lr_ratio)] if lora.loraplus_lr_ratio else []),
-        *([Line("modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
-        *([Line("target_parameters", lora.target_parameters)] if lora.target_parameters else []),
-        *([] if lora.init == "default" else [Line("init_weights", lora.init)]),
-        *lora_left_out(recipe, "ms-swift", "loraplus_lr_ratio", "modules_to_save", "target_parameters", "init"),
-        *_data(recipe),
-        longest(recipe, "max_length"),
+        *some(use_dora=lora.dora, use_rslora=lora.rslora, lorap_lr_ratio=lora.loraplus_lr_ratio),
+        *some(modules_to_save=lora.modules_to_save, target_parameters=lora.target_parameters),
+        *some(init_weights=lora.init != "default" and lora.init),
+        *r.lora_left_out("loraplus_lr_ratio", "modules_to_save", "target_parameters", "init"),
+        *_data(r),
+        r.longest("max_length"),
         Line("truncation_strategy", "right", "ms-swift drops longer rows by default; here they are cut"),
-        *([Line("packing", True)] if data.packing else []),
+        *some(packing=data.packing),
         Line("warmup_ratio" if n.warmup < 1 else "warmup_steps", n.warmup),
         Line("gradient_checkpointing", n.checkpointing),
-        *([Line("use_cpu", True)] if model.device == "cpu" else []),
-        *trainer_lines(recipe, n, "ms-swift", _SAME),
+        *some(use_cpu=model.device == "cpu"),
+        *r.trainer_lines(_SAME),
     ]  # fmt: skip
     return Rendered(write(head, lines))
 
@@ -85,26 +71,25 @@ def _known(path: str) -> bool:
 _COLUMNS = {"prompt": "query", "completion": "response", "instruction": "query", "input": "input", "output": "response"}
 
 
-def _data(recipe: Recipe) -> list[Line]:
-    found = rows(recipe)
+def _data(r: Rendering) -> list[Line]:
+    found = r.rows()
     if found is None:
-        return [Line("dataset", ["YOUR_CHATS.jsonl"], "the recipe names none")]
+        return [Line("dataset", [NO_ROWS.path], NO_ROWS.why)]
     if found.format not in ("messages", "sharegpt", "alpaca", "prompt_completion"):
         raise RenderError(f"data.format: {found.format} is a plugin's, which ms-swift does not know")
-    most = f"#{recipe.data.max_rows}" if recipe.data.max_rows else ""
+    most = f"#{r.recipe.data.max_rows}" if r.recipe.data.max_rows else ""
     split = "" if found.local or found.split == "train" else f":{found.split}"
     lines = [Line("dataset", [f"{found.path}{split}{most}"], found.why)]
     renamed = {foreign: _COLUMNS.get(name, name) for name, foreign in found.columns.items()}
     if found.format == "prompt_completion":
         renamed = {"prompt": "query", "completion": "response"} | renamed
-    if renamed:
-        lines.append(Line("columns", renamed))
-    held_out = rows(recipe, evaluation=True)
+    lines += some(columns=renamed)
+    held_out = r.rows(evaluation=True)
     if held_out is not None:
         split = "" if held_out.local or held_out.split == "train" else f":{held_out.split}"
         lines.append(Line("val_dataset", [f"{held_out.path}{split}"]))
-    elif recipe.data.eval_fraction:
-        lines.append(Line("split_dataset_ratio", recipe.data.eval_fraction))
-    if held_out is not None or recipe.data.eval_fraction:
-        lines.append(Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")))
+    elif r.recipe.data.eval_fraction:
+        lines.append(Line("split_dataset_ratio", r.recipe.data.eval_fraction))
+    if held_out is not None or r.recipe.data.eval_fraction:
+        lines.append(Line("eval_strategy", r.recipe.training.get("eval_strategy", "epoch")))
     return lines

@@ -5,22 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.hosts.render.common import (
-    Line,
-    Rendered,
-    RenderError,
-    Rows,
-    base_config,
-    base_path,
-    longest,
-    lora_left_out,
-    note,
-    numbers,
-    rows,
-    targets,
-    trainer_lines,
-    write,
-)
+from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, RenderError, Rendering, note, some, write
 from phi3_lora_plugin.model.precision import precision_elsewhere
 
 if TYPE_CHECKING:
@@ -29,8 +14,9 @@ if TYPE_CHECKING:
 
 def render(recipe: Recipe) -> Rendered:
     """See `hosts.render`."""
-    n, lora, data, model = numbers(recipe), recipe.lora, recipe.data, recipe.model
-    names, why = targets(recipe)
+    r = Rendering(recipe, "TRL's command")
+    n, lora, data, model = r.numbers, recipe.lora, recipe.data, recipe.model
+    names, why = r.targets()
     script = {"chats": "sft", "pairs": "dpo", "judged": "kto"}[recipe.preference.rows]
     head = [
         f"TRL, from the recipe {recipe.name}. Run it with",
@@ -39,30 +25,27 @@ def render(recipe: Recipe) -> Rendered:
     ]
     dtype = precision_elsewhere(model).weights
     lines = [
-        Line("model_name_or_path", base_path(recipe)),
-        *([Line("model_revision", model.revision)] if model.revision else []),
+        Line("model_name_or_path", r.base),
+        *some(model_revision=model.revision),
         Line("dtype", dtype, "TRL's default is float32"),
         Line("attn_implementation", "sdpa" if model.attention == "auto" else model.attention),
         *([Line("load_in_4bit", True), Line("bnb_4bit_quant_type", "nf4"), Line("use_bnb_nested_quant", True)]
-          if model.quantize == "nf4" else []),
-        *([Line("load_in_8bit", True)] if model.quantize == "int8" else []),
+          if model.quantize == "nf4" else some(load_in_8bit=model.quantize == "int8")),
         Line("use_peft", True),
         Line("lora_r", lora.r),
         Line("lora_alpha", int(lora.alpha), "" if int(lora.alpha) == lora.alpha else f"the recipe has {lora.alpha}"),
         Line("lora_dropout", lora.dropout),
         Line("lora_target_modules", names, why or "PEFT has no default for phi3"),
-        *([Line("use_dora", True)] if lora.dora else []),
-        *([Line("use_rslora", True)] if lora.rslora else []),
-        *([Line("lora_modules_to_save", lora.modules_to_save)] if lora.modules_to_save else []),
-        *lora_left_out(recipe, "TRL's command", "modules_to_save"),
-        *_data(recipe),
-        *(_preference(recipe) if recipe.preference.on else _template(recipe)),
-        longest(recipe, "max_length"),
+        *some(use_dora=lora.dora, use_rslora=lora.rslora, lora_modules_to_save=lora.modules_to_save),
+        *r.lora_left_out("modules_to_save"),
+        *_data(r),
+        *(_preference(recipe) if recipe.preference.on else _template(r)),
+        r.longest("max_length"),
         *([] if recipe.preference.on else [Line("packing", data.packing)]),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
         Line("gradient_checkpointing", n.checkpointing, "on by default in TRL"),
         *_precision(recipe, n.rest),
-        *trainer_lines(recipe, n, "TRL's command", report="`phi3-lora trl` adds LoRA-only checkpoints"),
+        *r.trainer_lines(report="`phi3-lora trl` adds LoRA-only checkpoints"),
     ]  # fmt: skip
     return Rendered(write(head, lines))
 
@@ -79,17 +62,14 @@ def _preference(recipe: Recipe) -> list[Line]:
             Line("desirable_weight", section.desirable_weight),
             Line("undesirable_weight", section.undesirable_weight),
         ]
-    smoothing = [Line("label_smoothing", section.label_smoothing)] if section.label_smoothing else []
-    return [*lines, Line("loss_type", [section.loss]), *smoothing]
+    return [*lines, Line("loss_type", [section.loss]), *some(label_smoothing=section.label_smoothing)]
 
 
-def _data(recipe: Recipe) -> list[Line]:
-    found = rows(recipe)
-    if found is None:
-        found = Rows("YOUR_CHATS.jsonl", True, "messages", {}, "train", "the recipe names none")
-    if not recipe.preference.on and found.format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
+def _data(r: Rendering) -> list[Line]:
+    found = r.rows() or NO_ROWS
+    if not r.recipe.preference.on and found.format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
         raise RenderError(f"data.format: {found.format} is a plugin's, which TRL does not know")
-    held_out = rows(recipe, evaluation=True)
+    held_out = r.rows(evaluation=True)
     if found.local:
         kind = {"jsonl": "json"}.get(found.path.rpartition(".")[2], found.path.rpartition(".")[2])
         source = {"path": kind, "data_files": found.path, "split": "train"}
@@ -99,17 +79,17 @@ def _data(recipe: Recipe) -> list[Line]:
     if held_out is not None and not held_out.local and held_out.path == found.path:
         lines += [
             Line("dataset_test_split", held_out.split),
-            Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")),
+            Line("eval_strategy", r.recipe.training.get("eval_strategy", "epoch")),
         ]
-    elif found.local and recipe.data.eval_fraction:
+    elif found.local and r.recipe.data.eval_fraction:
         lines += [
-            Line("test_split_size", recipe.data.eval_fraction),
-            Line("eval_strategy", recipe.training.get("eval_strategy", "epoch")),
+            Line("test_split_size", r.recipe.data.eval_fraction),
+            Line("eval_strategy", r.recipe.training.get("eval_strategy", "epoch")),
         ]
-    elif held_out is not None or recipe.data.eval_fraction:
+    elif held_out is not None or r.recipe.data.eval_fraction:
         lines.append(note("left out: rows to evaluate on; TRL's command takes a split of the same data set only"))
-    if recipe.preference.on:
-        wanted = "completion and label" if recipe.preference.loss == "kto" else "chosen and rejected"
+    if r.recipe.preference.on:
+        wanted = "completion and label" if r.recipe.preference.loss == "kto" else "chosen and rejected"
         lines.append(note(f"TRL reads rows of prompt, {wanted}"))
     elif found.format == "alpaca" or found.columns:
         lines.append(
@@ -118,14 +98,15 @@ def _data(recipe: Recipe) -> list[Line]:
     return lines
 
 
-def _template(recipe: Recipe) -> list[Line]:
+def _template(r: Rendering) -> list[Line]:
     """Our file of the model's template, which marks the assistant's text."""
-    if recipe.data.train_on != "assistant":
+    data = r.recipe.data
+    if data.train_on != "assistant":
         return [
             Line("assistant_only_loss", False),
-            note(f"data.train_on: {recipe.data.train_on}; TRL's command trains all tokens, or all of the assistant's"),
+            note(f"data.train_on: {data.train_on}; TRL's command trains all tokens, or all of the assistant's"),
         ]
-    name = recipe.data.template or _template_of(recipe)
+    name = data.template or _template_of(r)
     if name is None:
         return [Line("assistant_only_loss", True), note("chat_template_path: a template with generation marks, as "
                                                         "`phi3-lora trl` puts one on the tokenizer")]  # fmt: skip
@@ -136,20 +117,18 @@ def _template(recipe: Recipe) -> list[Line]:
     ]
 
 
-def _template_of(recipe: Recipe) -> str | None:
+def _template_of(r: Rendering) -> str | None:
     """By the tokenizer if that is here, else by the model's published name."""
     from pathlib import Path
 
     from phi3_lora_plugin.model.families import recognise
 
-    folder = base_path(recipe)
-    if Path(folder).is_dir():
+    if Path(r.base).is_dir():
         from phi3_lora_plugin.chat.templates import template_for
         from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
-        return template_for(load_tokenizer(folder)).name
-    config = base_config(recipe)
-    templates = recognise(config).templates if config else ()
+        return template_for(load_tokenizer(r.base)).name
+    templates = recognise(r.base_config).templates if r.base_config else ()
     return templates[0] if templates else None
 
 
