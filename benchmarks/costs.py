@@ -26,8 +26,8 @@ GEMM, ATTENTION, STREAM = 0.71, 0.35, 0.84
 
 KINDS = ("gemm", "lora", "attention", "elementwise")
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_addmm_activation"}
-#: bitsandbytes' products with weights of 4 bits, which unpack them on the way.
-_PACKED = {"gemm_4bit", "gemv_4bit"}
+#: Of rows with weights that their shapes do not give away: bitsandbytes' with 4 bits, and each row's with its expert's.
+_OF_ROWS = {"gemm_4bit", "gemv_4bit", "_grouped_mm"}
 _ATTENTION = {"_varlen_attn": 1.0, "_varlen_attn_backward": 2.5}
 _ATTENTION |= {"_scaled_dot_product_flash_attention_for_cpu": 1.0}
 _ATTENTION |= {"_scaled_dot_product_flash_attention_for_cpu_backward": 2.5}
@@ -147,7 +147,7 @@ class Meter(Card):
             left, right = [each for each in args if isinstance(each, torch.Tensor)][-2:]
             sides = left.shape[-2], left.shape[-1], right.shape[-1]
             return "lora" if min(sides) <= _SMALL_RANK else "gemm", 2.0 * prod(sides) * prod(left.shape[:-2])
-        if name in _PACKED:  # [..., in] and packed weights -> [..., out]
+        if name in _OF_ROWS:  # [..., in] and weights -> [..., out]
             return "gemm", 2.0 * outs[0].numel() * args[0].shape[-1]
         if name in _ATTENTION:
             return "attention", _ATTENTION[name] * self._attention(name, args)

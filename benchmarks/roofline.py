@@ -27,6 +27,7 @@ from benchmarks.fake_card import on_a_card
 from benchmarks.fake_step import batch, build, fast, items, loss, settle
 from benchmarks.liger_costs import liger
 from benchmarks.sizes import SIZES, config
+from phi3_lora_plugin.speed.prefetch import fits_twice
 from phi3_lora_plugin.speed.proved_prefetch import start
 
 _LEARNING = 4  # steps after which the order of the weights is known
@@ -66,7 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     """What may be asked for on the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--card", choices=CARDS, default="h100")
-    parser.add_argument("--model", choices=[name for name in SIZES if "MoE" not in name], metavar="MODEL",
+    parser.add_argument("--model", choices=SIZES, metavar="MODEL",
                         default="microsoft/Phi-3-mini-4k-instruct", help="of a preset, by hub id")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=4096, help="in a step, without padding")
     parser.add_argument("--documents", type=int, default=4, help="that they are divided into")
@@ -92,7 +93,7 @@ def main() -> int:
           f"{', checkpointing' if step.checkpointing else ''}")  # fmt: skip
     print("a layer: ms of matrix products, LoRA's, attention, elementwise; GB moved; TFLOP; kernels")
     lines: dict[str, Any] = {}
-    for variant in VARIANTS:
+    for variant in variants(step.model):
         priced = price(step, variant)
         graphs = None if chosen.no_graphs or variant == "stock+liger" else graph_count(variant)
         lines[variant] = summary(priced, graphs)
@@ -106,10 +107,15 @@ def main() -> int:
         )
         for name, seconds in layer.operators.most_common(chosen.operators):
             print(f"    {1e6 * seconds:8.1f} us  {name}")
-    print("stock+liger is computed from what Liger's kernels read and write")
+    print("stock+liger is computed from what Liger's kernels read and write; it has none for phimoe")
     if chosen.json:
         print(json.dumps(lines))
     return 0
+
+
+def variants(model: str) -> tuple[str, ...]:
+    """Those that there are of a model: Liger knows no phimoe."""
+    return VARIANTS[:2] if "num_local_experts" in SIZES[model] else VARIANTS
 
 
 def summary(priced: Priced, graphs: int | None = None) -> dict[str, Any]:
@@ -150,23 +156,29 @@ def _count(step: Step, variant: str, layers: int) -> Costs:
     if variant == "ours":
         fast(model, "auto", meter.device)
     rows = batch(step.lengths, step.supervised, packed=variant == "ours")
-    with on_a_card(meter):
+    ahead = variant == "ours" and step.quantize == "nf4" and step.ahead and _fits_twice(model, step.card, dtype)
+    with on_a_card(meter), liger(model, meter) if variant == "stock+liger" else nullcontext():
         settle(model)
         inputs = meter.put(rows)
-        if variant == "ours" and step.quantize == "nf4" and step.ahead:
+        if ahead:
             start(model)
-            for _ in range(_LEARNING):
-                loss(model, inputs, items(rows), dtype).backward()
-            model.zero_grad()
-            meter.again()
+        for _ in range(_LEARNING if ahead else 1):  # what is done once a run is not counted
+            loss(model, inputs, items(rows), dtype).backward()
+        model.zero_grad()
+        meter.again()
         reads, before = len(meter.reads) + len(meter.copies), meter.alive
-        with liger(model, meter) if variant == "stock+liger" else nullcontext():
-            total = loss(model, inputs, items(rows), dtype)
-            meter.costs.kept = meter.alive - before
-            total.backward()
+        total = loss(model, inputs, items(rows), dtype)
+        meter.costs.kept = meter.alive - before
+        total.backward()
         meter.ended()
     meter.costs.reads = len(meter.reads) + len(meter.copies) - reads
     return meter.costs
+
+
+def _fits_twice(model: Any, card: CardFacts, dtype: torch.dtype) -> bool:
+    packed = [module for module in model.modules() if type(module).__name__ == "Linear4bit" and hasattr(module, "bias")]
+    largest = max(module.in_features * module.out_features for module in packed if hasattr(module, "compute_dtype"))
+    return fits_twice(largest * dtype.itemsize, int(card.memory))
 
 
 def graph_count(variant: str) -> int:

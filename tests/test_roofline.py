@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,20 @@ def test_ours_moves_and_keeps_less_and_waits_once(priced: dict[str, roofline.Pri
     assert ours.tokens_per_second > stock.tokens_per_second
 
 
+def test_what_longrope_makes_in_the_first_step_of_a_run_is_not_counted() -> None:
+    step = roofline.Step("microsoft/Phi-4-mini-instruct", CARDS["h100"], LENGTHS)
+    assert [roofline.price(step, variant).whole.reads for variant in ("ours", "stock")] == [1, 0]
+
+
+def test_experts_are_counted_by_the_rows_that_they_get() -> None:
+    native = config("microsoft/Phi-tiny-MoE-instruct")
+    layer = roofline.price(roofline.Step("microsoft/Phi-tiny-MoE-instruct", CARDS["h100"], LENGTHS), "ours").layer
+    heads = 2 * native.head_dim * (native.num_attention_heads + native.num_key_value_heads)
+    experts = native.num_experts_per_tok * 3 * native.intermediate_size
+    assert layer.flops["gemm"] == 2 * 2 * TOKENS * native.hidden_size * (heads + experts)
+    assert roofline.variants("microsoft/Phi-tiny-MoE-instruct") == ("ours", "stock")
+
+
 def test_four_bits_take_the_products_and_one_buffer() -> None:
     pytest.importorskip("bitsandbytes")
     step = roofline.Step(MINI, CARDS["h100"], (1024, 1024), quantize="nf4")
@@ -142,6 +157,9 @@ def test_the_next_four_bits_are_unpacked_beside_a_product_and_take_its_bandwidth
             assert made[tokens, True].tokens_per_second >= 0.94 * sixteen.tokens_per_second
         else:  # some products wait for memory, and that is shared
             assert in_turn.seconds["gemm"] * 1.05 < ahead.seconds["gemm"] < in_turn.seconds["gemm"] + saved
+    tight = replace(CARDS["t4"], memory=4e9)  # a second buffer takes 101 MB
+    step = roofline.Step(MINI, tight, (2048,), quantize="nf4")
+    assert roofline.price(step, "ours").layer == roofline.price(replace(step, ahead=False), "ours").layer
 
 
 def test_what_no_product_hides_is_counted_at_the_end() -> None:
