@@ -218,12 +218,16 @@ def on_a_card(card: Card) -> Iterator[Card]:
         with _disable_current_modes():
             return tensor._value.clone()
 
+    from transformers import masking_utils
+
     says = mock.patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True)
     hosted = mock.patch.object(FakeTensor, "cpu", on_host)
     lists = mock.patch.object(FakeTensor, "tolist", tolist)
     is_hopper = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
-    with says, hosted, lists, is_hopper, pinned, _packed_weights(card), card.fake, card, _Made(card):
+    # transformers looks into no fake tensor, and into each real one.
+    looks = mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False)
+    with says, hosted, lists, is_hopper, pinned, looks, _packed_weights(card), card.fake, card, _Made(card):
         yield card
 
 

@@ -151,6 +151,30 @@ def test_the_host_never_waits_inside_a_layer() -> None:
         assert Counter(one.copies) == Counter(three.copies), name
 
 
+@pytest.mark.parametrize("lengths", [(300, 40, 120), (200, 200)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_host_waits_once_in_a_step_and_stock_code_twice(lengths: tuple[int, ...], packed: bool) -> None:
+    waits = {}
+    for name in ("ours", "stock"):
+        card = Card()
+        model = build(
+            config("microsoft/Phi-3-mini-4k-instruct", 1), dict(targets="all-linear", r=4, alpha=8),
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        if name == "ours":
+            fast(model, "auto", card.device)
+        rows = batch(lengths, packed=packed and name == "ours")
+        with on_a_card(card):
+            settle(model)
+            loss(model, card.put(rows), items(rows), torch.bfloat16).backward()
+        waits[name] = [*card.reads, *card.copies]
+    assert len(waits["ours"]) == 1, waits["ours"]
+    # it looks whether masks are full, which these padded rows' are not, and those without padding are
+    assert [each.split(":")[0] for each in waits["stock"]] == [
+        "_local_scalar_dense at transformers/masking_utils.py"
+    ] * (2 if len(set(lengths)) > 1 else 1)
+
+
 def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
     card = Card()
     with on_a_card(card):

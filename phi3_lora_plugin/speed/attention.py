@@ -38,7 +38,7 @@ def document_attention(
 
     Args:
         query: [1, heads, tokens, head size]; `key` and `value` have as many heads or an even share of them (GQA).
-        attention_mask: None with documents.
+        attention_mask: None or `no_mask` with documents.
 
     Returns:
         ([1, tokens, heads, head size], None), as every attention function of transformers.
@@ -46,6 +46,8 @@ def document_attention(
     Raises:
         Phi3LoraError: a mask or a cache came along with documents, or they do not end where the tokens do.
     """
+    if attention_mask is not None and attention_mask.numel() == 0:
+        attention_mask = None
     if documents is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -84,6 +86,15 @@ def register_attention() -> str:
 
 #: Whether the decoder that is being run attends by documents, which need no mask.
 by_documents: ContextVar[bool] = ContextVar("by_documents", default=False)
+
+
+def no_mask(attention: str, device: torch.device) -> torch.Tensor | None:
+    """What says that no mask is needed: None, or, to attention by `NAME`, a mask with nothing in it.
+
+    transformers hands masks of four dimensions on as they are. Without one it looks for documents in the positions,
+    and the host waits for a card that has to say whether there are any.
+    """
+    return torch.empty((0, 0, 0, 0), dtype=torch.bool, device=device) if attention == NAME else None
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

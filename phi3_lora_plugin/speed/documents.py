@@ -21,7 +21,7 @@ from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.arguments import by_name
-from phi3_lora_plugin.speed.attention import NAME, by_documents, register_attention
+from phi3_lora_plugin.speed.attention import NAME, by_documents, no_mask, register_attention
 from phi3_lora_plugin.speed.bounds import (
     Documents,
     Facts,
@@ -159,7 +159,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     window = getattr(self.config, "sliding_window", None)
     unmasked = kwargs | {"attention_mask": None, "use_cache": False}
     if min(lengths) == width and (window is None or width <= window):
-        return self._stock_forward(**unmasked)
+        none = no_mask(self.config._attn_implementation, given.device)
+        return self._stock_forward(**unmasked | {"attention_mask": none})
     if max(lengths) == 0:
         return self._stock_forward(**kwargs)
     if (self.training and _draws(self)) or _switches_rope(self, lengths, width):
@@ -252,7 +253,7 @@ def _flat(
         outputs = decoder._stock_forward(
             **{"inputs_embeds" if embedded else "input_ids": flat},
             position_ids=positions,
-            attention_mask=None,
+            attention_mask=no_mask(decoder.config._attn_implementation, given.device),
             use_cache=False,
             **extra,
         )
