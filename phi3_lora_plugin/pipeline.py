@@ -14,7 +14,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.load import environment_kept
 from phi3_lora_plugin.plugins.discovery import Plugins, load_plugins
 from phi3_lora_plugin.report.page import try_report
-from phi3_lora_plugin.store.run_file import FAILED, INTERRUPTED, RunFile
+from phi3_lora_plugin.store.run_file import FAILED, INTERRUPTED, RunFile, read_run
 from phi3_lora_plugin.training.rows import first_batches, require_weighted_loss
 from phi3_lora_plugin.training.trackers import About, Trackers
 
@@ -149,11 +149,14 @@ def _train(
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing, prepare_for_loss_scaling
     from phi3_lora_plugin.model.device import device_name
     from phi3_lora_plugin.model.families import row_limit, straddles
+    from phi3_lora_plugin.plan.at_start import record as recorded
+    from phi3_lora_plugin.plan.at_start import settle_checkpointing
     from phi3_lora_plugin.speed.apply import accelerate_phi3
     from phi3_lora_plugin.store.checkpoint import latest_complete
-    from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options
+    from phi3_lora_plugin.training.arguments import lora_options
     from phi3_lora_plugin.training.attach import wrap_again
     from phi3_lora_plugin.training.callbacks import CheckpointError
+    from phi3_lora_plugin.training.checkpointing import checkpoints_activations
     from phi3_lora_plugin.training.health import HealthError
     from phi3_lora_plugin.training.interrupt import StopOnSignal
     from phi3_lora_plugin.training.metrics_log import MetricsLog
@@ -195,6 +198,10 @@ def _train(
     say.print(render_coverage(trained_modules))
     objective = objective_of(recipe)
     arguments = objective.arguments(recipe, data.eval is not None)
+    earlier = read_run(output_dir).get("checkpointing") if resume else None
+    chosen = settle_checkpointing(recipe, arguments, model, data, earlier)
+    if chosen is not None:
+        tell(f"activation checkpointing: {chosen.wording(model.config)}")
     if checkpoints_activations(arguments):
         prepare_for_checkpointing(model)
     if arguments.fp16:
@@ -239,6 +246,7 @@ def _train(
             notes=list(recipe.notes),
             coverage=covered,
             speed=[asdict(one) for one in applied],
+            checkpointing=recorded(chosen),
             rows=_shown(data.train, tokenizer),
             device=device_name(arguments.device),
             processes=arguments.world_size,

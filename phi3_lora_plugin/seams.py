@@ -103,6 +103,12 @@ SEAMS = {
     "transformers.attention": Seam(
         "transformers", "transformers:PretrainedConfig()._attn_implementation", "attention by documents"
     ),
+    "transformers.checkpointing": Seam(
+        "transformers",
+        "transformers:PreTrainedModel._set_gradient_checkpointing",
+        _MEASURED,
+        ("self", "enable", "gradient_checkpointing_func"),
+    ),
     "transformers.trials": Seam(
         "transformers", "transformers:Trainer._get_output_dir", "checkpoints in a hyperparameter search"
     ),

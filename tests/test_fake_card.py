@@ -21,7 +21,8 @@ from benchmarks.fake_card import Card, on_a_card  # noqa: E402
 from benchmarks.fake_step import batch, build, fast, items, loss, settle  # noqa: E402
 from benchmarks.sizes import config  # noqa: E402
 from phi3_lora_plugin.recipe import Recipe, load_recipe  # noqa: E402
-from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options, training_arguments  # noqa: E402
+from phi3_lora_plugin.training.arguments import lora_options, training_arguments  # noqa: E402
+from phi3_lora_plugin.training.checkpointing import checkpoints_activations  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

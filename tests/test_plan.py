@@ -23,7 +23,8 @@ from phi3_lora_plugin.model.base_size import size_of_config, weight_shapes
 from phi3_lora_plugin.model.device import Device, elsewhere
 from phi3_lora_plugin.model.families import recognise
 from phi3_lora_plugin.model.published import published_config, read_planning_config
-from phi3_lora_plugin.plan.dry_run import Batch, Footprint, _inputs, footprint
+from phi3_lora_plugin.plan.dry_run import Batch, _inputs, dry_runs, footprint
+from phi3_lora_plugin.plan.extend import Footprint
 from phi3_lora_plugin.plan.feed import Lengths
 from phi3_lora_plugin.plan.fit import fit
 from phi3_lora_plugin.plan.live import Live
@@ -33,9 +34,12 @@ from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.recipe.layers import shipped_names
 from phi3_lora_plugin.speed.apply import speed_up
 from phi3_lora_plugin.training.arguments import lora_options, training_arguments
+from phi3_lora_plugin.training.checkpointing import Checkpointing, offers_some_layers
 
 pytestmark = pytest.mark.slow
 
+KEPT, ALL, SECOND, THIRD = (Checkpointing(every) for every in (0, 1, 2, 3))
+some_layers = pytest.mark.skipif(not offers_some_layers(), reason="transformers before 5.23 has all layers or none")
 LORA = {"targets": "all-linear", "r": 4, "alpha": 8}
 
 
@@ -54,17 +58,20 @@ def plan_of(base: Path, *overrides: str, **options: Any) -> Plan:
     return plan(recipe(base, *overrides), program=0, **options)
 
 
-def dry(config: Any, speed: str, batch: Batch, **training: Any) -> Footprint:
-    given = recipe(Path("nowhere"), *(f"training.{key}={value}" for key, value in training.items()))
-    return footprint(config, LORA, training_arguments(given), batch, dtype=torch.float32, speed=speed)
+def dry(config: Any, speed: str, batch: Batch, checkpointing: Checkpointing = KEPT) -> Footprint:
+    arguments = training_arguments(recipe(Path("nowhere")))
+    return dry_runs(config, LORA, arguments, batch, dtype=torch.float32, speed=speed)(checkpointing)
 
 
-def real(config: dict[str, Any], speed: str, batch: Batch, checkpointing: bool) -> int:
+def real(config: dict[str, Any], speed: str, batch: Batch, checkpointing: Checkpointing) -> int:
     """Bytes alive at the worst moment of two real steps, counted on real tensors."""
     model = add_lora(tiny.model(**config), **LORA)
-    if checkpointing:
+    if checkpointing.every:
         prepare_for_checkpointing(model)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if checkpointing.every > 1:
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=checkpointing.every)
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     speed_up(model, speed)
     model.train()
     inputs = _inputs(batch)
@@ -89,17 +96,19 @@ PADDED, PACKED = Batch((40, 33, 17), 0.6), Batch((30, 20, 25), 0.6, packed=True)
 @pytest.mark.parametrize(
     ("batch", "checkpointing", "changes"),
     [
-        (PADDED, False, {}),
-        (PADDED, True, {"num_hidden_layers": 4}),
-        (PACKED, False, {"num_key_value_heads": 2}),
-        (PADDED, False, {"vocab_size": 5000, "tie_word_embeddings": True, "hidden_size": 64}),
+        (PADDED, KEPT, {}),
+        (PADDED, ALL, {"num_hidden_layers": 4}),
+        pytest.param(PADDED, SECOND, {"num_hidden_layers": 5}, marks=some_layers),
+        pytest.param(PACKED, THIRD, {"num_hidden_layers": 6}, marks=some_layers),
+        (PACKED, KEPT, {"num_key_value_heads": 2}),
+        (PADDED, KEPT, {"vocab_size": 5000, "tie_word_embeddings": True, "hidden_size": 64}),
     ],
-    ids=["padded", "recomputed", "packed", "words"],
+    ids=["padded", "recomputed", "every second", "every third, packed", "packed", "words"],
 )
 def test_the_dry_run_counts_what_a_real_step_has(
-    speed: str, batch: Batch, checkpointing: bool, changes: dict[str, Any]
+    speed: str, batch: Batch, checkpointing: Checkpointing, changes: dict[str, Any]
 ) -> None:
-    found = dry(tiny.config(**changes), speed, batch, activation_checkpointing=str(checkpointing).lower())
+    found = dry(tiny.config(**changes), speed, batch, checkpointing)
     step = next(moment for moment in found.moments if moment.phase == "training step")
     # Stock attention over a mask takes a kernel here that keeps a little more.
     slack = 0.001 if speed == "auto" else 0.08
@@ -142,7 +151,7 @@ def test_a_card_holds_two_unpacked_weights_where_they_are_little_of_its_memory(b
 
 
 def test_sums_and_tokens_add_up(base: Path) -> None:
-    lengths = Lengths(train=(100, 50, 30, 20), supervised=(50, 25, 10, 5))
+    lengths = Lengths(train=(100, 50, 30, 20), supervised=90)
     made = plan_of(base, "data.max_length=128", "training.per_device_train_batch_size=2", lengths=lengths)
     parts = (made.base, made.adapter, made.gradients, made.optimizer, made.activations, made.logits, made.allocator)
     assert made.peak == sum(parts) == max(made.phases.values())
@@ -189,7 +198,7 @@ def test_fit_proposes_the_fastest_that_fits(base: Path) -> None:
 
 
 def test_fit_packs_where_padding_is_waste(base: Path) -> None:
-    lengths = Lengths(train=(200, 20, 20, 20, 20, 20, 20, 20), supervised=(10,) * 8)
+    lengths = Lengths(train=(200, 20, 20, 20, 20, 20, 20, 20), supervised=80)
     now = plan_of(base, "data.max_length=256", lengths=lengths)
     found = fit(now, lambda more: plan_of(base, "data.max_length=256", *more, lengths=lengths), 10**10)
     assert found is not None and "data.packing=true" in found.overrides

@@ -84,16 +84,16 @@ def as_card(patch: pytest.MonkeyPatch, capability: tuple[int, int] | None, bfloa
 def same_steps_once() -> Iterator[None]:
     """The dry run of a step takes a second and knows no card: one for all that differ in nothing that it is given."""
     made: dict[str, Any] = {}
-    real = dry_run.footprint
+    real = dry_run.dry_runs
 
-    def footprint(config: Any, lora: Any, arguments: Any, batch: Any, **more: Any) -> Any:
+    def dry_runs(config: Any, lora: Any, arguments: Any, batch: Any, **more: Any) -> Any:
         given = repr((config.to_dict(), lora, arguments.to_dict(), batch, sorted(more.items())))
         if given not in made:
             made[given] = real(config, lora, arguments, batch, **more)
         return made[given]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run, "footprint", footprint)
+        patch.setattr(dry_run, "dry_runs", dry_runs)
         yield
 
 

@@ -20,7 +20,7 @@ from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.recipe import Recipe, load_recipe
 from phi3_lora_plugin.recipe.layers import shipped, shipped_names
 from phi3_lora_plugin.recipe.schema import recipe_schema
-from phi3_lora_plugin.recipe.training import installed_fields, translate
+from phi3_lora_plugin.recipe.training import AUTO, installed_fields, translate
 from phi3_lora_plugin.recipe.yaml_file import read_file
 from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 
@@ -251,6 +251,7 @@ def test_a_preset_makes_the_real_arguments_without_a_deprecation(name: str, tmp_
     assert (config.r, config.lora_alpha) == (recipe.lora.r, recipe.lora.alpha)
     for key, value in recipe.training.items():
         kept = getattr(args, key)
+        value = True if value == AUTO else value  # until it is known what fits
         assert kept == value or str(getattr(kept, "value", kept)) == str(value) or key in ("report_to", "eval_strategy")
     assert not recipe.notes or "activation_checkpointing" not in installed_fields(), "presets have the newest names"
 

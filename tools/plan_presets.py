@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from phi3_lora_plugin.plan import presets
+from phi3_lora_plugin.plan.checkpointing import least
 from phi3_lora_plugin.plan.machine import machine, planned_device
 from phi3_lora_plugin.plan.plan import plan
 from phi3_lora_plugin.recipe import load_recipe
@@ -21,7 +22,7 @@ def row(name: str) -> dict[str, object]:
     """The figures of one preset, on a card unless it names another device."""
     recipe = load_recipe(name)
     device = "cuda" if recipe.model.device == "auto" else recipe.model.device
-    made = plan(recipe, None, device)
+    made = plan(load_recipe(name, least(recipe)), None, device)
     margin = machine(planned_device(recipe, device), made.program).margin
     return {"device": device, "peak": made.peak, "margin": margin, "digest": recipe.digest()}
 

@@ -116,13 +116,15 @@ def planned(name: str, setup: Setup) -> Found:
     """The plan of a preset against the most that its step takes here, allocator included."""
     from benchmarks.sizes import config
     from phi3_lora_plugin.lora.inject import add_lora
+    from phi3_lora_plugin.plan.checkpointing import least
     from phi3_lora_plugin.plan.plan import plan
     from phi3_lora_plugin.recipe import load_recipe
     from phi3_lora_plugin.speed.apply import speed_up
-    from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options, training_arguments
+    from phi3_lora_plugin.training.arguments import lora_options, training_arguments
+    from phi3_lora_plugin.training.checkpointing import checkpoints_activations
 
     small = ["data.max_length=24", "training.per_device_train_batch_size=2"] if setup.tiny else []
-    recipe = load_recipe(name, ["data.eval_path=null", *small])
+    recipe = load_recipe(name, ["data.eval_path=null", *least(load_recipe(name)), *small])
     if recipe.model.quantize == "nf4":
         installed("bitsandbytes")
     let_go()

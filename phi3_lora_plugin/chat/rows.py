@@ -144,3 +144,11 @@ def lengths(rows: Any) -> list[int]:
     from pyarrow.compute import list_value_length
 
     return list(list_value_length(rows.data.column("input_ids")).to_pylist())
+
+
+def trained_tokens(rows: Any) -> int:
+    """Tokens with a label of a data set of `to_table`'s."""
+    import pyarrow.compute as pc
+
+    labels = pc.list_flatten(rows.data.column("labels"))
+    return int(pc.sum(pc.not_equal(labels, IGNORE)).as_py() or 0)

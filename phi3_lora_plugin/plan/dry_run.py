@@ -3,29 +3,30 @@
 The model, its LoRA, the fast paths and the optimizer are the real ones and run the real code; only nothing is computed
 (torch's fake tensors). So autograd saves here what it saves there, and nothing has to be kept in step by hand.
 
-Decoder layers are alike, so models of two and of three of them are run, and what a layer adds in each place (going
-forward, at the head, going back) is counted as often as the model has layers.
+Decoder layers are alike, so models of two and of three of them are run (`extend`).
 """
 
 # This module imports something heavy; it is imported only inside functions.
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch  # noqa: TID253
+import torch.utils.checkpoint  # noqa: TID253
 
+from phi3_lora_plugin.plan.extend import LONGEST, Footprint, Kinds, alike, extended, shortened
 from phi3_lora_plugin.plan.live import Live, Moment, mark_layers, size_of
 from phi3_lora_plugin.plan.packed import make_buffers
 from phi3_lora_plugin.seams import look_up, require
+from phi3_lora_plugin.training.checkpointing import Checkpointing, checkpointing_of
 
 FakeTensorMode: Any = look_up("torch.fake_mode")
-require("torch.parameters", "torch.buffers", "transformers.attention")
+require("torch.parameters", "torch.buffers", "transformers.attention", "transformers.checkpointing")
 
-_FEW, _MORE = 2, 3  # layers of the models that are run
 _STARTS = ("init_lora_weights", "data", "eva_config", "loftq_config")
 
 
@@ -49,18 +50,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What a run needs besides the program itself: the worst moment of each phase."""
-
-    parameters: int
-    trainable: int
-    base_bytes: int
-    adapter_bytes: int
-    optimizer_bytes: int
-    moments: tuple[Moment, ...]
-
-
-@dataclass(frozen=True)
 class Run:
     """What is run: as `footprint` takes it, but for the config."""
 
@@ -77,7 +66,7 @@ class Run:
     memory: int | None
 
 
-def footprint(
+def dry_runs(
     config: Any,
     lora: dict[str, Any],
     arguments: Any,
@@ -92,8 +81,10 @@ def footprint(
     on_card: bool = False,
     memory: int | None = None,
     whole: bool = False,
-) -> Footprint:
-    """Run a step without computing anything and report what was alive at the worst moments.
+) -> Callable[[Checkpointing], Footprint]:
+    """A function that runs a step without computing anything and reports what was alive at the worst moments.
+
+    It takes the layers to compute again, and shares among several calls what is the same for them.
 
     Args:
         config: native config object of the model.
@@ -107,71 +98,39 @@ def footprint(
         whole: run all layers even where they are alike; tests compare the short way with it.
 
     Raises:
-        TargetError, UnsupportedModel: as `add_lora`.
+        TargetError, UnsupportedModel: as `add_lora`, when the function is called.
     """
     run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate, on_card, memory)
-    layers = int(config.num_hidden_layers)
-    if whole or layers <= _MORE or not _alike(config, lora):
-        found = _measure(config, run)
-    else:
-        few, more = (_measure(_shortened(config, count), run) for count in (_FEW, _MORE))
-        found = _extended(few, more, layers - _MORE)
-    worst: dict[str, Moment] = {}
-    for moment in found.moments:
-        if moment.phase not in worst or moment.total > worst[moment.phase].total:
-            worst[moment.phase] = moment
-    return Footprint(**{**vars(found), "moments": tuple(worst.values())})
+    count = int(config.num_hidden_layers)
+    targets = {key: value for key, value in lora.items() if key not in ("dropout", *_STARTS)}
+
+    @cache
+    def measured(layers: Kinds, offload: bool) -> Footprint:
+        return _measure(shortened(config, len(layers)), run, layers, offload)
+
+    def footprint_of(checkpointing: Checkpointing) -> Footprint:
+        layers = checkpointing.layers(count)
+        if whole or count <= LONGEST or not alike(config, targets):
+            found = measured(layers, checkpointing.offload)
+        else:
+            found = extended(partial(measured, offload=checkpointing.offload), layers)
+        worst: dict[str, Moment] = {}
+        for moment in found.moments:
+            if moment.phase not in worst or moment.total > worst[moment.phase].total:
+                worst[moment.phase] = moment
+        return replace(found, moments=tuple(worst.values()))
+
+    return footprint_of
 
 
-def _shortened(config: Any, layers: int) -> Any:
-    shorter = copy.deepcopy(config)
-    shorter.num_hidden_layers = layers
-    if isinstance(getattr(shorter, "layer_types", None), list):
-        shorter.layer_types = shorter.layer_types[:layers]
-    return shorter
+def footprint(config: Any, lora: dict[str, Any], arguments: Any, batch: Batch, **options: Any) -> Footprint:
+    """`dry_runs` with the checkpointing that the arguments name."""
+    return dry_runs(config, lora, arguments, batch, **options)(checkpointing_of(arguments))
 
 
-def _alike(config: Any, lora: Mapping[str, Any]) -> bool:
-    """Whether every layer gets the same LoRA."""
-    from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
-
-    options = {key: value for key, value in lora.items() if key not in ("dropout", *_STARTS)}
-    try:
-        whole, few, more = (
-            resolve_targets(_shortened(config, count), **options).parameters
-            for count in (config.num_hidden_layers, _FEW, _MORE)
-        )
-    except (TargetError, TypeError):
-        return False  # layers by number, which a short model does not have
-    types = getattr(config, "layer_types", None) or ["all"]
-    return whole == more + (config.num_hidden_layers - _MORE) * (more - few) and len(set(types)) == 1
-
-
-def _extended(few: Footprint, more: Footprint, layers: int) -> Footprint:
-    """The footprint of a model with `layers` more layers than `more`, which has one more than `few`."""
-
-    def longer(name: str) -> int:
-        return int(getattr(more, name) + layers * (getattr(more, name) - getattr(few, name)))
-
-    less = {(moment.phase, moment.place): moment.bytes for moment in few.moments}
-    full = {(moment.phase, moment.place): moment.bytes for moment in more.moments}
-    slopes = {at: {kind: full[at][kind] - less[at][kind] for kind in full[at]} for at in full if at in less}
-    moments = []
-    for moment in more.moments:
-        direction, _, which = moment.place.partition(" ")
-        # The layers between grow with those below them, or, going back, with the gradients of those above.
-        like = [f"{direction} first", f"{direction} last"] if which == "middle" else [moment.place]
-        for place in like:
-            slope = slopes.get((moment.phase, place), {})
-            found = {kind: count + layers * slope.get(kind, 0) for kind, count in moment.bytes.items()}
-            moments.append(Moment(moment.phase, found, moment.operation, moment.place))
-    names = ("parameters", "trainable", "base_bytes", "adapter_bytes", "optimizer_bytes")
-    return Footprint(**{name: longer(name) for name in names}, moments=tuple(moments))
-
-
-def _measure(config: Any, run: Run) -> Footprint:
-    """All moments of a model as it is."""
-    model, parameters, loss_by_rows = _model(config, run)
+def _measure(config: Any, run: Run, layers: Kinds, offload: bool) -> Footprint:
+    """All moments of a model as it is; `layers` names those that are computed again."""
+    model, parameters, loss_by_rows = _model(config, run, layers, offload)
     live, moments = Live(config.vocab_size), list[Moment]()
     inputs = {each: _inputs(each) for each in (run.batch, run.evaluate) if each is not None}
     with FakeTensorMode(allow_non_fake_inputs=True), live:
@@ -209,14 +168,13 @@ def _measure(config: Any, run: Run) -> Footprint:
         )
 
 
-def _model(config: Any, run: Run) -> tuple[Any, int, bool]:
+def _model(config: Any, run: Run, layers: Kinds, offload: bool) -> tuple[Any, int, bool]:
     """(model in training mode on the meta device, its parameters without LoRA, whether the fast loss is on)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.plan.packed import fuse_packed, pack_weights
     from phi3_lora_plugin.speed.apply import speed_up
-    from phi3_lora_plugin.training.arguments import checkpoints_activations
 
     config._attn_implementation = run.attention
     config.use_cache = False
@@ -227,16 +185,39 @@ def _model(config: Any, run: Run) -> tuple[Any, int, bool]:
             pack_weights(model, run.quantize, run.dtype)
         # Where A and B begin changes nothing about their sizes, and needs values that are not here.
         model = add_lora(model, **{key: value for key, value in run.lora.items() if key not in _STARTS})
-    if checkpoints_activations(run.arguments):
+    if any(layers):
         prepare_for_checkpointing(model)
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(options)
+        if offload:
+            function = _without_inputs(partial(torch.utils.checkpoint.checkpoint, **options))
+            model.get_base_model()._set_gradient_checkpointing(True, function)
+        else:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(options)
+        for layer, again in zip(model.get_base_model().model.layers, layers, strict=True):
+            layer.gradient_checkpointing = again
     parts = {applied.part: applied.on for applied in speed_up(model, run.speed)}
     chosen = run.speed if isinstance(run.speed, Mapping) else {"lora": run.speed == "auto"}
     if run.quantize == "nf4" and chosen.get("lora", True):
         fuse_packed(model)
     return model.train(), parameters, parts["loss"]
+
+
+def _without_inputs(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint function whose inputs are elsewhere until they are wanted, as `offload` of transformers has it."""
+
+    def bring(kept: Any) -> Any:
+        return kept if torch.is_tensor(kept) else torch.empty(kept[0], dtype=kept[1])
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(_shape, bring):
+            return checkpoint(*args, **kwargs)
+
+    return call
+
+
+def _shape(tensor: Any) -> Any:
+    return (tensor.shape, tensor.dtype) if tensor.is_floating_point() else tensor
 
 
 def _fill_gradients(trained: Sequence[Any]) -> None:

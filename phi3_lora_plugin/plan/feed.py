@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and supervised tokens of each encoded row, to train on and to evaluate on."""
+    """Tokens of each encoded row, to train on and to evaluate on, and how many of the first are supervised."""
 
     train: tuple[int, ...]
-    supervised: tuple[int, ...]
+    supervised: int
     eval: tuple[int, ...] = ()
 
 
@@ -31,17 +31,19 @@ def encoded_lengths(recipe: Recipe, adapters: Any, config: Any) -> Lengths:
     longest = row_limit(recipe.data.max_length, config.to_dict())
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.revision)
     data = load_data(recipe, tokenizer, adapters, max_length=longest, cache=True)
-    rows = data.train
     if recipe.reward:  # each prompt is answered several times, each answer as long as it may be
         answer, many = recipe.grpo.max_completion_length, recipe.grpo.num_generations
-        train = tuple(length + answer for length in row_lengths(rows) for _ in range(many))
+        train = tuple(length + answer for length in row_lengths(data.train) for _ in range(many))
         held_out = () if data.eval is None else tuple(length + answer for length in row_lengths(data.eval))
-        return Lengths(train, (answer,) * len(train), held_out)
-    return Lengths(
-        tuple(row_lengths(rows)),
-        tuple(sum(label != -100 for label in labels) for labels in rows["labels"]),
-        () if data.eval is None else tuple(row_lengths(data.eval)),
-    )
+        return Lengths(train, answer * len(train), held_out)
+    return lengths_of(data.train, data.eval)
+
+
+def lengths_of(train: Any, held_out: Any = None) -> Lengths:
+    """Of data sets of encoded rows, to train on and to evaluate on."""
+    from phi3_lora_plugin.chat.rows import lengths, trained_tokens
+
+    return Lengths(tuple(lengths(train)), trained_tokens(train), () if held_out is None else tuple(lengths(held_out)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def feed(lengths: Lengths | None, rows: int, longest: int, packing: bool) -> Fee
     if lengths is None:
         return Feed(Batch((longest,) * rows, 1.0, packing), None, rows * longest)
     train, total = lengths.train, sum(lengths.train)
-    share = sum(lengths.supervised) / total
+    share = lengths.supervised / total
     if packing:
         packs = sorted(pack(train, longest), key=lambda members: -sum(train[row] for row in members))
         count = math.ceil(len(packs) / rows)
@@ -86,4 +88,4 @@ def evaluation_batch(lengths: Lengths | None, rows: int, longest: int) -> Batch:
 
     if lengths is None or not lengths.eval:
         return Batch((longest,) * rows)
-    return Batch(tuple(sorted(lengths.eval, reverse=True)[:rows]), sum(lengths.supervised) / sum(lengths.train))
+    return Batch(tuple(sorted(lengths.eval, reverse=True)[:rows]), lengths.supervised / sum(lengths.train))

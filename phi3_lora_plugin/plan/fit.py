@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from phi3_lora_plugin.plan.plan import Plan
+from phi3_lora_plugin.recipe.training import AUTO
 
 # What a setting costs in time. Arithmetic of a step with and without gradient checkpointing on (24.15 and 16.45 GFLOP
 # a token of Phi-3-mini at 2048 tokens), and work of the host in each micro-batch, in tokens' worth of time.
@@ -27,7 +28,7 @@ class _Settings:
     batch: int
     accumulation: int
     packing: bool
-    checkpointing: bool
+    checkpointing: bool | str
     quantize: str
 
     def overrides(self, now: _Settings) -> tuple[str, ...]:
@@ -55,7 +56,8 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
         now: the plan of the recipe as it is.
         replan: makes the plan with some overrides more.
     """
-    start = _Settings(now.batch, now.accumulation, now.packing, now.checkpointing, now.quantize)
+    auto = now.chosen is not None  # which has found the best for a micro-batch: only its size is left to be tried
+    start = _Settings(now.batch, now.accumulation, now.packing, AUTO if auto else now.checkpointing, now.quantize)
 
     def tried(settings: _Settings) -> Fit | None:
         overrides = settings.overrides(start)
@@ -64,7 +66,7 @@ def fit(now: Plan, replan: Callable[[Sequence[str]], Plan], room: int) -> Fit | 
 
     for quantize in dict.fromkeys((now.quantize, "nf4")):
         found: list[tuple[float, Fit]] = []
-        for checkpointing in (False, True):
+        for checkpointing in (False, AUTO if auto else True):
             choices = [_Settings(*sizes, checkpointing, quantize) for sizes in _sizes(now)]
             best = _largest(choices, tried)
             if best is not None:
@@ -106,6 +108,6 @@ def _sizes(now: Plan) -> Iterator[tuple[int, int, bool]]:
 
 def _cost(made: Plan) -> float:
     """Relative time a token."""
-    recomputed = _RECOMPUTED if made.checkpointing else 1.0
+    recomputed = 1 + (_RECOMPUTED - 1) * made.recomputed_share
     micro = made.tokens_per_step / made.accumulation
     return recomputed * (1 + _HOST_TOKENS / max(1.0, micro))

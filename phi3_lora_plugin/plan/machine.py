@@ -33,6 +33,9 @@ _SLACK_CPU, _PIECES_CPU = 0.08, 80_000_000
 _MARGIN = 0.04
 #: macOS lets the GPU have about three quarters of the memory (`recommendedMaxWorkingSetSize` of Metal).
 _MARGIN_MPS = 0.25
+#: Share of the memory that is free on this machine that a run leaves to other programs, and to a plan that is too low.
+_LEFT = 0.1
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 class PlanError(Phi3LoraError):
@@ -121,14 +124,51 @@ def memory_of(recipe: Recipe, device: Device) -> int | None:
     return size(found[0]) if found else None
 
 
+def free_memory(kind: str, held: int) -> int | None:
+    """Bytes that a run may take here and now; None if that is not known.
+
+    Args:
+        kind: of the device.
+        held: bytes of the weights, which are loaded and part of it.
+    """
+    import torch
+
+    if kind in ("cpu", "mps"):  # each process of a machine gets a part of what is free
+        return held + int((1 - _LEFT) * _available() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    try:
+        card = getattr(torch, kind)
+        free, total = card.mem_get_info()
+        return int(min(total, free + card.memory_reserved() + CONTEXT))
+    except (AttributeError, RuntimeError, AssertionError):
+        return None
+
+
+def _available() -> int:
+    """Bytes that this machine, or the container that this process is in, can give without swapping."""
+    import psutil
+
+    free, limit = int(psutil.virtual_memory().available), _limit()
+    try:
+        used = int((_CONTAINER / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines()).get("file", "0")
+    except (OSError, ValueError):
+        return free
+    return free if limit is None else max(0, min(free, limit - used + int(cached)))
+
+
 def system_memory() -> int:
     """Bytes of memory of this machine, or of the container that this process is in."""
     import psutil
 
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else ""
-    total = int(psutil.virtual_memory().total)
-    return min(total, int(allowed)) if allowed.isdigit() else total
+    total, limit = int(psutil.virtual_memory().total), _limit()
+    return total if limit is None else min(total, limit)
+
+
+def _limit() -> int | None:
+    """Bytes that the container allows."""
+    file = _CONTAINER / "memory.max"
+    allowed = file.read_text().strip() if file.is_file() else ""
+    return int(allowed) if allowed.isdigit() else None
 
 
 @cache

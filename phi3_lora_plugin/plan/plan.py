@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.model.base_size import BaseSize, base_size, size_of_config, weight_shapes
 from phi3_lora_plugin.model.precision import choose
+from phi3_lora_plugin.plan.checkpointing import choose_checkpointing, is_auto
 from phi3_lora_plugin.plan.feed import Lengths, evaluation_batch, feed
 from phi3_lora_plugin.plan.machine import Machine, machine, memory_of, planned_device
+from phi3_lora_plugin.training.checkpointing import checkpointing_of
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.model.device import Device
-    from phi3_lora_plugin.plan.dry_run import Footprint
+    from phi3_lora_plugin.plan.extend import Footprint
     from phi3_lora_plugin.plan.live import Moment
     from phi3_lora_plugin.recipe import Recipe
 
@@ -29,7 +31,8 @@ class Plan:
     """What a run would take, in bytes.
 
     `allocator` is what it holds in pieces, `workspaces` what kernels keep for themselves, `memory` what there is (None
-    where that is not known) and `margin` the part of it to leave free.
+    where that is not known) and `margin` the part of it to leave free. `recomputed` says in words which layers run
+    forward again in the backward pass (`every_n_layers`, 0 for none, and `offload`), `chosen` why, if `auto` did it.
     """
 
     recipe: str
@@ -57,6 +60,11 @@ class Plan:
     accumulation: int
     packing: bool
     checkpointing: bool
+    every_n_layers: int
+    offload: bool
+    recomputed: str
+    recomputed_share: float
+    chosen: str | None
     width: int
     rows: int | None
     tokens_per_step: int
@@ -99,8 +107,8 @@ def plan(
     """
     from phi3_lora_plugin.model.families import row_limit
     from phi3_lora_plugin.model.published import read_planning_config
-    from phi3_lora_plugin.plan.dry_run import footprint
-    from phi3_lora_plugin.training.arguments import checkpoints_activations, lora_options, training_arguments
+    from phi3_lora_plugin.plan.dry_run import dry_runs
+    from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 
     place = planned_device(recipe, device)
     if config is None:
@@ -115,7 +123,7 @@ def plan(
     evaluates = recipe.data.eval_path is not None or recipe.data.eval_split is not None or recipe.data.eval_fraction > 0
     takes = machine(place, program)
     memory = memory if memory is not None else memory_of(recipe, place)
-    found = footprint(
+    runs = dry_runs(
         config,
         lora_options(recipe),
         arguments,
@@ -132,12 +140,23 @@ def plan(
     workspaces = takes.workspaces
     if place.kind != "cpu":
         workspaces += _attention_copies(config, fed.largest.tokens, precision.torch_dtype.itemsize)
-    moments = {moment.phase: moment for moment in found.moments}
-    phases = {name: _peak(takes, workspaces, moment) for name, moment in moments.items()}
-    loading = _loading(recipe, found, place, config, precision.weights)
-    phases["load"] = takes.program + loading
+
+    def peaks(found: Footprint) -> dict[str, int]:
+        loading = takes.program + _loading(recipe, found, place, config, precision.weights)
+        return {moment.phase: _peak(takes, workspaces, moment) for moment in found.moments} | {"load": loading}
+
+    layers = int(config.num_hidden_layers)
+    chosen = None
+    if is_auto(recipe):
+        chosen = choose_checkpointing(
+            recipe, layers, place.kind, lambda each: max(peaks(runs(each)).values()), memory, takes.margin
+        )
+    checkpointing = chosen.checkpointing if chosen else checkpointing_of(arguments)
+    found = runs(checkpointing)
+    moments, phases = {moment.phase: moment for moment in found.moments}, peaks(found)
     when = max(phases, key=lambda phase: phases[phase])
-    worst = moments[when].bytes if when != "load" else dict.fromkeys(moments["load"].bytes, 0) | {"base": loading}
+    at_load = dict.fromkeys(moments["load"].bytes, 0) | {"base": phases["load"] - takes.program}
+    worst = moments[when].bytes if when != "load" else at_load
     margin = 0 if memory is None else round(takes.margin * memory)
     per_step = fed.tokens_per_batch * accumulation
     steps = _steps(fed.batches, arguments, accumulation)
@@ -161,7 +180,12 @@ def plan(
         batch=rows,
         accumulation=accumulation,
         packing=recipe.data.packing,
-        checkpointing=checkpoints_activations(arguments),
+        checkpointing=checkpointing.every > 0,
+        every_n_layers=checkpointing.every,
+        offload=checkpointing.offload,
+        recomputed=checkpointing.wording(layers),
+        recomputed_share=sum(checkpointing.layers(layers)) / max(1, layers),
+        chosen=chosen.why if chosen else None,
         width=fed.largest.width,
         rows=None if lengths is None else len(lengths.train),
         tokens_per_step=per_step,

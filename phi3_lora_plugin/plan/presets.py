@@ -17,7 +17,7 @@ class Need:
 
     Attributes:
         device: that the plan is for: "cpu", "cuda" or "mps".
-        peak: bytes of the device's memory at most.
+        peak: bytes of the device's memory at most; where `auto` decides on checkpointing, with all layers recomputed.
         margin: share of the device's memory that a plan leaves free.
     """
 

@@ -14,12 +14,12 @@ def lines(plan: Plan) -> Sequence[str]:
     shape = (
         f"{plan.batch} packs of up to {plan.width // plan.batch}" if plan.packing else f"{plan.batch} x {plan.width}"
     )
-    kept = "gradient checkpointing on" if plan.checkpointing else "all activations kept"
     told = [
         f"{plan.recipe} on {plan.device}: {plan.model}, {plan.dtype}{packed}",
         f"parameters      {plan.parameters:,}, LoRA {plan.trainable_parameters:,} "
         f"({100 * plan.trainable_parameters / max(1, plan.parameters):.2f}%)",
-        f"a micro-batch   {shape} tokens, {plan.accumulation} a step, {kept}",
+        f"a micro-batch   {shape} tokens, {plan.accumulation} a step",
+        f"checkpointing   {plan.recomputed}{f' (auto: {plan.chosen})' if plan.chosen else ''}",
         f"peak at         {plan.when}",
     ]
     parts = {

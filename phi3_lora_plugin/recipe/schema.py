@@ -6,10 +6,19 @@ from typing import Any
 
 from phi3_lora_plugin.recipe import Recipe
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
+from phi3_lora_plugin.recipe.training import AUTO
+
+_CHECKPOINTING = {
+    "anyOf": [{"type": "boolean"}, {"enum": [AUTO, "yes", "on", "no", "off"]}, {"type": "null"}],
+    "description": "Compute layers again in the backward pass; auto: as few of them as fit into memory.",
+}
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return the schema; it knows our keys, not those of the installed `TrainingArguments`, which `validate` checks."""
+    """Return the schema; it knows our keys, not those of the installed `TrainingArguments`, which `validate` checks.
+
+    Of the latter it has the one for which we know a value more.
+    """
     schema = Recipe.model_json_schema()
     sections: dict[str, Any] = schema["$defs"]
     sections["ModelSection"].pop("required")  # a parent may give the path
@@ -17,6 +26,8 @@ def recipe_schema() -> dict[str, Any]:
     for theirs, ours in PEFT_NAMES.items():
         lora[theirs] = {**lora[ours], "description": f"PEFT's name for `{ours}`."}
     lora["init_lora_weights"] = {"anyOf": [_bare(lora["init"]), {"type": "boolean"}]}
+    training = schema["properties"]["training"]
+    training["properties"] = {name: _CHECKPOINTING for name in ("activation_checkpointing", "gradient_checkpointing")}
     for section in (schema, *sections.values()):
         section["properties"] = {name: _or_null(value) for name, value in section["properties"].items()}
     extends = {"type": "string", "minLength": 1, "description": "Name of the recipe to start from, or a .yaml path."}

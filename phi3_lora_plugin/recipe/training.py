@@ -32,6 +32,10 @@ _RENAMED = (
     ("hub_model_id", "push_to_hub_model_id"),
 )
 
+#: Value of `activation_checkpointing` that is ours: as many activations are kept as fit into memory.
+AUTO = "auto"
+_CHOSEN = ("activation_checkpointing", "gradient_checkpointing")
+
 # Settings with no effect on what is trained or saved here; published samples have them.
 _DROPPED = {
     "overwrite_output_dir": "a run never overwrites another's checkpoints",
@@ -156,7 +160,8 @@ def translate(given: Mapping[str, Any], installed: Mapping[str, Kinds] | None = 
                 if name in result.values:
                     other = result.was.get(name, name)
                     raise ValueError(f"means the same as {other!r}, which is given too; keep one of them")
-                result.values[name] = None if value is None else _convert(name, value, fields[name])
+                kinds = fields[name] | {AUTO} if name in _CHOSEN else fields[name]
+                result.values[name] = None if value is None else _convert(name, value, kinds)
             except ValueError as error:
                 result.problems.append((key, str(error)))
                 continue
@@ -167,9 +172,24 @@ def translate(given: Mapping[str, Any], installed: Mapping[str, Kinds] | None = 
     if "float" not in fields.get("warmup_steps", ()) and len(pair & set(result.values)) == 1:
         (other,) = pair - set(result.values)
         result.values[other] = None  # two arguments for one thing: a child that gives one takes back its parent's other
+    result.problems += _chosen_twice(result.values)
     if result.values.get("push_to_hub") and not result.values.get("hub_model_id"):
         result.problems.append(("push_to_hub", "needs training.hub_model_id; otherwise the folder's name becomes it"))
     return result
+
+
+def _chosen_twice(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Problems of settings that `auto` chooses and that are given as well."""
+    found = []
+    for name in _CHOSEN:
+        given = values.get(f"{name}_kwargs")
+        if values.get(name) == AUTO and isinstance(given, dict):
+            found += [
+                (f"{name}_kwargs", f"{key} is what {name}: {AUTO} chooses; leave it out, or write {name}: true")
+                for key in ("every_n_layers", "offload")
+                if key in given
+            ]
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -310,6 +330,8 @@ def _convert(key: str, value: Any, kinds: Kinds) -> Any:
         return number
     if isinstance(value, bool) and "bool" in kinds:
         return value
+    if value == AUTO and AUTO in kinds:
+        return value
     if isinstance(value, str) and "bool" in kinds and value.lower() in ("yes", "on", "no", "off"):
         return value.lower() in ("yes", "on")
     if isinstance(value, str) and "str" in kinds:
@@ -324,6 +346,7 @@ def _convert(key: str, value: Any, kinds: Kinds) -> Any:
         return value
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     words |= {"list": "a list", "dict": "a mapping"}
+    words |= {AUTO: AUTO}
     expected = [words[kind] for kind in words if kind in kinds and not (kind == "int" and "float" in kinds)]
     raise ValueError(f"expected {' or '.join(expected) or 'nothing that YAML can hold'}, found {describe(value)}")
 

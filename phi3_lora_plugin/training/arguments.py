@@ -10,7 +10,8 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.device import Device, read_device
 from phi3_lora_plugin.model.precision import precision_for
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
-from phi3_lora_plugin.recipe.training import installed_fields
+from phi3_lora_plugin.recipe.training import AUTO, installed_fields
+from phi3_lora_plugin.training.checkpointing import NOT_REENTRANT, setting_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -45,21 +46,15 @@ def training_arguments(
         settings["eval_strategy"] = "epoch"
     if "per_device_train_batch_size" in given:  # what fits for training fits for evaluation; upstream's 8 may not
         settings.setdefault("per_device_eval_batch_size", given["per_device_train_batch_size"])
-    name = "activation_checkpointing" if "activation_checkpointing" in installed_fields() else "gradient_checkpointing"
+    name = setting_name()
+    if settings.get(name) == AUTO:
+        settings[name] = True  # until `plan.checkpointing` has chosen, what fits wherever anything does
     if settings.get(name):
-        # Reentrant checkpointing gives no gradient after frozen embeddings.
-        settings[f"{name}_kwargs"] = {"use_reentrant": False} | (settings.get(f"{name}_kwargs") or {})
+        settings[f"{name}_kwargs"] = NOT_REENTRANT | (settings.get(f"{name}_kwargs") or {})
     if kind is not None:
         settings.setdefault(name, False)  # on by default in TRL's
         settings.setdefault("learning_rate", 5e-5)  # each of TRL's has one of its own; a recipe means one thing
     return (kind or TrainingArguments)(**(settings | ours))
-
-
-def checkpoints_activations(arguments: TrainingArguments) -> bool:
-    """Whether gradient checkpointing is on, by the name that the installed version has for it."""
-    return bool(
-        getattr(arguments, "activation_checkpointing", False) or getattr(arguments, "gradient_checkpointing", False)
-    )
 
 
 def _defaults(recipe: Recipe, device: Device) -> dict[str, Any]:

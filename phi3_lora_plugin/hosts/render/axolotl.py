@@ -54,7 +54,7 @@ def render(recipe: Recipe) -> Rendered:
         *some(loraplus_lr_ratio=lora.loraplus_lr_ratio),
         *_precision(precision_elsewhere(model).mixed, model.device, n.rest),
         Line("attn_implementation", "sdpa" if model.attention == "auto" else model.attention),
-        Line("gradient_checkpointing", n.checkpointing),
+        Line("gradient_checkpointing", n.checkpointing, n.checkpointing_why),
         *some(gradient_checkpointing_kwargs=n.checkpointing and {"use_reentrant": False}),
         Line("logging_steps", n.logging_steps),
         *some(save_steps=recipe.checkpoint.every_steps),

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import WHOLE, linear_names, row_limit
+from phi3_lora_plugin.recipe.training import AUTO
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 
+_LEFT_TO_AUTO = "all layers: auto, which keeps what fits, is of phi3-lora train"
 #: Arguments that hosts which extend TrainingArguments have had by these names for years.
 SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "lr_scheduler_kwargs",
         "dataloader_num_workers", "log_level", "data_seed", "per_device_eval_batch_size")  # fmt: skip
@@ -87,6 +89,7 @@ class Numbers:
     max_grad_norm: float
     logging_steps: float
     checkpointing: bool
+    checkpointing_why: str
     by_length: bool
     rest: dict[str, Any]
 
@@ -166,6 +169,7 @@ class Rendering:
             max_grad_norm=given.pop("max_grad_norm", 1.0),
             logging_steps=given.pop("logging_steps", 10),
             checkpointing=bool(new or old),
+            checkpointing_why=_LEFT_TO_AUTO if AUTO in (new, old) else "",
             by_length=sampling == "group_by_length" or bool(given.pop("group_by_length", False)),
             rest=given,
         )

@@ -50,7 +50,7 @@ def render(recipe: Recipe) -> Rendered:
         *some(packing=data.packing, neat_packing=data.packing, max_samples=data.max_rows),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
         *_precision(recipe, n.rest),
-        Line("disable_gradient_checkpointing", not n.checkpointing),
+        Line("disable_gradient_checkpointing", not n.checkpointing, n.checkpointing_why),
         *r.trainer_lines(),
     ]
     return Rendered(write(head, lines), {"dataset_info.json": json.dumps(info, indent=2) + "\n"})

@@ -56,7 +56,7 @@ def render(recipe: Recipe) -> Rendered:
         Line("truncation_strategy", "right", "ms-swift drops longer rows by default; here they are cut"),
         *some(packing=data.packing),
         Line("warmup_ratio" if n.warmup < 1 else "warmup_steps", n.warmup),
-        Line("gradient_checkpointing", n.checkpointing),
+        Line("gradient_checkpointing", n.checkpointing, n.checkpointing_why),
         *some(use_cpu=model.device == "cpu"),
         *r.trainer_lines(_SAME),
     ]  # fmt: skip

@@ -43,7 +43,7 @@ def render(recipe: Recipe) -> Rendered:
         r.longest("max_length"),
         *([] if recipe.preference.on else [Line("packing", data.packing)]),
         Line("warmup_steps", n.warmup, "a share of the run" if 0 < n.warmup < 1 else ""),
-        Line("gradient_checkpointing", n.checkpointing, "on by default in TRL"),
+        Line("gradient_checkpointing", n.checkpointing, n.checkpointing_why or "on by default in TRL"),
         *_precision(recipe, n.rest),
         *r.trainer_lines(report="`phi3-lora trl` adds LoRA-only checkpoints"),
     ]  # fmt: skip
