@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,40 @@ def peft_model(dropout: float = 0.1, seed: int = 0, **settings: Any) -> PeftMode
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
     torch.manual_seed(seed)
     return get_peft_model(base, LoraConfig(lora_dropout=dropout, **options))
+
+
+def saved_adapter(base: Any, folder: Path, seed: int = 1, **options: Any) -> Path:
+    """A plain PEFT adapter on a loaded model, every trained tensor moved away from where it started."""
+    model = get_peft_model(base, LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    return folder
+
+
+def deepspeed_plan(stage: str) -> dict[str, Any]:
+    """DeepSpeed's own config for ZeRO, with the Trainer's numbers."""
+    plan: dict[str, Any] = {"zero_optimization": {"stage": int(stage)}, "zero_force_ds_cpu_optimizer": False}
+    plan |= dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    plan |= {"zero_allow_untested_optimizer": True}
+    if stage == "3":
+        plan["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or what is small is not cut
+    return plan
+
+
+def holder(store: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock of a store until it is killed."""
+    script = (
+        "import sys; from pathlib import Path; from phi3_lora_plugin.store.lock import StoreLock\n"
+        "lock = StoreLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    return other
 
 
 def arguments(out: Path, **settings: Any) -> TrainingArguments:

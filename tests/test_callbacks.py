@@ -9,7 +9,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import loralib
 import pytest
 import tiny
 import torch
-from lora_runs import arguments, peft_model, rows, same, trained, trainer
+from lora_runs import arguments, holder, peft_model, rows, same, trained, trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -510,14 +509,7 @@ def test_two_runs_one_after_the_other_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_second_run_in_the_folder_of_a_running_one_is_refused_before_its_first_step(tmp_path: Path) -> None:
     trainer(tmp_path, LoraCheckpoint(), max_steps=1).train()
-    script = (
-        "import sys; from pathlib import Path; from phi3_lora_plugin.store.lock import StoreLock\n"
-        "lock = StoreLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", script, tmp_path / "lora"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
+    other = holder(tmp_path / "lora")
     made = trainer(tmp_path, LoraCheckpoint())
     with pytest.raises(StoreBusy, match=f"in use by another run .process {other.pid} on"):
         made.train()

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import typer
+from lora_runs import saved_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -52,14 +53,7 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 
 
 def train(base: Path, folder: Path, seed: int = 1, **options) -> Path:
-    """A plain PEFT adapter on `base`, every trained tensor moved away from where it started."""
-    model = get_peft_model(load(base), LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.1
-    model.save_pretrained(folder)
-    return folder
+    return saved_adapter(load(base), folder, seed, **options)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:

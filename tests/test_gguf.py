@@ -11,7 +11,7 @@ import numpy
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from lora_runs import saved_adapter
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM, PreTrainedTokenizerFast
@@ -56,14 +56,7 @@ def read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def train(base: Path, folder: Path, **options) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": FUSED} | options
-    model = get_peft_model(model, LoraConfig(**options))
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.1
-    model.save_pretrained(folder)
-    return folder
+    return saved_adapter(model, folder, **({"target_modules": FUSED} | options))
 
 
 @pytest.fixture(scope="module")

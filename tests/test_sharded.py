@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_runs import arguments, peft_model, rows, same, trained, trainer
+from lora_runs import arguments, deepspeed_plan, holder, peft_model, rows, same, trained, trainer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -118,14 +116,7 @@ def refused(folder: Path) -> Any:
     store = folder / "refused" / "lora"
     if rank == 0:
         store.mkdir(parents=True)
-        script = (
-            "import sys; from pathlib import Path; from phi3_lora_plugin.store.lock import StoreLock\n"
-            "lock = StoreLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-        )
-        other = subprocess.Popen(
-            [sys.executable, "-c", script, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        other.stdout.readline()
+        other = holder(store)
     made = trainer(folder / "refused", LoraCheckpoint())
     try:
         made.train()
@@ -442,11 +433,7 @@ def zero(place: str, stage: str) -> None:
     """Trained by a Trainer that leaves it to DeepSpeed; then once more, with a number that is none on one rank."""
     folder = Path(place)
     found: dict[str, Any] = {}
-    plan: dict[str, Any] = {"zero_optimization": {"stage": int(stage)}, "zero_force_ds_cpu_optimizer": False}
-    plan |= dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
-    plan |= {"zero_allow_untested_optimizer": True}
-    if stage == "3":
-        plan["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or what is small is not cut
+    plan = deepspeed_plan(stage)
 
     class Poison(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

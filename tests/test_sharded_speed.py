@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_runs import arguments, peft_model, same
+from lora_runs import arguments, deepspeed_plan, peft_model, same
 from safetensors.torch import load_file
 from test_sharded import WEIGHTS, Ranks, _leave, launch
 from transformers import Trainer
@@ -239,12 +239,7 @@ def trained(folder: Path, speed: str, **settings: Any) -> dict[str, Any]:
 
 def zero(place: str, stage: str) -> None:
     """Two ranks that leave it to DeepSpeed."""
-    plan: dict[str, Any] = {"zero_optimization": {"stage": int(stage)}, "zero_force_ds_cpu_optimizer": False}
-    plan |= dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
-    plan |= {"zero_allow_untested_optimizer": True}
-    if stage == "3":
-        plan["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or what is small is not cut
-    found = trained(Path(place) / "out", "auto", deepspeed=plan, per_device_train_batch_size=2)
+    found = trained(Path(place) / "out", "auto", deepspeed=deepspeed_plan(stage), per_device_train_batch_size=2)
     _leave(Path(place), found)
 
 
