@@ -4,6 +4,7 @@
     python -m benchmarks D D-bf16 --data chats.jsonl --tokenizer phi-3-mini-4k-instruct/
     python -m benchmarks B --model num_key_value_heads=1 num_hidden_layers=8 vocab_size=200064
     python -m benchmarks A --peers trainer-peft unsloth --unsloth-python unsloth-venv/bin/python
+    python -m benchmarks R --pairs 1                        # 3.8B parameters on a CPU: 13 GB, some minutes a run
     python -m benchmarks W1 W2 W3 W4 W5 --peers trainer-peft trl trl-best liger          # one GPU
 
 A speed-up without parity does not count: where losses or adapters differ by more than the limits below, the row shows
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -33,13 +35,14 @@ from typing import Any
 
 from benchmarks.chart import draw
 from benchmarks.jobs import BAD_FORK, run_job
-from benchmarks.workloads import WORKLOADS, chats, rows, setting
+from benchmarks.workloads import WORKLOADS, Workload, chats, rows, setting
 
 #: Ours -> the runs on the very same batches whose losses and adapters it has to match. TRL packs by itself, into
 #: other batches: its packed run is compared in speed alone.
 TWINS = {
     "ours": ("trainer-peft", "trl", "trl-best", "liger", "unsloth"),
     "ours-packed": ("trainer-peft-packed",),
+    "ours-checkpointed": ("trainer-peft-checkpointed", "trl"),
 }
 LOSS_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}  # relative a step; absolute a step
 COSINE_LIMIT = 0.999
@@ -75,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="*", default=["trainer-peft", "trl", "trl-best", "trl-packed"], choices=PEERS)
     parser.add_argument("--unsloth-python", type=Path, help="the Python of an environment that has unsloth")
     parser.add_argument("--steps", type=int, help="of each run, instead of the workload's own number")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
+    parser.add_argument("--warm-up", type=int, help="steps that are not timed, instead of the workload's own number")
     parser.add_argument("--threads", type=int, default=2, help="of each process, on the CPU")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     return parser
@@ -106,7 +109,7 @@ def main() -> int:
         most, words = max(max(row["input_ids"]) for row in data), load.model["vocab_size"]
         if most >= words:
             parser.error(f"{name} has {words} words and the data an id of {most}: add --model vocab_size={most + 1}")
-        variants = ["ours", "ours-packed", "trainer-peft-packed", *chosen.peers]
+        variants = _variants(load, chosen.peers)
         if load.dtype != "float32":
             variants += [each for each in (STOCK, *OTHER_STOCK) if each not in variants]
         left_out = {each: reason for each in variants if (reason := _missing(each, chosen))}
@@ -132,7 +135,7 @@ def main() -> int:
         runs = {variant: done for variant, done in runs.items() if done and variant not in left_out}
         report["workloads"][name] = result = _compare(runs, load.dtype) | {"left_out": left_out}
         # the comparison is with ours; without it no parity can be shown
-        failed |= any(variant in left_out for variant in TWINS)
+        failed |= any(variant in left_out for variant in TWINS if variant in variants)
         failed |= not all(twin["ok"] for row in result["ours"].values() for twin in row["parity"].values())
         _table(name, load.notes, result)
         _write(report, chosen.out)
@@ -140,6 +143,14 @@ def main() -> int:
     _write(report, chosen.out)
     print(f"\nwritten: {chosen.out / 'benchmark.json'}, {chosen.out / 'benchmark.svg'}")
     return 1 if failed else 0
+
+
+def _variants(load: Workload, peers: Sequence[str]) -> list[str]:
+    """What is run: packs, or the same rows with every layer computed twice, which TRL does unless told otherwise."""
+    if not load.recomputed:
+        return ["ours", "ours-packed", "trainer-peft-packed", *peers]
+    with_stock = ["trainer-peft-checkpointed"] if "trainer-peft" in peers else []
+    return ["ours", "ours-checkpointed", *with_stock, *(peer for peer in peers if not peer.endswith("packed"))]
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
@@ -162,7 +173,8 @@ def _run(variant: str, workload: str, data: list[dict[str, Any]], chosen: argpar
     with tempfile.TemporaryDirectory() as folder:
         paths = {key: str(Path(folder, key)) for key in ("rows", "result", "vector", "folder", "log")}
         Path(paths["rows"]).write_text(json.dumps(data))
-        job = paths | {"workload": workload, "seed": chosen.seed, "warm_up": chosen.warm_up}
+        job = paths | {"workload": workload, "seed": chosen.seed}
+        job["warm_up"] = WORKLOADS[workload].warm_up if chosen.warm_up is None else chosen.warm_up
         job |= {"model": dict(chosen.model), "steps": chosen.steps}
         code: int | None = BAD_FORK
         if variant != "unsloth":
@@ -290,13 +302,21 @@ def _machine() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     # Asked for by the driver's library, so that nothing here touches CUDA before the runs are forked.
-    cpu = platform.processor() or platform.machine()
+    cpu = _cpu_name() or platform.processor() or platform.machine()
     return {
         "device": _card_name() or cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": found,
     }
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _card_name() -> str | None:

@@ -32,7 +32,9 @@ TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 VARIANTS = {
     "ours": "padded",
     "ours-packed": "packed",
+    "ours-checkpointed": "padded",
     "trainer-peft": "padded",
+    "trainer-peft-checkpointed": "padded",
     "trainer-peft-packed": "packed",
     # Stock code too: how much right runs differ in 16 bits. Another order of sums; a start that rounds otherwise.
     "trainer-peft-eager": "padded",
@@ -86,13 +88,35 @@ def build(load: Workload, seed: int) -> Any:
     with torch.device(load.device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
-        model = Phi3ForCausalLM(config)
+        model = _tiled(config, seed) if load.tiled else Phi3ForCausalLM(config)
         torch.set_default_dtype(before)
     model.config.use_cache = False
     if load.quantize:
         _quantise(model)
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(r=load.rank, lora_alpha=2 * load.rank, target_modules=TARGETS))
+
+
+def _tiled(config: Any, seed: int) -> Any:
+    """A model whose matrices repeat one block of normal numbers, each from where the last one stopped."""
+    with torch.device("meta"):
+        model = Phi3ForCausalLM(config)
+    model.to_empty(device="cpu")
+    length = 4_194_301  # a prime: no two rows of a matrix are the same
+    block = torch.randn(length, generator=torch.Generator().manual_seed(seed)).mul_(config.initializer_range)
+    block, start = block.to(torch.get_default_dtype()).repeat(2), 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.view(-1)
+            if parameter.dim() == 1:
+                flat.fill_(1)
+                continue
+            for begin in range(0, flat.numel(), length):
+                part = flat[begin : begin + length]
+                part.copy_(block[start : start + part.numel()])
+            start = (start + flat.numel()) % length
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are not parameters
+    return model
 
 
 def _quantise(model: Any) -> None:
@@ -179,6 +203,8 @@ def trainer_for(
         for applied in speed_up(model):
             print(applied, file=sys.stderr)
     args = arguments(load, folder, logging_nan_inf_filter=not variant.startswith("ours"))
+    if variant.endswith("-checkpointed"):
+        recompute(model)
     if variant == "trainer-peft-eager":
         # Eager attention keeps S x S a head and layer, which no card holds for all layers at once.
         model.get_base_model().set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""What is measured: sizes of Phi-3 models and shapes of data. CPU workloads A to D, GPU workloads W1 to W5."""
+"""What is measured: sizes of Phi-3 models and shapes of data. CPU workloads A to D and R, GPU workloads W1 to W5."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ _GSM8K = {"prompt": "question", "completion": "answer"}  # its columns, if no ot
 
 @dataclass(frozen=True)
 class Workload:
-    """One model and one shape of data; `model` holds `Phi3Config` fields, `batch` counts rows (packs hold as many)."""
+    """One model and one shape of data; `model` holds `Phi3Config` fields, `batch` counts rows (packs hold as many).
+
+    `recomputed` also measures runs with activation checkpointing, in place of packs. `tiled` repeats one block of
+    random numbers in all weights, which takes seconds where billions of draws take a minute.
+    """
 
     name: str
     model: dict[str, Any]
@@ -43,6 +47,9 @@ class Workload:
     memory_gb: float | None = None
     supervised: float = 0.45
     learning_rate: float = 1e-3
+    warm_up: int = 3
+    recomputed: bool = False
+    tiled: bool = False
     notes: str = field(default="", compare=False)
 
 
@@ -70,6 +77,22 @@ WORKLOADS = {
         Workload("D", _small(384, 1024, 6, 6, 32064), 16, 8, 512, 8, 64, 200, notes="35M parameters"),
         Workload("D-bf16", _small(384, 1024, 6, 6, 32064), 16, 8, 512, 8, 64, 200, dtype="bfloat16"),
         Workload("G", _small(128, 320, 4, 8, 32064, num_key_value_heads=2), 8, 8, 512, 8, 64, 200, notes="GQA"),
+        # The real sizes on a CPU, 9 to 13 GB a run: rows of 256 tokens exactly, two a step.
+        Workload(
+            "R",
+            MINI,
+            16,
+            2,
+            256,
+            3,
+            8,
+            2000,
+            "bfloat16",
+            warm_up=1,
+            recomputed=True,
+            tiled=True,
+            notes="Phi-3-mini-4k, 3.8B parameters",
+        ),  # fmt: skip
         # Padded stock code, the hungriest, fits 80 GB without checkpointing; a test checks them with a dry run.
         Workload("W1", MINI, 16, 3, 4096, 30, 90, 1000, "bfloat16", "cuda", notes="Phi-3-mini-4k, packed 4096"),
         Workload("W2", MINI, 16, 5, 2048, 30, 150, 1000, "bfloat16", "cuda", notes="packed 2048"),

@@ -91,6 +91,20 @@ def test_sizes_and_rows_of_ones_own_are_measured(tmp_path: Path) -> None:
         assert written["workloads"]["A"]["left_out"] == {"liger": "liger_kernel is not installed"}
 
 
+@pytest.mark.long
+def test_the_real_sizes_on_a_cpu_are_measured_in_small(tmp_path: Path) -> None:
+    """`R` with its own code in small: weights made of one block, each layer computed twice, all with parity."""
+    small = "hidden_size=32 intermediate_size=64 num_hidden_layers=2 num_attention_heads=4 num_key_value_heads=4"
+    command = f"R --pairs 1 --threads 1 --peers trainer-peft trl --out {tmp_path} --model {small}"
+    done = subprocess.run([sys.executable, "-m", "benchmarks", *command.split()], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "benchmark.json").read_text())["workloads"]["R"]
+    assert "ours-packed" not in result["variants"] and not result["left_out"]
+    for mine, twin in (("ours", "trainer-peft"), ("ours-checkpointed", "trainer-peft-checkpointed")):
+        assert result["ours"][mine]["parity"][twin]["ok"] and twin in result["ours"][mine]["ratios"]
+
+
 def test_in_16_bits_stock_code_says_how_far_right_runs_may_be_apart(
     tiny_load: workloads.Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
