@@ -84,7 +84,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Print the table."""
-    chosen = arguments().parse_args()
+    parser = arguments()
+    chosen = parser.parse_args()
+    if _experts(chosen.model) and not CARDS[chosen.card].bfloat16:
+        parser.error(
+            f"{chosen.model} multiplies its experts in bfloat16 alone, which a {CARDS[chosen.card].title} lacks"
+        )
     lengths = (chosen.tokens // chosen.documents,) * chosen.documents
     step = Step(chosen.model, CARDS[chosen.card], lengths, chosen.rank, chosen.supervised, chosen.quantize,
                 chosen.checkpointing, not chosen.in_turn)  # fmt: skip
@@ -115,7 +120,11 @@ def main() -> int:
 
 def variants(model: str) -> tuple[str, ...]:
     """Those that there are of a model: Liger knows no phimoe."""
-    return VARIANTS[:2] if "num_local_experts" in SIZES[model] else VARIANTS
+    return VARIANTS[:2] if _experts(model) else VARIANTS
+
+
+def _experts(model: str) -> bool:
+    return "num_local_experts" in SIZES[model]
 
 
 def summary(priced: Priced, graphs: int | None = None) -> dict[str, Any]:
@@ -155,7 +164,7 @@ def _count(step: Step, variant: str, layers: int) -> Costs:
     meter = Meter(step.card)
     if variant == "ours":
         fast(model, "auto", meter.device)
-    rows = batch(step.lengths, step.supervised, packed=variant == "ours")
+    rows = batch(step.lengths, step.supervised, packed=variant == "ours" and not _experts(step.model))
     ahead = variant == "ours" and step.quantize == "nf4" and step.ahead and _fits_twice(model, step.card, dtype)
     with on_a_card(meter), liger(model, meter) if variant == "stock+liger" else nullcontext():
         settle(model)

@@ -117,13 +117,19 @@ def test_what_longrope_makes_in_the_first_step_of_a_run_is_not_counted() -> None
     assert [roofline.price(step, variant).whole.reads for variant in ("ours", "stock")] == [1, 2]
 
 
-def test_experts_are_counted_by_the_rows_that_they_get() -> None:
+def test_experts_are_counted_by_the_rows_that_they_get(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     native = config("microsoft/Phi-tiny-MoE-instruct")
     layer = roofline.price(roofline.Step("microsoft/Phi-tiny-MoE-instruct", CARDS["h100"], LENGTHS), "ours").layer
     heads = 2 * native.head_dim * (native.num_attention_heads + native.num_key_value_heads)
     experts = native.num_experts_per_tok * 3 * native.intermediate_size
-    assert layer.flops["gemm"] == 2 * 2 * TOKENS * native.hidden_size * (heads + experts)
+    assert layer.flops["gemm"] == 2 * 2 * len(LENGTHS) * max(LENGTHS) * native.hidden_size * (heads + experts)
     assert roofline.variants("microsoft/Phi-tiny-MoE-instruct") == ("ours", "stock")
+    monkeypatch.setattr(sys, "argv", ["roofline", "--card", "t4", "--model", "microsoft/Phi-tiny-MoE-instruct"])
+    with pytest.raises(SystemExit):
+        roofline.main()
+    assert "in bfloat16 alone, which a NVIDIA T4 lacks" in capsys.readouterr().err
 
 
 def test_four_bits_take_the_products_and_one_buffer() -> None:
