@@ -226,7 +226,7 @@ def on_a_card(card: Card) -> Iterator[Card]:
     is_hopper = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
     # transformers looks into no fake tensor, and into each real one.
-    looks = mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False)
+    looks = mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False, create=True)
     with says, hosted, lists, is_hopper, pinned, looks, _packed_weights(card), card.fake, card, _Made(card):
         yield card
 
