@@ -15,6 +15,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.speed import cpu_attention
 from phi3_lora_plugin.speed.bounds import Documents
 from phi3_lora_plugin.speed.sdpa import one_by_one
 
@@ -72,7 +73,14 @@ def document_attention(
     kernel = documents.kernels.kernel_for(query, windowed) if dropout == 0.0 else None
     if kernel is not None:
         return kernel(query, key, value, documents.limits, documents.longest, scaling, window), None
+    if _on_a_cpu(query) and dropout == 0.0:
+        return cpu_attention.attend(query, key, value, documents.bounds, scaling, window), None
     return one_by_one(query, key, value, documents.bounds, scaling, dropout, window), None
+
+
+def _on_a_cpu(query: torch.Tensor) -> bool:
+    """Whether `cpu_attention` is the faster way; without a gradient SDPA is."""
+    return query.device.type == "cpu" and query.requires_grad and query.dtype in cpu_attention.DTYPES
 
 
 def register_attention() -> str:

@@ -53,10 +53,16 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         run = passes_for("loss", hidden, len(weight))
         at_once = _rows_at_once(weight, run is passes)
+        # One buffer for all chunks: memory that is new each time costs a CPU as much as a pass over it.
+        held = hidden.new_empty(min(at_once, len(hidden)), len(weight))
         for start in range(0, len(hidden), at_once):
             chunk = slice(start, start + at_once)
             rows, labels = hidden[chunk], targets[chunk]
-            logits = nn.functional.linear(rows, weight, bias)
+            logits = held[: len(rows)]
+            if bias is None:
+                torch.mm(rows, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=logits)
             if stats:
                 losses[chunk], entropy[chunk], right[chunk], logits = _with_stats(logits, labels, ctx.scale)
             else:  # which leaves its gradient in place of the logits
