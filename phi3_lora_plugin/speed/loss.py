@@ -26,7 +26,7 @@ from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obsta
 
 #: Rows of logits held at one time at least; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
-_BYTES = 2**27  # of logits held at one time on a card
+_BYTES = {"cuda": 2**27, "cpu": 2**26}  # of logits held at one time, where they are more than `CHUNK` rows
 
 # float16 ends at 6e-8, and probabilities of a large vocabulary are smaller: their gradients are formed in this scale.
 _FLOAT16_SCALE = 256.0
@@ -102,11 +102,9 @@ def _with_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tup
 
 
 def _rows_at_once(head: torch.Tensor, in_float32: bool) -> int:
-    """Rows of logits held at one time: on a card as many as `_BYTES` hold, since each chunk reads the whole head."""
-    if not head.is_cuda:
-        return CHUNK
-    row = len(head) * (4 if in_float32 else head.element_size())
-    return max(CHUNK, _BYTES // row // 128 * 128)
+    """Rows of logits held at one time: many, since each chunk reads the whole head."""
+    row = len(head) * (4 if in_float32 and head.is_cuda else head.element_size())
+    return max(CHUNK, _BYTES.get(head.device.type, 0) // row // 128 * 128)
 
 
 def supervised_rows(

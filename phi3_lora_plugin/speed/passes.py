@@ -114,17 +114,19 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gra
     exact = torch.promote_types(torch.float32, logits.dtype)  # float64 stays what it is
     # On a CPU a few rows at a time: what one pass has written is still in the cache for the next.
     few = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    wide = logits.new_empty(min(few, len(logits)), logits.shape[1], dtype=exact) if logits.dtype != exact else None
+    shares = logits.new_empty(min(few, len(logits)), logits.shape[1], dtype=exact)
+    wide = None if logits.dtype == exact else torch.empty_like(shares)
     losses = logits.new_empty(len(logits), dtype=exact)
     for start in range(0, len(logits), few):
         rows, names = logits[start : start + few], labels[start : start + few, None]
-        share = rows if wide is None else wide[: len(rows)].copy_(rows)
-        share.sub_(share.amax(-1, keepdim=True))
-        wanted = share.gather(-1, names)
-        total = share.exp_().sum(-1, keepdim=True)
-        losses[start : start + few] = (total.log() - wanted).squeeze(-1)
+        given = rows if wide is None else wide[: len(rows)].copy_(rows)
+        share = torch.softmax(given, -1, out=shares[: len(rows)])
+        # The largest share is at least 1 / words, so its logarithm loses nothing: that of the sum is its logit less that.
+        norms = given.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log_()
+        losses[start : start + few] = (norms - given.gather(-1, names)).squeeze(-1)
         if gradient:  # softmax - onehot
-            torch.mul(share.scatter_add_(-1, names, -total), scale / total, out=rows)
+            share.scatter_add_(-1, names, share.new_full((1, 1), -1.0).expand_as(names))
+            rows.copy_(share if scale == 1.0 else share.mul_(scale))
     return losses
 
 
