@@ -339,7 +339,7 @@ def test_a_model_that_moves_to_another_device_is_tried_there_too(monkeypatch: py
     installed(monkeypatch, torch_2_12)
     monkeypatch.setattr(documents, "cards_of", lambda decoder: set())
     model = lora(torch.bfloat16)
-    assert said(model) == "one SDPA call a document: no GPU"
+    assert said(model) == "blocks of queries on the CPU"
     monkeypatch.setattr(documents, "cards_of", lambda decoder: {CPU})
     assert said(model).startswith("varlen_attn")
 

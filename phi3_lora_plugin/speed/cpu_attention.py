@@ -1,9 +1,9 @@
 """Attention over documents on a CPU, with its gradient: products over a block of queries and the keys that they see.
 
-PyTorch's kernel for CPUs is called once a document, and its gradient in 16 bits takes longer than that in float32. Here
-scores, softmax and their gradients are float32 and the products that leave them are in the dtype of the input, as in
-FlashAttention (Dao 2023, arXiv 2307.08691), whose equations these are; a block of scores stays in a core's cache. Its twin
-is `sdpa.one_by_one`.
+PyTorch's kernel for CPUs takes longer for its gradient in 16 bits than in float32, and autograd adds up slices of all
+tokens document by document. Here scores, shares and their gradients are float32, and what they are multiplied with
+has the dtype of the input, as in FlashAttention-2 (Dao 2023, arXiv 2307.08691), whose equations these are. A block of
+scores stays in a core's cache; none is kept for backward. The twin is `sdpa.one_by_one`.
 """
 
 # This module defines an autograd function, a subclass of something heavy; it is imported only inside functions.

@@ -9,6 +9,7 @@ gradient of the hidden states is formed in the same pass, so that memory does no
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obsta
 
 #: Rows of logits held at one time at least; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
-_BYTES = {"cuda": 2**27, "cpu": 2**26}  # of logits held at one time, where they are more than `CHUNK` rows
+_BYTES = {"cuda": 2**27, "cpu": 2**25}  # of logits held at one time, where they are more than `CHUNK` rows
 
 # float16 ends at 6e-8, and probabilities of a large vocabulary are smaller: their gradients are formed in this scale.
 _FLOAT16_SCALE = 256.0
@@ -53,8 +54,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         run = passes_for("loss", hidden, len(weight))
         at_once = _rows_at_once(weight, run is passes)
-        # One buffer for all chunks: memory that is new each time costs a CPU as much as a pass over it.
-        held = hidden.new_empty(min(at_once, len(hidden)), len(weight))
+        held = _logits_buffer(hidden, min(at_once, len(hidden)), len(weight))
         for start in range(0, len(hidden), at_once):
             chunk = slice(start, start + at_once)
             rows, labels = hidden[chunk], targets[chunk]
@@ -99,6 +99,26 @@ def _with_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tup
     share[torch.arange(len(labels), device=labels.device), labels] -= 1
     share = share if scale == 1.0 else share.mul_(scale)
     return losses, entropy, right, share.to(logits.dtype)
+
+
+class _Held(threading.local):
+    """Memory for a chunk of logits on a CPU, kept from step to step: to get it anew costs as much as a pass over it."""
+
+    memory: torch.Tensor | None = None
+
+
+_held = _Held()
+
+
+def _logits_buffer(hidden: torch.Tensor, rows: int, words: int) -> torch.Tensor:
+    """[rows, words] for the chunks of one call, in the dtype of `hidden`; the allocator of a card keeps its own."""
+    if type(hidden) is not torch.Tensor or hidden.device.type != "cpu":
+        return hidden.new_empty(rows, words)
+    size = rows * words
+    if _held.memory is None or _held.memory.dtype != hidden.dtype or len(_held.memory) < size:
+        with torch.inference_mode(False):  # an evaluation may come first
+            _held.memory = hidden.new_empty(size)
+    return _held.memory[:size].view(rows, words)
 
 
 def _rows_at_once(head: torch.Tensor, in_float32: bool) -> int:

@@ -121,12 +121,12 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gra
         rows, names = logits[start : start + few], labels[start : start + few, None]
         given = rows if wide is None else wide[: len(rows)].copy_(rows)
         share = torch.softmax(given, -1, out=shares[: len(rows)])
-        # The largest share is at least 1 / words, so its logarithm loses nothing: that of the sum is its logit less that.
-        norms = given.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log_()
+        total = share.sum(-1, keepdim=True)  # one, but for how softmax adds up: 2e-5 among 200,000 words
+        # The logarithm of the sum, from the largest share: at least 1 / words, it has all its digits.
+        norms = given.amax(-1, keepdim=True) - (share.amax(-1, keepdim=True) / total).log_()
         losses[start : start + few] = (norms - given.gather(-1, names)).squeeze(-1)
         if gradient:  # softmax - onehot
-            share.scatter_add_(-1, names, share.new_full((1, 1), -1.0).expand_as(names))
-            rows.copy_(share if scale == 1.0 else share.mul_(scale))
+            torch.mul(share.scatter_add_(-1, names, -total), scale / total, out=rows)
     return losses
 
 
