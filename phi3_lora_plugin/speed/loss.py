@@ -9,7 +9,6 @@ gradient of the hidden states is formed in the same pass, so that memory does no
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
+from torch.utils.weak import WeakTensorKeyDictionary  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 
 from phi3_lora_plugin.speed import passes
@@ -54,7 +54,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         run = passes_for("loss", hidden, len(weight))
         at_once = _rows_at_once(weight, run is passes)
-        held = _logits_buffer(hidden, min(at_once, len(hidden)), len(weight))
+        held = _logits_buffer(weight, min(at_once, len(hidden)))
         for start in range(0, len(hidden), at_once):
             chunk = slice(start, start + at_once)
             rows, labels = hidden[chunk], targets[chunk]
@@ -101,24 +101,20 @@ def _with_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tup
     return losses, entropy, right, share.to(logits.dtype)
 
 
-class _Held(threading.local):
-    """Memory for a chunk of logits on a CPU, kept from step to step: to get it anew costs as much as a pass over it."""
-
-    memory: torch.Tensor | None = None
+#: Head -> memory for a chunk of its logits on a CPU, where new memory in each step costs as much as a pass over it.
+_held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-_held = _Held()
-
-
-def _logits_buffer(hidden: torch.Tensor, rows: int, words: int) -> torch.Tensor:
-    """[rows, words] for the chunks of one call, in the dtype of `hidden`; the allocator of a card keeps its own."""
-    if type(hidden) is not torch.Tensor or hidden.device.type != "cpu":
-        return hidden.new_empty(rows, words)
-    size = rows * words
-    if _held.memory is None or _held.memory.dtype != hidden.dtype or len(_held.memory) < size:
+def _logits_buffer(head: torch.Tensor, rows: int) -> torch.Tensor:
+    """[rows, words] for the chunks of one call, in the dtype of the head; the allocator of a card keeps its own."""
+    size = rows * len(head)
+    if head.device.type != "cpu" or torch.compiler.is_compiling():
+        return head.new_empty(rows, len(head))
+    memory = _held.get(head)
+    if memory is None or memory.dtype != head.dtype or len(memory) < size:
         with torch.inference_mode(False):  # an evaluation may come first
-            _held.memory = hidden.new_empty(size)
-    return _held.memory[:size].view(rows, words)
+            memory = _held[head] = head.new_empty(size)
+    return memory[:size].view(rows, len(head))
 
 
 def _rows_at_once(head: torch.Tensor, in_float32: bool) -> int:
