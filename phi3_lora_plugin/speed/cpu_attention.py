@@ -59,8 +59,8 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
             scores = torch.bmm(_grouped(ahead[:, asks], len(key)), values[:, seen].transpose(1, 2))
             scores = scores.sub_(_grouped(means[:, asks], len(key))).mul_(shares).to(query.dtype)
             grad_q[:, asks] = torch.bmm(scores, key[:, seen]).view(heads, -1, size)
-            _add_product(grad_k[:, seen], scores, _grouped(query[:, asks], len(key)))
-            _add_product(grad_v[:, seen], shares.to(query.dtype), _grouped(grad[:, asks], len(key)))
+            grad_k[:, seen] += torch.bmm(scores.transpose(1, 2), _grouped(query[:, asks], len(key)))
+            grad_v[:, seen] += torch.bmm(shares.to(query.dtype).transpose(1, 2), _grouped(grad[:, asks], len(key)))
         grad_k = grad_k.mul_(scale).to(query.dtype)
         return grad_q.mul_(scale), grad_k, grad_v.to(query.dtype), None, None, None
 
@@ -103,14 +103,6 @@ def _shares(rows: Any, keys: Any, block: _Block, later: Any, window: int | None)
 def _later(dtype: torch.dtype) -> torch.Tensor:
     """[queries, keys] of a block, added to scores: -inf where a key comes later than the query."""
     return torch.full((_MOST, _MOST), -torch.inf, dtype=dtype).triu_(1)
-
-
-def _add_product(total: torch.Tensor, scores: torch.Tensor, asks: torch.Tensor) -> None:
-    """Add to total [key heads, keys, size] what queries [.., queries, size] give it by scores [.., queries, keys]."""
-    if total.dtype == scores.dtype:
-        total.baddbmm_(scores.transpose(1, 2), asks)
-    else:
-        total += torch.bmm(scores.transpose(1, 2), asks)
 
 
 def _grouped(part: torch.Tensor, key_heads: int) -> torch.Tensor:

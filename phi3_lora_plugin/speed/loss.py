@@ -27,7 +27,7 @@ from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obsta
 
 #: Rows of logits held at one time at least; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
-_BYTES = {"cuda": 2**27, "cpu": 2**25}  # of logits held at one time, where they are more than `CHUNK` rows
+_BYTES = {"cuda": 2**27, "cpu": 2**26}  # of logits held at one time, where they are more than `CHUNK` rows
 
 # float16 ends at 6e-8, and probabilities of a large vocabulary are smaller: their gradients are formed in this scale.
 _FLOAT16_SCALE = 256.0
@@ -53,7 +53,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         run = passes_for("loss", hidden, len(weight))
-        at_once = _rows_at_once(weight, run is passes)
+        at_once = _alike(len(hidden), _rows_at_once(weight, run is passes))
         held = _logits_buffer(weight, min(at_once, len(hidden)))
         for start in range(0, len(hidden), at_once):
             chunk = slice(start, start + at_once)
@@ -99,6 +99,12 @@ def _with_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tup
     share[torch.arange(len(labels), device=labels.device), labels] -= 1
     share = share if scale == 1.0 else share.mul_(scale)
     return losses, entropy, right, share.to(logits.dtype)
+
+
+def _alike(rows: int, most: int) -> int:
+    """Rows of a chunk where all take about as many, up to `most`: one of few would read the whole head for them."""
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // (chunks * 128))) * 128
 
 
 #: Head -> memory for a chunk of its logits on a CPU, where new memory in each step costs as much as a pass over it.
