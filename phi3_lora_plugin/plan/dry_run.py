@@ -63,6 +63,7 @@ class Run:
     attention: str
     evaluate: Batch | None
     on_card: bool
+    on_cpu: bool
     memory: int | None
 
 
@@ -79,6 +80,7 @@ def dry_runs(
     attention: str = "sdpa",
     evaluate: Batch | None = None,
     on_card: bool = False,
+    on_cpu: bool = True,
     memory: int | None = None,
     whole: bool = False,
 ) -> Callable[[Checkpointing], Footprint]:
@@ -94,13 +96,14 @@ def dry_runs(
         mixed: what autocast computes in: "bf16", "fp16" or "no".
         evaluate: the largest batch of the evaluation, if there is one.
         on_card: the run is on a GPU, where 4-bit weights are unpacked into buffers that stay.
+        on_cpu: it is on a CPU, whose attention keeps less than what other devices have in the worst case.
         memory: bytes of the card, if known.
         whole: run all layers even where they are alike; tests compare the short way with it.
 
     Raises:
         TargetError, UnsupportedModel: as `add_lora`, when the function is called.
     """
-    run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate, on_card, memory)
+    run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate, on_card, on_cpu, memory)
     count = int(config.num_hidden_layers)
     targets = {key: value for key, value in lora.items() if key not in ("dropout", *_STARTS)}
 
@@ -175,6 +178,7 @@ def _model(config: Any, run: Run, layers: Kinds, offload: bool) -> tuple[Any, in
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.plan.packed import fuse_packed, pack_weights
     from phi3_lora_plugin.speed.apply import speed_up
+    from phi3_lora_plugin.speed.documents import leave_blocks_to_cpus
 
     config._attn_implementation = run.attention
     config.use_cache = False
@@ -197,6 +201,8 @@ def _model(config: Any, run: Run, layers: Kinds, offload: bool) -> tuple[Any, in
         for layer, again in zip(model.get_base_model().model.layers, layers, strict=True):
             layer.gradient_checkpointing = again
     parts = {applied.part: applied.on for applied in speed_up(model, run.speed)}
+    if parts["attention"] and not run.on_cpu:
+        leave_blocks_to_cpus(model.get_base_model())
     chosen = run.speed if isinstance(run.speed, Mapping) else {"lora": run.speed == "auto"}
     if run.quantize == "nf4" and chosen.get("lora", True):
         fuse_packed(model)

@@ -73,7 +73,7 @@ def document_attention(
     kernel = documents.kernels.kernel_for(query, windowed) if dropout == 0.0 else None
     if kernel is not None:
         return kernel(query, key, value, documents.limits, documents.longest, scaling, window), None
-    if _on_a_cpu(query) and dropout == 0.0:
+    if documents.kernels.blocks and dropout == 0.0 and _on_a_cpu(query):
         return cpu_attention.attend(query, key, value, documents.bounds, scaling, window), None
     return one_by_one(query, key, value, documents.bounds, scaling, dropout, window), None
 

@@ -10,6 +10,7 @@ batch, wherever something hangs on them: NEFTune scales its noise by that shape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -97,6 +98,12 @@ _OURS = (
 )  # fmt: skip
 
 
+def leave_blocks_to_cpus(base: Any) -> None:
+    """Attend as another device does where it has no kernel, in a dry run for it."""
+    if base.config._attn_implementation == NAME:
+        base.model._kernels = replace(base.model._kernels, blocks=False)
+
+
 def attention_used(base: Any) -> str:
     """Which attention runs in the fused `base`, and why not a better one."""
     if base.config._attn_implementation != NAME:
@@ -118,7 +125,7 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
         attention.scaling,
         getattr(config, "sliding_window", None),
     )
-    return Kernels(known.proved | new.proved, known.refused | new.refused)
+    return Kernels(known.proved | new.proved, known.refused | new.refused, known.blocks)
 
 
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
