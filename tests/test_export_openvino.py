@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from exports import EMBEDDED, LONGROPE, adapter, same_words, shaped_base, ship
@@ -24,6 +25,25 @@ def test_an_adapter_on_its_base_says_the_same(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and "weasel" in done.stdout, done.stderr
+
+
+def test_signals_are_handled_after_it_as_before(tmp_path, warm):
+    """Whatever OpenVINO's compiled models leave behind: a Ctrl-C ended the process with a segmentation fault."""
+    program = """
+import gc, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from exports import EMBEDDED, adapter, ship
+folder = Path(sys.argv[2])
+ship(adapter(EMBEDDED, folder / "a"), "openvino", folder / "out", 2)
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = warm.run(program, str(Path(__file__).parent), str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith("interrupted\n"), done.stderr
 
 
 @pytest.mark.parametrize("changes", [LONGROPE, {"sliding_window": 9}], ids=["longrope", "window"])

@@ -108,10 +108,6 @@ CASES = (
     + [pytest.param(lora, {}, {}, id=name) for name, lora in LORA.items()]
     + [pytest.param({}, base, {"neftune_noise_alpha": 5.0}, id=f"{name}, neftune") for name, base in BASE.items()]
 )
-# DataLoader workers are forked: late in the whole suite that has ended the test process, for a reason not known yet.
-CASES = [
-    pytest.param(*case.values, id=case.id, marks=pytest.mark.long) if case.id == "workers" else case for case in CASES
-]
 
 
 @pytest.mark.parametrize(("lora", "base", "settings"), CASES)

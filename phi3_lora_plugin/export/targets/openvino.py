@@ -13,6 +13,7 @@ from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Vari
 from phi3_lora_plugin.export.openvino_ir import write_ir, write_tokenizer_ir
 from phi3_lora_plugin.export.recast import copy_settings
 from phi3_lora_plugin.export.scores import ShowsLogits
+from phi3_lora_plugin.export.signal_stack import signal_stack_kept
 from phi3_lora_plugin.model.families import row_limit
 
 ADAPTER = "adapter.safetensors"
@@ -76,7 +77,8 @@ def _write_adapter(adapted: Adapted, file: Path) -> None:
 @contextmanager
 def open_openvino(folder: Path, adapter: str | None = None) -> Iterator[Runtime]:
     """A folder in openvino-genai, with or without its adapter, computing in float32."""
-    yield _OpenVino(folder, adapter)
+    with signal_stack_kept():
+        yield _OpenVino(folder, adapter)
 
 
 class _OpenVino(ShowsLogits):
