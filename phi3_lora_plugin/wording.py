@@ -35,6 +35,17 @@ def first_lines(lines: Sequence[Any], most: int) -> list[str]:
     return [str(line) for line in lines[:most]] + ([f"... and {more:,} more"] if more > 0 else [])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def named_line(error: BaseException, most: int = 120) -> str:
+    """The name of an error and the first line of what it says, cut after `most` characters."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)[:most]}" if str(error).strip() else name
+
+
 def shorten(value: Any, limit: int = 60) -> str:
     """The value as Python writes it, cut so that a message stays readable."""
     text = repr(value)

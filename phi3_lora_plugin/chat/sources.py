@@ -11,7 +11,7 @@ from typing import Any
 
 from phi3_lora_plugin.chat.opened import PACKED
 from phi3_lora_plugin.chat.readers import READERS, Place, Row, Rows, SourceError, reader
-from phi3_lora_plugin.wording import closest
+from phi3_lora_plugin.wording import closest, named_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _NAMES = {"train": "train training", "test": "test testing", "validation": "validation valid val dev eval evaluation"}
@@ -142,7 +142,7 @@ def _saved(folder: Path, split: str | None) -> Found:
     try:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever a damaged folder makes of pyarrow, json and datasets
-        raise SourceError([f"{folder}: a saved data set that cannot be read: {_first_line(error)}"]) from error
+        raise SourceError([f"{folder}: a saved data set that cannot be read: {named_line(error, 300)}"]) from error
     return Found((_of_dataset(str(folder), data, split),))
 
 
@@ -154,7 +154,7 @@ def _hub(path: str, split: str | None, missing: str) -> Found:
         data = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # no connection, no such id, no such split or config: each its own family of errors
         advice = f"; write {name}:CONFIG" if "onfig" in str(error) and not config else ""
-        raise SourceError([f"{missing}, and as a hub id: {_first_line(error)}{advice}"]) from error
+        raise SourceError([f"{missing}, and as a hub id: {named_line(error, 300)}{advice}"]) from error
     return Found((_of_dataset(path, data, split),))
 
 
@@ -188,8 +188,3 @@ def _nearest(path: Path) -> str:
                 return f"; nearest is {parent / near}"
             return f"; no such folder: {parent / missing}" if missing != path.name and parent.parts else ""
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"

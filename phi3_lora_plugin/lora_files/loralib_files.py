@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import bare
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
+from phi3_lora_plugin.lora_files.weights import read_weights
 from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
@@ -96,19 +97,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     if not file.is_file():
         raise LoralibError(f"{file} is not a file")
+    loaded = read_weights(file, LoralibError)
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return _bare_names(load_file(file), file)
-        except SafetensorError as error:
-            raise LoralibError(f"{file} is cut off or damaged: {error}") from error
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle's own errors, whatever is in the file
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LoralibError(f"{file} is damaged, or needs code from it to be run, which is never done: {why}") from error
+        return _bare_names(loaded, file)
     if isinstance(loaded, dict) and set(loaded) == {"adapter"}:
         loaded = loaded["adapter"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):

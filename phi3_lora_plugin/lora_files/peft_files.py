@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import PREFIX, factor_of, read_key
 from phi3_lora_plugin.lora_files.layouts import Lora
+from phi3_lora_plugin.lora_files.weights import read_weights
 from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
@@ -314,26 +315,9 @@ def write_peft(folder: Path, config: Mapping[str, Any], found: Parts) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if (folder / WEIGHTS).is_file():
-        try:
-            tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise PeftFilesError(f"{folder / WEIGHTS} is cut off or damaged: {error}") from error
-        return tensors
-    old = folder / "adapter_model.bin"
-    if old.is_file():
-        import torch
-
-        try:
-            loaded: dict[str, Tensor] = torch.load(old, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises pickle's own errors, whatever is in the file
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise PeftFilesError(
-                f"{old} is damaged, or needs code from it to be run, which is never done: {why}"
-            ) from error
-        return loaded
+    for file in (folder / WEIGHTS, folder / "adapter_model.bin"):
+        if file.is_file():
+            tensors: dict[str, Tensor] = read_weights(file, PeftFilesError)
+            return tensors
     found = listed(sorted(entry.name for entry in folder.iterdir()), 8)
     raise PeftFilesError(f"{folder}: {WEIGHTS} is missing; found {found}")

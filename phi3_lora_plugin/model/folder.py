@@ -11,7 +11,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, recognise, refused_id
 from phi3_lora_plugin.model.refused import REFUSED_IDS
 from phi3_lora_plugin.small_file import read_object
-from phi3_lora_plugin.wording import listed
+from phi3_lora_plugin.wording import first_line, listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -56,8 +56,7 @@ def find_folder(name: str | Path, revision: str | None = None, download: Sequenc
             raise ModelError(
                 f"{text} is neither a folder nor in the hub's cache; download it with `hf download {text}`"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{text}: not a folder here, and the hub did not give it: {reason}") from error
+        raise ModelError(f"{text}: not a folder here, and the hub did not give it: {first_line(error)}") from error
 
 
 def model_folder(name: str | Path, revision: str | None = None, download: bool = False) -> Path:

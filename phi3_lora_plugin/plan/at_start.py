@@ -11,6 +11,7 @@ from phi3_lora_plugin.plan.checkpointing import ALL, Choice, is_auto, unplanned
 from phi3_lora_plugin.plan.feed import lengths_of
 from phi3_lora_plugin.plan.machine import free_memory
 from phi3_lora_plugin.training.checkpointing import Checkpointing, offers_some_layers, set_checkpointing
+from phi3_lora_plugin.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -87,7 +88,7 @@ def _planned(recipe: Recipe, arguments: TrainingArguments, kind: str, data: Data
         # The weights are loaded, and the program is part of what is not free any more.
         made = plan(recipe, memory, kind, lengths=lengths, program=0 if kind in ("cpu", "mps") else None)
     except Exception as error:  # whatever it is, it says nothing about the training itself
-        return Choice(ALL, f"cannot be planned: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        return Choice(ALL, f"cannot be planned: {first_line(error)}")
     return Choice(Checkpointing(made.every_n_layers, made.offload), made.chosen or "")
 
 

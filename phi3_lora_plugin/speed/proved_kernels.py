@@ -17,6 +17,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.speed import passes
+from phi3_lora_plugin.wording import named_line
 
 #: kind of passes -> functions of `passes` that one proof covers.
 KINDS = ("norm", "rotate", "gate", "gate_sum", "loss")
@@ -91,8 +92,7 @@ def fault(device: torch.device, dtype: torch.dtype, kind: str, sizes: tuple[int,
                     return f"its kernel gives a wrong {name} here (off by {error:.1%})"
     except Exception as error:
         # Whatever a compiler or a driver raises, there is another way.
-        lines = str(error).strip().splitlines()
-        return f"its kernel does not run here ({type(error).__name__}: {lines[0][:120] if lines else ''})"
+        return f"its kernel does not run here ({named_line(error)})"
     return None
 
 

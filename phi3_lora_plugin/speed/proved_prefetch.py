@@ -17,6 +17,7 @@ import torch  # noqa: TID253
 from phi3_lora_plugin.speed.lora_linear import single_adapter
 from phi3_lora_plugin.speed.prefetch import Buffers, fits_twice
 from phi3_lora_plugin.speed.shards import in_units, shard_obstacle
+from phi3_lora_plugin.wording import named_line
 
 _WEIGHTS = 4  # of the model, that are tried: those of one layer
 _ROWS = 2048  # more than bitsandbytes has a product of its own for
@@ -143,8 +144,7 @@ def trial(layers: Sequence[Any], device: torch.device, dtype: torch.dtype) -> fl
             return _timed(parts, inputs, weights, device)
     except Exception as error:
         # Whatever a driver raises, there is another way.
-        lines = str(error).strip().splitlines()
-        return f"it does not run here ({type(error).__name__}: {lines[0][:120] if lines else ''})"
+        return f"it does not run here ({named_line(error)})"
 
 
 def _inputs(weights: Sequence[Any], device: torch.device, dtype: torch.dtype) -> dict[int, torch.Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.speed.sdpa import repeated
+from phi3_lora_plugin.wording import named_line
 
 #: What the kernels take: both formats of 16 bits. Others have no such kernel.
 DTYPES = (torch.bfloat16, torch.float16)
@@ -141,7 +142,7 @@ def _installed(shared: bool) -> tuple[list[Kernel], list[str]]:
             missing.append(f"no {_TITLES[library]}" if library == "torch" else f"{library} is not installed")
             continue
         except Exception as error:  # a flash_attn built for another torch fails in many ways
-            missing.append(f"{_TITLES[library]} cannot be imported ({_first_line(error)})")
+            missing.append(f"{_TITLES[library]} cannot be imported ({named_line(error)})")
             continue
         kernels += [Kernel(library, takes, repeat) for repeat in ((False, True) if shared else (False,))]
     return kernels, missing
@@ -183,17 +184,12 @@ def _fault(
                     return f"gives a wrong {name} here (off by {error:.1%})"
     except Exception as error:
         # Whatever a kernel raises, and libraries raise many kinds, there is another way.
-        return f"does not run here ({_first_line(error)})"
+        return f"does not run here ({named_line(error)})"
     return None
 
 
 def _same(tensor: Any) -> Any:
     return tensor
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
 def _where(cases: list[tuple[str, torch.dtype, bool]], every: list[tuple[str, torch.dtype, bool]]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Shipped, Variant, Wanted, refuse
 from phi3_lora_plugin.export.transformers_runtime import open_transformers
+from phi3_lora_plugin.wording import first_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CARD = """---
@@ -216,5 +217,4 @@ def _push(repository: str, folder: Path) -> str:
         api.create_repo(repository, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by phi3-lora"))
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"saved to {folder}, but not pushed to {repository}: {reason}") from error
+        raise ExportError(f"saved to {folder}, but not pushed to {repository}: {first_line(error)}") from error
