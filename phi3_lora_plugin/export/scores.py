@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 
-class ShowsLogits:
+class ShowsLogits(ABC):
     """The scores of a runtime whose `_logits` gives those of all of `ids`: numpy [len(ids), vocabulary]."""
 
     measure = "logits"
 
-    def _logits(self, ids: Sequence[int]) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _logits(self, ids: Sequence[int]) -> Any: ...
 
     def next_scores(self, ids: Sequence[int]) -> Any:
         return self._logits(ids)[-1]

@@ -62,8 +62,7 @@ class Run:
     speed: Any
     attention: str
     evaluate: Batch | None
-    on_card: bool
-    on_cpu: bool
+    device: str
     memory: int | None
 
 
@@ -79,8 +78,7 @@ def dry_runs(
     speed: Any = "auto",
     attention: str = "sdpa",
     evaluate: Batch | None = None,
-    on_card: bool = False,
-    on_cpu: bool = True,
+    device: str = "cpu",
     memory: int | None = None,
     whole: bool = False,
 ) -> Callable[[Checkpointing], Footprint]:
@@ -95,15 +93,15 @@ def dry_runs(
         dtype: of the frozen weights.
         mixed: what autocast computes in: "bf16", "fp16" or "no".
         evaluate: the largest batch of the evaluation, if there is one.
-        on_card: the run is on a GPU, where 4-bit weights are unpacked into buffers that stay.
-        on_cpu: it is on a CPU, whose attention keeps less than what other devices have in the worst case.
+        device: kind of what the run is on. A card unpacks 4-bit weights into buffers that stay; a CPU's attention keeps
+            less than what other devices have in the worst case.
         memory: bytes of the card, if known.
         whole: run all layers even where they are alike; tests compare the short way with it.
 
     Raises:
         TargetError, UnsupportedModel: as `add_lora`, when the function is called.
     """
-    run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate, on_card, on_cpu, memory)
+    run = Run(lora, arguments, batch, dtype, mixed, quantize, speed, attention, evaluate, device, memory)
     count = int(config.num_hidden_layers)
     targets = {key: value for key, value in lora.items() if key not in ("dropout", *_STARTS)}
 
@@ -143,7 +141,7 @@ def _measure(config: Any, run: Run, layers: Kinds, offload: bool) -> Footprint:
         live.parameters = trained
         with live.phase("load", moments):
             pass
-        if run.on_card and run.quantize == "nf4":
+        if run.device == "cuda" and run.quantize == "nf4":
             make_buffers(model, run.memory)
         live.optimizer = optimizer = _optimizer(run.arguments, model, trained)
         _fill_gradients(trained)
@@ -201,7 +199,7 @@ def _model(config: Any, run: Run, layers: Kinds, offload: bool) -> tuple[Any, in
         for layer, again in zip(model.get_base_model().model.layers, layers, strict=True):
             layer.gradient_checkpointing = again
     parts = {applied.part: applied.on for applied in speed_up(model, run.speed)}
-    if parts["attention"] and not run.on_cpu:
+    if parts["attention"] and run.device != "cpu":
         leave_blocks_to_cpus(model.get_base_model())
     chosen = run.speed if isinstance(run.speed, Mapping) else {"lora": run.speed == "auto"}
     if run.quantize == "nf4" and chosen.get("lora", True):

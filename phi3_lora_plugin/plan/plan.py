@@ -134,8 +134,7 @@ def plan(
         speed=recipe.speed,
         attention="eager" if recipe.model.attention == "eager" else "sdpa",  # flash keeps what sdpa keeps
         evaluate=evaluation_batch(lengths, int(arguments.per_device_eval_batch_size), longest) if evaluates else None,
-        on_card=place.kind == "cuda",
-        on_cpu=place.kind == "cpu",
+        device=place.kind,
         memory=memory if recipe.model.quantize == "nf4" else None,
     )
     workspaces = takes.workspaces

@@ -73,14 +73,15 @@ def document_attention(
     kernel = documents.kernels.kernel_for(query, windowed) if dropout == 0.0 else None
     if kernel is not None:
         return kernel(query, key, value, documents.limits, documents.longest, scaling, window), None
-    if documents.kernels.blocks and dropout == 0.0 and _on_a_cpu(query):
+    blocks = documents.kernels.blocks and by_blocks(query.device, query.dtype)
+    if blocks and dropout == 0.0 and query.requires_grad:  # without a gradient SDPA is faster
         return cpu_attention.attend(query, key, value, documents.bounds, scaling, window), None
     return one_by_one(query, key, value, documents.bounds, scaling, dropout, window), None
 
 
-def _on_a_cpu(query: torch.Tensor) -> bool:
-    """Whether `cpu_attention` is the faster way; without a gradient SDPA is."""
-    return query.device.type == "cpu" and query.requires_grad and query.dtype in cpu_attention.DTYPES
+def by_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `cpu_attention` is the faster way to train there."""
+    return device.type == "cpu" and dtype in cpu_attention.DTYPES
 
 
 def register_attention() -> str:

@@ -22,7 +22,7 @@ from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.arguments import by_name
-from phi3_lora_plugin.speed.attention import NAME, by_documents, no_mask, register_attention
+from phi3_lora_plugin.speed.attention import NAME, by_blocks, by_documents, no_mask, register_attention
 from phi3_lora_plugin.speed.bounds import (
     Documents,
     Facts,
@@ -108,7 +108,10 @@ def attention_used(base: Any) -> str:
     """Which attention runs in the fused `base`, and why not a better one."""
     if base.config._attn_implementation != NAME:
         return f"{base.config._attn_implementation} of transformers, as asked for"
-    return str(base.model._kernels)
+    weight, kernels = base.model.norm.weight, base.model._kernels
+    if not (kernels.proved or kernels.refused) and by_blocks(weight.device, weight.dtype):
+        return "blocks of queries on the CPU"
+    return str(kernels)
 
 
 def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:

@@ -1,7 +1,7 @@
 """Cross-entropy on supervised positions only, in chunks, without ever holding the logits of a batch.
 
 In chat data 40-70% of the positions carry no label; their logits are the largest tensors of a training step and all
-of them are multiplied by zero. Here the frozen head is applied to supervised rows alone, `CHUNK` at a time, and the
+of them are multiplied by zero. Here the frozen head is applied to supervised rows alone, in chunks, and the
 gradient of the hidden states is formed in the same pass, so that memory does not grow with vocabulary times tokens.
 """
 
@@ -63,11 +63,12 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 torch.mm(rows, weight.t(), out=logits)
             else:
                 torch.addmm(bias, rows, weight.t(), out=logits)
-            if stats:
-                losses[chunk], entropy[chunk], right[chunk], logits = _with_stats(logits, labels, ctx.scale)
-            else:  # which leaves its gradient in place of the logits
-                losses[chunk] = run.cross_entropy_(logits, labels, ctx.scale, gradient is not None)
-            if gradient is not None:
+            wanted = logits, labels, ctx.scale, gradient is not None
+            if stats:  # which no kernel gives
+                losses[chunk] = passes.cross_entropy_(*wanted, (entropy[chunk], right[chunk]))
+            else:
+                losses[chunk] = run.cross_entropy_(*wanted)
+            if gradient is not None:  # of the logits, in their place
                 torch.mm(logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient, index)
         ctx.dtype = given
@@ -86,19 +87,6 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         if index is not None:
             gradient = gradient.new_zeros(ctx.all, gradient.shape[1]).index_copy_(0, index, gradient)
         return gradient, None, None, None, None, None
-
-
-def _with_stats(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
-    """(cross-entropy, entropy, whether it is right) of each row, and the gradient of its logits x `scale`."""
-    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    norm = wide.logsumexp(-1, keepdim=True)
-    losses = (norm - wide.gather(-1, labels[:, None])).squeeze(-1)
-    share = (wide - norm).exp_()
-    entropy = norm.squeeze(-1) - torch.linalg.vecdot(share, wide)
-    right = wide.argmax(-1) == labels
-    share[torch.arange(len(labels), device=labels.device), labels] -= 1
-    share = share if scale == 1.0 else share.mul_(scale)
-    return losses, entropy, right, share.to(logits.dtype)
 
 
 def _alike(rows: int, most: int) -> int:

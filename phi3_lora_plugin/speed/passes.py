@@ -105,11 +105,14 @@ def gate_sum_backward(
     return gate_backward(grad, torch.addmm(both, down, wide.t(), alpha=scaling))
 
 
-def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gradient: bool) -> torch.Tensor:
+def cross_entropy_(
+    logits: torch.Tensor, labels: torch.Tensor, scale: float, gradient: bool, stats: Pair | None = None
+) -> torch.Tensor:
     """The cross-entropy of each row [rows] in float32, and in place of `logits` [rows, words] its gradient x `scale`.
 
     Args:
         gradient: whether that gradient is wanted; what is in `logits` afterwards is of no use without.
+        stats: where to write the entropy of each row's prediction, and whether it is right, each [rows].
     """
     exact = torch.promote_types(torch.float32, logits.dtype)  # float64 stays what it is
     # On a CPU a few rows at a time: what one pass has written is still in the cache for the next.
@@ -125,6 +128,10 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float, gra
         # The logarithm of the sum, from the largest share: at least 1 / words, it has all its digits.
         norms = given.amax(-1, keepdim=True) - (share.amax(-1, keepdim=True) / total).log_()
         losses[start : start + few] = (norms - given.gather(-1, names)).squeeze(-1)
+        if stats is not None:
+            entropy, right = (part[start : start + few] for part in stats)
+            torch.sub(norms.squeeze(-1), torch.linalg.vecdot(share, given) / total.squeeze(-1), out=entropy)
+            torch.eq(given.argmax(-1), names.squeeze(-1), out=right)
         if gradient:  # softmax - onehot
             torch.mul(share.scatter_add_(-1, names, -total), scale / total, out=rows)
     return losses

@@ -96,7 +96,7 @@ class Kernels:
     def __str__(self) -> str:
         """Which attention runs, and why not a better one."""
         if not self.proved and not self.refused:
-            return "blocks of queries on the CPU"
+            return "one SDPA call a document: no GPU"
         said: dict[str, list[tuple[str, torch.dtype, bool]]] = {}
         for case, kernel in self.proved.items():
             said.setdefault(str(kernel), []).append(case)

@@ -44,7 +44,7 @@ def render(recipe: Recipe) -> Rendered:
         Line("micro_batch_size", n.batch),
         Line("gradient_accumulation_steps", n.accumulation),
         Line("num_epochs", n.epochs),
-        *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+        *some(max_steps=n.max_steps > 0 and n.max_steps),
         Line("learning_rate", n.learning_rate),
         Line("lr_scheduler", n.scheduler),
         Line("warmup_ratio" if n.warmup < 1 else "warmup_steps", n.warmup),

@@ -198,7 +198,7 @@ class Rendering:
             Line("per_device_train_batch_size", n.batch),
             Line("gradient_accumulation_steps", n.accumulation),
             Line("num_train_epochs", float(n.epochs)),
-            *([Line("max_steps", n.max_steps)] if n.max_steps > 0 else []),
+            *some(max_steps=n.max_steps > 0 and n.max_steps),
             Line("learning_rate", n.learning_rate),
             Line("lr_scheduler_type", n.scheduler),
             Line("optim", n.optimizer),
