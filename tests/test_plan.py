@@ -32,6 +32,7 @@ from phi3_lora_plugin.plan.machine import CONTEXT, PlanError, machine, planned_d
 from phi3_lora_plugin.plan.plan import Plan, plan
 from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.recipe.layers import shipped_names
+from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.apply import speed_up
 from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 from phi3_lora_plugin.training.checkpointing import Checkpointing, offers_some_layers
@@ -286,6 +287,20 @@ def test_two_and_three_layers_tell_what_all_of_them_take(changes: dict[str, Any]
     assert short.keys() == whole.keys()
     for phase in whole:
         assert short[phase].bytes == whole[phase].bytes and short[phase].operation == whole[phase].operation
+
+
+def test_one_turn_of_the_loss_tells_what_all_of_them_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_CACHED", 10_000)  # few rows of logits at a time
+    config, batch = tiny.config(num_hidden_layers=2), Batch((64, 64))
+    given = training_arguments(recipe(Path("nowhere")))
+    one = footprint(config, LORA, given, batch, dtype=torch.bfloat16)
+    monkeypatch.setattr(passes, "in_dry_run", lambda: False)
+    all_of_them = footprint(config, LORA, given, batch, dtype=torch.bfloat16)
+    for turn, turns in zip(one.moments, all_of_them.moments, strict=True):
+        assert turn.phase == turns.phase
+        assert turns.total - turn.total in (0, 19 * 4)  # a norm of each row of the turn before
+    on_card = footprint(config, LORA, given, batch, dtype=torch.bfloat16, device="cuda")  # all rows at once
+    assert max(each.total for each in on_card.moments) > max(each.total for each in one.moments)
 
 
 def test_what_a_card_takes_beside_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from phi3_lora_plugin.plan.extend import LONGEST, Footprint, Kinds, alike, exten
 from phi3_lora_plugin.plan.live import Live, Moment, mark_layers, size_of
 from phi3_lora_plugin.plan.packed import make_buffers
 from phi3_lora_plugin.seams import look_up, require
+from phi3_lora_plugin.speed.device_kind import dry_run_for
 from phi3_lora_plugin.training.checkpointing import Checkpointing, checkpointing_of
 
 FakeTensorMode: Any = look_up("torch.fake_mode")
@@ -134,7 +135,7 @@ def _measure(config: Any, run: Run, layers: Kinds, offload: bool) -> Footprint:
     model, parameters, loss_by_rows = _model(config, run, layers, offload)
     live, moments = Live(config.vocab_size), list[Moment]()
     inputs = {each: _inputs(each) for each in (run.batch, run.evaluate) if each is not None}
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    with FakeTensorMode(allow_non_fake_inputs=True), live, dry_run_for(run.device):
         without_storage(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         live.base = live.now - sum(size_of(parameter) for parameter in trained)
@@ -176,7 +177,6 @@ def _model(config: Any, run: Run, layers: Kinds, offload: bool) -> tuple[Any, in
     from phi3_lora_plugin.lora.inject import add_lora, prepare_for_checkpointing
     from phi3_lora_plugin.plan.packed import fuse_packed, pack_weights
     from phi3_lora_plugin.speed.apply import speed_up
-    from phi3_lora_plugin.speed.documents import leave_blocks_to_cpus
 
     config._attn_implementation = run.attention
     config.use_cache = False
@@ -199,8 +199,6 @@ def _model(config: Any, run: Run, layers: Kinds, offload: bool) -> tuple[Any, in
         for layer, again in zip(model.get_base_model().model.layers, layers, strict=True):
             layer.gradient_checkpointing = again
     parts = {applied.part: applied.on for applied in speed_up(model, run.speed)}
-    if parts["attention"] and run.device != "cpu":
-        leave_blocks_to_cpus(model.get_base_model())
     chosen = run.speed if isinstance(run.speed, Mapping) else {"lora": run.speed == "auto"}
     if run.quantize == "nf4" and chosen.get("lora", True):
         fuse_packed(model)

@@ -17,6 +17,7 @@ import torch  # noqa: TID253
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.speed import cpu_attention
 from phi3_lora_plugin.speed.bounds import Documents
+from phi3_lora_plugin.speed.device_kind import device_kind
 from phi3_lora_plugin.speed.sdpa import one_by_one
 
 #: The name in `AttentionInterface`. Without documents it is transformers' "sdpa", masks included.
@@ -73,15 +74,14 @@ def document_attention(
     kernel = documents.kernels.kernel_for(query, windowed) if dropout == 0.0 else None
     if kernel is not None:
         return kernel(query, key, value, documents.limits, documents.longest, scaling, window), None
-    blocks = documents.kernels.blocks and by_blocks(query.device, query.dtype)
-    if blocks and dropout == 0.0 and query.requires_grad:  # without a gradient SDPA is faster
+    if by_blocks(query) and dropout == 0.0 and query.requires_grad:  # without a gradient SDPA is faster
         return cpu_attention.attend(query, key, value, documents.bounds, scaling, window), None
     return one_by_one(query, key, value, documents.bounds, scaling, dropout, window), None
 
 
-def by_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `cpu_attention` is the faster way to train there."""
-    return device.type == "cpu" and dtype in cpu_attention.DTYPES
+def by_blocks(x: torch.Tensor) -> bool:
+    """Whether `cpu_attention` is the faster way to train in the dtype of `x`, where it is."""
+    return device_kind(x) == "cpu" and x.dtype in cpu_attention.DTYPES
 
 
 def register_attention() -> str:

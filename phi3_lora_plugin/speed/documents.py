@@ -10,7 +10,6 @@ batch, wherever something hangs on them: NEFTune scales its noise by that shape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -98,18 +97,12 @@ _OURS = (
 )  # fmt: skip
 
 
-def leave_blocks_to_cpus(base: Any) -> None:
-    """Attend as another device does where it has no kernel, in a dry run for it."""
-    if base.config._attn_implementation == NAME:
-        base.model._kernels = replace(base.model._kernels, blocks=False)
-
-
 def attention_used(base: Any) -> str:
     """Which attention runs in the fused `base`, and why not a better one."""
     if base.config._attn_implementation != NAME:
         return f"{base.config._attn_implementation} of transformers, as asked for"
     weight, kernels = base.model.norm.weight, base.model._kernels
-    if not (kernels.proved or kernels.refused) and by_blocks(weight.device, weight.dtype):
+    if not (kernels.proved or kernels.refused) and by_blocks(weight):
         return "blocks of queries on the CPU"
     return str(kernels)
 
@@ -128,7 +121,7 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
         attention.scaling,
         getattr(config, "sliding_window", None),
     )
-    return Kernels(known.proved | new.proved, known.refused | new.refused, known.blocks)
+    return Kernels(known.proved | new.proved, known.refused | new.refused)
 
 
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:

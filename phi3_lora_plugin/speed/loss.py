@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
 from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.arguments import by_name
 from phi3_lora_plugin.speed.bounds import to_device
+from phi3_lora_plugin.speed.device_kind import device_kind
 from phi3_lora_plugin.speed.proved_kernels import cards_of, passes_for, prove
 from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
 
@@ -102,7 +103,7 @@ _held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _logits_buffer(head: torch.Tensor, rows: int) -> torch.Tensor:
     """[rows, words] for the chunks of one call, in the dtype of the head; the allocator of a card keeps its own."""
     size = rows * len(head)
-    if head.device.type != "cpu" or torch.compiler.is_compiling():
+    if device_kind(head) != "cpu" or torch.compiler.is_compiling():
         return head.new_empty(rows, len(head))
     memory = _held.get(head)
     if memory is None or memory.dtype != head.dtype or len(memory) < size:
@@ -113,8 +114,8 @@ def _logits_buffer(head: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _rows_at_once(head: torch.Tensor, in_float32: bool) -> int:
     """Rows of logits held at one time: many, since each chunk reads the whole head."""
-    row = len(head) * (4 if in_float32 and head.is_cuda else head.element_size())
-    return max(CHUNK, _BYTES.get(head.device.type, 0) // row // 128 * 128)
+    row = len(head) * (4 if in_float32 and (head.is_cuda or device_kind(head) == "cuda") else head.element_size())
+    return max(CHUNK, _BYTES.get(device_kind(head), 0) // row // 128 * 128)
 
 
 def supervised_rows(

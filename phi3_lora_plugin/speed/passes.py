@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch  # noqa: TID253
 
+from phi3_lora_plugin.speed.device_kind import device_kind, in_dry_run
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -116,11 +118,11 @@ def cross_entropy_(
     """
     exact = torch.promote_types(torch.float32, logits.dtype)  # float64 stays what it is
     # On a CPU a few rows at a time: what one pass has written is still in the cache for the next.
-    few = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    shares = logits.new_empty(min(few, len(logits)), logits.shape[1], dtype=exact)
+    few = min(len(logits), max(1, _CACHED // logits.shape[1])) if device_kind(logits) == "cpu" else len(logits)
+    shares = logits.new_empty(few, logits.shape[1], dtype=exact)
     wide = None if logits.dtype == exact else torch.empty_like(shares)
     losses = logits.new_empty(len(logits), dtype=exact)
-    for start in range(0, len(logits), few):
+    for start in range(0, few if in_dry_run() else len(logits), max(1, few)):
         rows, names = logits[start : start + few], labels[start : start + few, None]
         given = rows if wide is None else wide[: len(rows)].copy_(rows)
         share = torch.softmax(given, -1, out=shares[: len(rows)])

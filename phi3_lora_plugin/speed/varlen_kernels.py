@@ -86,8 +86,6 @@ class Kernels:
 
     proved: dict[tuple[str, torch.dtype, bool], Kernel] = field(default_factory=dict)
     refused: dict[tuple[str, torch.dtype, bool], str] = field(default_factory=dict)
-    blocks: bool = True
-    """Whether blocks of queries are for a CPU to train with; not in a dry run of what another device keeps."""
 
     def kernel_for(self, query: torch.Tensor, windowed: bool) -> Kernel | None:
         """The kernel for these queries, if one was proved."""
