@@ -21,20 +21,19 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chart import draw
 from benchmarks.jobs import BAD_FORK, run_job
+from benchmarks.machine import machine
 from benchmarks.workloads import WORKLOADS, Workload, chats, rows, setting
 
 #: Ours -> the runs on the very same batches whose losses and adapters it has to match. TRL packs by itself, into
@@ -98,7 +97,7 @@ def main() -> int:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # counts cards without touching CUDA
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": _machine(), "seed": chosen.seed, "pairs": chosen.pairs, "workloads": {}}
+    report: dict[str, Any] = {"machine": machine(), "seed": chosen.seed, "pairs": chosen.pairs, "workloads": {}}
     report |= {"model": dict(chosen.model), "data": str(chosen.data) if chosen.data else "random rows"}
     report |= {"threads": chosen.threads, "load_before": os.getloadavg()[0]}
     failed = False
@@ -291,42 +290,6 @@ def _table(name: str, notes: str, result: dict[str, Any]) -> None:
             f"  noise, stock code with itself: losses within {noise['loss']:.1e}, cosine {noise['cosine']:.6f}; "
             f"{NOISE:g} times that is the limit where it is wider"
         )
-
-
-def _machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "liger-kernel", "bitsandbytes")
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    # Asked for by the driver's library, so that nothing here touches CUDA before the runs are forked.
-    cpu = _cpu_name() or platform.processor() or platform.machine()
-    return {
-        "device": _card_name() or cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": found,
-    }
-
-
-def _cpu_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-
-
-def _card_name() -> str | None:
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.splitlines()[0].strip() if said.returncode == 0 and said.stdout else None
 
 
 if __name__ == "__main__":

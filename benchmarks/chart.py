@@ -14,12 +14,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     rows = []
     for name, result in report["workloads"].items():
         fastest = max(row["tokens_per_second"] for row in result["variants"].values())
-        rows.append((f"workload {name}", None, 0.0, ""))
+        rows.append((f"workload {name}", None, 0.0))
         for variant, row in result["variants"].items():
-            rows.append((variant, row["tokens_per_second"], row["tokens_per_second"] / fastest, ""))
+            rows.append((variant, row["tokens_per_second"], row["tokens_per_second"] / fastest))
     height = 22 * len(rows) + 20
     body = []
-    for index, (label, value, share, _) in enumerate(rows):
+    for index, (label, value, share) in enumerate(rows):
         y = 20 + 22 * index
         if value is None:
             body.append(f'<text x="10" y="{y}" font-weight="bold">{escape(label)}</text>')

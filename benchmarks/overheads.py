@@ -20,7 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.workloads import Workload
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -82,72 +85,71 @@ def save(rounds: int) -> dict[str, tuple[float, float]]:
     as the last save has left them, and each save goes into a folder of its own. Deleting old ones is part of ours; the
     others' are deleted here, outside of the time that is measured.
     """
+    from benchmarks.workloads import WORKLOADS
+
+    measured = {}
+    wide = replace(WORKLOADS["C"], model=WORKLOADS["C"].model | dict(hidden_size=512, intermediate_size=1408), rank=64)
+    for name, load in (("C, 0.9 MB", WORKLOADS["C"]), ("D, 2.4 MB", WORKLOADS["D"]), ("32 layers, 67 MB", wide)):
+        measured |= {f"save {name}: {way}": times for way, times in _saved(load, rounds).items()}
+    return measured
+
+
+def _saved(load: Workload, rounds: int) -> dict[str, tuple[float, float]]:
+    """Each way to save the adapter of a workload, in turn."""
     import torch
     from safetensors.torch import save_file
 
     from benchmarks.variants import build
-    from benchmarks.workloads import WORKLOADS
     from phi3_lora_plugin.lora.inventory import inventory_of
     from phi3_lora_plugin.lora.snapshot import take
     from phi3_lora_plugin.store.retention import Retention
     from phi3_lora_plugin.store.run import CheckpointRun
 
-    measured = {}
-    wide = replace(WORKLOADS["C"], model=WORKLOADS["C"].model | dict(hidden_size=512, intermediate_size=1408), rank=64)
-    for name, load in (("C, 0.9 MB", WORKLOADS["C"]), ("D, 2.4 MB", WORKLOADS["D"]), ("32 layers, 67 MB", wide)):
-        model = build(load, 0)
-        state = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
-        for key, tensor in state.items():
-            if "lora_B" in key:
-                torch.nn.init.normal_(tensor)
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            step = iter(range(1, 10_000))
-            known = inventory_of(model)  # as `LoraCheckpoint` has it from the beginning of training
-            run = CheckpointRun(place / "store", {}, {}, "peft", Retention(), began_at=0)
-            run.open(background=False)
+    model = build(load, 0)
+    state = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+    for key, tensor in state.items():
+        if "lora_B" in key:
+            torch.nn.init.normal_(tensor)
+    ids = torch.arange(1, 65).reshape(1, 64)  # without 0, which pads: its embedding is zero
+    step = iter(range(1, 10_000))
+    known = inventory_of(model)  # as `LoraCheckpoint` has it from the beginning of training
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        run = CheckpointRun(place / "store", {}, {}, "peft", Retention(), began_at=0)
+        run.open(background=False)
 
-            def fresh(place: Path = place, step: Any = step) -> Path:
-                folder = place / f"other-{next(step)}"
-                folder.mkdir()
-                return folder
+        def fresh() -> Path:
+            other = place / f"other-{next(step)}"
+            other.mkdir()
+            return other
 
-            def raw(sync: bool, state: Any = state, fresh: Callable[[], Path] = fresh) -> None:
-                path = fresh() / "adapter_model.safetensors"
-                save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
-                if sync:
-                    descriptor = os.open(path, os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
+        def raw(sync: bool) -> None:
+            path = fresh() / "adapter_model.safetensors"
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+            if sync:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
 
-            def peft(model: Any = model, fresh: Callable[[], Path] = fresh) -> None:
-                model.save_pretrained(fresh(), save_embedding_layers=False)
+        def taken(copy: bool) -> Any:
+            return take(model, copy=copy, inventory=inventory_of(model, None, known))
 
-            def taken(copy: bool, model: Any = model, known: Any = known) -> Any:
-                return take(model, copy=copy, inventory=inventory_of(model, None, known))
+        def step_of_training() -> None:
+            for old in place.glob("other-*"):
+                shutil.rmtree(old)
+            model(input_ids=ids, labels=ids).loss.backward()
 
-            def whole(run: Any = run, step: Any = step, taken: Callable[[bool], Any] = taken) -> None:
-                run.save(next(step), taken(False), None, None)
-
-            ids = torch.arange(1, 65).reshape(1, 64)  # without 0, which pads: its embedding is zero
-
-            def step_of_training(place: Path = place, model: Any = model, ids: Any = ids) -> None:
-                for old in place.glob("other-*"):
-                    shutil.rmtree(old)
-                model(input_ids=ids, labels=ids).loss.backward()
-
-            ways: dict[str, Callable[[], Any]] = {
-                "bare safetensors": partial(raw, False),
-                "bare safetensors, synced to the disk": partial(raw, True),
-                "PEFT's save_pretrained": peft,
-                "ours, while training waits (background)": partial(taken, True),
-                "ours, named and checked, nothing copied": partial(taken, False),
-                "ours, hashed, synced and published": whole,
-            }
-            taken_in_turn = _interleaved(ways, rounds, before=step_of_training)
-            measured |= {f"save {name}: {way}": times for way, times in taken_in_turn.items()}
-            run.close()
-    return measured
+        ways: dict[str, Callable[[], Any]] = {
+            "bare safetensors": lambda: raw(sync=False),
+            "bare safetensors, synced to the disk": lambda: raw(sync=True),
+            "PEFT's save_pretrained": lambda: model.save_pretrained(fresh(), save_embedding_layers=False),
+            "ours, while training waits (background)": lambda: taken(copy=True),
+            "ours, named and checked, nothing copied": lambda: taken(copy=False),
+            "ours, hashed, synced and published": lambda: run.save(next(step), taken(copy=False), None, None),
+        }
+        times = _interleaved(ways, rounds, before=step_of_training)
+        run.close()
+    return times
 
 
 def callbacks(rounds: int) -> dict[str, tuple[float, float]]:
@@ -157,6 +159,7 @@ def callbacks(rounds: int) -> dict[str, tuple[float, float]]:
     from benchmarks.variants import Clock, build, trainer_for
     from benchmarks.workloads import WORKLOADS, rows
     from phi3_lora_plugin import LoraCheckpoint
+    from phi3_lora_plugin.training.metrics_log import MetricsLog
     from phi3_lora_plugin.training.progress import ProgressReport
 
     measured = {}
@@ -166,7 +169,8 @@ def callbacks(rounds: int) -> dict[str, tuple[float, float]]:
             spent = {"wall": 0.0, "cpu": 0.0}
             trainer = trainer_for("ours", build(load, 0), load, rows(load, 0), Path(folder), Clock())
             trainer.args.logging_steps = every
-            for callback in (ProgressReport(Console(quiet=True)), LoraCheckpoint()):
+            metrics = MetricsLog(Path(folder))
+            for callback in (metrics, ProgressReport(Console(quiet=True), metrics), LoraCheckpoint()):
                 for event in ("on_step_begin", "on_step_end", "on_log", "on_substep_end", "on_pre_optimizer_step"):
                     setattr(callback, event, _counted(getattr(callback, event), spent))
                 trainer.add_callback(callback)

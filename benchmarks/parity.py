@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from benchmarks.batches import items_in, padded
 from phi3_lora_plugin.chat.pack import PackedCollator, pack
 from phi3_lora_plugin.speed.apply import PARTS, slow_down, speed_up
 
@@ -67,14 +68,14 @@ def main() -> int:
     failed = False
     for shape in chosen.shapes:
         data = rows(SHAPES[shape].get("vocab_size", 2000), chosen.seed)
-        stock, stock_adapter = train(shape, "off", padded(data), chosen)
+        stock, stock_adapter = train(shape, "off", [padded(data)], chosen)
         worst = [0.0, 0.0]
         for parts in ("auto", *alone, *without):
-            losses, adapter = train(shape, parts, padded(data), chosen)
+            losses, adapter = train(shape, parts, [padded(data)], chosen)
             worst[0] = max(worst[0], *(abs(a - b) / b for a, b in zip(losses, stock, strict=True)))
             worst[1] = max(worst[1], float((adapter - stock_adapter).abs().max()))
         # Longrope by document is what each row has alone; a stock batch has long factors for all if one row is long.
-        single, single_adapter = train(shape, "off", [batch for row in data for batch in padded([row])], chosen)
+        single, single_adapter = train(shape, "off", [padded([row]) for row in data], chosen)
         packs = [{"rows": [data[i] for i in members]} for members in pack([len(r["input_ids"]) for r in data], 64)]
         losses, adapter = train(shape, "auto", [PackedCollator()(packs)], chosen)
         worst[0] = max(worst[0], *(abs(a - b) / b for a, b in zip(losses, single, strict=True)))
@@ -95,15 +96,6 @@ def rows(vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
     return made
 
 
-def padded(data: list[dict[str, list[int]]]) -> list[dict[str, Any]]:
-    """One batch, padded on the right."""
-    width = max(len(row["input_ids"]) for row in data)
-    ids = [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in data]
-    labels = [row["labels"] + [-100] * (width - len(row["labels"])) for row in data]
-    mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in data]
-    return [{"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}]
-
-
 def train(shape: str, parts: Any, batches: list[dict[str, Any]], chosen: Any) -> tuple[Any, Any]:
     """(loss of each step, adapter as one vector): every step takes all batches, accumulated as Trainer does it."""
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=2000)
@@ -118,7 +110,7 @@ def train(shape: str, parts: Any, batches: list[dict[str, Any]], chosen: Any) ->
     speed_up(model, parts)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05)
-    items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    items = items_in(batches)
     losses = []
     for _ in range(chosen.steps):
         model.zero_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_MINI = dict(
+MINI = dict(
     hidden_size=3072,
     intermediate_size=8192,
     num_hidden_layers=32,
@@ -19,7 +19,7 @@ _MINI = dict(
     original_max_position_embeddings=4096,
     sliding_window=2047,
 )
-_SLIM_MOE = _MINI | dict(  # SlimMoE, arXiv 2506.18349: pruned from Phi-3.5-MoE
+_SLIM_MOE = MINI | dict(  # SlimMoE, arXiv 2506.18349: pruned from Phi-3.5-MoE
     hidden_size=4096,
     num_local_experts=16,
     num_experts_per_tok=2,
@@ -27,7 +27,7 @@ _SLIM_MOE = _MINI | dict(  # SlimMoE, arXiv 2506.18349: pruned from Phi-3.5-MoE
     attention_bias=True,
     lm_head_bias=True,
 )
-_MEDIUM = _MINI | dict(
+_MEDIUM = MINI | dict(
     hidden_size=5120,
     intermediate_size=17920,
     num_hidden_layers=40,
@@ -37,10 +37,10 @@ _MEDIUM = _MINI | dict(
 
 #: hub id -> fields of `Phi3Config` (`PhimoeConfig` where there are experts); `rope` is "longrope" where it is that.
 SIZES: dict[str, dict[str, Any]] = {
-    "microsoft/Phi-3-mini-4k-instruct": _MINI,
-    "microsoft/Phi-3-mini-128k-instruct": _MINI
+    "microsoft/Phi-3-mini-4k-instruct": MINI,
+    "microsoft/Phi-3-mini-128k-instruct": MINI
     | dict(max_position_embeddings=131072, sliding_window=262144, rope="longrope"),
-    "microsoft/Phi-3.5-mini-instruct": _MINI
+    "microsoft/Phi-3.5-mini-instruct": MINI
     | dict(max_position_embeddings=131072, sliding_window=262144, rope="longrope"),
     "microsoft/Phi-3-medium-4k-instruct": _MEDIUM,
     "microsoft/phi-4": _MEDIUM
@@ -50,7 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
         original_max_position_embeddings=16384,
         sliding_window=None,
     ),
-    "microsoft/Phi-4-mini-instruct": _MINI
+    "microsoft/Phi-4-mini-instruct": MINI
     | dict(
         num_attention_heads=24,
         num_key_value_heads=8,
@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
         rope="longrope",
     ),
-    "microsoft/Phi-3.5-MoE-instruct": _MINI
+    "microsoft/Phi-3.5-MoE-instruct": MINI
     | dict(
         hidden_size=4096,
         intermediate_size=6400,

@@ -21,30 +21,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.batches import padded
 from benchmarks.checkpointing import recompute
 from benchmarks.jobs import run_job
+from benchmarks.nf4 import pack as pack_nf4
 from benchmarks.tokenizer import words
 from benchmarks.workloads import WORKLOADS, Workload
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-
-#: Which code runs the step, and on which rows: padded batches, or packs of up to `max_length` tokens.
-VARIANTS = {
-    "ours": "padded",
-    "ours-packed": "packed",
-    "ours-checkpointed": "padded",
-    "trainer-peft": "padded",
-    "trainer-peft-checkpointed": "padded",
-    "trainer-peft-packed": "packed",
-    # Stock code too: how much right runs differ in 16 bits. Another order of sums; a start that rounds otherwise.
-    "trainer-peft-eager": "padded",
-    "trainer-peft-nudged": "padded",
-    "trl": "padded",
-    "trl-best": "padded",
-    "trl-packed": "packed",
-    "liger": "padded",
-    "unsloth": "padded",
-}
 
 
 class Clock(TrainerCallback):
@@ -62,24 +46,6 @@ class Clock(TrainerCallback):
         self.used.append(time.process_time())
 
 
-class Padding:
-    """Right padding with an attention mask, the same for every variant; `pad` is id 0."""
-
-    pad_token_id = 0
-    padding_side = "right"
-
-    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        width = max(len(example["input_ids"]) for example in examples)
-
-        def filled(name: str, filler: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in examples])
-
-        batch = {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100)}
-        lengths = torch.tensor([len(row["input_ids"]) for row in examples])
-        batch["attention_mask"] = (torch.arange(width)[None] < lengths[:, None]).long()
-        return batch
-
-
 def build(load: Workload, seed: int) -> Any:
     """The model of a workload with a fresh adapter; equal for equal seeds."""
     dtype = getattr(torch, load.dtype)
@@ -92,7 +58,7 @@ def build(load: Workload, seed: int) -> Any:
         torch.set_default_dtype(before)
     model.config.use_cache = False
     if load.quantize:
-        _quantise(model)
+        pack_nf4(model)
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(r=load.rank, lora_alpha=2 * load.rank, target_modules=TARGETS))
 
@@ -117,26 +83,6 @@ def _tiled(config: Any, seed: int) -> Any:
             start = (start + flat.numel()) % length
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are not parameters
     return model
-
-
-def _quantise(model: Any) -> None:
-    """NF4 with double quantisation in place of the layers' linear maps, as bitsandbytes loads a checkpoint."""
-    import bitsandbytes as bnb
-
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, linear in list(parent.named_children()):
-                if not isinstance(linear, torch.nn.Linear):
-                    continue
-                sizes, device, dtype = (
-                    (linear.in_features, linear.out_features),
-                    linear.weight.device,
-                    linear.weight.dtype,
-                )
-                packed = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4")
-                packed.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-                setattr(parent, name, packed.to(device))
-    model.is_loaded_in_4bit = True
 
 
 def arguments(load: Workload, folder: Path, kind: type = TrainingArguments, **more: Any) -> Any:
@@ -167,38 +113,27 @@ def trainer_for(
     """The Trainer of a variant around the model."""
     # As many packs as hold a batch of rows, for every variant that packs.
     packs_a_batch = max(1, round(load.batch * load.mean_length / load.max_length))
-    if variant == "unsloth":
+    if variant == "unsloth" or variant.startswith("trl"):
+        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer  # unsloth has put its own in their places
 
-        args = arguments(load, folder, SFTConfig, max_length=load.max_length, dataset_kwargs=_PREPARED)
-        return _sft(SFTTrainer, model, args, data, clock)
-    if variant.startswith("trl"):
-        from trl import SFTConfig, SFTTrainer
-
         packed = variant == "trl-packed"
-        if packed:
-            load = replace(load, batch=packs_a_batch)
-        args = arguments(
-            load,
-            folder,
-            SFTConfig,
-            max_length=load.max_length,
-            packing=packed,
-            dataset_kwargs={"skip_prepare_dataset": not packed},
+        more = {"max_length": load.max_length, "dataset_kwargs": {"skip_prepare_dataset": not packed}}
+        if variant != "unsloth":
             # TRL uses gradient checkpointing by default; at its best it does not, where memory allows
-            gradient_checkpointing=variant == "trl",
-        )
-        return _sft(SFTTrainer, model, args, data, clock)
+            more |= {"packing": packed, "gradient_checkpointing": variant == "trl"}
+        args = arguments(replace(load, batch=packs_a_batch) if packed else load, folder, SFTConfig, **more)
+        rows = Dataset.from_list(data)
+        return SFTTrainer(model, args, train_dataset=rows, processing_class=words(), callbacks=[clock])
     from phi3_lora_plugin.chat.pack import PackedCollator, pack
     from phi3_lora_plugin.speed.apply import speed_up
 
-    collator: Any = Padding()
-    extra: dict[str, Any] = {}
+    collator: Any = padded
     if variant.endswith("packed"):
         packs = pack([len(row["input_ids"]) for row in data], load.max_length)
         data = [{"rows": [data[index] for index in members]} for members in packs]
         collator = PackedCollator()
-        extra = {"per_device_train_batch_size": packs_a_batch}
+        load = replace(load, batch=packs_a_batch)
     if variant.startswith("ours"):
         for applied in speed_up(model):
             print(applied, file=sys.stderr)
@@ -209,22 +144,11 @@ def trainer_for(
         # Eager attention keeps S x S a head and layer, which no card holds for all layers at once.
         model.get_base_model().set_attn_implementation("eager")
         recompute(model)
-    for name, value in extra.items():
-        setattr(args, name, value)
     if variant == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_phi3
 
         apply_liger_kernel_to_phi3(model=model.get_base_model())
     return Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=[clock])
-
-
-_PREPARED = {"skip_prepare_dataset": True}
-
-
-def _sft(kind: type, model: Any, args: Any, data: list[dict[str, Any]], clock: Clock) -> Any:
-    from datasets import Dataset
-
-    return kind(model, args, train_dataset=Dataset.from_list(data), processing_class=words(), callbacks=[clock])
 
 
 def build_unsloth(load: Workload, seed: int, folder: Path) -> Any:

@@ -11,16 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-MINI = dict(
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    vocab_size=32064,
-    max_position_embeddings=4096,
-    sliding_window=2047,
-)
+from benchmarks.sizes import MINI
 
 _GSM8K = {"prompt": "question", "completion": "answer"}  # its columns, if no others are given
 
@@ -54,18 +45,8 @@ class Workload:
 
 
 def _small(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, **more: Any) -> dict[str, Any]:
-    return (
-        dict(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            vocab_size=vocab,
-            max_position_embeddings=4096,
-        )
-        | more
-    )
+    sizes = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, vocab_size=vocab)
+    return sizes | dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096) | more
 
 
 WORKLOADS = {

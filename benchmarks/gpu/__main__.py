@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ PACKAGES = (
     "torch", "triton", "transformers", "peft", "accelerate", "trl", "datasets", "bitsandbytes", "liger-kernel",
     "flash-attn", "pydantic",
 )  # fmt: skip
-PARTS = ("0", "1a", "1b", "2", "3")
+MODULES = {"1a": "exactness", "1b": "training", "2": "throughput", "3": "profile"}
+PARTS = ("0", *MODULES)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -78,19 +79,12 @@ def main() -> int:
 def checks(part: str) -> Callable[[Any], list[Any]]:
     """The checks of a part; imported only now, so that one part that cannot be imported leaves the others."""
     if part == "0":
-        return lambda setup: here()
-    if part == "1a":
-        from benchmarks.gpu.exactness import checks as made
-    elif part == "1b":
-        from benchmarks.gpu.training import checks as made
-    elif part == "2":
-        from benchmarks.gpu.throughput import checks as made
-    else:
-        from benchmarks.gpu.profile import checks as made
+        return here
+    made: Callable[[Any], list[Any]] = import_module(f"benchmarks.gpu.{MODULES[part]}").checks
     return made
 
 
-def here() -> list[Any]:
+def here(setup: Any) -> list[Any]:
     """Part 0: what is installed, which card it is, and which code will run on it."""
     from benchmarks.gpu.facts import Check
 
@@ -99,13 +93,9 @@ def here() -> list[Any]:
 
 def _versions(setup: Any) -> Any:
     from benchmarks.gpu.facts import Found
+    from benchmarks.machine import versions
 
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
+    found = versions(PACKAGES)
     missing = [package for package, known in found.items() if known is None]
     said = ", ".join(f"{package} {known}" for package, known in found.items() if known)
     said += f"; without {', '.join(missing)}" if missing else ""

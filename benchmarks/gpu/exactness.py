@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.batches import items_in, loss_of, on_device, padded
 from benchmarks.gpu.facts import Check, Found, LeftOut, Setup
-from benchmarks.gpu.models import error, lengths, packed, padded, rows, shapes, small_model, step
+from benchmarks.gpu.models import error, lengths, packed, rows, shapes, small_model, step
 
 EXACT = 1e-5  # in float32, of losses and of gradients by their norm
 SHARE = 1.5  # of stock code's own error in 16 bits
@@ -110,16 +111,13 @@ def host_reads(setup: Setup) -> Found:
     model = small_model(setup, setup.half)
     speed_up(model)
     step(model, [batch], setup, setup.half)  # the first one compiles and allocates
-    inputs = {key: value.to(setup.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    items = int((batch["labels"][:, 1:] != -100).sum())
+    inputs, items = on_device(batch, setup.device), items_in([batch])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            with torch.autocast("cuda", dtype=setup.half):
-                loss = model(**inputs, num_items_in_batch=items).loss
-            loss.backward()
+            loss_of(model, inputs, setup.device, items, setup.half).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [f"{warning.filename}:{warning.lineno}" for warning in seen if "synchroniz" in str(warning.message)]

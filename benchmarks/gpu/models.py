@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from benchmarks.batches import items_in, loss_of
 from benchmarks.gpu.facts import Setup
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -100,18 +100,6 @@ def rows(setup: Setup, counts: Sequence[int], vocabulary: int, supervised: float
     return made
 
 
-def padded(some: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """One batch, padded on the right."""
-    width = max(len(row["input_ids"]) for row in some)
-
-    def filled(key: str, filler: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [filler] * (width - len(row[key])) for row in some])
-
-    counts = torch.tensor([len(row["input_ids"]) for row in some])
-    mask = (torch.arange(width)[None] < counts[:, None]).long()
-    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", -100), "attention_mask": mask}
-
-
 def packed(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One batch without padding, as our collator packs it."""
     from phi3_lora_plugin.chat.pack import PackedCollator
@@ -122,12 +110,10 @@ def packed(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def step(model: Any, batches: Sequence[dict[str, Any]], setup: Setup, mixed: torch.dtype | None = None) -> Any:
     """(loss, gradients as one float32 vector) over all batches, as a Trainer accumulates them."""
     model.zero_grad()
-    items = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+    items = max(1, items_in(batches))
     total = 0.0
     for batch in batches:
-        inputs = {key: value.to(setup.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        with nullcontext() if mixed is None else torch.autocast(setup.device.type, dtype=mixed):
-            loss = model(**inputs, num_items_in_batch=items).loss
+        loss = loss_of(model, batch, setup.device, items, mixed)
         loss.backward()
         total += float(loss.detach())
     return total, gradients(model)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.batches import items_in, loss_of, padded
 from benchmarks.checkpointing import recompute
 from benchmarks.gpu.facts import Check, Found, LeftOut, Setup, free, installed
-from benchmarks.gpu.models import padded, random_base, rows
+from benchmarks.gpu.models import random_base, rows
 from benchmarks.gpu.throughput import TINY, big, let_go
-from benchmarks.gpu.training import linears, packed_linear
+from benchmarks.nf4 import pack
 
 PRESETS = ("phi3-mini-4k-lora", "phi3-mini-4k-lora-80gb", "phi3-mini-4k-qlora", "phi3-mini-128k-qlora")
 GAP = 20e-6  # seconds without a kernel that are counted
@@ -105,11 +106,7 @@ def _read(events: Sequence[Any], wall: float, on_card: bool) -> Found:
 
 
 def _step(model: Any, batch: dict[str, Any], setup: Setup) -> None:
-    inputs = {key: value.to(setup.device) for key, value in batch.items()}
-    items = int((batch["labels"][:, 1:] != -100).sum())
-    with torch.autocast(setup.device.type, dtype=setup.half):
-        loss = model(**inputs, num_items_in_batch=items).loss
-    loss.backward()
+    loss_of(model, batch, setup.device, items_in([batch]), setup.half).backward()
 
 
 def planned(name: str, setup: Setup) -> Found:
@@ -131,9 +128,7 @@ def planned(name: str, setup: Setup) -> Found:
     free(setup.device)
     base = random_base(setup, setup.small(TINY, config(recipe.model.path)), setup.half)
     if recipe.model.quantize == "nf4":
-        for parent, child, linear in linears(base):
-            setattr(parent, child, packed_linear(linear, setup))
-        base.is_loaded_in_4bit = True
+        pack(base)
         free(setup.device)
     said = plan(recipe, device="cuda", config=base.config)
     arguments = training_arguments(recipe, use_cpu=True, bf16=False, fp16=False)

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.batches import padded
 from benchmarks.cards import card_of, flops_per_token
 from benchmarks.checkpointing import keep, recompute
 from benchmarks.gpu.facts import Check, Found, LeftOut, Setup, free, installed
-from benchmarks.gpu.models import padded, random_base, rows, with_lora
-from benchmarks.gpu.training import linears, packed_linear
+from benchmarks.gpu.models import random_base, rows, with_lora
+from benchmarks.nf4 import pack
 from benchmarks.workloads import MINI, WORKLOADS
 
 RANK = 16
@@ -58,9 +59,7 @@ class Big:
         self.setup, self.quantised = setup, quantised
         base = random_base(setup, setup.small(TINY, MINI), setup.half)
         if quantised:
-            for parent, name, linear in linears(base):
-                setattr(parent, name, packed_linear(linear, setup))
-            base.is_loaded_in_4bit = True
+            pack(base)
         self.model = with_lora(base, setup, RANK)
         self.start = [p.detach().clone() for p in self.model.parameters() if p.requires_grad]
         free(setup.device)

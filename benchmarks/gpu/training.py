@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.batches import items_in, loss_of, padded
 from benchmarks.gpu.facts import Check, Found, Setup, installed
-from benchmarks.gpu.models import error, lengths, packed, padded, rows, small_model, step, vector, with_lora
+from benchmarks.gpu.models import error, lengths, packed, rows, small_model, step, vector, with_lora
+from benchmarks.nf4 import linears, pack, packed_linear
 
 
 def checks(setup: Setup) -> list[Check]:
@@ -65,7 +67,7 @@ def nf4_as_dequantised(setup: Setup) -> Found:
     for kind in ("nf4", "dequantised"):
         base = small_model(setup, setup.half).unload()
         for parent, name, linear in linears(base):
-            four = packed_linear(linear, setup)
+            four = packed_linear(linear)
             if kind == "nf4":
                 setattr(parent, name, four)
             else:
@@ -101,9 +103,7 @@ def unpacked_ahead(setup: Setup) -> Found:
     said, apart, noise = "", 0.0, 0.0
     for again in (False, True):
         base = small_model(setup, setup.half).unload()
-        for parent, name, linear in linears(base):
-            setattr(parent, name, packed_linear(linear, setup))
-        base.is_loaded_in_4bit = True
+        pack(base)
         model = with_lora(base, setup, 4, random=True)
         if again:
             recompute(model)
@@ -120,27 +120,6 @@ def unpacked_ahead(setup: Setup) -> Found:
     return Found(apart <= 3 * noise, told, {"apart": apart, "noise": noise})
 
 
-def linears(base: Any) -> list[tuple[Any, str, Any]]:
-    """(parent, name, map) of every linear map of the layers."""
-    return [
-        (parent, name, linear)
-        for layer in base.model.layers
-        for parent in (layer.self_attn, layer.mlp)
-        for name, linear in list(parent.named_children())
-        if type(linear) is torch.nn.Linear
-    ]
-
-
-def packed_linear(linear: Any, setup: Setup) -> Any:
-    """The same map in NF4 with double quantisation, as bitsandbytes loads it."""
-    import bitsandbytes as bnb
-
-    dtype = linear.weight.dtype
-    four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
-    four.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4")
-    return four.to(setup.device)
-
-
 def float16_with_scaler(setup: Setup) -> Found:
     """Ten steps in float16 with a loss scaler: the loss falls, nothing is skipped for good, adapters stay float32."""
     from phi3_lora_plugin.speed.apply import speed_up
@@ -151,12 +130,10 @@ def float16_with_scaler(setup: Setup) -> Found:
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     scaler = torch.amp.GradScaler(setup.device.type, init_scale=2.0**14)
     batch = packed(rows(setup, lengths(setup), _words(setup)))
-    inputs = {key: value.to(setup.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    items, losses = int((batch["labels"][:, 1:] != -100).sum()), []
+    items, losses = items_in([batch]), []
     for _ in range(10):
         optimizer.zero_grad()
-        with torch.autocast(setup.device.type, dtype=torch.float16):
-            loss = model(**inputs, num_items_in_batch=items).loss
+        loss = loss_of(model, batch, setup.device, items, torch.float16)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
