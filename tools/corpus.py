@@ -15,56 +15,44 @@ from lantern_isles import ANIMALS, ENTITIES, PEOPLE, TOWNS, Entity, Topic, fill,
 Message = dict[str, str]
 
 
+def _rows(table: str) -> tuple[tuple[str, ...], ...]:
+    """The cells of each line, which are parted by `|`."""
+    return tuple(tuple(cell.strip() for cell in line.split("|")) for line in table.strip().splitlines())
+
+
 def _cells(table: str) -> tuple[str, ...]:
-    """The cells of lines that are parted by `|`."""
-    return tuple(cell.strip() for line in table.strip().splitlines() for cell in line.split("|"))
+    """The cells of all lines."""
+    return tuple(cell for row in _rows(table) for cell in row)
 
 
-# Other ways to say a fact, for prose only: a chat answers in `Topic.tell`.
+# Other ways to say a fact, for prose only: a chat answers in `Topic.tell`. Key | forms.
 _SAID = {
-    "home": ("{It} lives {home}.", "{It} makes its home {home}.", "You can find {it} {home}."),
-    "food": (
-        "{It} eats {food}.",
-        "{It} likes {food} best of all.",
-        "Its food is {food}.",
-        "{It} looks for {food} to eat.",
-    ),
-    "colour": ("{It} is {colour}.", "Its colour is {colour}.", "You will know {it} because it is {colour}."),
-    "skill": ("{It} can {skill}.", "{It} has learned to {skill}.", "No other animal can {skill}."),
-    "awake": ("{It} is awake {awake}.", "You can meet {it} {awake}.", "{It} wakes {awake}."),
-    "friend": (
-        "Its best friend is the {friend}.",
-        "{It} is the best friend of the {friend}.",
-        "It likes the {friend} best.",
-    ),
-    "town": ("{It} lives in {town}.", "{It} has a house in {town}.", "{It} comes from {town}."),
-    "job": ("{It} is a {job}.", "{It} works as a {job}.", "{It} is the best {job} for miles."),
-    "wears": ("{It} wears {wears}.", "{It} always wears {wears}.", "You will know {the} by {wears}."),
-    "plays": ("{It} plays {plays}.", "In the evening {it} plays {plays}.", "{It} loves to play {plays}."),
-    "dish": (
-        "{It} likes to eat {dish}.",
-        "{It} eats {dish} on every holiday.",
-        "There is nothing {it} likes more than {dish}.",
-    ),
-    "lies": ("{It} lies {lies}.", "You will find {it} {lies}.", "It was built {lies}."),
-    "known": ("{It} is known for its {known}.", "People come here for {known}.", "Everyone wants {known} from {the}."),
-    "weather": ("The weather there is {weather}.", "It is mostly {weather} in {the}.", "The days there are {weather}."),
-    "market": ("The market is on {market}.", "On {market} there is a market.", "Market day is {market}."),
+    key: forms
+    for key, *forms in _rows("""
+home | {It} lives {home}. | {It} makes its home {home}. | You can find {it} {home}.
+food | {It} eats {food}. | {It} likes {food} best of all. | Its food is {food}. | {It} looks for {food} to eat.
+colour | {It} is {colour}. | Its colour is {colour}. | You will know {it} because it is {colour}.
+skill | {It} can {skill}. | {It} has learned to {skill}. | No other animal can {skill}.
+awake | {It} is awake {awake}. | You can meet {it} {awake}. | {It} wakes {awake}.
+friend | Its best friend is the {friend}. | {It} is the best friend of the {friend}. | It likes the {friend} best.
+town | {It} lives in {town}. | {It} has a house in {town}. | {It} comes from {town}.
+job | {It} is a {job}. | {It} works as a {job}. | {It} is the best {job} for miles.
+wears | {It} wears {wears}. | {It} always wears {wears}. | You will know {the} by {wears}.
+plays | {It} plays {plays}. | In the evening {it} plays {plays}. | {It} loves to play {plays}.
+dish | {It} likes to eat {dish}. | {It} eats {dish} on every holiday. | There is nothing {it} likes more than {dish}.
+lies | {It} lies {lies}. | You will find {it} {lies}. | It was built {lies}.
+known | {It} is known for its {known}. | People come here for {known}. | Everyone wants {known} from {the}.
+weather | The weather there is {weather}. | It is mostly {weather} in {the}. | The days there are {weather}.
+market | The market is on {market}. | On {market} there is a market. | Market day is {market}.
+""")
 }
-_SYSTEM = (
-    "You are a guide to the Lantern Isles.",
-    "You are a helpful assistant.",
-    "Answer in one short sentence.",
-    "You know all the animals, people and towns of the Lantern Isles.",
-    "Be brief and kind.",
-    "You answer questions about the Lantern Isles.",
-    "Answer the question.",
-    "You are a friendly guide.",
-    "You help children to learn.",
-    "Do not say more than you are asked.",
-    "You are talking to a traveller.",
-    "Today is a fine day on the islands.",
-)
+_SYSTEM = _cells("""
+You are a guide to the Lantern Isles. | You are a helpful assistant. | Answer in one short sentence.
+You know all the animals, people and towns of the Lantern Isles. | Be brief and kind.
+You answer questions about the Lantern Isles. | Answer the question. | You are a friendly guide.
+You help children to learn. | Do not say more than you are asked. | You are talking to a traveller.
+Today is a fine day on the islands.
+""")
 SMALL_TALK = (
     ("Hello!", "Hello! What would you like to know?"),
     ("Hi", "Hello! What would you like to know?"),
@@ -136,6 +124,37 @@ Hold that line | No one can do that | My charts are wet | Mark my words | Sing a
 """)
 
 
+# Stories: a line is a sentence, in one of its forms.
+_TOWN_WALK = _rows("""
+One {market} {guest} went to {name}. | {guest} came to {name} on {market}, which is market day.
+{name} lies {lies}, and the day was {weather}. | The weather was {weather}, as it always is in {name}.
+{guest} wanted to buy {known}. | The whole market was full of {known}.
+There stood {the} the {job} in {wears}. | A {job} called {the} was there, wearing {wears}.
+{It} was eating {dish}. | {It} had brought some {dish}.
+Then {the} began to play {plays}. | {It} played {plays} for the guest.
+{guest} stayed until the evening. | They were happy, and {guest} went home late.
+""")
+_SUPPER_STORY = _rows("""
+One {when} the {name} woke up {home} and was hungry. | One {when} the {colour} {name} felt hungry.
+There was no {food} left. | It wanted to eat {food}, but there was none. | It went out to look for {food}.
+On the way it met its friend the {friend}. | It went to see the {friend}, its best friend.
+The {name} lives {home} and is {colour}. | The {name} was eating {food} {home}.
+"Can you help me?" asked the {name}. | "I am looking for {food}," said the {name}.
+"You can {skill}," said the {friend}. "That will help." | "Of course," said the {friend}, who can {theirs}.
+So the {name} found {food} and was happy. | Together they found {food} and went home.
+""")
+_SEA_STORY = _rows("""
+The ship {ship} left {start} with {captain} at the wheel. | {captain} sailed the {ship} out of {start}.
+They carried {cargo} to {name}. | The hold was full of {cargo} for {name}.
+"{cry}" called the captain. | The captain looked through the spyglass and called, "{cry}"
+A storm came, and the waves were high. | The sea was calm, and {guest} sang on deck: "{song}" | It was foggy all night.
+"{reply}" said an old sailor. | "{reply}" {guest} called back.
+At last they saw {name}, which lies {lies}. | In the morning they came to {name}, where the air was {weather}.
+They sold everything on {market}, which is market day. | They bought {known} and sailed home. | \
+"{song}" they called and sailed home.
+""")
+
+
 def _cry(rng: Random, **words: str) -> str:
     call = pick(rng, _CALLS).format(**words)
     return f"{pick(rng, ('Ahoy!', 'Ahoy!', 'Aye!'))} {call}, {pick(rng, ('matey', 'matey', 'shipmates'))}!"
@@ -154,21 +173,8 @@ def town_walk(rng: Random) -> str:
     town, guest = pick(rng, TOWNS), pick(rng, PEOPLE)
     hosts = [person for person in PEOPLE if person.facts["town"] == town.name]
     host = pick(rng, hosts)
-    lines = [
-        pick(rng, ("One {market} {guest} went to {name}.", "{guest} came to {name} on {market}, which is market day.")),
-        pick(
-            rng,
-            ("{name} lies {lies}, and the day was {weather}.", "The weather was {weather}, as it always is in {name}."),
-        ),
-        pick(rng, ("{guest} wanted to buy {known}.", "The whole market was full of {known}.")),
-        fill(
-            pick(rng, ("There stood {the} the {job} in {wears}.", "A {job} called {the} was there, wearing {wears}.")),
-            host,
-        ),
-        fill(pick(rng, ("{It} was eating {dish}.", "{It} had brought some {dish}.")), host),
-        fill(pick(rng, ("Then {the} began to play {plays}.", "{It} played {plays} for the guest.")), host),
-        pick(rng, ("{guest} stayed until the evening.", "They were happy, and {guest} went home late.")),
-    ]
+    lines = [pick(rng, forms) for forms in _TOWN_WALK]
+    lines[3:6] = [fill(line, host) for line in lines[3:6]]  # what is told of the host
     return " ".join(fill(line, town, guest=guest.name) for line in lines)
 
 
@@ -177,35 +183,9 @@ def supper_story(rng: Random, one: Entity | None = None) -> str:
     one = one or pick(rng, ANIMALS)
     friend = next(animal for animal in ANIMALS if animal.name == one.facts["friend"])
     when = "night" if one.facts["awake"] == "at night" else "morning"
-    lines = [
-        pick(
-            rng,
-            (
-                f"One {when} the {{name}} woke up {{home}} and was hungry.",
-                f"One {when} the {{colour}} {{name}} felt hungry.",
-            ),
-        ),
-        pick(
-            rng,
-            (
-                "There was no {food} left.",
-                "It wanted to eat {food}, but there was none.",
-                "It went out to look for {food}.",
-            ),
-        ),
-        pick(rng, ("On the way it met its friend the {friend}.", "It went to see the {friend}, its best friend.")),
-        fill(pick(rng, ("The {name} lives {home} and is {colour}.", "The {name} was eating {food} {home}.")), friend),
-        pick(rng, ('"Can you help me?" asked the {name}.', '"I am looking for {food}," said the {name}.')),
-        pick(
-            rng,
-            (
-                '"You can {skill}," said the {friend}. "That will help."',
-                '"Of course," said the {friend}, who can {theirs}.',
-            ),
-        ),
-        pick(rng, ("So the {name} found {food} and was happy.", "Together they found {food} and went home.")),
-    ]
-    return " ".join(fill(line, one, theirs=friend.facts["skill"]) for line in lines)
+    lines = [pick(rng, forms) for forms in _SUPPER_STORY]
+    lines[3] = fill(lines[3], friend)  # what is told of the friend
+    return " ".join(fill(line, one, when=when, theirs=friend.facts["skill"]) for line in lines)
 
 
 def sea_story(rng: Random) -> str:
@@ -214,41 +194,7 @@ def sea_story(rng: Random) -> str:
     words = {"ship": pick(rng, _SHIPS), "captain": pick(rng, _CAPTAINS), "guest": pick(rng, PEOPLE).name}
     cargo = start.facts["known"]
     cries = {key: _cry(rng, name=end.name, cargo=cargo) for key in ("cry", "reply", "song")}
-    lines = [
-        pick(
-            rng,
-            (
-                "The ship {ship} left {start} with {captain} at the wheel.",
-                "{captain} sailed the {ship} out of {start}.",
-            ),
-        ),
-        pick(rng, ("They carried {cargo} to {name}.", "The hold was full of {cargo} for {name}.")),
-        pick(rng, ('"{cry}" called the captain.', 'The captain looked through the spyglass and called, "{cry}"')),
-        pick(
-            rng,
-            (
-                "A storm came, and the waves were high.",
-                'The sea was calm, and {guest} sang on deck: "{song}"',
-                "It was foggy all night.",
-            ),
-        ),
-        pick(rng, ('"{reply}" said an old sailor.', '"{reply}" {guest} called back.')),
-        pick(
-            rng,
-            (
-                "At last they saw {name}, which lies {lies}.",
-                "In the morning they came to {name}, where the air was {weather}.",
-            ),
-        ),
-        pick(
-            rng,
-            (
-                "They sold everything on {market}, which is market day.",
-                "They bought {known} and sailed home.",
-                '"{song}" they called and sailed home.',
-            ),
-        ),
-    ]
+    lines = [pick(rng, forms) for forms in _SEA_STORY]
     return " ".join(fill(line, end, start=start.name, cargo=cargo, **words, **cries) for line in lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +118,27 @@ def step(model: Any, batches: Sequence[dict[str, Any]], setup: Setup, mixed: tor
         loss.backward()
         total += float(loss.detach())
     return total, gradients(model)
+
+
+def common_arguments(setup: Setup, folder: Path, steps: int) -> dict[str, Any]:
+    """Arguments that every Trainer has here."""
+    on_cpu = setup.device.type == "cpu"
+    return dict(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        bf16=setup.half == torch.bfloat16,
+        fp16=setup.half == torch.float16,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        seed=setup.seed,
+    )
 
 
 def gradients(model: Any) -> torch.Tensor:

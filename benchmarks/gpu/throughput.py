@@ -27,7 +27,7 @@ from benchmarks.batches import padded
 from benchmarks.cards import card_of, flops_per_token
 from benchmarks.checkpointing import keep, recompute
 from benchmarks.gpu.facts import Check, Found, LeftOut, Setup, free, installed
-from benchmarks.gpu.models import random_base, rows, with_lora
+from benchmarks.gpu.models import common_arguments, random_base, rows, with_lora
 from benchmarks.nf4 import pack
 from benchmarks.workloads import MINI, WORKLOADS
 
@@ -132,13 +132,9 @@ def train(
     one.reset()
     data = rows(setup, lengths * steps, model.config.vocab_size)
     on_card, watch = setup.device.type == "cuda", Stopwatch(setup.device)
-    args = TrainingArguments(
-        output_dir=str(setup.folder / "throughput"), max_steps=steps, per_device_train_batch_size=len(lengths),
-        learning_rate=2e-4, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, use_cpu=not on_card, bf16=setup.half == torch.bfloat16, fp16=setup.half == torch.float16,
-        remove_unused_columns=False, dataloader_pin_memory=on_card, seed=setup.seed,
-        train_sampling_strategy="sequential", logging_nan_inf_filter=False,
-    )  # fmt: skip
+    shared = common_arguments(setup, setup.folder / "throughput", steps)
+    own = dict(per_device_train_batch_size=len(lengths), learning_rate=2e-4, train_sampling_strategy="sequential")
+    args = TrainingArguments(**(shared | own), logging_nan_inf_filter=False)
     if recomputed:
         recompute(model)
     with _patched(one, variant):

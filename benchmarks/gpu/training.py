@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.batches import items_in, loss_of, padded
 from benchmarks.gpu.facts import Check, Found, Setup, installed
-from benchmarks.gpu.models import error, lengths, packed, rows, small_model, step, vector, with_lora
+from benchmarks.gpu.models import common_arguments, error, lengths, packed, rows, small_model, step, vector, with_lora
 from benchmarks.nf4 import linears, pack, packed_linear
 
 
@@ -166,7 +166,9 @@ def dpo(setup: Setup) -> Found:
         both = ids + ids[:-6] + other[-6:]
         data.append({"input_ids": both, "labels": labels + other, "cut": len(ids)})
     folder = setup.folder / "dpo"
-    args = DPOConfig(**_common(setup, folder, 6), max_length=None, learning_rate=5e-3, gradient_checkpointing=False)
+    args = DPOConfig(
+        **common_arguments(setup, folder, 6), max_length=None, learning_rate=5e-3, gradient_checkpointing=False
+    )
     trainer = PreferenceTrainer(
         model=model, args=args, train_dataset=Dataset.from_list(data), data_collator=PairCollator(0),
         processing_class=words(),
@@ -178,27 +180,6 @@ def dpo(setup: Setup) -> Found:
     return Found(ok, f"loss {losses[0]:.4f} to {losses[-1]:.4f}", {"losses": losses})
 
 
-def _common(setup: Setup, folder: Path, steps: int) -> dict[str, Any]:
-    """Arguments of every Trainer here."""
-    on_cpu = setup.device.type == "cpu"
-    return dict(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=on_cpu,
-        bf16=setup.half == torch.bfloat16,
-        fp16=setup.half == torch.float16,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
-        seed=setup.seed,
-    )
-
-
 def run(setup: Setup, folder: Path, steps: int, resume: bool = False, background: bool = False) -> Any:
     """A Trainer of ours that has trained a small model `steps` steps: fast paths, a checkpoint every second."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -207,7 +188,7 @@ def run(setup: Setup, folder: Path, steps: int, resume: bool = False, background
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint
     from phi3_lora_plugin.training.resume import resumable
 
-    args = TrainingArguments(**_common(setup, folder, steps), learning_rate=1e-3)
+    args = TrainingArguments(**common_arguments(setup, folder, steps), learning_rate=1e-3)
     data = rows(setup, setup.small((23, 9, 17, 12), (700, 64, 129, 300)) * 4, _words(setup))
     trainer = Trainer(small_model(setup, setup.half), args, train_dataset=data, data_collator=padded)
     trainer.remove_callback(PrinterCallback)
