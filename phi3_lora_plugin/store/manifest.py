@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +67,6 @@ def render_manifest(content: Mapping[str, Any]) -> bytes:
 
 def parse_manifest(raw: bytes) -> dict[str, Any]:
     """The content of a manifest's bytes; raises `ManifestError` as `read_manifest` does."""
-    _check(raw)
-    return dict(json.loads(raw))
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder.
-
-    Raises:
-        ManifestError: there is none, or a byte of it is not as it was written.
-    """
-    try:
-        raw = read_small(folder / MANIFEST, LIMIT)
-    except FileNotFoundError as error:
-        what = "missing: the save was never finished, or another program wrote the folder"
-        raise ManifestError(f"{MANIFEST}: {what}") from error
-    except BadFile as error:
-        raise ManifestError(f"{MANIFEST}: {error}") from error
-    return parse_manifest(raw)
-
-
-@lru_cache(maxsize=256)
-def _check(raw: bytes) -> None:
-    """Raise what is wrong with the bytes of a manifest; a run asks at each save, of all that it keeps."""
     try:
         content = parse_json(raw)
     except BadFile as error:
@@ -109,6 +85,23 @@ def _check(raw: bytes) -> None:
         unchanged = False
     if not unchanged:
         raise ManifestError(f"{MANIFEST}: was changed after it was written")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Raises:
+        ManifestError: there is none, or a byte of it is not as it was written.
+    """
+    try:
+        raw = read_small(folder / MANIFEST, LIMIT)
+    except FileNotFoundError as error:
+        what = "missing: the save was never finished, or another program wrote the folder"
+        raise ManifestError(f"{MANIFEST}: {what}") from error
+    except BadFile as error:
+        raise ManifestError(f"{MANIFEST}: {error}") from error
+    return parse_manifest(raw)
 
 
 def _misfits(content: Mapping[str, Any]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from phi3_lora_plugin.small_file import BadFile, read_json, read_small
 from phi3_lora_plugin.store.layout import replace_file, stores_in
 from phi3_lora_plugin.store.manifest import RESUME
+from phi3_lora_plugin.store.run_file import finite
 
 METRICS = "metrics.jsonl"
 #: Bytes that are read at most; a log of a run takes 300.
@@ -119,10 +119,7 @@ def _of_history(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _text(line: Mapping[str, Any]) -> str:
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
-    }
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(line), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _is_step(value: Any) -> bool:

@@ -47,7 +47,7 @@ class RunFile:
 
     def _write(self) -> None:
         try:
-            text = json.dumps(_finite(self.content), ensure_ascii=False, allow_nan=False, indent=1)
+            text = json.dumps(finite(self.content), ensure_ascii=False, allow_nan=False, indent=1)
             replace_file(self.folder / RUN, text.encode())
         except (OSError, ValueError, TypeError):
             return
@@ -66,12 +66,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for what JSON has no number for."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

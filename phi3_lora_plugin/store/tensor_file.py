@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from ctypes import c_char
 from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,27 +34,24 @@ class TensorFile:
 
             yield save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=_METADATA)
             return
-        header, names = _header(tuple((name, t.dtype, t.shape) for name, t in self.tensors.items()))
+        header, names = _header(self.tensors)
         yield header
         yield from (_memory(tensor) for name in names if (tensor := self.tensors[name]).nbytes)
 
 
-@lru_cache(maxsize=4)
-def _header(tensors: Sequence[tuple[str, Any, Sequence[int]]]) -> tuple[bytes, Sequence[str]]:
-    """The length and header of a file of tensors of this (name, type, shape), and their names in its order.
-
-    The adapter of a run is made of the same tensors at each save.
-    """
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, Sequence[str]]:
+    """The length and header of a file of these tensors, and their names in its order."""
     header: dict[str, Any] = {"__metadata__": _METADATA}
     end = 0
     kinds = list(_TYPES)
-    ordered = sorted((kinds.index(str(dtype)), name, dtype, shape) for name, dtype, shape in tensors)
-    for _, name, dtype, shape in ordered:
-        begin, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _TYPES[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    names = sorted(tensors, key=lambda name: (kinds.index(str(tensors[name].dtype)), name))
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [name for _, name, _, _ in ordered]
+    return len(text).to_bytes(8, "little") + text, names
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -183,9 +183,7 @@ class LoraCheckpoint(TrainerCallback):  # type: ignore[misc]
         """Take what is due; the loader of the next epoch has not drawn its random numbers yet."""
         self._take_if_due(args, state, control, kwargs)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take what is due."""
-        self._take_if_due(args, state, control, kwargs)
+    on_step_begin = on_epoch_begin
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note whether this step is to be saved; keep the Trainer from saving what is not finite."""

@@ -79,8 +79,3 @@ def _parted(row: dict[str, Any]) -> tuple[list[int], list[int], list[int]]:
     ids, trained = list(row["input_ids"]), [int(label != IGNORE) for label in row["labels"]]
     start = trained.index(1)
     return ids[:start], ids[start:], trained
-
-
-def feed_judged(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, JudgedCollator]:
-    """(rows, collator) of judged chats, which are padded batch by batch and never packed."""
-    return rows, JudgedCollator(tokenizer.pad_token_id)

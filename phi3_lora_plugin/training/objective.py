@@ -31,6 +31,11 @@ class Objective:
     metric: str = "loss"
 
 
+def _padded_by(collator: Callable[[int], Any]) -> Callable[[Any, Recipe, Any, int], tuple[Any, Any]]:
+    """A `feed` of rows that `collator(pad id)` pads batch by batch, and that are never packed."""
+    return lambda rows, recipe, tokenizer, longest: (rows, collator(tokenizer.pad_token_id))
+
+
 def objective_of(recipe: Recipe) -> Objective:
     """The objective that a recipe names.
 
@@ -44,17 +49,17 @@ def objective_of(recipe: Recipe) -> Objective:
 
         return Objective(partial(RewardTrainer, recipe=recipe), grpo_arguments, feed_tasks, asked, "reward")
     if recipe.preference.loss == "kto":
-        from phi3_lora_plugin.training.kto import JudgedTrainer, feed_judged, kto_arguments
+        from phi3_lora_plugin.training.kto import JudgedCollator, JudgedTrainer, kto_arguments
 
-        return Objective(JudgedTrainer, kto_arguments, feed_judged)
+        return Objective(JudgedTrainer, kto_arguments, _padded_by(JudgedCollator))
     if recipe.preference.loss in ("orpo", "simpo"):
-        from phi3_lora_plugin.training.reference_free import feed_two_sides, pair_arguments, pair_trainer
+        from phi3_lora_plugin.training.reference_free import TwoSidesCollator, pair_arguments, pair_trainer
 
-        return Objective(pair_trainer(recipe.preference.loss), pair_arguments, feed_two_sides)
+        return Objective(pair_trainer(recipe.preference.loss), pair_arguments, _padded_by(TwoSidesCollator))
     if recipe.preference.on:
-        from phi3_lora_plugin.training.preference import PreferenceTrainer, feed_pairs, preference_arguments
+        from phi3_lora_plugin.training.preference import PairCollator, PreferenceTrainer, preference_arguments
 
-        return Objective(PreferenceTrainer, preference_arguments, feed_pairs)
+        return Objective(PreferenceTrainer, preference_arguments, _padded_by(PairCollator))
     from transformers import Trainer
 
     from phi3_lora_plugin.training.arguments import training_arguments

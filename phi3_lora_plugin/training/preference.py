@@ -67,8 +67,3 @@ class PairCollator:
         ]
         trained = [[int(label != IGNORE) for label in labels] for _, labels in chats]
         return pad_inputs([ids for ids, _ in chats], self.pad, self.multiple, completion_mask=(trained, 0))
-
-
-def feed_pairs(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, PairCollator]:
-    """(rows, collator) of pairs, which are padded batch by batch and never packed."""
-    return rows, PairCollator(tokenizer.pad_token_id)

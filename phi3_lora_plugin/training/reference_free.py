@@ -97,8 +97,3 @@ class TwoSidesCollator:
                            for key in ("input_ids", "labels"))  # fmt: skip
             batch |= pad_inputs(ids, self.pad, self.multiple, f"{name}_", labels=(labels, IGNORE))
         return batch
-
-
-def feed_two_sides(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, TwoSidesCollator]:
-    """(rows, collator) of pairs, which are padded batch by batch and never packed."""
-    return rows, TwoSidesCollator(tokenizer.pad_token_id)

@@ -56,25 +56,15 @@ def reload_check(model: Any, adapter: Path, base: str, revision: str | None, ids
     # Under mixed precision, accelerate has put another forward in front (older ones one for training and one for
     # evaluation), which rounds what the fresh process does not: the class still has its own.
     with torch.inference_mode():
-        here = (
-            type(model).forward(model, input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].float().cpu()
-        )
+        logits = type(model).forward(model, input_ids=torch.tensor([list(ids)], device=model.device)).logits
+    here = logits[0].float().cpu()
     model.train(was_training)
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    asked: dict[str, Any] = {"base": base, "revision": revision, "adapter": str(adapter), "ids": list(ids)}
+    asked |= {"dtype": dtype, "device": str(model.device)}
     with tempfile.TemporaryDirectory() as folder:
         ask, answer = Path(folder, "ask.json"), Path(folder, "answer.safetensors")
-        ask.write_text(
-            json.dumps(
-                {
-                    "base": base,
-                    "revision": revision,
-                    "adapter": str(adapter),
-                    "ids": list(ids),
-                    "dtype": dtype,
-                    "device": str(model.device),
-                }
-            )
-        )
+        ask.write_text(json.dumps(asked))
         done = subprocess.run([sys.executable, "-c", _SCRIPT, str(ask), str(answer)], capture_output=True, text=True)
         if done.returncode != 0:
             raise ReloadError(f"plain PEFT could not load {adapter} on {base}:\n{done.stderr.strip()[-2000:]}")

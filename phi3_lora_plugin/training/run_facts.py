@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,11 @@ def run_facts(
 
 def versions() -> dict[str, str]:
     """Package -> version of what a run depends on."""
-    return {name: found for name in _PACKAGES if (found := _version(name))}
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -100,10 +104,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         elif was != is_now and was is not None and is_now is not None:
             found[field.removesuffix(".fingerprint")] = _short(was), _short(is_now)
     if before.get("world_size") != now.get("world_size") and "data.batch" not in found:
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-        ):  # the same rows a step, divided anew
+        # The same rows a step, divided anew.
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             found.pop(f"training.{name}", None)
     if "training.learning_rate" in found:
         found.pop("optimizer.learning_rates", None)  # the same change, reported twice
@@ -254,14 +256,6 @@ def _tokenizer(tokenizer: Any) -> str | None:
     from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
 
     return tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "backend_tokenizer") else None
-
-
-@cache  # reading it takes a millisecond
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _at(facts: Mapping[str, Any], field: str) -> Any:

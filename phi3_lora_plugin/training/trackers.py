@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Outcome:
     figures: Mapping[str, float]
     adapter: Path | None
     files: Sequence[Path]
-    ours: bool = True  # whether the tracker's run began with this one
+    ours: bool  # whether the tracker's run began with this one
 
 
 class TrackerError(Phi3LoraError, RuntimeError):
@@ -101,9 +101,8 @@ class Trackers:
             name = names.get(type(callback))
             if name is None or name not in _KINDS:
                 continue
-            if (
-                name == TENSORBOARD and getattr(callback, "logging_dir", "") is None
-            ):  # before transformers 5 an argument
+            # Before transformers 5 it is an argument.
+            if name == TENSORBOARD and getattr(callback, "logging_dir", "") is None:
                 callback.logging_dir = str(output_dir / TENSORBOARD)
             if not _KINDS[name].running(callback):
                 self._ours.add(name)
@@ -114,7 +113,7 @@ class Trackers:
                     f"training.report_to: {name} cannot begin a run: {type(error).__name__}: {error}"
                 ) from error
             self.held.append((name, held))
-            _safely(_KINDS[name].begin, name, about)(callback)
+            _safely(name, _KINDS[name].begin, callback, about)
 
     def close(self, folder: Path, told: Mapping[str, Any]) -> None:
         """Send what came of the run in a folder, and end the trackers' runs. What a tracker refuses is logged.
@@ -123,10 +122,10 @@ class Trackers:
             told: `status` of the run and, if it came to one, `result` (a `Result` as a mapping).
         """
         for name, held in self.held:
-            outcome = replace(_outcome(folder, told), ours=name in self._ours)
-            _safely(_KINDS[name].end, name, outcome)(held.tracker)
-            _safely(_close, name, outcome)(held)
-            _safely(_KINDS[name].leave, name, outcome)(held.tracker)
+            outcome = _outcome(folder, told, name in self._ours)
+            _safely(name, _KINDS[name].end, held.tracker, outcome)
+            _safely(name, held.close)
+            _safely(name, _KINDS[name].leave, held.tracker, outcome)
         self.held.clear()
 
 
@@ -152,18 +151,12 @@ def adapter_files(adapter: Path) -> list[Path]:
     return sorted(path for path in adapter.iterdir() if path.is_file())
 
 
-def _close(held: UntilClosed, outcome: Outcome) -> None:
-    held.close()
-
-
-def _safely(function: Callable[[Any, Any], None], name: str, given: Any) -> Callable[[Any], None]:
-    def call(callback: Any) -> None:
-        try:
-            function(callback, given)
-        except Exception as error:
-            log.warning("%s: %s: %s", name, type(error).__name__, error)
-
-    return call
+def _safely(name: str, function: Callable[..., None], *given: Any) -> None:
+    """Call a function of a tracker; what it refuses is logged."""
+    try:
+        function(*given)
+    except Exception as error:
+        log.warning("%s: %s: %s", name, type(error).__name__, error)
 
 
 def _short(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +169,12 @@ def _numbers(about: About) -> dict[str, Any]:
     train = about.data.get("train") or {}
     found = {f"data/{name}": train[name] for name in ("rows", "tokens", "trained_tokens") if name in train}
     return found | {"lora/parameters": sum(row["parameters"] for row in about.coverage)}
+
+
+def _config(about: About) -> dict[str, Any]:
+    """All of it as one section of a run's configuration."""
+    section = {"coverage": list(about.coverage), "data_report": _short(about.data), **_numbers(about)}
+    return {"phi3_lora": section}
 
 
 def _artifact_name(outcome: Outcome) -> str:
@@ -208,8 +207,7 @@ def _tensorboard_end(callback: Any, outcome: Outcome) -> None:
 def _wandb_begin(callback: Any, about: About) -> None:
     import wandb
 
-    config = {"coverage": list(about.coverage), "data_report": _short(about.data), **_numbers(about)}
-    wandb.config.update({"phi3_lora": config}, allow_val_change=True)
+    wandb.config.update(_config(about), allow_val_change=True)
 
 
 def _wandb_end(callback: Any, outcome: Outcome) -> None:
@@ -269,9 +267,7 @@ def _mlflow_running(callback: Any) -> bool:
 def _trackio_begin(callback: Any, about: About) -> None:
     import trackio
 
-    trackio.config.update(
-        {"phi3_lora": {"coverage": list(about.coverage), "data_report": _short(about.data), **_numbers(about)}}
-    )
+    trackio.config.update(_config(about))
 
 
 def _trackio_end(callback: Any, outcome: Outcome) -> None:
@@ -285,10 +281,8 @@ def _trackio_end(callback: Any, outcome: Outcome) -> None:
 
 def _log_artifacts(artifact: Callable[..., Any], log_artifact: Callable[[Any], Any], outcome: Outcome) -> None:
     """The adapter and the pages of a run as one artifact each, of wandb or of trackio, which has its interface."""
-    for kind, files in (
-        ("model", adapter_files(outcome.adapter) if outcome.adapter else ()),
-        ("report", outcome.files),
-    ):
+    model = adapter_files(outcome.adapter) if outcome.adapter else ()
+    for kind, files in (("model", model), ("report", outcome.files)):
         if files:
             made = artifact(f"{_artifact_name(outcome)}-{kind}", type=kind)
             for file in files:
@@ -304,7 +298,7 @@ _KINDS = {
 }
 
 
-def _outcome(folder: Path, told: Mapping[str, Any]) -> Outcome:
+def _outcome(folder: Path, told: Mapping[str, Any], ours: bool) -> Outcome:
     from phi3_lora_plugin.store.checkpoint import latest_complete
 
     pages = [folder / name for name in ("report.html", "recipe.yaml", "data_report.json", "metrics.jsonl")]
@@ -314,12 +308,12 @@ def _outcome(folder: Path, told: Mapping[str, Any]) -> Outcome:
         figures=_figures(told.get("result") or {}),
         adapter=latest_complete(folder),
         files=[page for page in pages if page.is_file()],
+        ours=ours,
     )
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     names = ("train_loss", "eval_loss_before", "eval_loss_after", "eval_reward_before", "eval_reward_after", "tokens",
              "seconds", "steps", "adapter_bytes", "trainable_parameters", "reload_difference")  # fmt: skip
-    found = {name: result.get(name) for name in names}
-    figures = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
-    return {name: value for name, value in figures.items() if math.isfinite(value)}
+    found = {name: value for name in names if isinstance(value := result.get(name), int | float)}
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
