@@ -242,8 +242,8 @@ def leave_embedded_evaluation(layers: Sequence[Layer], merged: Layer) -> None:
     data = merged.data.get("data")
     if not isinstance(data, dict) or _embedded(data.get("path")) or not _embedded(data.get("eval_path")):
         return
-    given, evaluated = ([key in _section(layer, "data") for layer in layers] for key in ("path", "eval_path"))
-    if data.get("path") is None or _last(given) <= _last(evaluated):
+    given = [{"path", "eval_path"} & _section(layer, "data").keys() for layer in layers]
+    if data.get("path") is None or "eval_path" in next(keys for keys in reversed(given) if keys):
         return
     said = any({"eval_fraction", "eval_split"} & _section(layer, "data").keys() for layer in layers)
     where = merged.where(("data", "path"))
@@ -265,7 +265,3 @@ def _embedded(path: Any) -> bool:
 def _section(layer: Layer, name: str) -> Mapping[str, Any]:
     section = layer.data.get(name)
     return section if isinstance(section, dict) else {}
-
-
-def _last(given: Sequence[bool]) -> int:
-    return max((index for index, one in enumerate(given) if one), default=-1)

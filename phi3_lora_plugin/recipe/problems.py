@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -138,10 +137,6 @@ def _words(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[str]:
 
 
 def _range(limits: Sequence[Any]) -> str:
-    words = []
-    for limit in limits:
-        words += [f"at least {limit.ge}"] if isinstance(limit, Ge) else []
-        words += [f"above {limit.gt}"] if isinstance(limit, Gt) else []
-        words += [f"at most {limit.le}"] if isinstance(limit, Le) else []
-        words += [f"below {limit.lt}"] if isinstance(limit, Lt) else []
+    named = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    words = [f"{said} {getattr(one, name)}" for one in limits for name, said in named.items() if hasattr(one, name)]
     return " " + " and ".join(words) if words else ""

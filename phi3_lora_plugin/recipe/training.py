@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from phi3_lora_plugin.recipe.near_keys import other_word
 from phi3_lora_plugin.wording import describe, nearest, shorten
@@ -211,36 +210,35 @@ def fields_of(source: str) -> dict[str, Kinds]:
 
     Where the source has no such class in a form that is known, the installed class is imported and asked.
     """
-    found: dict[str, Kinds] = {}
+    annotated = {
+        line.target.id: frozenset(_kinds(line.annotation))
+        for line in _class_body(source, "TrainingArguments")
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and not line.target.id.startswith("_")
+    }
+    return annotated or _fields_of_class()
+
+
+def _class_body(source: str, name: str) -> list[ast.stmt]:
+    """The statements of a class in a module's source; none where there is no such class."""
     try:
-        body = ast.parse(source).body
+        module = ast.parse(source)
     except (SyntaxError, ValueError):
-        body = []
-    for node in body:
-        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    if not line.target.id.startswith("_"):
-                        found[line.target.id] = frozenset(_kinds(line.annotation))
-    return found or _fields_of_class()
+        return []
+    return next((node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), [])
 
 
 def _fields_of_class() -> dict[str, Kinds]:
     from dataclasses import fields
+    from inspect import formatannotation
 
     from transformers import TrainingArguments
 
     public = [field for field in fields(TrainingArguments) if not field.name.startswith("_")]
-    return {field.name: frozenset(_kinds_of(field.type)) for field in public}
+    return {field.name: frozenset(_kinds(_parsed(formatannotation(field.type)))) for field in public}
 
 
-def _kinds_of(kind: Any) -> set[str]:
-    """As `_kinds`, of a type, or of the text that it is written as."""
-    if isinstance(kind, str):
-        return _kinds(ast.parse(kind, mode="eval").body)
-    if get_origin(kind) in (Union, UnionType):
-        return set().union(*(_kinds_of(one) for one in get_args(kind)))
-    return {"None" if kind is NoneType else getattr(get_origin(kind) or kind, "__name__", str(kind))}
+def _parsed(annotation: str) -> ast.expr:
+    return ast.parse(annotation, mode="eval").body
 
 
 def _transformers() -> Path:
@@ -263,11 +261,11 @@ def _kinds(annotation: ast.expr) -> set[str]:
         case ast.Subscript(value=outer):
             return _kinds(outer)
         case ast.Constant(value=str() as text):
-            return _kinds(ast.parse(text, mode="eval").body)
+            return _kinds(_parsed(text))
         case ast.Constant(value=None):
             return {"None"}
-        case ast.Name(id=name):
-            return {{"List": "list", "Dict": "dict"}.get(name, name)}
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return {{"List": "list", "Dict": "dict", "NoneType": "None"}.get(name, name)}
     return {ast.unparse(annotation)}
 
 
@@ -328,8 +326,6 @@ def _convert(key: str, value: Any, kinds: Kinds) -> Any:
             also = f", or {unset} for no limit" if unset is not None else ""
             raise ValueError(f"expected {bound}{also}, found {shorten(value)}")
         return number
-    if isinstance(value, bool) and "bool" in kinds:
-        return value
     if value == AUTO and AUTO in kinds:
         return value
     if isinstance(value, str) and "bool" in kinds and value.lower() in ("yes", "on", "no", "off"):
@@ -340,13 +336,10 @@ def _convert(key: str, value: Any, kinds: Kinds) -> Any:
             named = f"one of {', '.join(choices)}" if len(choices) <= 12 else "a known one"
             raise ValueError(f"{shorten(value)} is not {named}{nearest(value, choices)}")
         return value
-    if isinstance(value, list) and "list" in kinds:
-        return value
-    if isinstance(value, dict) and "dict" in kinds:
+    if type(value).__name__ in kinds & {"bool", "list", "dict"}:
         return value
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    words |= {"list": "a list", "dict": "a mapping"}
-    words |= {AUTO: AUTO}
+    words |= {"list": "a list", "dict": "a mapping", AUTO: AUTO}
     expected = [words[kind] for kind in words if kind in kinds and not (kind == "int" and "float" in kinds)]
     raise ValueError(f"expected {' or '.join(expected) or 'nothing that YAML can hold'}, found {describe(value)}")
 
@@ -357,15 +350,10 @@ def _choices(kind: str) -> tuple[str, ...]:
     if kind in ("int", "float", "bool", "str", "list", "dict", "None"):
         return ()
     for file in ("training_args.py", "trainer_utils.py"):
-        for node in ast.parse((_transformers() / file).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name == kind:
-                values = [line.value.value for line in node.body if _is_choice(line)]  # type: ignore[attr-defined]
-                return tuple(values)
+        if body := _class_body((_transformers() / file).read_text(encoding="utf-8"), kind):
+            values = [line.value for line in body if isinstance(line, ast.Assign)]
+            return tuple(one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str))
     return ()
-
-
-def _is_choice(line: ast.stmt) -> bool:
-    return isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def _unknown(key: str, fields: Mapping[str, Kinds]) -> str:

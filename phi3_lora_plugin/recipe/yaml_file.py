@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources.abc import Traversable
@@ -122,7 +122,7 @@ def parse_value(text: str) -> Any:
     if text[:1] in tuple("*&!%@`|>"):
         return text
     try:
-        nodes = list(_compose(text))
+        nodes = _composed(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{shorten(text)} is not YAML: {getattr(error, 'problem', None) or error}") from None
     if not nodes:
@@ -151,18 +151,7 @@ def dump_line(value: Any) -> str:
 @lru_cache(maxsize=64)
 def _composed(text: str) -> tuple[yaml.Node, ...]:
     """The documents of a text as nodes, never changed: parents of many recipes are read over and over."""
-    return tuple(_compose(text))
-
-
-def _compose(text: str) -> Iterator[yaml.Node]:
-    loader = _Loader(text)
-    try:
-        while loader.check_node():
-            node = loader.get_node()
-            if node is not None:
-                yield node
-    finally:
-        loader.dispose()
+    return tuple(yaml.compose_all(text, _Loader))
 
 
 class _Builder:
