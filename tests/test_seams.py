@@ -139,10 +139,11 @@ def test_fields_that_cannot_be_read_from_the_source_come_from_the_class(source: 
     assert fields_of(source) == installed_fields()
 
 
-def test_all_finite_needs_no_private_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_all_kinds_are_finite_or_not_together() -> None:
     import torch
 
     from phi3_lora_plugin.lora.finite import all_finite
 
-    monkeypatch.delattr(torch, "_foreach_norm")
-    assert all_finite([torch.ones(3), torch.zeros(2)]) and not all_finite([torch.ones(3), torch.tensor([float("nan")])])
+    good = [torch.ones(3), torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float16), torch.empty(0)]
+    assert all_finite([]) and all_finite(good)
+    assert not any(all_finite([*good, torch.tensor([float(bad)])]) for bad in ("nan", "inf"))

@@ -40,10 +40,7 @@ def all_finite(tensors: Sequence[Any]) -> bool:
     import torch
 
     full = [tensor for tensor in tensors if tensor.numel()]
-    norms: Sequence[Any] = _norms(full) if full else ()
-    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
-        norms = [norm.float().to(norms[0].device) for norm in norms]
-    return not norms or bool(torch.stack(norms).float().sum().isfinite())
+    return bool(torch.nn.utils.get_total_norm(full).isfinite())
 
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
@@ -54,14 +51,6 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
 def is_finite(tensor: Any) -> bool:
     """Whether a tensor has neither a NaN nor an Inf."""
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def _norms(tensors: Sequence[Any]) -> Sequence[Any]:
-    """One norm a tensor: in one kernel where this torch has it, which is private; else one after the other."""
-    import torch
-
-    together = getattr(torch, "_foreach_norm", None)
-    return [tensor.norm() for tensor in tensors] if together is None else together(tensors)
 
 
 def _agreed(sick: bool, shard: Any) -> bool:

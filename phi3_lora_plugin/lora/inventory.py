@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.gather import plain_parameters, unwrapped
 from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names, wrapped_lora_names
-from phi3_lora_plugin.lora.walk import Structure, parameter_shapes, several_processes, structure, walked_once
+from phi3_lora_plugin.lora.walk import Structure, parameter_shapes, several_processes, structure
 from phi3_lora_plugin.lora_files.keys import file_key, is_lora, without_wrappers
 
 if TYPE_CHECKING:
@@ -52,23 +52,13 @@ def inventory_of(model: nn.Module, adapter: str | None = None, known: Inventory 
     inner = unwrapped(model)
     if known is not None and known.parts is not None and known.asked == adapter and known.parts.holds(inner):
         return known
-    with walked_once(inner):
-        return _look(inner, adapter)
-
-
-def _look(inner: nn.Module, asked: str | None) -> Inventory:
+    name, bias = adapter_and_bias(inner, adapter)
     config = getattr(inner, "peft_config", None)
-    if isinstance(config, Mapping):
-        name = asked or active_adapter(inner)
-        if name is None:
-            raise StateError(
-                f"several adapters are trained at once ({', '.join(sorted(config))}): pass adapter= to choose one"
-            )
-        if name not in config:
-            raise StateError(f"no adapter {name!r}; the model has {', '.join(sorted(config))}")
-        bias = getattr(config[name], "bias", "none")
-    else:
-        name, bias = None, trained_biases(inner)
+    if isinstance(config, Mapping) and name is None:
+        named = ", ".join(sorted(config))
+        raise StateError(f"several adapters are trained at once ({named}): pass adapter= to choose one")
+    if isinstance(config, Mapping) and name not in config:
+        raise StateError(f"no adapter {name!r}; the model has {', '.join(sorted(config))}")
     names = wrapped_lora_names(inner, bias, name)
     shapes = expected_shapes(inner, name, [without_wrappers(each) for each in names])
     if name is not None:
@@ -77,7 +67,7 @@ def _look(inner: nn.Module, asked: str | None) -> Inventory:
     parts = None if several_processes() else structure(inner)
     plain = plain_parameters(inner, names)
     parameters = None if plain is None else {without_wrappers(each): value for each, value in plain.items()}
-    return Inventory(asked, name, names, parameters, shapes, second, parts)
+    return Inventory(adapter, name, names, parameters, shapes, second, parts)
 
 
 def expected_shapes(model: nn.Module, adapter: str | None, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -137,6 +127,15 @@ def _second_names(model: nn.Module, adapter: str, found: set[str]) -> dict[str, 
         if f".modules_to_save.{adapter}." in plain and key not in found and known in found:
             copies[key] = known
     return copies
+
+
+def adapter_and_bias(model: nn.Module, asked: str | None = None) -> tuple[str | None, str]:
+    """(the adapter that is asked for or trained, None if that is not one; which biases are trained with it)."""
+    config = getattr(model, "peft_config", None)
+    if not isinstance(config, Mapping):
+        return None, trained_biases(model)
+    name = asked or active_adapter(model)
+    return name, getattr(config.get(name), "bias", "none")
 
 
 def trained_biases(model: nn.Module) -> str:

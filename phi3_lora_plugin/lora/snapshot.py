@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.config import loralib_sidecar, minimal_config
-from phi3_lora_plugin.lora.finite import all_finite
+from phi3_lora_plugin.lora.finite import all_finite, not_finite
 from phi3_lora_plugin.lora.gather import gather, path_of_adapted, unwrapped
-from phi3_lora_plugin.lora.inventory import Inventory, inventory_of, trained_biases
-from phi3_lora_plugin.lora.state import StateError, active_adapter, lora_names
+from phi3_lora_plugin.lora.inventory import Inventory, adapter_and_bias, inventory_of
+from phi3_lora_plugin.lora.state import StateError, lora_names
 from phi3_lora_plugin.lora_files.keys import file_key, without_wrappers
 from phi3_lora_plugin.lora_files.peft_files import changes_base
 from phi3_lora_plugin.wording import listed
@@ -86,12 +86,7 @@ def take(
 def trained_but_not_saved(model: nn.Module, adapter: str | None = None) -> list[str]:
     """Names of parameters that training changes and a LoRA-only checkpoint does not hold."""
     inner = unwrapped(model)
-    config = getattr(inner, "peft_config", None)
-    if isinstance(config, Mapping):
-        name = adapter or active_adapter(inner)
-        bias = getattr(config.get(name), "bias", "none") if name else "none"
-    else:
-        name, bias = None, trained_biases(inner)
+    name, bias = adapter_and_bias(inner, adapter)
     saved = set(lora_names(inner, bias, adapter=name))
     trained = (without_wrappers(name) for name, parameter in inner.named_parameters() if parameter.requires_grad)
     return [name for name in trained if name not in saved]
@@ -103,16 +98,10 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
     Args:
         expected: every name that has to be there -> its shape, from the model's layers and not from its tensors.
     """
-    import torch
-
     if not tensors:
         return ["found no LoRA tensor: the model has no adapter, or another rank has it"]
     found: dict[str, list[str]] = {}
-    values = list(tensors.values())
-    healthy = _alike(values) and all_finite(values)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if healthy and shapes == expected and all(map(all, shapes.values())):
-        return []
+    whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in expected:
             found.setdefault("are not of this adapter", []).append(name)
@@ -128,34 +117,23 @@ def adapter_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Seque
             )
         elif not tensor.is_floating_point():
             found.setdefault("are not floating-point numbers", []).append(f"{name} ({tensor.dtype})")
-        elif not healthy and not torch.isfinite(tensor).all():
-            found.setdefault("are not finite (NaN or Inf)", []).append(name)
+        else:
+            whole[name] = tensor
+    if not all_finite(list(whole.values())) and (broken := not_finite(whole)):
+        found["are not finite (NaN or Inf)"] = broken
     if missing := [name for name in expected if name not in tensors]:
         found["are missing"] = missing
     return [f"{len(names)} of {len(expected)} tensors {what}: {listed(names)}" for what, names in found.items()]
 
 
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are plain tensors of numbers, of one type and in one place."""
-    import torch
-
-    kinds = {(type(tensor), tensor.dtype, tensor.device) for tensor in tensors}
-    return len(kinds) == 1 and all(
-        kind is torch.Tensor and dtype.is_floating_point and device.type != "meta" for kind, dtype, device in kinds
-    )
-
-
 def _copied(state: Mapping[str, Tensor], copy: bool = True) -> dict[str, Tensor]:
     """Contiguous copies on the CPU; what cannot be copied (meta) stays as it is, to be refused."""
     return {
-        name: tensor if tensor.is_meta or hasattr(tensor, "full_tensor") else _on_cpu(tensor.detach(), copy)
+        name: tensor
+        if tensor.is_meta or hasattr(tensor, "full_tensor")
+        else tensor.detach().to("cpu", copy=copy).contiguous()
         for name, tensor in state.items()
     }
-
-
-def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
-    # `to` takes as long as `detach` where it has nothing to do, and there are hundreds of them in each save.
-    return (tensor.to("cpu", copy=copy) if copy or not tensor.is_cpu else tensor).contiguous()
 
 
 def _refuse(problems: Sequence[str]) -> None:

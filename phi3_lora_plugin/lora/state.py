@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,25 +139,21 @@ def load_lora_state_dict(
     unexpected, others = copies_of_the_base(model, inner, state, unexpected)
     filled = set(chosen.values())
     missing = [name for name in index.expected(filled) if name not in filled]
-    if others:
-        problems.append(_listed("of the base, and the model has other values there", others))
-    if strict and missing:
-        problems.append(_listed("missing, so these would keep what they have", missing))
-    if strict and unexpected:
-        problems.append(_listed("unexpected, nothing in the model takes them", unexpected))
-    if odd := {key: what for key in chosen if (what := no_numbers(state[key]))}:
-        problems.append(_listed("not floating-point numbers", [f"{key} ({what})" for key, what in odd.items()]))
+    odd = {key: what for key in chosen if (what := no_numbers(state[key]))}
     tensors = {key: name for key, name in chosen.items() if key not in odd}
-    shapes = [
-        f"{key}: {tuple(state[key].shape)}, the model has {tuple(whole_shape(targets[name]))}"
-        for key, name in tensors.items()
-        if tuple(state[key].shape) != tuple(whole_shape(targets[name]))
-    ]
-    if shapes:
-        problems.append(_listed("of another shape", shapes))
-    broken = not_finite({key: state[key] for key in tensors})
-    if broken:
-        problems.append(_listed("not finite (NaN or Inf)", broken))
+    found = {
+        "of the base, and the model has other values there": others,
+        "missing, so these would keep what they have": missing if strict else [],
+        "unexpected, nothing in the model takes them": unexpected if strict else [],
+        "not floating-point numbers": [f"{key} ({what})" for key, what in odd.items()],
+        "of another shape": [
+            f"{key}: {tuple(state[key].shape)}, the model has {tuple(whole_shape(targets[name]))}"
+            for key, name in tensors.items()
+            if tuple(state[key].shape) != tuple(whole_shape(targets[name]))
+        ],
+        "not finite (NaN or Inf)": not_finite({key: state[key] for key in tensors}),
+    }
+    problems += [f"  {len(names)} {what}: {listed(names)}" for what, names in found.items() if names]
     if problems:
         raise StateError("the LoRA state does not fit the model:\n" + "\n".join(problems))
     if not chosen:
@@ -306,7 +302,3 @@ def _write(model: nn.Module, targets: Mapping[str, Any], values: Mapping[str, Te
             for name, value in before.items():
                 targets[name].copy_(value)
         raise StateError(f"the LoRA state does not fit the model:\n{error}") from error
-
-
-def _listed(what: str, names: Sequence[str]) -> str:
-    return f"  {len(names)} {what}: {listed(names)}"

@@ -11,7 +11,7 @@ from typing import Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
 from phi3_lora_plugin.lora.text_side import excluded_modules
-from phi3_lora_plugin.model.families import Projection, projections
+from phi3_lora_plugin.model.families import Projection, Slice, projections
 from phi3_lora_plugin.wording import closest
 
 ALL_LINEAR = "all-linear"
@@ -35,15 +35,18 @@ class _Place:
     """Something that a target can name: a projection as a whole (`part` None) or one slice of it."""
 
     projection: Projection
-    part: int | None = None
+    part: Slice | None = None
 
     @property
     def path(self) -> str:
         """The path below the layer; for a slice, the one an unfused model would have."""
         if self.part is None:
             return self.projection.path
-        parent, _, _ = self.projection.path.rpartition(".")
-        return f"{parent}.{self.projection.slices[self.part].name}"
+        return f"{self.projection.path.rpartition('.')[0]}.{self.part.name}"
+
+    def full(self, layer: int) -> str:
+        """The path in the model."""
+        return f"{LAYERS}.{layer}.{self.path}"
 
 
 def resolve_targets(
@@ -137,13 +140,22 @@ def _number_problems(r: Any, alpha: Any, ranks: Mapping[str, Any], alphas: Mappi
         for name, value in positive.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
     ]
-    for option, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        for key in patterns:
-            try:
-                re.compile(key)
-            except re.error as error:
-                problems.append(f"{option}: {key!r} is not a regular expression: {error}")
+    problems += [
+        f"{option}: {key!r} is not a regular expression: {problem}"
+        for option, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas))
+        for key in patterns
+        if (problem := _no_pattern(key))
+    ]
     return problems
+
+
+def _no_pattern(text: str) -> str | None:
+    """Why a text is not a regular expression; None if it is."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def _wanted_layers(asked: int | Iterable[int] | None, layers: int, problems: list[str]) -> set[int]:
@@ -166,26 +178,22 @@ def _match(
 ) -> dict[_Place, set[int]]:
     """The places that one target names, each with its layers; appends what is wrong to `problems`."""
     if target.lower() == ALL_LINEAR:
-        return {_Place(projection): set(wanted) for projection in layout if not _stacked(projection)}
-    if target == EXPERTS and any(_stacked(projection) for projection in layout):
-        return {_Place(projection): set(wanted) for projection in layout if _stacked(projection)}
-    if _NAME.fullmatch(target):
+        return {_Place(projection): set(wanted) for projection in layout if not projection.experts}
+    if target == EXPERTS and any(projection.experts for projection in layout):
+        return {_Place(projection): set(wanted) for projection in layout if projection.experts}
+    as_pattern = not _NAME.fullmatch(target)
+    if as_pattern and (problem := _no_pattern(target)):
+        problems.append(f"{target!r} is not a name or a regular expression: {problem}")
+        return {}
+    found = {
+        place: {layer for layer in range(layers) if _fits(place.full(layer), target, as_pattern)}
+        for place in _places(layout)
         # Stacked weights are far larger than such a name suggests, so only a path with `experts` means them.
-        places = [place for place in _places(layout) if not _stacked(place.projection) or EXPERTS in target.split(".")]
-        found = {place: {layer for layer in range(layers) if _ends(_full(place, layer), target)} for place in places}
-        outside = [name for name in _outside(config, layers) if _ends(name, target)]
-    else:
-        try:
-            pattern = re.compile(target)
-        except re.error as error:
-            problems.append(f"{target!r} is not a name or a regular expression: {error}")
-            return {}
-        found = {
-            place: {layer for layer in range(layers) if pattern.fullmatch(_full(place, layer))}
-            for place in _places(layout)
-        }
+        if as_pattern or not place.projection.experts or EXPERTS in target.split(".")
+    }
+    if as_pattern:
         found = _fused_or_slices(target, found, problems)
-        outside = [name for name in _outside(config, layers) if pattern.fullmatch(name)]
+    outside = [name for name in _outside(config, layers) if _fits(name, target, as_pattern)]
     found = {place: each for place, each in found.items() if each}
     problems += _refusals(target, outside, config)
     if not found and not outside:
@@ -203,7 +211,7 @@ def _fused_or_slices(target: str, found: dict[_Place, set[int]], problems: list[
     """A pattern that fits a fused projection and all its slices means the whole; one that fits some is unclear."""
     result = dict(found)
     for place in [place for place, each in found.items() if each and place.projection.slices and place.part is None]:
-        parts = [_Place(place.projection, part) for part in range(len(place.projection.slices))]
+        parts = _parts(place.projection)
         hit = [part.path for part in parts if found[part]]
         if hit and len(hit) < len(parts):
             problems.append(
@@ -217,15 +225,13 @@ def _fused_or_slices(target: str, found: dict[_Place, set[int]], problems: list[
 def _refusals(target: str, outside: Sequence[str], config: Mapping[str, Any]) -> list[str]:
     tied = bool(config.get("tie_word_embeddings"))
     problems = []
-    if any(name.endswith(_ROUTER) for name in outside):
+    names = [name.rpartition(".")[2] for name in outside if not name.endswith(_ROUTER)]
+    if len(names) < len(outside):
         problems.append(
             f"{target!r} names the router of the experts: it returns a tuple that LoRA cannot wrap, and moving the "
             "routing of a trained mixture breaks it; leave it out"
         )
-    for name in outside:
-        short = name.rpartition(".")[2]
-        if name.endswith(_ROUTER):
-            continue
+    for short in names:
         if tied:
             problems.append(
                 f"{target!r}: {short} shares its weight with {'embed_tokens' if short == 'lm_head' else 'lm_head'} "
@@ -245,7 +251,7 @@ def _unknown(target: str, layout: Sequence[Projection]) -> str:
     names = [place.path.rpartition(".")[2] for place in _places(layout)]
     near = closest(target.rpartition(".")[2], names, 0.75)
     hint = f"did you mean {near!r}?" if near else ""
-    if any(_stacked(projection) for projection in layout):
+    if any(projection.experts for projection in layout):
         if target in ("qkv_proj", "self_attn.qkv_proj"):
             hint = "attention is not fused here: q_proj, k_proj, v_proj"
         elif target.rpartition(".")[2] in ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"):
@@ -259,7 +265,7 @@ def _unknown(target: str, layout: Sequence[Projection]) -> str:
 
 def _parameter_names(asked: Iterable[str], layout: Sequence[Projection], problems: list[str]) -> list[str]:
     names = [asked] if isinstance(asked, str) else list(asked)
-    stacked = [projection.path for projection in layout if _stacked(projection)]
+    stacked = [projection.path for projection in layout if projection.experts]
     for name in names:
         if not any(_ends(f"{LAYERS}.0.{path}", re.sub(r"layers\.\d+", "layers.0", name)) for path in stacked):
             have = ", ".join(stacked) or "none: its projections are modules, which `targets` names"
@@ -282,7 +288,7 @@ def _exclude(asked: str | Iterable[str] | None, chosen: dict[_Place, set[int]], 
     names = [] if asked is None else [asked] if isinstance(asked, str) else list(asked)
     for name in names:
         hits = {
-            place: {layer for layer in layers if _fits(_full(place, layer), name, isinstance(asked, str))}
+            place: {layer for layer in layers if _fits(place.full(layer), name, isinstance(asked, str))}
             for place, layers in chosen.items()
         }
         if not any(hits.values()):
@@ -337,24 +343,19 @@ def _target(
     alphas: _Pattern,
     problems: list[str],
 ) -> Target:
-    parts = [
-        place
-        for place in (_Place(projection, part) for part in range(len(projection.slices)))
-        if layer in chosen.get(place, ())
-    ]
-    whole = _Place(projection)
-    name, module = projection.path.rpartition(".")[2], _full(whole, layer)
+    name, module = projection.path.rpartition(".")[2], _Place(projection).full(layer)
     shape = (projection.in_features, projection.out_features)
-    if not parts:
-        rank, scaled = ranks.at(module, r), alphas.at(module, alpha)
-        return Target(module, name, layer, *shape, rank, scaled, experts=getattr(projection, "experts", 0))
     blocks, scalings = [], {}
-    for place in parts:
-        part = projection.slices[place.part or 0]
-        path = _full(place, layer)
-        rank = ranks.at(path, r)
-        blocks.append(Block(part.name, part.start, part.stop, rank))
-        scalings[part.name] = alphas.at(path, alpha) / (math.sqrt(rank) if rslora else rank)
+    for part in projection.slices:
+        place = _Place(projection, part)
+        if layer in chosen.get(place, ()):
+            path = place.full(layer)
+            rank = ranks.at(path, r)
+            blocks.append(Block(part.name, part.start, part.stop, rank))
+            scalings[part.name] = alphas.at(path, alpha) / (math.sqrt(rank) if rslora else rank)
+    if not blocks:
+        rank, scaled = ranks.at(module, r), alphas.at(module, alpha)
+        return Target(module, name, layer, *shape, rank, scaled, experts=projection.experts)
     if not math.isclose(min(scalings.values()), max(scalings.values()), rel_tol=1e-9):
         shown = ", ".join(f"{name} {scaling:g}" for name, scaling in scalings.items())
         problems.append(
@@ -372,20 +373,11 @@ def _tidy(number: float) -> float:
 
 
 def _places(layout: Sequence[Projection]) -> list[_Place]:
-    return [
-        place
-        for projection in layout
-        for place in (_Place(projection), *(_Place(projection, part) for part in range(len(projection.slices))))
-    ]
+    return [place for projection in layout for place in (_Place(projection), *_parts(projection))]
 
 
-def _stacked(projection: Projection) -> bool:
-    """Whether this is a stack of expert weights: a parameter, not a module."""
-    return bool(getattr(projection, "experts", 0))
-
-
-def _full(place: _Place, layer: int) -> str:
-    return f"{LAYERS}.{layer}.{place.path}"
+def _parts(projection: Projection) -> list[_Place]:
+    return [_Place(projection, part) for part in projection.slices]
 
 
 def _outside(config: Mapping[str, Any], layers: int) -> list[str]:

@@ -1,9 +1,8 @@
-"""Walks over the modules of a model: one shared by all callers within a block, and whether the model has changed."""
+"""What a model is made of, whether it has changed since, and whether it may be sharded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, is_
@@ -77,48 +76,8 @@ def _parameters_in(modules: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return parameters, [list(map(len, inside)), list(chain.from_iterable(inside)), trained]
 
 
-@contextmanager
-def walked_once(model: nn.Module) -> Iterator[None]:
-    """Share one walk over the modules of `model` within this block; no module may be added or removed inside it.
-
-    Asking for names, parameters, layers and shapes makes a dozen walks of 3 ms each over 32 layers.
-    """
-    if several_processes() or "named_modules" in model.__dict__:  # perhaps inside another block like this one
-        yield
-        return
-    modules = tuple(model.named_modules())
-    parameters = tuple(_parameters_of(modules))
-    stock = type(model)
-
-    def named_modules(memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
-        if memo or prefix or not remove_duplicate:
-            return iter(stock.named_modules(model, memo, prefix, remove_duplicate))
-        return iter(modules)
-
-    def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        if prefix or not recurse or not remove_duplicate:
-            return iter(stock.named_parameters(model, prefix, recurse, remove_duplicate))
-        return iter(parameters)
-
-    model.named_modules, model.named_parameters = named_modules, named_parameters
-    try:
-        yield
-    finally:
-        del model.named_modules, model.named_parameters
-
-
 def several_processes() -> bool:
     """Whether a model may be sharded: then gathering swaps parameters for others, and nothing may be remembered."""
     from torch import distributed
 
     return bool(distributed.is_available() and distributed.is_initialized())
-
-
-def _parameters_of(modules: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """What `named_parameters` gives, from a walk that has been made."""
-    seen = set()
-    for path, module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{name}" if path else name, parameter
