@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -144,7 +146,7 @@ def split_to_fused(
     result: list[Lora] = []
     rows: list[Row] = []
     problems: list[str] = []
-    groups: dict[str, dict[str, Lora]] = {}
+    groups: dict[str, tuple[Projection, dict[str, Lora]]] = {}
     for lora in loras:
         owner, _, name = lora.module.rpartition(".")
         projection = _owner(lora.module, layout)
@@ -155,16 +157,14 @@ def split_to_fused(
         part = next(part for part in projection.slices if part.name == name)
         if problem := _misshapen(lora, projection.in_features, part.stop - part.start):
             problems.append(problem)
-        groups.setdefault(f"{owner}.{projection.name}", {})[name] = lora
+        groups.setdefault(f"{owner}.{projection.name}", (projection, {}))[1][name] = lora
     whole = {lora.module for lora in result}
-    for module, pieces in groups.items():
+    for module, (projection, pieces) in groups.items():
         if module in whole:
             problems.append(
                 f"{module} is adapted as a whole and again by its slices {', '.join(pieces)}; merge one of them"
             )
             continue
-        projection = _fused(module, layout)
-        assert projection is not None  # groups are named after fused projections of the layout
         missing = [part.name for part in projection.slices if part.name not in pieces]
         if any(lora.magnitude is not None for lora in pieces.values()) and (
             missing or any(lora.magnitude is None for lora in pieces.values())
@@ -194,8 +194,6 @@ def grouped_to_fused(lora: Lora, r: int, enable: Sequence[bool], compact: bool =
     Raises:
         LayoutError: the shapes do not belong to `r` and `enable`.
     """
-    import torch
-
     k = sum(enable)
     if not k or lora.a.shape[0] != r * k or lora.b.shape[1] != r or lora.b.shape[0] % k:
         flags = ",".join("T" if on else "F" for on in enable)
@@ -204,17 +202,13 @@ def grouped_to_fused(lora: Lora, r: int, enable: Sequence[bool], compact: bool =
             f"enable_lora={flags}; expected A ({r * k}, in) and B ({k or 1} x rows of a group, {r})"
         ])  # fmt: skip
     height = lora.b.shape[0] // k
-    blocks: list[tuple[Tensor, list[tuple[int, Tensor]]]] = []
-    for place, group in enumerate([group for group, on in enumerate(enable) if on]):
-        start = group * height
-        a, b = lora.a[place * r : (place + 1) * r], lora.b[place * height : (place + 1) * height]
-        same = next((block for block in blocks if compact and torch.equal(block[0], a)), None)
-        if same is None:
-            blocks.append((a, [(start, b)]))
-        else:
-            same[1].append((start, b))
+    enabled = [group for group, on in enumerate(enable) if on]
+    pieces = [
+        (lora.a[place * r : (place + 1) * r], group * height, lora.b[place * height : (place + 1) * height])
+        for place, group in enumerate(enabled)
+    ]
     one = replace(lora, a=lora.a[:r], b=lora.b)  # at its own rank, so that alpha / rank is loralib's scaling
-    return with_scaling(one, *_stack(blocks, height * len(enable)))
+    return with_scaling(one, *_stack(pieces, height * len(enable), compact))
 
 
 def fused_to_grouped(lora: Lora, projection: Projection) -> tuple[Lora, int, tuple[bool, ...]] | None:
@@ -286,7 +280,7 @@ def unknown_modules(loras: Iterable[Lora], layout: Sequence[Projection], layers:
     """What is wrong with modules that the base does not have, or has in another shape, in either vocabulary."""
     shapes: dict[str, tuple[int, int]] = {}
     for projection in layout:
-        if not getattr(projection, "experts", 0):
+        if not projection.experts:
             shapes[projection.path] = (projection.out_features, projection.in_features)
         for part in projection.slices:
             path = f"{projection.path.rpartition('.')[0]}.{part.name}"
@@ -309,64 +303,61 @@ def unknown_modules(loras: Iterable[Lora], layout: Sequence[Projection], layers:
 
 
 def _fuse(module: str, pieces: Mapping[str, Lora], projection: Projection, compact: bool) -> tuple[Lora, str]:
-    import torch
-
     first = next(iter(pieces.values()))
-    blocks: list[tuple[Any, list[tuple[int, Any]]]] = []
+    stacked = []
     folded = False
     for part in projection.slices:
-        lora = pieces.get(part.name)
-        if lora is None:
-            continue
-        b = lora.b
-        if not math.isclose(lora.scaling, first.scaling, rel_tol=1e-12):
-            b, folded = b * (lora.scaling / first.scaling), True
-        same = next((block for block in blocks if compact and torch.equal(block[0], lora.a)), None)
-        if same is None:
-            blocks.append((lora.a, [(part.start, b)]))
-        else:
-            same[1].append((part.start, b))
-    a, b = _stack(blocks, projection.out_features)
+        if (lora := pieces.get(part.name)) is not None:
+            b = lora.b
+            if not math.isclose(lora.scaling, first.scaling, rel_tol=1e-12):
+                b, folded = b * (lora.scaling / first.scaling), True
+            stacked.append((lora.a, part.start, b))
+    a, b = _stack(stacked, projection.out_features, compact)
     fused = replace(
         with_scaling(replace(first, module=module), a, b),
-        magnitude=_join([lora.magnitude for lora in pieces.values()], projection, pieces),
-        bias=_join([lora.bias for lora in pieces.values()], projection, pieces),
+        magnitude=_join({name: lora.magnitude for name, lora in pieces.items()}, projection),
+        bias=_join({name: lora.bias for name, lora in pieces.items()}, projection),
     )
-    rule = "A shared, B joined" if len(blocks) == 1 else f"A stacked, B block-diagonal, rank {a.shape[0]}"
+    rank = a.shape[0]
+    rule = "A shared, B joined" if rank == first.rank else f"A stacked, B block-diagonal, rank {rank}"
     missing = [part.name for part in projection.slices if part.name not in pieces]
     rule += f"; zero rows for {', '.join(missing)}" if missing else ""
     return fused, rule + ("; differing scalings multiplied into B" if folded else "")
 
 
-def _stack(blocks: Sequence[tuple[Tensor, Sequence[tuple[int, Tensor]]]], out: int) -> tuple[Tensor, Tensor]:
-    """(A stacked, B) where each block has its A and the (first row, rows) that it writes; all else is zero."""
+def _stack(pieces: Sequence[tuple[Tensor, int, Tensor]], out: int, share: bool) -> tuple[Tensor, Tensor]:
+    """(A stacked, B block-diagonal) of pieces: the A of each, and the first row and the rows that it writes into B.
+
+    With `share`, pieces with one and the same A have it once. All else in B is zero.
+    """
     import torch
 
-    dtype = blocks[0][0].dtype
-    for a, parts in blocks:
-        for tensor in (a, *(b for _, b in parts)):
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    a = torch.cat([a.to(dtype) for a, _ in blocks])
-    b = torch.zeros(out, a.shape[0], dtype=dtype)
-    rank = 0
-    for factor, parts in blocks:
-        for start, rows in parts:
-            b[start : start + rows.shape[0], rank : rank + factor.shape[0]] = rows.to(dtype)
-        rank += factor.shape[0]
-    return a, b
+    factors: list[Tensor] = []
+    places = []
+    for a, _, _ in pieces:
+        known = next((place for place, factor in enumerate(factors) if share and torch.equal(factor, a)), None)
+        places.append(len(factors) if known is None else known)
+        if known is None:
+            factors.append(a)
+    dtype = reduce(torch.promote_types, (tensor.dtype for a, _, rows in pieces for tensor in (a, rows)))
+    ends = [0, *accumulate(a.shape[0] for a in factors)]
+    b = torch.zeros(out, ends[-1], dtype=dtype)
+    for place, (_, start, rows) in zip(places, pieces, strict=True):
+        b[start : start + rows.shape[0], ends[place] : ends[place + 1]] = rows.to(dtype)
+    return torch.cat([a.to(dtype) for a in factors]), b
 
 
-def _join(vectors: Sequence[Any], projection: Projection, pieces: Mapping[str, Lora]) -> Tensor | None:
+def _join(vectors: Mapping[str, Tensor | None], projection: Projection) -> Tensor | None:
     """Vectors over the rows of slices as one over the rows of the whole; slices without one get zeros."""
     import torch
 
-    if all(vector is None for vector in vectors):
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    if not given:
         return None
-    whole = torch.zeros(projection.out_features, dtype=next(v.dtype for v in vectors if v is not None))
+    whole = torch.zeros(projection.out_features, dtype=next(iter(given.values())).dtype)
     for part in projection.slices:
-        vector = dict(zip(pieces, vectors, strict=True)).get(part.name)
-        if vector is not None:
-            whole[part.start : part.stop] = vector
+        if part.name in given:
+            whole[part.start : part.stop] = given[part.name]
     return whole
 
 
@@ -392,11 +383,6 @@ def _fused(module: str, layout: Sequence[Projection]) -> Projection | None:
 def _owner(module: str, layout: Sequence[Projection]) -> Projection | None:
     """The fused projection that `module` names a slice of."""
     match = _LAYER.match(module)
-    if match is None:
-        return None
-    folder, _, name = match[2].rpartition(".")
-    for projection in layout:
-        same_place = projection.path.rpartition(".")[0] == folder
-        if same_place and any(part.name == name for part in projection.slices):
-            return projection
-    return None
+    folder, _, name = match[2].rpartition(".") if match else ("", "", "")
+    here = [projection for projection in layout if projection.path.rpartition(".")[0] == folder]
+    return next((projection for projection in here if name in {part.name for part in projection.slices}), None)

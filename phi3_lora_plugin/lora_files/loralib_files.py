@@ -98,18 +98,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise LoralibError(f"{file} is not a file")
     loaded = read_weights(file, LoralibError)
-    if file.suffix == ".safetensors":
-        return _bare_names(loaded, file)
-    if isinstance(loaded, dict) and set(loaded) == {"adapter"}:
+    if isinstance(loaded, dict) and len(loaded) == 1 and isinstance(loaded.get("adapter"), dict):
         loaded = loaded["adapter"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise LoralibError(f"{file}: expected a mapping of names to tensors, as lora.lora_state_dict gives it")
-    return _bare_names(loaded, file)
-
-
-def _bare_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    named = {bare(key): tensor for key, tensor in tensors.items()}
-    if len(named) < len(tensors):
+    named = {bare(key): tensor for key, tensor in loaded.items()}
+    if len(named) < len(loaded):
         raise LoralibError(f"{file}: keys that differ in their prefixes alone mean the same tensor; save it unwrapped")
     return named
 

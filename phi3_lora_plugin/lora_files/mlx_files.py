@@ -31,9 +31,7 @@ class MlxError(Phi3LoraError):
 def looks_like_mlx(folder: str | Path) -> bool:
     """Whether a folder holds an adapter of mlx-lm: its weights, or a config with `lora_parameters`."""
     folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        return True
-    return "lora_parameters" in _config(folder)
+    return (folder / WEIGHTS).is_file() or "lora_parameters" in _config(folder)
 
 
 def mlx_base(folder: str | Path) -> str | None:

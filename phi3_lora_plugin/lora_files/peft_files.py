@@ -237,19 +237,17 @@ def peft_config(
     """
     loras = list(loras)
     (rank, alpha), _ = Counter((lora.rank, lora.alpha) for lora in loras).most_common(1)[0] if loras else ((1, 1), 0)
-    names = _short_names(loras, layers)
-    kinds: dict[str, set[tuple[int, float]]] = {}
+    by_name: dict[str, list[Lora]] = {}
     for lora in loras:
-        kinds.setdefault(lora.module.rpartition(".")[2], set()).add((lora.rank, lora.alpha))
-    ranks: dict[str, Any] = {}
-    alphas: dict[str, Any] = {}
-    for lora in loras:
-        short = lora.module.rpartition(".")[2]
-        key = short if len(kinds[short]) == 1 else lora.module
-        if lora.rank != rank:
-            ranks[key] = lora.rank
-        if lora.alpha != alpha:
-            alphas[key] = lora.alpha
+        by_name.setdefault(lora.module.rpartition(".")[2], []).append(lora)
+    keyed: dict[str, Lora] = {}
+    for name, some in by_name.items():
+        alike = len({(lora.rank, lora.alpha) for lora in some}) == 1
+        keyed |= {name: some[0]} if alike else {lora.module: lora for lora in some}
+    # Last parts of the paths where they mean exactly these modules, else the full paths.
+    complete = layers and all(
+        len(some) == (layers if re.search(r"\.layers\.\d+\.", some[0].module) else 1) for some in by_name.values()
+    )
     config: dict[str, Any] = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -261,13 +259,13 @@ def peft_config(
         "peft_type": "LORA",
         "r": rank,
         "revision": revision,
-        "target_modules": sorted(names),
+        "target_modules": sorted(by_name if complete else {lora.module for lora in loras}),
         "task_type": "CAUSAL_LM",
     }
     optional = {
-        "alpha_pattern": dict(sorted(alphas.items())),
+        "alpha_pattern": {key: lora.alpha for key, lora in sorted(keyed.items()) if lora.alpha != alpha},
         "exclude_modules": exclude_modules,
-        "rank_pattern": dict(sorted(ranks.items())),
+        "rank_pattern": {key: lora.rank for key, lora in sorted(keyed.items()) if lora.rank != rank},
         "lora_bias": any(lora.bias is not None for lora in loras),
         "modules_to_save": sorted(modules_to_save),
         "trainable_token_indices": {name: list(ids) for name, ids in (tokens or {}).items()},
@@ -275,18 +273,6 @@ def peft_config(
         "use_rslora": any(lora.rslora for lora in loras),
     }
     return dict(sorted((config | {name: value for name, value in optional.items() if value}).items()))
-
-
-def _short_names(loras: list[Lora], layers: int | None) -> set[str]:
-    """Last parts of the module paths where they mean exactly these modules, else the full paths."""
-    short: dict[str, set[str]] = {}
-    for lora in loras:
-        short.setdefault(lora.module.rpartition(".")[2], set()).add(lora.module)
-    complete = all(
-        len(modules) == (layers if re.search(r"\.layers\.\d+\.", next(iter(modules))) else 1)
-        for modules in short.values()
-    )
-    return set(short) if layers and complete else {lora.module for lora in loras}
 
 
 def peft_tensors(found: Parts) -> dict[str, Tensor]:
