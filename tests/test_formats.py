@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_lora_plugin.chat.columns import lookup, rename, unread
+from phi3_lora_plugin.chat.columns import lookup, rename, unread_values
 from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, detect
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.turns import ROLES
@@ -242,7 +242,7 @@ def test_p28_whatever_a_row_holds_it_becomes_canonical_messages_or_a_row_error(r
         assert all(set(turn) <= known for turn in made)
         assert any(turn["role"] == "assistant" for turn in made)
     assert repr(row) == before  # rows are never written to
-    detect(row), list(unread(row, name))
+    detect(row), list(unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
 
 
 spoken = [role for role in ROLES if role not in ("function_call", "tool_call")]  # the others hold JSON
@@ -298,8 +298,8 @@ def test_a_missing_foreign_column_is_named_with_its_neighbours() -> None:
 
 def test_what_no_format_reads_is_listed() -> None:
     turns = [hi | {"id": 7, "name": None}, ok | {"timestamp": 1, "weight": 1}]
-    assert set(unread({"messages": turns, "id": 1}, "messages")) == {"id", "messages[].id", "messages[].timestamp"}
-    assert list(unread({"anything": 1}, "a-plugins-own")) == []
+    unread = unread_values({"messages": turns, "id": 1}, (*REQUIRED["messages"], *OPTIONAL["messages"]))
+    assert {path for path, _ in unread} == {"id", "messages[].id", "messages[].timestamp"}
 
 
 def test_real_chats_of_every_format_are_read_whole(shared_data: Path) -> None:

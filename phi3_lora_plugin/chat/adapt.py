@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from phi3_lora_plugin.chat.columns import MESSAGE_KEYS, lookup, refuse_decisive,
 from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, Adapter, detect
 from phi3_lora_plugin.chat.propose import propose
 from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
-from phi3_lora_plugin.chat.row_error import RowError, named, shown
+from phi3_lora_plugin.chat.row_error import RowError, named, not_too_deep, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 from phi3_lora_plugin.error import Phi3LoraError
@@ -62,23 +62,21 @@ def conversations(
         if looked == _LOOK_AT:
             break
     rows = [item for item in top if isinstance(item, Row)]
-    if not top:
-        raise SourceError([f"{source.name}: has no rows"])
     if rows:
         reading.format, reading.because = _choose(source.name, rows, wanted, columns, adapters)
     adapt = adapters.get(reading.format) or ADAPTERS.get(reading.format)
-    for item in chain(top, items):
-        reading.rows += 1
-        if isinstance(item, Problem) or adapt is None:
-            yield item if isinstance(item, Problem) else Problem(item.place, "comes after rows that fit no format")
-            continue
+
+    def read(values: Mapping[str, Any]) -> list[Message]:
+        if adapt is None:
+            raise RowError("comes after rows that fit no format")
         try:
-            row = rename(item.values, columns, ignore)
-            yield item.place, adapted(adapt, row, reading.format, reading.unread)
+            return adapted(adapt, rename(values, columns, ignore), reading.format, reading.unread)
         except RowError as error:
-            others = [name for name in detect(item.values) if name != reading.format]
+            others = [name for name in detect(values) if name != reading.format]
             hint = f"; it looks like {others[0]}, but one source has one format" if others and wanted == "auto" else ""
-            yield Problem(item.place, f"{error}{hint}")
+            raise RowError(f"{error}{hint}") from error
+
+    yield from each(replace(source, rows=lambda: chain(top, items)), reading, read)
 
 
 def each(
@@ -97,25 +95,21 @@ def each(
             yield item.place, read(item.values)
         except RowError as error:
             yield Problem(item.place, str(error))
-        except RecursionError:
-            yield Problem(item.place, "is nested too deeply to be a chat")
     if not reading.rows:
         raise SourceError([f"{source.name}: has no rows"])
 
 
+@not_too_deep()
 def adapted(adapt: Adapter, row: Mapping[str, Any], name: str, unused: Counter[str] | None = None) -> list[Message]:
     """Return the messages of a row; whatever another plugin's data format raises or gives wrongly is a `RowError`.
 
     Columns that a format of ours does not read are counted in `unused`; one that would change what is trained is a
     `RowError` as well.
     """
-    try:
-        if ADAPTERS.get(name) is not adapt:
-            return _of_stranger(adapt, row, name)
-        made = adapt(row)
-        names = refuse_decisive(unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
-    except RecursionError:
-        raise RowError("is nested too deeply to be a chat") from None
+    if ADAPTERS.get(name) is not adapt:
+        return _of_stranger(adapt, row, name)
+    made = adapt(row)
+    names = refuse_decisive(unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
     if unused is not None:
         unused.update(names)
     return made

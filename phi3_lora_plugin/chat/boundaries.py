@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from phi3_lora_plugin.chat.prepare import control_pattern
 from phi3_lora_plugin.chat.templates import Span
 from phi3_lora_plugin.model.tokenizer import whole_texts
 
@@ -30,7 +31,7 @@ def tokenise(
         return _by_offsets(texts, spans, backend)
     added = tokenizer.added_tokens_decoder
     known = {token.content: (number, token.rstrip) for number, token in added.items()}
-    pattern = re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
+    pattern = control_pattern(tokenizer)
     numbers = frozenset(added)
     made: list[Tokenised | None] = []
     for text, marked, encoding in zip(

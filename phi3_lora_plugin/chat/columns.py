@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from phi3_lora_plugin.chat.formats import OPTIONAL, REQUIRED
+from phi3_lora_plugin.chat.formats import OPTIONAL
 from phi3_lora_plugin.chat.marks import LABELS, decisive, label_of
 from phi3_lora_plugin.chat.row_error import RowError, named
 from phi3_lora_plugin.chat.turns import KEYS
@@ -61,12 +61,6 @@ def lookup(row: Any, path: str) -> Any:
     else:
         raise KeyError(path)
     return lookup(inner, rest) if dot else inner
-
-
-def unread(row: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield the columns of the row, and the keys of its messages, that format `name` does not read."""
-    if name in REQUIRED:  # only another plugin's data format itself knows
-        yield from dict.fromkeys(path for path, _ in unread_values(row, (*REQUIRED[name], *OPTIONAL[name])))
 
 
 def unread_values(row: Mapping[str, Any], known: Collection[str]) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from phi3_lora_plugin.chat.mixture import counts, draw, sources_of
 from phi3_lora_plugin.chat.parts import Fate, Part, encoded, read_part
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import DataReport, Left, MixtureReport, describe
-from phi3_lora_plugin.chat.rows import Rows, duplicates, joined, split, to_table
+from phi3_lora_plugin.chat.rows import Rows, duplicates, joined, leaked, split, to_table
 from phi3_lora_plugin.chat.sources import find_sources
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
 from phi3_lora_plugin.chat.tool_formats import tool_format
@@ -160,16 +160,6 @@ def _encode_all(
             f"{len(train.good):,} rows to train on, all with label: {str(train.good[0]).lower()}; preference.loss: kto "
             "learns from good and bad answers, so it needs rows of both"
         ])  # fmt: skip
-    known = set(train.digests)
-    leaked = (
-        [
-            Left(about[0], "the same conversation is trained on")
-            for about, digest in zip(held_out.about, held_out.digests, strict=True)
-            if digest in known
-        ]
-        if held_out
-        else []
-    )
     report = DataReport(
         sources=tuple(fate.sources),
         mixture=mixture,
@@ -190,7 +180,7 @@ def _encode_all(
         calls=fate.calls,
         tool_format=tool_format(data.tool_format, template).name if fate.calls else None,
         duplicates=tuple(duplicates(train)),
-        leaked=tuple(leaked),
+        leaked=() if held_out is None else tuple(leaked(held_out, train)),
         unread=dict(fate.unread),
     )
     return {"train": to_table(train)} | ({} if held_out is None else {"eval": to_table(held_out)}), report

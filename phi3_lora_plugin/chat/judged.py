@@ -18,7 +18,7 @@ from phi3_lora_plugin.chat.preferences import is_pair
 from phi3_lora_plugin.chat.readers import Place, Problem, Row, Rows
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.sources import Source
-from phi3_lora_plugin.chat.turns import Message
+from phi3_lora_plugin.chat.turns import Message, context
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def read_judged(
             yield Problem(place, f"ends with a turn of role {chat[-1]['role']}; the label is about an answer")
         else:
             *before, last = chat
-            yield place, Judged([_context(turn) for turn in before] + [{k: v for k, v in last.items() if k != "train"}],
-                                label)  # fmt: skip
+            answer = {key: value for key, value in last.items() if key != "train"}
+            yield place, Judged([*context(before), answer], label)
 
 
 def _unlabelled_pair(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
@@ -99,10 +99,6 @@ def _label(row: Mapping[str, Any]) -> bool | RowError:
         return RowError(f"has its label twice, as {' and '.join(given)}; keep one")
     label = label_of(row)
     return RowError(f"{given[0]} is {shown(row[given[0]])}; expected true or false") if label is None else label
-
-
-def _context(turn: Message) -> Message:
-    return turn | {"train": False} if turn["role"] == "assistant" else turn
 
 
 def encode_judged(

@@ -67,11 +67,8 @@ def spans_of(item: Mapping[str, Any], text: str, what: str) -> list[Span] | None
         raise RowError(f"train_detail of {what} is not a list")
     weights = [0.0] * len(text)
     for number, one in enumerate(details, 1):
-        begin, end, train = (
-            (one.get(key) for key in ("begin_offset", "end_offset", "train"))
-            if isinstance(one, Mapping)
-            else (None, None, None)
-        )
+        given = one if isinstance(one, Mapping) else {}
+        begin, end, train = (given.get(key) for key in ("begin_offset", "end_offset", "train"))
         if not isinstance(begin, int) or not isinstance(end, int) or not isinstance(train, bool):
             raise RowError(f"train_detail {number} of {what} needs begin_offset, end_offset and train (true or false)")
         if not 0 <= begin <= end or end >= len(text):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 LONGEST_LINE = 64 * 1024**2  # bytes; what is longer is not one chat
 LARGEST_WHOLE = 2 * 1024**3  # bytes of a file that has to be read as a whole, as a JSON array is
@@ -14,6 +15,8 @@ _RATIO = 50  # times its size that a packed file may unpack to where it is read 
 _CHUNK = 1024**2
 #: Endings of packed files; what a file is shows in its first bytes, whatever it is called.
 PACKED = (".gz", ".zst", ".zstd")
+#: What reading an opened file may raise: the disk, or a packed file that is damaged.
+ERRORS = (OSError, EOFError, zlib.error)
 
 
 class TooLong(bytes):
@@ -30,13 +33,10 @@ def open_file(path: Path) -> IO[bytes]:
     if head[:2] == b"\x1f\x8b":
         return cast("IO[bytes]", gzip.open(path))
     if head == b"\x28\xb5\x2f\xfd":
-        return _unpacked_zst(path)
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), _CHUNK)
     return path.open("rb")
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """What reading an opened file may raise: the disk, or a packed file that is damaged."""
-    return (OSError, EOFError, zlib.error)
 
 
 def lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -67,32 +67,6 @@ def read_whole(path: Path) -> bytes | int:
             if read > most:
                 return most
     return b"".join(parts)
-
-
-def _unpacked_zst(path: Path) -> IO[bytes]:
-    import io
-
-    import pyarrow
-
-    class Unpacked(io.RawIOBase):
-        """A stream of pyarrow's as Python's readers want it."""
-
-        def __init__(self) -> None:
-            self.stream: Any = pyarrow.input_stream(str(path), compression="zstd")
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int:
-            read = self.stream.read(len(buffer))
-            buffer[: len(read)] = read
-            return len(read)
-
-        def close(self) -> None:
-            self.stream.close()
-            super().close()
-
-    return cast("IO[bytes]", io.BufferedReader(Unpacked(), _CHUNK))
 
 
 def impostor(head: bytes, kind: str) -> str | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from phi3_lora_plugin.chat.content import read_text
 from phi3_lora_plugin.chat.formats import ADAPTERS
-from phi3_lora_plugin.chat.row_error import RowError, named, shown
-from phi3_lora_plugin.chat.turns import Message, complete, read_turns
+from phi3_lora_plugin.chat.row_error import RowError, named, not_too_deep, shown
+from phi3_lora_plugin.chat.turns import Message, complete, context, read_turns
 
 _PROMPTS = ("prompt", "question", "messages", "conversations", "conversation", "instruction", "query")
 _CHOSEN = ("chosen", "chosen_messages", "preferred_output")
@@ -40,19 +40,13 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     return any(row.get(name) is not None for name in _REJECTED)
 
 
+@not_too_deep()
 def preference(row: Mapping[str, Any]) -> Pair:
     """Read one row.
 
     Raises:
         RowError: what is wrong with it, in one sentence.
     """
-    try:
-        return _preference(row)
-    except RecursionError:
-        raise RowError("is nested too deeply to be a chat") from None
-
-
-def _preference(row: Mapping[str, Any]) -> Pair:
     row = _openai(row)
     better, worse = _answer_column(row, _CHOSEN), _answer_column(row, _REJECTED)
     if better is None and worse is not None:  # ms-swift: the chat itself is the chosen one
@@ -76,8 +70,7 @@ def _preference(row: Mapping[str, Any]) -> Pair:
             raise RowError(f"{name} is {roles} after the prompt; expected one turn of the assistant")
     if _said(chosen[0]) == _said(rejected[0]):
         raise RowError("chosen and rejected are the same, so there is nothing to prefer")
-    before = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in prompt]
-    whole = [complete([*before, *answer], row) for answer in (chosen, rejected)]
+    whole = [complete([*context(prompt), *answer], row) for answer in (chosen, rejected)]
     return Pair(*whole)
 
 

@@ -157,12 +157,7 @@ def _add_thoughts(turn: dict[str, Any], policy: Policy, number: int, control: re
                 f"message {number} (assistant) has the control token {found.group()} in its thoughts; clean the text, "
                 "or write data.control_tokens: escape",
             )
-        block = control.sub(
-            lambda match: (
-                match.group() if match.group() in (OPEN, CLOSE) else f"{match.group()[0]} {match.group()[1:]}"
-            ),
-            block,
-        )
+        block = control.sub(lambda match: match[0] if match[0] in (OPEN, CLOSE) else _spaced(match), block)
     said = turn["content"]
     turn["content"] = block + said
     turn["thought"] = len(block)
@@ -241,12 +236,16 @@ def checked_spans(spans: Any, content: str, what: str) -> list[Span]:
 def _escape(turn: dict[str, Any], key: str, control: re.Pattern[str]) -> None:
     """Put a blank into each control token of a text, and move the spans after it along."""
     starts = [match.start() for match in control.finditer(turn[key])]
-    turn[key] = control.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", turn[key])
+    turn[key] = control.sub(_spaced, turn[key])
     if key == "content" and "spans" in turn:
         turn["spans"] = [
             (first + bisect_left(starts, first), end + bisect_left(starts, end), weight)
             for first, end, weight in turn["spans"]
         ]
+
+
+def _spaced(match: re.Match[str]) -> str:
+    return f"{match[0][0]} {match[0][1:]}"
 
 
 def _without_tools(turns: list[dict[str, Any]], kind: Template, policy: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from phi3_lora_plugin.chat.opened import LONGEST_LINE, PACKED, TooLong, errors, impostor, lines, open_file, read_whole
+from phi3_lora_plugin.chat.opened import ERRORS, LONGEST_LINE, PACKED, TooLong, impostor, lines, open_file, read_whole
 from phi3_lora_plugin.chat.row_error import shown
 from phi3_lora_plugin.error import Phi3LoraError
 
@@ -72,7 +72,7 @@ def reader(path: Path, name: str) -> Callable[[], Rows]:
     try:
         with open_file(path) as file:
             head = file.read(4096)
-    except errors() as error:
+    except ERRORS as error:
         raise SourceError([f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
     if wrong := impostor(head, kind):
         raise SourceError([f"{name}: {wrong}"])
@@ -83,7 +83,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
     """Yield lines; a disk or an archive that cannot be read to its end is a `SourceError`."""
     try:
         yield from lines(file)
-    except errors() as error:
+    except ERRORS as error:
         raise SourceError([f"{name}: cannot be read to its end: {error}"]) from None
 
 
@@ -164,7 +164,7 @@ def _json_whole(path: Path, name: str) -> Rows:
     """Read a file that has to be parsed as a whole: its rows have numbers, a syntax error in it ends the reading."""
     try:
         read = read_whole(path)
-    except errors() as error:
+    except ERRORS as error:
         raise SourceError([f"{name}: cannot be read to its end: {error}"]) from None
     if isinstance(read, int):
         raise SourceError(

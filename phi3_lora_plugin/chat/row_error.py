@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -11,6 +12,15 @@ from phi3_lora_plugin.wording import listed
 
 class RowError(Phi3LoraError):
     """One row that is not what its format says; the message is a sentence without the row's number."""
+
+
+@contextmanager
+def not_too_deep() -> Iterator[None]:
+    """Around what reads a row, also as a decorator: one that is nested beyond Python's limit is a `RowError`."""
+    try:
+        yield
+    except RecursionError:
+        raise RowError("is nested too deeply to be a chat") from None
 
 
 def shown(value: Any) -> str:

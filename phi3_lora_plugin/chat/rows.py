@@ -113,6 +113,14 @@ def duplicates(rows: Rows) -> Iterator[Left]:
             first[digest] = about[0]
 
 
+def leaked(rows: Rows, train: Rows) -> Iterator[Left]:
+    """Yield each row that is trained on too."""
+    known = set(train.digests)
+    for about, digest in zip(rows.about, rows.digests, strict=True):
+        if digest in known:
+            yield Left(about[0], "the same conversation is trained on")
+
+
 def to_table(rows: Rows) -> pyarrow.Table:
     """The rows as an Arrow table, made from whole columns: one row at a time would take longer than encoding them."""
     import numpy as np

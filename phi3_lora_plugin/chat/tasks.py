@@ -19,7 +19,7 @@ from phi3_lora_plugin.chat.encode import IGNORE, EncodeError, Policy, encode_pro
 from phi3_lora_plugin.chat.final_number import final_number
 from phi3_lora_plugin.chat.marks import MEDIA
 from phi3_lora_plugin.chat.readers import Place, Problem
-from phi3_lora_plugin.chat.row_error import RowError, named, shown
+from phi3_lora_plugin.chat.row_error import RowError, named, not_too_deep, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 
@@ -85,6 +85,7 @@ def _check_number(made: Task) -> None:
         raise RowError(f"answer is {shown(made.columns['answer'])}, which has no number for reward gsm8k")
 
 
+@not_too_deep()
 def task(row: Mapping[str, Any]) -> Task:
     """Read one row.
 

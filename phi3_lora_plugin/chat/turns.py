@@ -61,6 +61,11 @@ def _joins(held: Message, turn: Message) -> bool:
     return bool(held["role"] == "assistant" and same)
 
 
+def context(turns: Sequence[Message]) -> list[Message]:
+    """Turns before what is learned: those of the assistant are not trained."""
+    return [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
+
+
 def weighed(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     """Turns of a row that may say as a whole whether it is learned, by the marks of `marks`.
 
@@ -234,13 +239,8 @@ def read_tools(value: Any, what: str) -> str | None:
         return read_text(value, f"tools of {what}")
     if not isinstance(value, list):
         raise RowError(f"tools of {what} is {shown(value)}; expected a list, or its JSON text")
-    return _json(value, what)
-
-
-def _json(value: Any, what: str) -> str:
-    """Return JSON text; values from Parquet may be dates or bytes, which JSON has no form for."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:  # Parquet may hold dates or bytes
         raise RowError(f"tools or calls of {what} cannot be written as JSON: {error}") from None
     return checked_text(text, what)

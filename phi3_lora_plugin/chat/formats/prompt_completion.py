@@ -8,7 +8,7 @@ from typing import Any
 from phi3_lora_plugin.chat.content import read_text
 from phi3_lora_plugin.chat.format_parts import ANY, column, exchange, listed, whole
 from phi3_lora_plugin.chat.thoughts import THOUGHTS
-from phi3_lora_plugin.chat.turns import Message, read_turns
+from phi3_lora_plugin.chat.turns import Message, context, read_turns
 
 REQUIRED = ("prompt", "completion")
 OPTIONAL = (*THOUGHTS, *ANY)
@@ -18,8 +18,7 @@ def adapt(row: Mapping[str, Any]) -> list[Message]:
     """Read `prompt` and `completion`, each a text or a list of messages; nothing in the prompt is trained."""
     prompt, completion = column(row, "prompt"), column(row, "completion")
     if isinstance(prompt, list | tuple):
-        turns = list(read_turns(listed(row, "prompt"), "message of prompt"))
-        turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in turns]
+        turns = context(list(read_turns(listed(row, "prompt"), "message of prompt")))
     else:
         turns = [*read_turns([{"role": "user", "content": read_text(prompt, "prompt")}])]
     if isinstance(completion, list | tuple):
