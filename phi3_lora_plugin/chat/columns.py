@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from phi3_lora_plugin.chat.formats import OPTIONAL
@@ -27,8 +27,8 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], ignore: Collectio
     that its format can do without may be missing. Columns, and keys of messages, that `ignore` names are not there.
     """
     if ignore:
-        row = {name: _without(value, ignore) if name in _LISTS else value for name, value in row.items()
-               if name not in ignore}  # fmt: skip
+        kept = {name: value for name, value in row.items() if name not in ignore}
+        row = _changed(kept, lambda message: {key: value for key, value in message.items() if key not in ignore})
     inner = {foreign: name for name, foreign in columns.items() if name in MESSAGE_KEYS}
     outer = {name: foreign for name, foreign in columns.items() if name not in MESSAGE_KEYS}
     found = {}
@@ -40,12 +40,8 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], ignore: Collectio
                 guess = nearest(foreign, [key for key in row if isinstance(key, str)])
                 raise RowError(f"has no column {foreign!r} (data.columns.{name}), only {named(row)}{guess}") from None
     renamed = {name: value for name, value in row.items() if name not in outer.values()} | found
-    for name in _LISTS if inner else ():
-        if isinstance(renamed.get(name), list):
-            renamed[name] = [
-                {inner.get(key, key): value for key, value in item.items()} if isinstance(item, Mapping) else item
-                for item in renamed[name]
-            ]
+    if inner:
+        return _changed(renamed, lambda message: {inner.get(key, key): value for key, value in message.items()})
     return renamed
 
 
@@ -94,10 +90,9 @@ def refuse_decisive(unused: Iterable[tuple[str, Any]]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _without(value: Any, ignore: Collection[str]) -> Any:
-    if not isinstance(value, list):
-        return value
-    return [
-        {key: inner for key, inner in item.items() if key not in ignore} if isinstance(item, Mapping) else item
-        for item in value
-    ]
+def _changed(row: dict[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """The row with each message of its lists changed."""
+    lists = {name: row[name] for name in _LISTS if isinstance(row.get(name), list)}
+    return row | {
+        name: [change(item) if isinstance(item, Mapping) else item for item in items] for name, items in lists.items()
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,47 +24,22 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         if not 0 < length <= max_length:
             raise Phi3LoraError(f"row {index} has {length} tokens; a pack holds 1 to {max_length}")
     packs: list[list[int]] = []
-    open_packs: list[list[int]] = [[] for _ in range(max_length + 1)]  # by room left
-    # A segment tree over the room left finds the smallest room that is large enough.
-    size = 1 << max_length.bit_length()
-    tree = [False] * (2 * size)
-
-    def mark(room: int, filled: bool) -> None:
-        node = size + room
-        tree[node] = filled
-        while node > 1:
-            node //= 2
-            tree[node] = tree[2 * node] or tree[2 * node + 1]
-
-    def smallest_room(at_least: int) -> int | None:
-        node = size + at_least
-        if tree[node]:
-            return at_least
-        while node > 1:
-            if node % 2 == 0 and tree[node + 1]:
-                node += 1
-                while node < size:
-                    node = 2 * node if tree[2 * node] else 2 * node + 1
-                return node - size
-            node //= 2
-        return None
-
+    open_packs: dict[int, list[int]] = defaultdict(list)  # by room left
+    rooms: list[int] = []  # of the open packs, each once, the smallest first
     for index in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        length = lengths[index]
-        room = smallest_room(length)
-        if room is None:
+        smallest = bisect_left(rooms, lengths[index])
+        if smallest == len(rooms):
+            room, place = max_length, len(packs)
             packs.append([index])
-            place = len(packs) - 1
-            room = max_length
         else:
+            room = rooms[smallest]
             place = open_packs[room].pop(0)
             packs[place].append(index)
             if not open_packs[room]:
-                mark(room, False)
-        left = room - length
-        if left > 0:
+                del rooms[smallest]
+        if left := room - lengths[index]:
             if not open_packs[left]:
-                mark(left, True)
+                insort(rooms, left)
             open_packs[left].append(place)
     return [sorted(members) for members in packs]
 

@@ -65,20 +65,20 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
     for name, owner in (("eva_config", "eva"), ("loftq_config", "loftq")):
         if options.get(name) and init != owner:
             problems.append(f"{name}: only init_lora_weights={owner!r} uses it, not {init!r}")
-    if plan.blocks and (rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):
+    factorised = rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")
+    if plan.blocks and factorised:
         problems.append(
             f"init_lora_weights: {init!r} starts from a factorisation for all rows of the fused projection at once, "
             "which fills B between the slices; name the fused projection, or use the default or gaussian start"
         )
     if plan.target_parameters and not (isinstance(init, bool) or init == "gaussian"):
         problems.append(f"init_lora_weights: {init!r} does not go with experts, whose weights are not linear layers")
-    for target in plan.targets:
-        small = min(target.in_features, target.out_features)
-        if target.rank > small and (rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")):
-            problems.append(
-                f"init_lora_weights: {init!r} needs a rank of at most {small} in {target.module}, got {target.rank}"
-            )
-            break
+    high = next((one for one in plan.targets if one.rank > min(one.in_features, one.out_features)), None)
+    if factorised and high is not None:
+        small = min(high.in_features, high.out_features)
+        problems.append(
+            f"init_lora_weights: {init!r} needs a rank of at most {small} in {high.module}, got {high.rank}"
+        )
     if init == "orthogonal" and any(target.rank % 2 for target in plan.targets):
         problems.append("init_lora_weights: 'orthogonal' needs even ranks")
     return problems
@@ -251,9 +251,9 @@ def plain_lora(model: PeftModel, adapter: str = "default") -> tuple[dict[str, Te
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     config = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = True
-    if not rewrites_base(config.init_lora_weights):
-        return {name: tensor.detach() for name, tensor in state.items()}, config
     plain = {name: tensor.detach() for name, tensor in state.items()}
+    if not rewrites_base(config.init_lora_weights):
+        return plain, config
     for module, layer in lora_layers(model, adapter).items():
         start = getattr(layer, "lora_start", {}).get(adapter)
         if start is None:
@@ -281,11 +281,8 @@ def _keep_start(model: PeftModel, adapter: str = "default") -> None:
     from phi3_lora_plugin.lora.slices import lora_layers
 
     for layer in lora_layers(model, adapter).values():
-        start = (
-            layer.lora_A[adapter].weight.detach().clone().cpu(),
-            layer.lora_B[adapter].weight.detach().clone().cpu(),
-        )
-        layer.lora_start = {adapter: start}
+        factors = (layer.lora_A[adapter], layer.lora_B[adapter])
+        layer.lora_start = {adapter: tuple(factor.weight.detach().clone().cpu() for factor in factors)}
 
 
 def loraplus_optimizer(model: PeftModel, args: TrainingArguments, ratio: float) -> Optimizer:

@@ -16,7 +16,7 @@ from phi3_lora_plugin.model.config import read_config
 from phi3_lora_plugin.model.device import Device, read_device
 from phi3_lora_plugin.model.folder import SINGLE, ModelError, model_folder, read_json, weight_files
 from phi3_lora_plugin.model.precision import Precision, precision_of
-from phi3_lora_plugin.model.quantize import require_loader
+from phi3_lora_plugin.model.quantize import keep_trainable_on_cpu, quantization_config, require_loader
 from phi3_lora_plugin.model.tokenizer import load_tokenizer, repair_tokenizer, stop_token_ids
 from phi3_lora_plugin.wording import listed
 
@@ -62,6 +62,7 @@ def load_model(
         RopeError: rotary settings that no revision has.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -75,8 +76,6 @@ def load_model(
     kind = precision.torch_dtype
     options: dict[str, Any] = {"dtype": kind, "attn_implementation": _attention(attention, place, kind)}
     if quantize != "none":
-        from phi3_lora_plugin.model.quantize import quantization_config
-
         options["quantization_config"] = quantization_config(quantize, kind)
     if (map_ := _device_map(place, quantize)) is not None:
         options["device_map"] = map_
@@ -93,9 +92,7 @@ def load_model(
         raise ModelError(f"{folder} cannot be loaded: {error}") from error
     except (KeyError, TypeError, ArithmeticError, AssertionError) as error:  # sizes or names that make no model
         raise ModelError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # the Rust side's class, which has moved between versions
-            raise
+    except SafetensorError as error:
         raise ModelError(f"{folder} has weights that are cut off or damaged: {error}; fetch them again") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -104,8 +101,6 @@ def load_model(
             f"{listed(missing)}; fetch the model again"
         )
     if quantize == "nf4" and place.kind == "cpu":
-        from phi3_lora_plugin.model.quantize import keep_trainable_on_cpu
-
         keep_trainable_on_cpu(model)
     model.name_or_path = locate(path_or_id)
     model.config.name_or_path = model.name_or_path

@@ -161,7 +161,10 @@ def _folder(name: str | Path, revision: str | None) -> Path:
     place = find_folder(name, revision, [*FILES, "config.json"])
     if (place / "tokenizer.json").is_file():
         return place
-    _refuse_other_models(place)
+    # Members that run only through remote code mostly have a tokenizer of the kind too: name the model, not the file.
+    config = _json(place / "config.json")
+    if "model_type" in config:
+        recognise(config)
     there = listed(sorted(entry.name for entry in place.iterdir()), 8) or "nothing"
     advice = (
         "; a tokenizer.model alone is not enough, take tokenizer.json from the model's repository"
@@ -169,16 +172,6 @@ def _folder(name: str | Path, revision: str | None) -> Path:
         else "; give the folder that holds the tokenizer"
     )
     raise TokenizerError(f"{place} has no tokenizer.json, only {there}{advice}")
-
-
-def _refuse_other_models(folder: Path) -> None:
-    """Members that run only through remote code mostly have a tokenizer of the kind too: name the model, not the file.
-
-    Raises `UnsupportedModel`.
-    """
-    config = _json(folder / "config.json")
-    if "model_type" in config:
-        recognise(config)
 
 
 def _pad_token(tokenizer: Any, stops: Sequence[int]) -> str:
