@@ -29,16 +29,24 @@ class Seam:
     """One place in another library.
 
     Attributes:
-        library: its distribution.
         place: `module:path`; a part that ends in `()` is called without arguments.
         off: what does not work without it.
         takes: names of the first parameters, for a function that is wrapped and called by position.
     """
 
-    library: str
     place: str
     off: str
     takes: tuple[str, ...] = ()
+
+    @property
+    def package(self) -> str:
+        """What the library is imported as."""
+        return self.place.partition(".")[0].partition(":")[0]
+
+    @property
+    def library(self) -> str:
+        """Its distribution."""
+        return {"swift": "ms-swift", "olive": "olive-ai"}.get(self.package, self.package)
 
 
 _MODULE = "LoRA's tensors cannot be found in a model"
@@ -50,95 +58,80 @@ _ROWS = ("self", "dataset", "processing_class", "args")
 SEAMS = {
     # Patched while a process runs.
     "peft.targets": Seam(
-        "peft",
         "peft.utils.constants:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
         "default targets for phi3 and phimoe (part targets)",
     ),
     "transformers.report_to": Seam(
-        "transformers",
-        "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK",
-        "report_to: phi3_lora (part report_to)",
+        "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK", "report_to: phi3_lora (part report_to)"
     ),
     "transformers.train": Seam(
-        "transformers",
-        "transformers:Trainer.train",
-        "callbacks and fast paths of every Trainer (part trainers)",
-        ("self",),
+        "transformers:Trainer.train", "callbacks and fast paths of every Trainer (part trainers)", ("self",)
     ),
     "trl.sft_rows": Seam(
-        "trl", "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset", "exact masks in SFTTrainer (part trl)", _ROWS
+        "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset", "exact masks in SFTTrainer (part trl)", _ROWS
     ),
     "trl.dpo_rows": Seam(
-        "trl", "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset", "chats in DPOTrainer (part trl)", _ROWS
+        "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset", "chats in DPOTrainer (part trl)", _ROWS
     ),
     "transformers.backend": Seam(
-        "transformers", "transformers:PreTrainedTokenizerFast.backend_tokenizer", "published ids in a host's tokenizer"
+        "transformers:PreTrainedTokenizerFast.backend_tokenizer", "published ids in a host's tokenizer"
     ),
     **{
-        f"trl.{script}_{kind}": Seam("trl", f"trl.scripts.{script}:{place}", f"phi3-lora trl {script}")
+        f"trl.{script}_{kind}": Seam(f"trl.scripts.{script}:{place}", f"phi3-lora trl {script}")
         for script in ("sft", "dpo", "kto", "reward", "grpo", "rloo")
         for kind, place in (("parser", "make_parser"), ("main", "main"))
     },
     # Read, though private.
-    "torch.parameters": Seam("torch", "torch.nn:Module()._parameters", _MODULE),
-    "torch.modules": Seam("torch", "torch.nn:Module()._modules", _MODULE),
-    "torch.buffers": Seam("torch", "torch.nn:Module()._buffers", _MODULE),
-    "torch.persistent": Seam("torch", "torch.nn:Module()._non_persistent_buffers_set", _MODULE),
-    "torch.state_hooks": Seam("torch", "torch.nn:Module()._state_dict_hooks", _MODULE),
-    "torch.state_pre_hooks": Seam("torch", "torch.nn:Module()._state_dict_pre_hooks", _MODULE),
-    "torch.hooks": Seam("torch", "torch.nn:Module()._forward_hooks", "all fast paths"),
-    "torch.pre_hooks": Seam("torch", "torch.nn:Module()._forward_pre_hooks", "all fast paths"),
-    "torch.backward_hooks": Seam("torch", "torch.nn:Module()._backward_hooks", "all fast paths"),
-    "torch.backward_pre_hooks": Seam("torch", "torch.nn:Module()._backward_pre_hooks", "all fast paths"),
-    "torch.save_state": Seam("torch", "torch.nn:Module._save_to_state_dict", "LoRA for slices of a projection"),
-    "torch.load_state": Seam("torch", "torch.nn:Module._load_from_state_dict", "LoRA for slices of a projection"),
-    "torch.fake": Seam("torch", "torch._subclasses.fake_tensor:FakeTensor", _MEASURED),
-    "torch.fake_mode": Seam("torch", "torch._subclasses.fake_tensor:FakeTensorMode", _MEASURED),
-    "torch.dispatch": Seam("torch", "torch.utils._python_dispatch:TorchDispatchMode", _MEASURED),
-    "torch.without_modes": Seam("torch", "torch.utils._python_dispatch:_disable_current_modes", _MEASURED),
-    "torch.leaves": Seam("torch", "torch.utils._pytree:tree_leaves", _MEASURED),
-    "torch.item": Seam("torch", "torch:ops.aten._local_scalar_dense.default", _MEASURED),
-    "torch.device": Seam("torch", "torch:ops.prim.device.default", _MEASURED),
-    "torch.storage": Seam("torch", "torch:UntypedStorage()._cdata", _MEASURED),
-    "transformers.attention": Seam(
-        "transformers", "transformers:PretrainedConfig()._attn_implementation", "attention by documents"
-    ),
+    "torch.parameters": Seam("torch.nn:Module()._parameters", _MODULE),
+    "torch.modules": Seam("torch.nn:Module()._modules", _MODULE),
+    "torch.buffers": Seam("torch.nn:Module()._buffers", _MODULE),
+    "torch.persistent": Seam("torch.nn:Module()._non_persistent_buffers_set", _MODULE),
+    "torch.state_hooks": Seam("torch.nn:Module()._state_dict_hooks", _MODULE),
+    "torch.state_pre_hooks": Seam("torch.nn:Module()._state_dict_pre_hooks", _MODULE),
+    "torch.hooks": Seam("torch.nn:Module()._forward_hooks", "all fast paths"),
+    "torch.pre_hooks": Seam("torch.nn:Module()._forward_pre_hooks", "all fast paths"),
+    "torch.backward_hooks": Seam("torch.nn:Module()._backward_hooks", "all fast paths"),
+    "torch.backward_pre_hooks": Seam("torch.nn:Module()._backward_pre_hooks", "all fast paths"),
+    "torch.save_state": Seam("torch.nn:Module._save_to_state_dict", "LoRA for slices of a projection"),
+    "torch.load_state": Seam("torch.nn:Module._load_from_state_dict", "LoRA for slices of a projection"),
+    "torch.fake": Seam("torch._subclasses.fake_tensor:FakeTensor", _MEASURED),
+    "torch.fake_mode": Seam("torch._subclasses.fake_tensor:FakeTensorMode", _MEASURED),
+    "torch.dispatch": Seam("torch.utils._python_dispatch:TorchDispatchMode", _MEASURED),
+    "torch.without_modes": Seam("torch.utils._python_dispatch:_disable_current_modes", _MEASURED),
+    "torch.leaves": Seam("torch.utils._pytree:tree_leaves", _MEASURED),
+    "torch.item": Seam("torch:ops.aten._local_scalar_dense.default", _MEASURED),
+    "torch.device": Seam("torch:ops.prim.device.default", _MEASURED),
+    "torch.storage": Seam("torch:UntypedStorage()._cdata", _MEASURED),
+    "transformers.attention": Seam("transformers:PretrainedConfig()._attn_implementation", "attention by documents"),
     "transformers.checkpointing": Seam(
-        "transformers",
         "transformers:PreTrainedModel._set_gradient_checkpointing",
         _MEASURED,
         ("self", "enable", "gradient_checkpointing_func"),
     ),
-    "transformers.trials": Seam(
-        "transformers", "transformers:Trainer._get_output_dir", "checkpoints in a hyperparameter search"
-    ),
+    "transformers.trials": Seam("transformers:Trainer._get_output_dir", "checkpoints in a hyperparameter search"),
     # What hosts have for plugins.
-    "axolotl.plugin": Seam("axolotl", "axolotl.integrations.base:BasePlugin", _AXOLOTL),
-    "axolotl.model": Seam("axolotl", "axolotl.model_support.base:ModelSupport", _AXOLOTL),
-    "axolotl.unsupported": Seam("axolotl", "axolotl.model_support.base:Unsupported", _AXOLOTL),
-    "axolotl.prepare": Seam("axolotl", "axolotl.cli.config:prepare_plugins", _AXOLOTL, ("cfg",)),
-    "axolotl.rows": Seam("axolotl", "axolotl.prompt_tokenizers:PromptTokenizingStrategy", _AXOLOTL),
-    "llamafactory.templates": Seam("llamafactory", "llamafactory.data.template:TEMPLATES", _FACTORY),
-    "llamafactory.template": Seam("llamafactory", "llamafactory.data.template:Template", _FACTORY),
-    "llamafactory.register": Seam("llamafactory", "llamafactory.data.template:register_template", _FACTORY),
-    "llamafactory.v1_rendering": Seam(
-        "llamafactory", "llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin", _FACTORY
-    ),
+    "axolotl.plugin": Seam("axolotl.integrations.base:BasePlugin", _AXOLOTL),
+    "axolotl.model": Seam("axolotl.model_support.base:ModelSupport", _AXOLOTL),
+    "axolotl.unsupported": Seam("axolotl.model_support.base:Unsupported", _AXOLOTL),
+    "axolotl.prepare": Seam("axolotl.cli.config:prepare_plugins", _AXOLOTL, ("cfg",)),
+    "axolotl.rows": Seam("axolotl.prompt_tokenizers:PromptTokenizingStrategy", _AXOLOTL),
+    "llamafactory.templates": Seam("llamafactory.data.template:TEMPLATES", _FACTORY),
+    "llamafactory.template": Seam("llamafactory.data.template:Template", _FACTORY),
+    "llamafactory.register": Seam("llamafactory.data.template:register_template", _FACTORY),
+    "llamafactory.v1_rendering": Seam("llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin", _FACTORY),
     "llamafactory.v1_known": Seam(
-        "llamafactory",
-        "llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin._attempted_template_imports",
-        _FACTORY,
+        "llamafactory.v1.plugins.model_plugins.rendering:RenderingPlugin._attempted_template_imports", _FACTORY
     ),
-    "llamafactory.v1_renderer": Seam("llamafactory", "llamafactory.v1.core.utils.rendering:Renderer", _FACTORY),
-    "llamafactory.run": Seam("llamafactory", "llamafactory.train.tuner:run_exp", _FACTORY),
-    "llamafactory.read": Seam("llamafactory", "llamafactory.hparams.parser:read_args", _FACTORY),
-    "swift.callbacks": Seam("ms-swift", "swift.callbacks.mapping:callbacks_map", _SWIFT),
-    "swift.template": Seam("ms-swift", "swift.template.base:Template", _SWIFT),
-    "swift.encode": Seam("ms-swift", "swift.template.base:Template._encode", _SWIFT, ("self", "inputs")),
-    "swift.templates": Seam("ms-swift", "swift.template.register:TEMPLATE_MAPPING", _SWIFT),
-    "swift.register": Seam("ms-swift", "swift.template.register:register_template", _SWIFT),
-    "swift.meta": Seam("ms-swift", "swift.template.template_meta:TemplateMeta", _SWIFT),
-    "olive.targets": Seam("olive-ai", "olive.common.hf.mappings:MODELS_TO_LORA_TARGET_MODULES_MAPPING", _OLIVE),
+    "llamafactory.v1_renderer": Seam("llamafactory.v1.core.utils.rendering:Renderer", _FACTORY),
+    "llamafactory.run": Seam("llamafactory.train.tuner:run_exp", _FACTORY),
+    "llamafactory.read": Seam("llamafactory.hparams.parser:read_args", _FACTORY),
+    "swift.callbacks": Seam("swift.callbacks.mapping:callbacks_map", _SWIFT),
+    "swift.template": Seam("swift.template.base:Template", _SWIFT),
+    "swift.encode": Seam("swift.template.base:Template._encode", _SWIFT, ("self", "inputs")),
+    "swift.templates": Seam("swift.template.register:TEMPLATE_MAPPING", _SWIFT),
+    "swift.register": Seam("swift.template.register:register_template", _SWIFT),
+    "swift.meta": Seam("swift.template.template_meta:TemplateMeta", _SWIFT),
+    "olive.targets": Seam("olive.common.hf.mappings:MODELS_TO_LORA_TARGET_MODULES_MAPPING", _OLIVE),
 }
 
 
@@ -183,7 +176,7 @@ def look_into(name: str) -> None:
     module, _, path = seam.place.partition(":")
     kind, _, method = path.partition(".")
     spec = None if module in sys.modules else _spec(module)
-    if module not in sys.modules and spec is None and not is_installed(module.partition(".")[0]):
+    if module not in sys.modules and spec is None and not is_installed(seam.package):
         return
     try:
         tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")) if spec is not None else None
@@ -218,7 +211,7 @@ def changed(name: str, what: str) -> ActivationError:
     try:
         installed = f"{seam.library} {metadata.version(seam.library)} {what}"
     except metadata.PackageNotFoundError:
-        if is_installed(seam.place.partition(":")[0].partition(".")[0]):  # a checkout on the path has no version
+        if is_installed(seam.package):  # a checkout on the path has no version
             installed = f"{seam.library} {what}"
         else:
             installed, remedy = f"{seam.library} is not installed", f"pip install {seam.library}"

@@ -99,7 +99,7 @@ def test_a_method_is_looked_at_before_the_user_imports_its_module(
     """Else the error would come out of the user's own import."""
     (tmp_path / "odd_library.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(SEAMS, "odd", Seam("torch", "odd_library:Kind.method", "odd things", ("self", "rows")))
+    monkeypatch.setitem(SEAMS, "odd", Seam("odd_library:Kind.method", "odd things", ("self", "rows")))
     try:
         if said is None:
             look_into("odd")

@@ -166,20 +166,13 @@ def _recognise(source: str, rows: list[Row], columns: Mapping[str, str]) -> tupl
                 f"{name} (from {columns[name]})" if name in columns else name for name in REQUIRED[fits[0]]
             )
             return fits[0], f"by its column{'s' if ',' in found else ''} {found}"
+    given = propose([row.values for row in rows])
+    advice = "Name the columns with data.columns, as in data.columns='{prompt: question, completion: answer}'"
+    if given is not None:
+        advice = f"If that is what they mean, write {given}"
     formats = "; ".join(f"{name} has {', '.join(required)}" for name, required in REQUIRED.items())
-    raise SourceError(
-        [
-            f"{rows[0].place}: fits no format; its columns are {named(rows[0].values)}, while {formats}. "
-            + _advice([row.values for row in rows])
-        ]
-    )
-
-
-def _advice(rows: list[Mapping[str, Any]]) -> str:
-    """Return what to write for rows that fit no format."""
-    if (given := propose(rows)) is not None:
-        return f"If that is what they mean, write {given}"
-    return "Name the columns with data.columns, as in data.columns='{prompt: question, completion: answer}'"
+    found = f"its columns are {named(rows[0].values)}, while {formats}"
+    raise SourceError([f"{rows[0].place}: fits no format; {found}. {advice}"])
 
 
 def _check_columns(source: str, rows: list[Row], wanted: str, columns: Mapping[str, str]) -> None:

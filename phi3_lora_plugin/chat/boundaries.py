@@ -27,7 +27,7 @@ def tokenise(
         fast: without offsets where they can be done without; the result is the same.
     """
     backend = whole_texts(tokenizer)
-    if not fast or not hasattr(backend, "encode_batch_fast"):
+    if not fast:
         return _by_offsets(texts, spans, backend)
     added = tokenizer.added_tokens_decoder
     known = {token.content: (number, token.rstrip) for number, token in added.items()}

@@ -56,9 +56,10 @@ def read_mlx(folder: str | Path) -> tuple[list[Lora], list[Row], float]:
         raise MlxError(f"{folder} has an MLX adapter's config, but no {WEIGHTS}")
     if config.get("fine_tune_type", "lora") not in ("lora", "dora"):
         raise MlxError(f"{folder}: fine_tune_type is {config['fine_tune_type']!r}; only lora and dora are adapters")
-    scale = parameters.get("scale")
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        problems.append(f"{folder / CONFIG}: lora_parameters.scale is {scale!r}; expected a number")
+    given = parameters.get("scale")
+    scale = float(given) if isinstance(given, int | float) and not isinstance(given, bool) else None
+    if scale is None:
+        problems.append(f"{folder / CONFIG}: lora_parameters.scale is {given!r}; expected a number")
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -70,24 +71,23 @@ def read_mlx(folder: str | Path) -> tuple[list[Lora], list[Row], float]:
             problems.append(f"{name} {list(tensor.shape)} is not a factor of a linear layer (lora_a, lora_b)")
         else:
             found.setdefault(module, {})[part] = tensor
+    loras, rows = [], []
     for module, parts in found.items():
         a, b = parts.get("lora_a"), parts.get("lora_b")
         if a is None or b is None:
             problems.append(f"{module}: {'lora_a' if a is None else 'lora_b'} is missing")
         elif a.shape[1] != b.shape[0]:
             problems.append(f"{module}: lora_a {list(a.shape)} and lora_b {list(b.shape)} have different ranks")
+        elif scale is not None:
+            a, b = a.T.contiguous(), b.T.contiguous()
+            alpha = scale * a.shape[0]
+            loras.append(Lora(module, a, b, int(alpha) if alpha.is_integer() else alpha, magnitude=parts.get("m")))
+            rule = "transposed, alpha is scale times rank"
+            rows.append(Row(f"{module}.lora_a, .lora_b", module, tuple(b.shape), rule))
     if not found and not problems:
         problems.append(f"{folder / WEIGHTS} has no tensors")
     if problems:
         raise MlxError("\n".join(problems))
-    loras, rows = [], []
-    assert scale is not None
-    for module, parts in found.items():
-        a, b = parts["lora_a"].T.contiguous(), parts["lora_b"].T.contiguous()
-        alpha = float(scale) * a.shape[0]
-        lora = Lora(module, a, b, int(alpha) if alpha.is_integer() else alpha, magnitude=parts.get("m"))
-        loras.append(lora)
-        rows.append(Row(f"{module}.lora_a, .lora_b", module, tuple(b.shape), "transposed, alpha is scale times rank"))
     return loras, rows, float(parameters.get("dropout") or 0.0)
 
 

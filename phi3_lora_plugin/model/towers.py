@@ -34,12 +34,9 @@ def tower_shapes(config: Mapping[str, Any]) -> Shapes:
     return {f"{TOWERS}.{name}": shape for name, shape in shapes.items()}
 
 
-def _linear(name: str, out: int, into: int) -> Shapes:
-    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
-
-
-def _norm(name: str, size: int) -> Shapes:
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+def _layer(name: str, *shape: int) -> Shapes:
+    """Weight and bias of a linear layer [out, in], a convolution or a norm, by the shape of the weight."""
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
 
 def _vision(vision: Mapping[str, Any], text: int) -> Shapes:
@@ -49,63 +46,59 @@ def _vision(vision: Mapping[str, Any], text: int) -> Shapes:
     shapes: Shapes = {
         "image_embed.global_img_feature_extensor": (1, 1, size),
         "image_embed.sub_img_feature_extensor": (1, 1, 1, size),
-        f"{at}.embeddings.patch_embedding.weight": (size, int(vision["num_channels"]), patch, patch),
-        f"{at}.embeddings.patch_embedding.bias": (size,),
         f"{at}.embeddings.position_embedding.weight": (patches, size),
         f"{at}.head.probe": (1, 1, size),
         f"{at}.head.attention.in_proj_weight": (3 * size, size),
         f"{at}.head.attention.in_proj_bias": (3 * size,),
     }
+    shapes |= _layer(f"{at}.embeddings.patch_embedding", size, int(vision["num_channels"]), patch, patch)
     for layer in range(int(vision["num_hidden_layers"])):
         here = f"{at}.encoder.layers.{layer}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{here}.self_attn.{name}", size, size)
-        shapes |= _linear(f"{here}.mlp.fc1", inner, size) | _linear(f"{here}.mlp.fc2", size, inner)
-        shapes |= _norm(f"{here}.layer_norm1", size) | _norm(f"{here}.layer_norm2", size)
-    shapes |= _linear(f"{at}.head.attention.out_proj", size, size) | _norm(f"{at}.head.layernorm", size)
-    shapes |= _linear(f"{at}.head.mlp.fc1", inner, size) | _linear(f"{at}.head.mlp.fc2", size, inner)
-    shapes |= _norm(f"{at}.post_layernorm", size)
-    shapes |= _linear("image_embed.img_projection_up", text, size)
-    return shapes | _linear("image_embed.img_projection_down", text, text)
+            shapes |= _layer(f"{here}.self_attn.{name}", size, size)
+        shapes |= _layer(f"{here}.mlp.fc1", inner, size) | _layer(f"{here}.mlp.fc2", size, inner)
+        shapes |= _layer(f"{here}.layer_norm1", size) | _layer(f"{here}.layer_norm2", size)
+    shapes |= _layer(f"{at}.head.attention.out_proj", size, size) | _layer(f"{at}.head.layernorm", size)
+    shapes |= _layer(f"{at}.head.mlp.fc1", inner, size) | _layer(f"{at}.head.mlp.fc2", size, inner)
+    shapes |= _layer(f"{at}.post_layernorm", size)
+    shapes |= _layer("image_embed.img_projection_up", text, size)
+    return shapes | _layer("image_embed.img_projection_down", text, text)
 
 
 def _audio(audio: Mapping[str, Any], text: int) -> Shapes:
     size, inner, wide = int(audio["hidden_size"]), int(audio["intermediate_size"]), int(audio["ext_pw_out_channel"])
     channels, at = int(audio["nemo_conv_channels"]), "audio_embed.encoder"
     halvings, bands = int(log2(audio["time_reduction"])), int(audio["input_size"])
-    shapes: Shapes = {f"{at}.embed.conv.0.weight": (channels, 1, 3, 3), f"{at}.embed.conv.0.bias": (channels,)}
+    shapes = _layer(f"{at}.embed.conv.0", channels, 1, 3, 3)
     for place in range(2, 3 * halvings - 1, 3):  # depthwise, then pointwise, then an activation
-        for number, shape in ((place, (channels, 1, 3, 3)), (place + 1, (channels, channels, 1, 1))):
-            shapes |= {f"{at}.embed.conv.{number}.weight": shape, f"{at}.embed.conv.{number}.bias": (channels,)}
+        shapes |= _layer(f"{at}.embed.conv.{place}", channels, 1, 3, 3)
+        shapes |= _layer(f"{at}.embed.conv.{place + 1}", channels, channels, 1, 1)
     for _ in range(halvings):
         bands = floor((bands - 1) / 2 + 1)
-    shapes |= _linear(f"{at}.embed.out", size, channels * bands)
+    shapes |= _layer(f"{at}.embed.out", size, channels * bands)
     distances = int(audio["bias_max_distance"]) * (1 if audio["bias_symmetric"] else 2)
     shapes[f"{at}.relative_attention_bias_layer.bias_values.weight"] = (distances, int(audio["num_attention_heads"]))
     for block in range(int(audio["num_blocks"])):
         shapes |= _conformer(f"{at}.encoders.{block}", size, inner, wide, audio)
     for mode in ("speech", "vision_speech"):
-        shapes |= _linear(f"audio_embed.up_proj_for_{mode}", text, size * int(audio["downsample_rate"]))
-        shapes |= _linear(f"audio_embed.down_proj_for_{mode}", text, text)
+        shapes |= _layer(f"audio_embed.up_proj_for_{mode}", text, size * int(audio["downsample_rate"]))
+        shapes |= _layer(f"audio_embed.down_proj_for_{mode}", text, text)
     return shapes
 
 
 def _conformer(at: str, size: int, inner: int, wide: int, audio: Mapping[str, Any]) -> Shapes:
     shapes: Shapes = {f"{at}.conv.glu.b1": (1, wide, 1), f"{at}.conv.glu.b2": (1, wide, 1)}
     for part in ("feed_forward_in", "feed_forward_out"):
-        shapes |= _linear(f"{at}.{part}.gate_up_proj", 2 * inner, size) | _linear(f"{at}.{part}.down_proj", size, inner)
-        shapes |= _norm(f"{at}.{part}.layer_norm", size)
+        shapes |= _layer(f"{at}.{part}.gate_up_proj", 2 * inner, size) | _layer(f"{at}.{part}.down_proj", size, inner)
+        shapes |= _layer(f"{at}.{part}.layer_norm", size)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        shapes |= _linear(f"{at}.self_attn.{name}", size, size)
+        shapes |= _layer(f"{at}.self_attn.{name}", size, size)
     depth = size * int(audio["depthwise_multiplier"])
-    convolutions = {
-        "glu.ext_pw_conv_1d": (2 * wide, size, 1),
-        "dw_sep_conv_1d.dw_conv": (depth, 1, int(audio["kernel_size"])),
-        "dw_sep_conv_1d.pw_conv": (int(audio["depthwise_separable_out_channel"]), depth, 1),
-        "ext_pw_conv_1d": (wide, size, 1),
-    }
-    for name, shape in convolutions.items():
-        shapes |= {f"{at}.conv.{name}.weight": shape, f"{at}.conv.{name}.bias": shape[:1]}
+    separable = int(audio["depthwise_separable_out_channel"])
+    shapes |= _layer(f"{at}.conv.glu.ext_pw_conv_1d", 2 * wide, size, 1)
+    shapes |= _layer(f"{at}.conv.dw_sep_conv_1d.dw_conv", depth, 1, int(audio["kernel_size"]))
+    shapes |= _layer(f"{at}.conv.dw_sep_conv_1d.pw_conv", separable, depth, 1)
+    shapes |= _layer(f"{at}.conv.ext_pw_conv_1d", wide, size, 1)
     for name in ("conv.layer_norm", "layer_norm_att", "layer_norm"):
-        shapes |= _norm(f"{at}.{name}", size)
+        shapes |= _layer(f"{at}.{name}", size)
     return shapes
