@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CI", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # common in containers: every process would compile this package anew
 # Tests write nothing into a real home, where workers would also find each other's files.
 os.environ["PHI3_LORA_CACHE"] = "off"
 os.environ["HF_DATASETS_CACHE"] = mkdtemp(prefix="phi3-lora-tests-")
@@ -24,9 +25,12 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a card, Triton's kernels run in its interpreter
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower on more threads, and other workers have the other cores
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 from warm_process import Warm
+
+sys.dont_write_bytecode = False
 
 # Importing and collecting makes a million objects to keep. Looking for garbage among them takes a quarter of that time,
 # in each worker; `old_objects_out_of_garbage_collections` begins the looking.
@@ -41,6 +45,24 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
+MEMORY = "/dev/shm"
+ROOM = 10 * 2**30  # bytes free: a whole suite writes less than one, and its processes take the rest
+
+
+def has_room(folder: str) -> bool:
+    """Whether `tmp_path` of each test can be in this folder of memory; some tests run programs there."""
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        return False
+    found = os.statvfs(folder)
+    free = min(found.f_bavail * found.f_frsize, psutil.virtual_memory().available)
+    return free >= ROOM and not found.f_flag & os.ST_NOEXEC
+
+
+# Checkpoints are synced 20,000 times. On a disk that others use, that takes minutes, and it proves nothing more:
+# what is on a disk after each of these calls is the subject of tests/test_checkpoint_crash.py, which needs no disk.
+if has_room(MEMORY):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
+
 MEMORY_OF_A_WORKER = 3 * 2**30  # bytes: torch and its companions twice, here and in the warm process, and models
 MOST_WORKERS = 16  # each imports torch first; the longest tests take as long on any number
 
@@ -48,8 +70,6 @@ MOST_WORKERS = 16  # each imports torch first; the longest tests take as long on
 @pytest.hookimpl(optionalhook=True)  # pytest runs without xdist too
 def pytest_xdist_auto_num_workers() -> int:
     """One for each core that this process may use, hyper-threads too, as far as memory goes."""
-    import psutil
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, MOST_WORKERS, psutil.virtual_memory().available // MEMORY_OF_A_WORKER))
 

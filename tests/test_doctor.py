@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
-from warm_process import COMMAND, Warm
+from warm_process import COMMAND, MODULE, Warm
 
 from phi3_lora_plugin.cli import app
-from phi3_lora_plugin.doctor import plugin_check
+from phi3_lora_plugin.doctor import child, plugin_check
 from phi3_lora_plugin.doctor.examine import CHECKS, examine
 from phi3_lora_plugin.doctor.extras import ADDS, DEVELOPERS, extras
 from phi3_lora_plugin.doctor.finding import Finding, Report
@@ -57,12 +59,35 @@ def distribution(folder: Path, name: str, version: str, entry_points: str = "") 
     (info / "entry_points.txt").write_text(entry_points)
 
 
-@pytest.mark.slow
-def test_all_of_it_on_this_machine(warm: Warm, tmp_path: Path) -> None:
+@pytest.fixture
+def forked_children(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that examine are forks, in which torch and transformers are imported already."""
+
+    def run(command: list[str], timeout: int, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert command[:3] == [sys.executable, "-P", "-m"]
+        done = warm.run(MODULE, *command[3:], cwd=Path.cwd(), timeout=timeout, **env)
+        return subprocess.CompletedProcess(command, done.returncode, done.stdout.encode(), done.stderr.encode())
+
+    known = {"TimeoutExpired": subprocess.TimeoutExpired, "DEVNULL": subprocess.DEVNULL}
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=run, **known))
+
+
+@pytest.mark.long  # imports every library twice afresh
+def test_all_of_it_in_fresh_processes(warm: Warm, tmp_path: Path) -> None:
     done = warm.command("doctor", "--json", cwd=tmp_path)
-    report = json.loads(done.stdout)
+    assert_all_of_it(done.stdout, done.returncode, tmp_path)
+
+
+def test_all_of_it_on_this_machine(forked_children: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert_all_of_it(done.stdout, done.exit_code, tmp_path)
+
+
+def assert_all_of_it(said: str, code: int, tmp_path: Path) -> None:
+    report = json.loads(said)
     found = {(finding["area"], finding["name"]): finding for finding in report["findings"]}
-    assert report["ok"] == (done.returncode == 0), done.stderr
+    assert report["ok"] == (code == 0), report["findings"]
     assert found["self-test", "train"]["state"] == "ok", found["self-test", "train"]
     assert "torch" in found["libraries", "imported"]["text"]
     assert (

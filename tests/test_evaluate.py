@@ -25,7 +25,7 @@ from phi3_lora_plugin.cli.evaluate import eval_command
 from phi3_lora_plugin.evaluate.answers import answer, questions
 from phi3_lora_plugin.evaluate.evaluate import Evaluation, Wanted, evaluate
 from phi3_lora_plugin.evaluate.generate import stop_ids
-from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError
+from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError, require_lm_eval
 from phi3_lora_plugin.evaluate.target import find_target
 from phi3_lora_plugin.evaluate.token_scores import NothingTrained, TokenScores, token_scores
 from phi3_lora_plugin.export.convert import convert
@@ -334,9 +334,18 @@ def test_tasks_of_the_harness(run: Path, tmp_path: Path) -> None:
         "doc_to_target: '{{right}}'\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     options = {"include_path": str(tmp_path), "limit": 3}
+    assert require_lm_eval(("apples",), options).all_tasks == ["apples"]  # not the thousands of the harness
     found = measured(run / "base", wanted=Wanted(tasks=("apples",), task_options=options))
     assert found.rows == 0 and found.base_figures.tasks["apples"]["acc,none"] in (0.0, 1.0)
-    with pytest.raises(HarnessError, match="lm_eval knows no task pears"):
-        measured(run / "base", wanted=Wanted(tasks=("pears",), task_options=options))
     with pytest.raises(HarnessError, match="takes no limits, only"):
         measured(run / "base", wanted=Wanted(tasks=("apples",), task_options={"limits": 3}))
+
+
+@pytest.mark.long  # the harness reads its 14,000 files
+def test_tasks_that_the_harness_does_not_have_and_groups_of_those_that_it_has(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "mine.yaml").write_text("group: mine\ntask: [arc_easy]\n")
+    options = {"include_path": str(tmp_path)}
+    with pytest.raises(HarnessError, match="lm_eval knows no task pears"):
+        measured(run / "base", wanted=Wanted(tasks=("pears",), task_options=options))
+    assert {"mine", "arc_easy"} <= set(require_lm_eval(("mine",), options).all_tasks)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from phi3_lora_plugin.cli.chat import chat_command
 from phi3_lora_plugin.cli.evaluate import _NAMES, eval_command
 from phi3_lora_plugin.cli.train import train_command
+from phi3_lora_plugin.evaluate import lm_eval_tasks
 from phi3_lora_plugin.evaluate.answer_scores import MEASURES
-from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError
+from phi3_lora_plugin.evaluate.lm_eval_tasks import HarnessError, require_lm_eval
 
 pytestmark = pytest.mark.slow
 
@@ -55,14 +56,24 @@ def test_every_command_and_snippet_runs(tmp_path: Path, monkeypatch: pytest.Monk
         ]
         small = SMALL if "phi3-mini-4k-lora" in words else []
         quick = ["--samples=0", "--no-check", "training.max_steps=1"] if words[0] == "train" else ["--max-new-tokens=8"]
-        done = CliRunner().invoke(app, [*words, *small, *quick], input="Where does the otter live?\n")
-        if "--lm-eval" in words:  # its tasks come from the hub
-            assert find_spec("lm_eval") is not None or isinstance(done.exception, HarnessError)
+        with monkeypatch.context() as without:
+            if "--lm-eval" in words:  # its tasks come from the hub
+                without.setattr(lm_eval_tasks, "is_installed", lambda name: False)
+            done = CliRunner().invoke(app, [*words, *small, *quick], input="Where does the otter live?\n")
+        if "--lm-eval" in words:
+            assert isinstance(done.exception, HarnessError) and "pip install" in str(done.exception)
         else:
             assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception}"
     assert Path("runs/phi3-mini-4k-lora-2").is_dir()
     (snippet,) = blocks("python")
     exec(compile(snippet, "docs/evaluation.md", "exec"), {})
+
+
+@pytest.mark.long  # the harness reads its 14,000 files
+def test_the_harness_has_the_tasks_and_takes_the_options_of_the_page() -> None:
+    pytest.importorskip("lm_eval")
+    [(tasks, options)] = re.findall(r"--lm-eval (\S+) --lm-eval-args '(.+)'", PAGE)
+    assert require_lm_eval(tasks.split(","), yaml.safe_load(options))
 
 
 def test_every_figure_and_option_of_the_page_exists() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {module: imports(path) - {module} for module, path in MODULES.items()}
+@cache  # not at import, which every worker does
+def all_imports() -> dict[str, set[str]]:
+    return {module: imports(path) - {module} for module, path in MODULES.items()}
 
 
 def room(module: str) -> str:
@@ -73,7 +76,7 @@ def test_every_import_between_rooms_points_down_in_the_picture() -> None:
     level = {name: number for number, line in enumerate(picture()) for name in line}
     up = [
         f"{module} imports {other}"
-        for module, others in IMPORTS.items()
+        for module, others in all_imports().items()
         for other in others
         if room(module) and room(other) not in ("", room(module)) and level[room(other)] <= level[room(module)]
     ]
@@ -88,7 +91,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         if module in path:
             circles.append(" -> ".join([*path[path.index(module) :], module]))
         elif module not in done:
-            for other in IMPORTS[module]:
+            for other in all_imports()[module]:
                 walk(other, (*path, module))
             done.add(module)
 

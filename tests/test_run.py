@@ -85,7 +85,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("way", "how"), [("forked", "leave"), ("module", "stop"), ("command", "raise")])
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        ("forked", "leave"),
+        ("forked", "stop"),
+        pytest.param("module", "stop", marks=pytest.mark.long),  # imports all libraries afresh
+        ("command", "raise"),
+    ],
+)
 def test_a_script_sees_and_shows_what_it_would_under_plain_python(way: str, how: str, place: Path, warm: Warm) -> None:
     given = ["inside/odd.py", how, "--recipe", "of the script"]
     plain = call(sys.executable, *given, where=place)
@@ -104,23 +112,27 @@ def test_what_cannot_be_run_is_said_as_python_says_it(place: Path) -> None:
     assert missing.returncode == 2 and "can't open file 'nowhere.py': [Errno 2]" in missing.stderr
 
 
-def test_a_trainer_script_for_other_models_trains_phi3(place: Path, warm: Warm) -> None:
+@pytest.mark.parametrize("way", ["forked", pytest.param("command", marks=pytest.mark.long)])
+def test_a_trainer_script_for_other_models_trains_phi3(way: str, place: Path, warm: Warm) -> None:
+    out = f"out-{way}"
     common = ["--use_cpu", "--max_steps", "4", "--per_device_train_batch_size", "4", "--report_to", "none"]
     arguments = ["train.py", "base", "--output_dir", "plain", *common]
     plain = warm.run(FILE, *arguments, cwd=place, plain=True, ACCELERATE_USE_CPU="true")
     assert plain.returncode == 1 and "Please specify `target_modules`" in plain.stderr
-    ours = call(
-        *OURS["command"], "--recipe", "tiny-cpu", "train.py", "base", "--output_dir", "out", *common, where=place
-    )
+    given = ["--recipe", "tiny-cpu", "train.py", "base", "--output_dir", out, *common]
+    if way == "forked":
+        ours = warm.run(FORKED, *given, cwd=place, ACCELERATE_USE_CPU="true")
+    else:
+        ours = call(*OURS[way], *given, where=place)
     assert ours.returncode == 0 and "finished 4" in ours.stdout, ours.stderr
     for said in ("LoRA without target_modules goes to qkv_proj", "LoRA-only checkpoints", "speed: loss: on"):
         assert re.search(f"^phi3-lora: .*{said}", ours.stderr, re.MULTILINE), ours.stderr
-    adapter = latest_complete(place / "out")
+    adapter = latest_complete(place / out)
     assert adapter and verify(adapter) and adapter.name == "step-00000004"
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert targets == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
     assert json.loads((adapter / "tokenizer_config.json").read_text())["pad_token"] == "<unk>"
-    assert (place / "out" / "adapter_model.safetensors").exists()
+    assert (place / out / "adapter_model.safetensors").exists()
 
 
 def run_in_two(where: str) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from warm_process import LAUNCH, Warm
 
 from phi3_lora_plugin import load_recipe, verify
+from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.hosts.ray_settings import Cluster, RayError, read_settings
 from phi3_lora_plugin.training.arguments import BatchError, same_batch
 
@@ -104,6 +105,20 @@ def assert_equal(folder: Path, name: str) -> None:
         torch.testing.assert_close(theirs[key], value, atol=1e-4, rtol=0)
 
 
+def a_rank(folder: str, words: list[str]) -> None:
+    """One of two processes, as a launcher starts them."""
+    os.chdir(folder)
+    sys.argv = ["phi3-lora", *words]
+    main()
+
+
+def test_two_processes_give_the_result_of_one(one: Path, warm: Warm, tmp_path: Path) -> None:
+    said = warm.ranks(tmp_path, a_rank, str(one), command("forked", "--same-batch"), ACCELERATE_USE_CPU="true")
+    (one / "forked.txt").write_text("".join(said), encoding="utf-8")
+    assert_equal(one, "forked")
+
+
+@pytest.mark.long  # starts two processes afresh
 def test_two_processes_of_accelerate_give_the_result_of_one(one: Path, warm: Warm) -> None:
     config = str(DOCS / "accelerate" / "ddp-cpu.yaml")
     words = ["--config_file", config, "--main_process_port", "0", "-m", "phi3_lora_plugin.cli"]

@@ -27,6 +27,9 @@ COMMAND = "from phi3_lora_plugin.cli import main; main()"
 #: What `python FILE ARGUMENTS` does, as a program for `Warm.run`, which gets the file as its first argument.
 FILE = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
+#: What `python -m MODULE ARGUMENTS` does, in the same way.
+MODULE = "import runpy, sys; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+
 #: What `accelerate launch` does.
 LAUNCH = "from accelerate.commands.launch import main; main()"
 

@@ -19,7 +19,8 @@ class HarnessError(Phi3LoraError):
 def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> Any:
     """The harness's `TaskManager`, once what can be checked before a model is loaded was checked.
 
-    It reads some 14,000 files, which takes seconds, so `run_tasks` gets this one for the base and the adapter.
+    It reads the harness's 14,000 files, which takes seconds, so `run_tasks` gets this one for the base and the adapter;
+    where all tasks are in the folder `include_path`, it reads that alone.
 
     Raises:
         HarnessError: the package is missing, an option or a task that it does not have.
@@ -34,7 +35,11 @@ def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> Any:
     known = set(inspect.signature(lm_eval.simple_evaluate).parameters) - {"model", "tasks", "model_args"}
     if wrong := sorted(set(options) - known - {"include_path"}):
         raise HarnessError(f"lm_eval.simple_evaluate takes no {', '.join(wrong)}, only {', '.join(sorted(known))}")
-    manager = TaskManager(include_path=options.get("include_path"))
+    if own := options.get("include_path"):
+        alone = TaskManager(include_path=own, include_defaults=False)
+        if set(tasks) <= set(alone.all_subtasks):  # not groups, whose members may be the harness's
+            return alone
+    manager = TaskManager(include_path=own)
     if absent := [task for task in tasks if not manager.match_tasks([task])]:
         raise HarnessError(f"lm_eval knows no task {', '.join(absent)}; lm_eval ls tasks lists them")
     return manager
