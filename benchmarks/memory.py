@@ -30,6 +30,8 @@ BASE: dict[str, Any] = dict(
     num_key_value_heads=6,
 )
 WIDE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4)
+WORDS = dict(vocab_size=200064, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=4, tie_word_embeddings=True)  # fmt: skip
 
 #: name -> (changes of the model, type of its weights on disk, overrides of the run)
 CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
@@ -44,11 +46,8 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "converted": (WIDE, "bfloat16", ["model.dtype=float32", "training.per_device_train_batch_size=1"]),
     "wide": (WIDE, "float32", ["training.per_device_train_batch_size=2"]),
     "wide-recomputed-off": (WIDE, "float32", ["speed=off", "training.activation_checkpointing=true"]),
-    "words": (dict(vocab_size=200064, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                   num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True), "float32", []),
-    "words-off": (dict(vocab_size=200064, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-                       num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True), "float32",
-                  ["speed=off", "training.per_device_train_batch_size=2"]),
+    "words": (WORDS, "float32", []),
+    "words-off": (WORDS, "float32", ["speed=off", "training.per_device_train_batch_size=2"]),
     "deep": (dict(hidden_size=128, intermediate_size=352, num_hidden_layers=24, num_attention_heads=4,
                   num_key_value_heads=2), "float32", ["training.per_device_train_batch_size=8"]),
     "nf4": (WIDE, "bfloat16", ["model.quantize=nf4", "model.dtype=bfloat16"]),

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,7 @@ def _train(
     from phi3_lora_plugin.training.objective import objective_of
     from phi3_lora_plugin.training.packages import require_packages
     from phi3_lora_plugin.training.progress import ProgressReport
+    from phi3_lora_plugin.training.resume import resumable
     from phi3_lora_plugin.training.run_facts import versions
 
     started = time.monotonic()
@@ -261,9 +263,10 @@ def _train(
     if samples and data.eval and not asked:
         tell("note: no held-out row has a whole answer to compare with")
     answers_before = _answers(model, tokenizer, asked)
+    going_on = resumable(trainer, recipe.output_dir, allow_drift, tell) if resume else nullcontext()
     try:
-        with stop:
-            _run(trainer, recipe, resume, allow_drift, tell)
+        with stop, going_on as checkpoint:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except (HealthError, CheckpointError) as error:
         raise TrainingError(str(error)) from error
     interrupted = stop.received is not None
@@ -320,16 +323,6 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]
 
 def _evaluated(trainer: Trainer, metric: str) -> float | None:
     return None if trainer.eval_dataset is None else float(trainer.evaluate()[f"eval_{metric}"])
-
-
-def _run(trainer: Trainer, recipe: Recipe, resume: bool, allow_drift: Sequence[str], tell: Tell) -> None:
-    from contextlib import nullcontext
-
-    from phi3_lora_plugin.training.resume import resumable
-
-    going_on = resumable(trainer, recipe.output_dir, allow_drift, tell) if resume else nullcontext()
-    with going_on as checkpoint:
-        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:

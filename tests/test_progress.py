@@ -143,7 +143,7 @@ def test_the_run_file_keeps_earlier_sessions_and_knows_of_dead_processes(tmp_pat
     first.begin(False, name="x", value=math.nan)
     assert read_run(tmp_path)["status"] == "running" and read_run(tmp_path)["value"] is None
     first.content["sessions"][0]["pid"] = 2**22 + 1  # no such process
-    first.note()
+    first._write()
     assert read_run(tmp_path)["status"] == "killed"
     second = RunFile(tmp_path)
     second.begin(True, name="x")

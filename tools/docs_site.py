@@ -25,18 +25,14 @@ def on_files(files: Files, config: dict[str, object]) -> Files:
 def on_page_markdown(markdown: str, page: object, config: dict[str, object], files: Files) -> str:
     """Point at the repository where a page links to a file that is not a page; draw the house."""
     code = f"{config['repo_url']}/tree/main/"
-    markdown = re.sub(r"\]\(\.\./([^)]+)\)", lambda found: f"]({_page(found[1]) or code + found[1]})", markdown)
+    markdown = re.sub(r"\]\(\.\./([^)]+)\)", lambda found: f"]({ELSEWHERE.get(found[1]) or code + found[1]})", markdown)
     return re.sub(r"^```mermaid\n(.*?)^```$", lambda found: house(found[1]), markdown, flags=re.MULTILINE | re.DOTALL)
 
 
 def from_the_top(text: str) -> str:
     """Markdown of a file at the top of the checkout, with links as from inside `docs/`."""
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
-    return re.sub(r"\]\((\w+\.md)\)", lambda found: f"]({_page(found[1]) or found[1]})", text)
-
-
-def _page(link: str) -> str | None:
-    return ELSEWHERE.get(link)
+    return re.sub(r"\]\((\w+\.md)\)", lambda found: f"]({ELSEWHERE.get(found[1]) or found[1]})", text)
 
 
 def house(drawing: str) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from phi3_lora_plugin.cli.overrides import AsJson, Overrides, RecipeName, or_demonstration
-
-if TYPE_CHECKING:
-    from phi3_lora_plugin.chat.near_duplicates import Near
 
 
 def check_command(
@@ -69,7 +66,10 @@ def check_command(
         )
     alike = near_duplicates(data.train, data.eval, near) if near is not None else None
     if as_json:
-        found = {} if alike is None else dict(zip(("near_duplicates", "near_leaked"), map(_rows, alike), strict=True))
+        found = {}
+        if alike is not None:
+            pairs = zip(("near_duplicates", "near_leaked"), alike, strict=True)
+            found = {name: [asdict(one) for one in some] for name, some in pairs}
         print(json.dumps(json.loads(data.report.to_json()) | found, ensure_ascii=False))
     else:
         data.report.render(console)
@@ -83,9 +83,3 @@ def check_command(
 
         page = render_data(data.report, marked_rows(data.train, tokenizer, rows), f"Data of {run.name}")
         write_page(output, page, console)
-
-
-def _rows(found: Sequence[Near]) -> list[dict[str, float]]:
-    from dataclasses import asdict
-
-    return [asdict(one) for one in found]

@@ -28,18 +28,16 @@ def plugins_command(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # the listing reports the same, in its place
         plugins = load_plugins()
-        offers = [(plugin, _offers(plugins, plugin)) for plugin in plugins.plugins]
+        offers = [(plugin, plugins.registered(plugin)) for plugin in plugins.plugins]
+    for plugin, found in offers:
+        if "trainer_callbacks" in plugin.hooks:
+            found["callbacks"] = []  # which have no names
     if as_json:
         _print_json(plugins, offers)
     else:
         _print(plugins, offers)
     if strict and plugins.failures:
         raise typer.Exit(1)
-
-
-def _offers(plugins: Plugins, plugin: Plugin) -> dict[str, list[str]]:
-    """Return what a plugin registers by kind; callbacks have no names, so that kind is an empty list."""
-    return plugins.registered(plugin) | ({"callbacks": []} if "trainer_callbacks" in plugin.hooks else {})
 
 
 def _print_json(plugins: Plugins, offers: list[tuple[Plugin, dict[str, list[str]]]]) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -248,7 +249,8 @@ def _with_output_dir(recipe: Recipe, resume: bool, elsewhere: bool = False) -> R
     elif saved and named:
         raise OutputDirError(f"{folder} already has a run; pass --resume, or another output_dir=FOLDER")
     elif runs and not named:
-        folder = next(path for path in _names(folder) if path not in runs)
+        free = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+        folder = next(path for path in chain([folder], free) if path not in runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -259,11 +261,3 @@ def _with_output_dir(recipe: Recipe, resume: bool, elsewhere: bool = False) -> R
             f"{folder} cannot be written: {error.strerror or error}; pass another output_dir=FOLDER"
         ) from error
     return recipe.model_copy(update={"output_dir": str(folder)})
-
-
-def _names(folder: Path) -> Any:
-    yield folder
-    number = 2
-    while True:
-        yield folder.with_name(f"{folder.name}-{number}")
-        number += 1

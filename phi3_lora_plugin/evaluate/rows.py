@@ -47,16 +47,29 @@ def evaluation_rows(
         DataError: there are none, or as `load_data`.
     """
     data = recipe.data
+
+    def alone(where: Any, split: str | None, key: str) -> EvalRows:
+        """Only the rows of `where`, read as a run reads the ones it trains on."""
+        no_more = {"eval_path": None, "eval_split": None, "eval_fraction": 0.0}
+        only = data.model_copy(update={"path": where, "split": split, "max_rows": most, **no_more})
+        try:
+            loaded = load_data(recipe.model_copy(update={"data": only}), tokenizer, adapters, max_length=longest)
+        except DataError as error:
+            named = [f"{key}{text.removeprefix('data.path')}" if text.startswith("data.path:") else text
+                     for text in error.problems]  # fmt: skip
+            raise DataError(named) from error
+        return EvalRows(loaded.train, loaded.report)
+
     if recipe.preference.on:  # a pair of answers is not text to predict
         if path is None:
             raise DataError([f"{recipe.name} was trained on pairs; pass chats to evaluate on with --data FILE"])
         recipe = recipe.model_copy(update={"preference": recipe.preference.model_copy(update={"loss": "none"})})
     if path is not None:
         split = data.split if recipe.provenance.get("data.split") == "override" else None
-        return _alone(recipe, tokenizer, adapters, longest, path, split, most, "--data")
+        return alone(path, split, "--data")
     if data.eval_path is not None or data.eval_split is not None:
         where = data.path if data.eval_path is None else data.eval_path
-        return _alone(recipe, tokenizer, adapters, longest, where, data.eval_split, most, "data.eval_path")
+        return alone(where, data.eval_split, "data.eval_path")
     if not data.eval_fraction:
         raise DataError([f"{recipe.name} holds out no rows to evaluate on; pass some with --data FILE"])
     # The same seed holds out the same rows as the run did.
@@ -64,25 +77,3 @@ def evaluation_rows(
     assert loaded.eval is not None
     rows = loaded.eval if most is None else loaded.eval.select(range(min(most, len(loaded.eval))))
     return EvalRows(rows, loaded.report)
-
-
-def _alone(
-    recipe: Recipe,
-    tokenizer: Any,
-    adapters: Mapping[str, Adapter],
-    longest: int,
-    path: Any,
-    split: str | None,
-    most: int | None,
-    key: str,
-) -> EvalRows:
-    """Only those rows, read as a run reads the ones it trains on."""
-    only = {"path": path, "split": split, "eval_path": None, "eval_split": None, "eval_fraction": 0.0, "max_rows": most}
-    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
-    try:
-        loaded = load_data(changed, tokenizer, adapters, max_length=longest)
-    except DataError as error:
-        named = [f"{key}{text.removeprefix('data.path')}" if text.startswith("data.path:") else text
-                 for text in error.problems]  # fmt: skip
-        raise DataError(named) from error
-    return EvalRows(loaded.train, loaded.report)

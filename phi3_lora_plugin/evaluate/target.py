@@ -65,11 +65,8 @@ def _of_recipe(recipe: Recipe) -> Target:
         runs += numbered(folder)
     found = [newest for run in runs if run.is_dir() and (newest := latest_complete(run)) is not None]
     if not found:
-        return Target(
-            recipe,
-            None,
-            (f"no trained adapter in {folder}: evaluating the base model only; train {recipe.name} first",),
-        )
+        note = f"no trained adapter in {folder}: evaluating the base model only; train {recipe.name} first"
+        return Target(recipe, None, (note,))
     adapter = read_adapter(max(found, key=lambda path: path.stat().st_mtime))
     trained = adapter.base[0]
     if trained not in (recipe.model.path, locate(recipe.model.path)):

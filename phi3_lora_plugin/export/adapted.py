@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +46,16 @@ class Adapted:
     manifest: Mapping[str, Any]
     scratch: Path
     notes: tuple[str, ...] = ()
-    _made: dict[str, Path] = field(default_factory=dict, repr=False)
 
     def merged(self) -> Path:
         """The merged model in float32 with the trained chat template, made once and checked against PEFT."""
         from phi3_lora_plugin.export.merge import merge
 
-        if "merged" not in self._made:
-            merge(self.adapter, self.base, self.scratch / "merged", "float32", check="modules", quantized="none")
-            self.write_tokenizer(self.scratch / "merged")
-            self._made["merged"] = self.scratch / "merged"
-        return self._made["merged"]
+        folder = self.scratch / "merged"
+        if not folder.exists():
+            merge(self.adapter, self.base, folder, "float32", check="modules", quantized="none")
+            self.write_tokenizer(folder)
+        return folder
 
     def base_float32(self) -> Path:
         """The base in float32 with the trained chat template, for runtimes that put the adapter on themselves."""
@@ -63,8 +63,8 @@ class Adapted:
         from phi3_lora_plugin.export.recast import recast
         from phi3_lora_plugin.model.shards import write_json
 
-        if "base" not in self._made:
-            folder = self.scratch / "base"
+        folder = self.scratch / "base"
+        if not folder.exists():
             folder.mkdir()
             recast(self.base, folder, "float32")
             settings = portable_config(self.config)
@@ -72,8 +72,7 @@ class Adapted:
             write_json(folder / "config.json", settings)
             self.write_tokenizer(folder)
             write_generation_config(folder, self.base, settings)
-            self._made["base"] = folder
-        return self._made["base"]
+        return folder
 
     def write_tokenizer(self, folder: Path) -> None:
         """Tokenizer files into `folder`, with the chat template that was trained, also where a recipe named it."""
@@ -155,7 +154,9 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
     """
     from phi3_lora_plugin.chat.templates import TemplateError, template_for
     from phi3_lora_plugin.export.convert import convert
+    from phi3_lora_plugin.lora_files import layouts, peft_files
     from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx, mlx_base
+    from phi3_lora_plugin.model.families import projections
     from phi3_lora_plugin.model.folder import model_folder, read_json
     from phi3_lora_plugin.model.tokenizer import load_tokenizer
     from phi3_lora_plugin.store.adapter_folder import read_adapter
@@ -176,7 +177,7 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
         config = read_json(where / "config.json")
     adapter = folder
     notes: tuple[str, ...] = ()
-    if mlx or _is_split(folder, config):
+    if mlx or layouts.is_split(peft_files.parts(peft_files.read_peft(folder)).loras, projections(config)):
         report = convert(folder, scratch / "adapter", "fused", base=str(where))
         adapter, notes = scratch / "adapter", (f"the adapter's layout was converted: {report.kind} to fused",)
     encoding = {"system": "error", "template": None, **(found.chat if found else {})}
@@ -192,14 +193,6 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
     )  # fmt: skip
 
 
-def _is_split(folder: Path, config: Mapping[str, Any]) -> bool:
-    from phi3_lora_plugin.lora_files import layouts, peft_files
-    from phi3_lora_plugin.model.families import projections
-
-    found = peft_files.parts(peft_files.read_peft(folder))
-    return layouts.is_split(found.loras, projections(config))
-
-
 def _recipe(adapter: Any) -> Any:
     """The recipe of an adapter's run; None where there is none that can be read without a plugin's presets."""
     from phi3_lora_plugin.recipe import RecipeError
@@ -212,8 +205,6 @@ def _recipe(adapter: Any) -> Any:
 
 def _name(adapter: Path) -> str:
     """A run's name for its checkpoints, else the folder's, fit for files and commands."""
-    import re
-
     resolved = adapter.resolve()
     found = resolved.name
     for folder in (resolved, *resolved.parents[:2]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -229,16 +230,8 @@ def _read(
         config = _base_config(base or settings.base, None, needed=False)
         loras, rows = loralib_files.from_loralib(tensors, settings, _layout(config), compact)
         notes = (f"alpha and the like were read from {sidecar.name}",) if sidecar else ()
-        return _Source(
-            "loralib",
-            peft_files.Parts(tuple(loras)),
-            settings.base,
-            None,
-            settings.dropout,
-            tuple(rows),
-            notes,
-            source.parent,
-        )
+        found = peft_files.Parts(tuple(loras))
+        return _Source("loralib", found, settings.base, None, settings.dropout, tuple(rows), notes, source.parent)
     if alpha is not None or r is not None or enable:
         raise ConvertError(
             f"{source} is an adapter folder, whose config has r and alpha; --alpha, --r, --enable-lora are for files"
@@ -307,7 +300,6 @@ def _same_update(before: Sequence[Lora], after: Sequence[Lora], layout: Sequence
 
 def _refuse_broken(source: Path, found: peft_files.Parts) -> None:
     """NaN would go through every map unseen."""
-
     tensors = {f"{lora.module}.lora_A": lora.a for lora in found.loras}
     tensors |= {f"{lora.module}.lora_B": lora.b for lora in found.loras}
     tensors |= {f"{lora.module}.lora_magnitude": each for lora in found.loras if (each := lora.magnitude) is not None}
@@ -370,7 +362,8 @@ def _write_peft_folder(
     target: Path, found: peft_files.Parts, read: _Source, name: str | None, revision: str | None,
     config: Mapping[str, Any] | None, overwrite: bool,
 ) -> None:  # fmt: skip
-    saved = {full.rpartition(".")[0].rpartition(".")[2] for full in found.full if not _beside_lora(full, found)}
+    adapted = {lora.module for lora in found.loras}  # next to one that is an embedding, PEFT stores its own weight
+    saved = {module.rpartition(".")[2] for full in found.full if (module := full.rpartition(".")[0]) not in adapted}
     settings = peft_files.peft_config(
         found.loras, name, revision, int(config["num_hidden_layers"]) if config else None, read.dropout,
         sorted(saved), {module.rpartition(".")[2]: ids for module, (ids, _) in found.tokens.items()},
@@ -381,12 +374,5 @@ def _write_peft_folder(
         copy_tokenizer([read.folder], stage)
 
 
-def _beside_lora(name: str, found: peft_files.Parts) -> bool:
-    """Whether a full tensor is the base's own weight, which PEFT stores next to an adapted embedding."""
-    return any(lora.module == name.rpartition(".")[0] for lora in found.loras)
-
-
 def _short(name: str) -> str:
-    import re
-
     return re.sub(r"(layers|blk)\.\d+\.", r"\1.N.", name)

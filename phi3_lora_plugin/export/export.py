@@ -6,7 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,6 @@ class ExportReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON has it."""
-        from dataclasses import asdict
-
         rows = [asdict(one) | {"holds": one.holds} for one in self.comparisons]
         return asdict(self) | {"out": str(self.out), "comparisons": rows}
 
@@ -158,11 +156,12 @@ def _prove(
     from phi3_lora_plugin.export.merge_check import fits
     from phi3_lora_plugin.export.prompts import held_out_prompts
     from phi3_lora_plugin.export.proof import Reference, compare
+    from phi3_lora_plugin.model.base_size import size_of_config
     from phi3_lora_plugin.model.families import row_limit
 
     if not shipped.variants or prompts == 0:
         return (), "", ()
-    size = _parameters(adapted)
+    size = size_of_config(adapted.config).parameters
     if prompts is None and not fits(4 * size, "float32"):
         return (), "", (f"{human(4 * size)} in float32 do not fit into memory; pass --prompts 2 to compare anyway",)
     most = prompts if isinstance(prompts, int) else next(count for limit, count in _PROMPTS if size < limit)
@@ -179,13 +178,3 @@ def _prove(
             where_it_parts = found[-1].odd or "in the scores"
             raise ProofError(f"{found[-1].line()}\nfirst difference, {where_it_parts}\nnothing was saved")
     return tuple(found), where, tuple(notes)
-
-
-def _parameters(adapted: Adapted) -> int:
-    """How many numbers the base has, without reading them."""
-    from math import prod
-
-    from phi3_lora_plugin.model.shards import Weights
-
-    weights = Weights(adapted.base)
-    return sum(prod(weights.shape(name)) for name in weights)

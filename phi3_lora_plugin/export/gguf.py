@@ -25,7 +25,8 @@ from phi3_lora_plugin.wording import listed
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's general.file_type
+#: Dtype -> what ggml calls it.
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: `model_type` -> what the gguf package calls it.
 ARCHITECTURES = {"phi3": "PHI3", "phimoe": "PHIMOE"}
 
@@ -75,14 +76,15 @@ def write_gguf_adapter(
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(file_type(dtype))
     if name:
         writer.add_name(name)
     rows = []
+    kind = gguf.GGMLQuantizationType[_TYPES[dtype]]
     for (place, module), lora, own in zip(placed.items(), one_alpha(loras, alpha), loras, strict=True):
         folded = "" if lora.b is own.b else f", B times {own.scaling * own.rank / alpha:g}"
         for factor, tensor in (("lora_a", lora.a), ("lora_b", lora.b)):
-            array, kind = _array(gguf, tensor, dtype)
+            array = _array(tensor, dtype)
             writer.add_tensor(f"{place}.{factor}", array, raw_shape=tuple(tensor.shape), raw_dtype=kind)
         rows.append(Row(module, f"{place}.lora_a, .lora_b", tuple(lora.b.shape), f"rank {lora.rank}{folded}"))
     writer.write_header_to_file()
@@ -104,6 +106,8 @@ def write_gguf_model(
         GGUFError: not a phi3 or phimoe model, weights that llama.cpp does not know, gguf is not installed.
         VocabularyError: a tokenizer that llama.cpp has no equal of.
     """
+    import numpy
+
     gguf = _gguf()
     folder = model_folder(source)
     config = read_json(folder / "config.json")
@@ -147,13 +151,10 @@ def write_gguf_model(
     for place, (sources, shape) in plan.items():
         tensor = _read(weights, sources, shape)
         if dtype in FORMS:
-            values, _ = _array(gguf, tensor, "float32")
-            writer.write_tensor_data(quantize_rows(values, kinds[place].name))
+            writer.write_tensor_data(quantize_rows(_array(tensor, "float32"), kinds[place].name))
         else:
-            writer.write_tensor_data(_array(gguf, tensor, dtype if len(shape) > 1 else "float32")[0])
+            writer.write_tensor_data(_array(tensor, dtype if len(shape) > 1 else "float32"))
     for values in factors.values():
-        import numpy
-
         writer.write_tensor_data(numpy.array(values, dtype=numpy.float32))
     writer.close()
     return rows, [*notes, *vocabulary.notes]
@@ -227,7 +228,7 @@ def _add_settings(writer: Any, config: Mapping[str, Any], dtype: str, attention:
     heads = int(config["num_attention_heads"])
     longest = int(config.get("max_position_embeddings") or 4096)
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
-    writer.add_file_type(file_type(dtype) if dtype in FORMS else _FILE_TYPES[dtype])
+    writer.add_file_type(file_type(dtype))
     writer.add_context_length(longest)
     writer.add_rope_scaling_orig_ctx_len(int(original))
     writer.add_embedding_length(int(config["hidden_size"]))
@@ -294,32 +295,23 @@ def _title(name: str, vocabulary: Vocabulary) -> tuple[str, list[str]]:
     ]
 
 
-def _array(gguf: Any, tensor: Tensor, dtype: str) -> tuple[Any, Any]:
-    """(numpy array, GGML type) of a tensor; bfloat16 travels as 16-bit integers, which numpy has."""
+def _array(tensor: Tensor, dtype: str) -> Any:
+    """A tensor as a numpy array; bfloat16 travels as 16-bit integers, which numpy has."""
     import torch
 
-    kind = _raw_type(gguf, dtype, 2)
     final = tensor.detach().to(getattr(torch, dtype)).contiguous()
     if not is_finite(final):
         raise GGUFError(f"values are not finite in {dtype}; use bfloat16 or float32")
-    return (final.view(torch.int16) if dtype == "bfloat16" else final).numpy(), kind
+    return (final.view(torch.int16) if dtype == "bfloat16" else final).numpy()
 
 
 def _type_of(gguf: Any, dtype: str, place: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Any:
-    if dtype not in FORMS:
-        return _raw_type(gguf, dtype, len(shape))
-    tied = bool(config.get("tie_word_embeddings"))
-    return gguf.GGMLQuantizationType[tensor_type(dtype, place, shape, int(config["num_hidden_layers"]), tied)]
-
-
-def _raw_type(gguf: Any, dtype: str, dimensions: int) -> Any:
-    if dimensions == 1:
-        return gguf.GGMLQuantizationType.F32
-    return {
-        "float32": gguf.GGMLQuantizationType.F32,
-        "float16": gguf.GGMLQuantizationType.F16,
-        "bfloat16": gguf.GGMLQuantizationType.BF16,
-    }[dtype]
+    if dtype in FORMS:
+        tied = bool(config.get("tie_word_embeddings"))
+        name = tensor_type(dtype, place, shape, int(config["num_hidden_layers"]), tied)
+    else:
+        name = _TYPES[dtype] if len(shape) > 1 else "F32"
+    return gguf.GGMLQuantizationType[name]
 
 
 def _numpy_type(size: int) -> Any:

@@ -27,7 +27,8 @@ _TYPES = {
     "q4_0": ("Q4_0", "Q4_0"),
 }
 FORMS = tuple(_TYPES)
-_FILE_TYPES = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q5_0": 8, "q4_0": 2}
+_FILE_TYPES = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q5_0": 8, "q4_0": 2,
+               "float32": 0, "float16": 1, "bfloat16": 32}  # fmt: skip
 _LARGER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _PLAIN = ("Q8_0", "Q5_1", "Q5_0", "Q4_0")
 
@@ -37,7 +38,7 @@ class QuantizeError(Phi3LoraError):
 
 
 def file_type(form: str) -> int:
-    """llama.cpp's number of a form, for `general.file_type`."""
+    """llama.cpp's number of a form or a dtype, for `general.file_type`."""
     return _FILE_TYPES[form]
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.export.merge_check import check_written, compare_logits, fits, quantization_loss
-from phi3_lora_plugin.export.merge_module import MergeError
-from phi3_lora_plugin.export.merge_plan import VerificationError, merged_tensors, plan_merge
+from phi3_lora_plugin.export.merge_module import MergeError as MergeError
+from phi3_lora_plugin.export.merge_plan import VerificationError as VerificationError
+from phi3_lora_plugin.export.merge_plan import merged_tensors, plan_merge
 from phi3_lora_plugin.lora.finite import is_finite
 from phi3_lora_plugin.lora.text_side import refuse_merging
 from phi3_lora_plugin.model.folder import model_folder, published_stops, read_json
@@ -17,16 +18,6 @@ from phi3_lora_plugin.model.new_files import staged
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, write_json
 from phi3_lora_plugin.wording import human
-
-__all__ = [
-    "DTYPES",
-    "MergeError",
-    "MergeReport",
-    "VerificationError",
-    "merge",
-    "portable_config",
-    "write_generation_config",
-]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -66,21 +66,27 @@ def compare_logits(stage: Path, source: Path, adapter: Path, dtype: str, quantiz
 def _trained_logits(source: Path, adapter: Path, ids: Any, quantize: str) -> tuple[Tensor, Tensor]:
     """(logits of the base, logits with the adapter on it), float32 on the CPU."""
     import torch
-    from peft import PeftModel
 
-    from phi3_lora_plugin.lora_files.peft_files import loadable
     from phi3_lora_plugin.model.load import load_model
 
     where = {"dtype": "float32", "device": "cpu"} if quantize == "none" else {"quantize": quantize}
     model = load_model(str(source), attention="eager", **where).eval()
     with torch.inference_mode():
         plain = model(input_ids=ids.to(model.device)).logits.float().cpu()
-        with warnings.catch_warnings():
-            # PEFT asks for a name that transformers has deprecated.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            with loadable(adapter) as folder:
-                adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted = with_adapter(model, adapter)
         return plain, adapted(input_ids=ids.to(model.device)).logits.float().cpu()
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with an adapter on it by PEFT, ready to be asked."""
+    from peft import PeftModel
+
+    from phi3_lora_plugin.lora_files.peft_files import loadable
+
+    with warnings.catch_warnings(), loadable(adapter) as folder:
+        # PEFT asks for a name that transformers has deprecated.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def quantization_loss(stage: Path, source: Path, adapter: Path, kind: str, dequantized: bool) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
-from phi3_lora_plugin.export.exporter import Runtime, Variant
+from phi3_lora_plugin.export.exporter import Variant
+from phi3_lora_plugin.export.merge_check import with_adapter
 from phi3_lora_plugin.export.scores import in_measure
 from phi3_lora_plugin.model.logits import logit_limit
 
@@ -129,15 +130,8 @@ class Reference:
         from phi3_lora_plugin.model.load import load_model
 
         if self._model is None:
-            import warnings
-
-            from peft import PeftModel
-
             base = load_model(str(self.adapted.base), dtype="float32", device="cpu", attention="sdpa")
-            with warnings.catch_warnings():
-                # PEFT asks for a name that transformers has deprecated.
-                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-                self._model = PeftModel.from_pretrained(base, str(self.adapted.adapter)).eval()
+            self._model = with_adapter(base, self.adapted.adapter)
         return self._model
 
 
@@ -150,9 +144,11 @@ def compare(
     forward pass over prompt and answer tells. Tokens nearer to each other than the tolerance count as equally likely.
     """
     with variant.open() as runtime:
-        asked = zip(reference.prompts, reference.ids, strict=True)
-        measured = [_ask(runtime, *prompt, max_new_tokens, advance) for prompt in asked]
-        measure = runtime.measure
+        measure, measured = runtime.measure, []
+        for messages, ids in zip(reference.prompts, reference.ids, strict=True):
+            prompt, scores = list(runtime.prompt_ids(messages)), runtime.next_scores(ids)
+            measured.append((prompt, scores, list(runtime.answer(ids, max_new_tokens))))
+            advance()
     rows = [list(ids) + answer for ids, (_, _, answer) in zip(reference.ids, measured, strict=True)]
     wanted = reference.logits(rows, [len(ids) for ids in reference.ids])
     equal_ids = equal = stopped = would_stop = 0
@@ -182,18 +178,6 @@ def compare(
         variant.name, variant.exact, count, equal_ids, equal, stopped, would_stop, worst, total / max(1, count),
         measure, largest, odd,
     )  # fmt: skip
-
-
-def _ask(
-    runtime: Runtime,
-    messages: Sequence[Mapping[str, Any]],
-    ids: list[int],
-    max_new_tokens: int,
-    advance: Callable[[], None],
-) -> tuple[list[int], Any, list[int]]:
-    answer = (list(runtime.prompt_ids(messages)), runtime.next_scores(ids), list(runtime.answer(ids, max_new_tokens)))
-    advance()
-    return answer
 
 
 def _parted(what: str, got: Sequence[int], wanted: Sequence[int], reference: Reference) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+from phi3_lora_plugin.hosts.first_rank import say
 
 
 def load_ipython_extension(shell: Any) -> None:
     """Activate everything in the process of this notebook; IPython calls it. `shell` is not changed."""
     from phi3_lora_plugin.hosts.activate import PARTS, activate
 
-    for sentence in activate(parts=list(PARTS), optional=["trl"], say=_say):
-        _say(sentence)
+    for sentence in activate(parts=list(PARTS), optional=["trl"], say=say):
+        say(sentence)
 
 
 def unload_ipython_extension(shell: Any) -> None:
@@ -19,7 +20,3 @@ def unload_ipython_extension(shell: Any) -> None:
     from phi3_lora_plugin.hosts.activate import deactivate
 
     deactivate()
-
-
-def _say(sentence: str) -> None:
-    print(f"phi3-lora: {sentence}", file=sys.stderr, flush=True)

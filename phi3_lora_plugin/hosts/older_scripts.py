@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 from phi3_lora_plugin.hosts.base import no_remote_code, phi_config_if_found
-from phi3_lora_plugin.hosts.on_import import when_imported
+from phi3_lora_plugin.hosts.on_import import undo_all, when_imported
 
 Say = Callable[[str], Any]
 Undo = Callable[[], None]
@@ -52,21 +52,10 @@ def older_scripts(say: Say) -> tuple[list[str], Undo]:
         config, trainer = (getattr(module, name, None) for name in _PAIRS[module.__name__])
         if config is None or trainer is None:
             return lambda: None
-        first, second = _wrap_arguments(config, say), _wrap_trainer(trainer, config, say)
-
-        def undo_both() -> None:
-            second()
-            first()
-
-        return undo_both
+        return undo_all([_wrap_arguments(config, say), _wrap_trainer(trainer, config, say)])
 
     undone += [when_imported(name, wrap_pair) for name in _PAIRS]
-
-    def undo() -> None:
-        for take_back in reversed(undone):
-            take_back()
-
-    return ["arguments of older releases are passed on under their present names"], undo
+    return ["arguments of older releases are passed on under their present names"], undo_all(undone)
 
 
 def _wrapped_init(kind: Any, change: Callable[[dict[str, Any]], None]) -> Undo:
@@ -201,7 +190,7 @@ def present_loading(base: Any, named: MutableMapping[str, Any]) -> list[str]:
     import torch
 
     said = []
-    if named.get("trust_remote_code") and _is_phi(str(base), named.get("revision")):
+    if named.get("trust_remote_code") and phi_config_if_found(str(base), named.get("revision")) is not None:
         said += no_remote_code(named)
     wanted = named.get("attn_implementation")
     if named.pop("use_flash_attention_2", False):
@@ -216,11 +205,6 @@ def present_loading(base: Any, named: MutableMapping[str, Any]) -> list[str]:
         named["device_map"] = "cpu"
         said.append(f"device_map {place!r} on a machine without CUDA: cpu")
     return said
-
-
-def _is_phi(base: str, revision: str | None) -> bool:
-    config = phi_config_if_found(base, revision)
-    return config is not None and config.get("model_type") in ("phi3", "phimoe")
 
 
 def _has_flash() -> bool:

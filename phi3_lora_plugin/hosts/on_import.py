@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Undo = Callable[[], None]
@@ -20,7 +20,16 @@ def when_imported(name: str, then: Callable[[Any], Undo]) -> Undo:
     def undo() -> None:
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
-        for take_back in undone:
+        undo_all(undone)()
+
+    return undo
+
+
+def undo_all(undone: Sequence[Undo]) -> Undo:
+    """One that undoes several, the last first."""
+
+    def undo() -> None:
+        for take_back in reversed(undone):
             take_back()
 
     return undo

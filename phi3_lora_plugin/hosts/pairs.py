@@ -44,9 +44,16 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 def encoded(turns: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSection, train_on: str | None = None) -> Any:
     """`{"input_ids", "labels"}` as configured by `phi3_lora.data`; `train_on`, if given, wins over it."""
-    row = encode(turns, tokenizer, train_on=train_on or data.train_on, **data.rendering)
-    if "weights" in row:
-        raise EncodeError("messages", "has a weight between 0 and 1, which the loss of this host does not honour")
+    row = unweighted(encode(turns, tokenizer, train_on=train_on or data.train_on, **data.rendering))
+    if isinstance(row, EncodeError):
+        raise row
+    return row
+
+
+def unweighted(row: Any) -> Any:
+    """An encoded row, or an error in place of one whose weights a host's loss does not honour."""
+    if isinstance(row, dict) and "weights" in row:
+        return EncodeError("messages", "has a weight between 0 and 1, which the loss of this host does not honour")
     return row
 
 

@@ -109,15 +109,15 @@ def storage_of(cluster: Cluster, output_dir: Path) -> Storage:
     Raises:
         RayError: no such scheme, or a package that it needs is not installed.
     """
-    if cluster.storage_path is None:
-        return Storage(str(output_dir / "ray"), str(output_dir / "ray"), _files(), "run")
-    given, name = cluster.storage_path, output_dir.name
-    if "://" not in given:
-        folder = str(Path(given).expanduser().resolve())
-        return Storage(given, folder, _files(), name)
     import pyarrow
     import pyarrow.fs
 
+    here = pyarrow.fs.LocalFileSystem()
+    if cluster.storage_path is None:
+        return Storage(str(output_dir / "ray"), str(output_dir / "ray"), here, "run")
+    given, name = cluster.storage_path, output_dir.name
+    if "://" not in given:
+        return Storage(given, str(Path(given).expanduser().resolve()), here, name)
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(given)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
@@ -135,12 +135,6 @@ def _of_fsspec(url: str, because: Exception) -> tuple[Any, str]:
         text = f"storage_path={url}: neither pyarrow ({because}) nor fsspec ({error}) can use it"
         raise RayError(_without_secrets(text)) from error
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
-
-
-def _files() -> Any:
-    import pyarrow.fs
-
-    return pyarrow.fs.LocalFileSystem()
 
 
 def _without_secrets(text: str) -> str:

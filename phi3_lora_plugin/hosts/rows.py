@@ -13,6 +13,7 @@ from phi3_lora_plugin.chat.formats import ADAPTERS, REQUIRED, detect
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.turns import Message
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.hosts.pairs import unweighted
 from phi3_lora_plugin.plugins.discovery import load_plugins
 from phi3_lora_plugin.recipe.sections import ChatSection
 from phi3_lora_plugin.wording import first_lines
@@ -36,7 +37,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSec
     good = [messages for messages in read if not isinstance(messages, RowError)]
     policy = Policy.of(data)
     encoded = iter(encode_batch(good, tokenizer, policy=policy, template=data.template))
-    results = [one if isinstance(one, RowError) else _unweighted(next(encoded)) for one in read]
+    results = [one if isinstance(one, RowError) else unweighted(next(encoded)) for one in read]
     wrong = [(number, one) for number, one in enumerate(results, 1) if isinstance(one, (RowError, EncodeError))]
     if wrong and data.on_error == "stop":
         lines = first_lines([f"row {number} of {len(rows)}: {error}" for number, error in wrong], _LISTED)
@@ -46,12 +47,6 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: ChatSec
         for one in results
         if not isinstance(one, (RowError, EncodeError))
     ]
-
-
-def _unweighted(row: Any) -> Any:
-    if isinstance(row, dict) and "weights" in row:
-        return EncodeError("messages", "has a weight between 0 and 1, which the loss of this host does not honour")
-    return row
 
 
 def _messages(row: Mapping[str, Any], data: ChatSection) -> list[Message] | RowError:

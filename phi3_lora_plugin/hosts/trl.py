@@ -13,7 +13,7 @@ from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.hosts.base import family_template
-from phi3_lora_plugin.hosts.on_import import when_imported
+from phi3_lora_plugin.hosts.on_import import undo_all, when_imported
 from phi3_lora_plugin.seams import ActivationError, is_installed, look_into, look_up
 
 
@@ -45,12 +45,7 @@ def exact_rows(partly: bool = False) -> tuple[list[str], Callable[[], None]]:
         else:
             undone.append(when_imported(module, wrap))
             sentences.append(sentence)
-
-    def undo() -> None:
-        for take_back in undone:
-            take_back()
-
-    return sentences, undo
+    return sentences, undo_all(undone)
 
 
 def _unusable() -> str | None:
@@ -225,7 +220,10 @@ def encoded(dataset: Any, tokenizer: Any) -> Any:
     def encode_rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         chats = [_conversation(row, index) for row, index in zip(rows, indices, strict=True)]
-        return _masks(chats, tokenizer, indices, both)
+        made = list(_encode(chats, tokenizer, indices))
+        masks = [[int(label != -100) for label in row["labels"]] for row in made]
+        both_masks = {"assistant_masks": masks} | ({"completion_mask": masks} if both else {})
+        return {"input_ids": [row["input_ids"] for row in made], **both_masks}
 
     return dataset.map(encode_rows, batched=True, with_indices=True, remove_columns=columns)
 
@@ -240,16 +238,3 @@ def _conversation(row: dict[str, Any], index: int) -> list[dict[str, Any]]:
         return adapted(ADAPTERS[name], row, name)
     except RowError as error:
         raise TrlError(f"row {index + 1}: {error}") from error
-
-
-def _masks(
-    conversations: list[list[dict[str, Any]]], tokenizer: Any, indices: list[int], both: bool
-) -> dict[str, list[Any]]:
-    made: dict[str, list[Any]] = {"input_ids": [], "assistant_masks": []} | ({"completion_mask": []} if both else {})
-    for row in _encode(conversations, tokenizer, indices):
-        made["input_ids"].append(row["input_ids"])
-        mask = [int(label != -100) for label in row["labels"]]
-        made["assistant_masks"].append(mask)
-        if both:
-            made["completion_mask"].append(mask)
-    return made

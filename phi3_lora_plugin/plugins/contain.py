@@ -6,8 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from importlib import metadata
 from typing import Any
 
@@ -18,11 +17,9 @@ LIMIT = 400  # characters of a plugin's text in one message of ours
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?|\x9b[0-?]*[ -/]*[@-~]", re.DOTALL)
 
 
-@contextmanager
-def prints_on_stderr() -> Iterator[None]:
+def prints_on_stderr() -> AbstractContextManager[Any]:
     """Send what is printed to stderr: the stdout of a command is for its own output, such as JSON."""
-    with redirect_stdout(sys.stderr):
-        yield
+    return redirect_stdout(sys.stderr)
 
 
 def clean(text: Any, limit: int = LIMIT) -> str:

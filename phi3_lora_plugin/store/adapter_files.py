@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -21,13 +21,12 @@ LORALIB, SIDECAR = "lora.safetensors", "lora.safetensors.json"
 FORMATS = ("peft", "loralib", "both")
 
 
-def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any] = ()) -> dict[str, Content]:
+def adapter_files(snapshot: Snapshot, format: str = "peft") -> dict[str, Content]:
     """The files of an adapter: equal snapshots give equal bytes.
 
     Args:
         format: "peft", "loralib" (one file of `lora_` keys and a sidecar of what they do not store) or "both". A model
             of loralib's layers has no PEFT form and is always written as loralib's.
-        layout: `families.projections` of the base, used to turn slices into loralib's MergedLinear.
 
     Raises:
         LoralibError, PeftFilesError: loralib does not support it (DoRA, experts).
@@ -45,7 +44,7 @@ def adapter_files(snapshot: Snapshot, format: str = "peft", layout: Sequence[Any
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in snapshot.tensors.items()}
         loras = parts(PeftAdapter(snapshot.config, plain)).loras
         dropout, base = snapshot.config.get("lora_dropout") or 0.0, snapshot.config.get("base_model_name_or_path")
-        tensors, sidecar, _ = to_loralib(loras, layout, dropout, base)
+        tensors, sidecar, _ = to_loralib(loras, (), dropout, base)
         files |= {LORALIB: TensorFile(tensors), SIDECAR: _json(sidecar)}
     return files
 

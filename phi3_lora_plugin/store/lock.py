@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -10,11 +11,6 @@ import threading
 from pathlib import Path
 
 from phi3_lora_plugin.error import Phi3LoraError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 NAME = ".lock"
@@ -89,8 +85,7 @@ def _let_go_in_child() -> None:
     _HELD.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def holder_of(store: Path) -> object:
@@ -105,9 +100,6 @@ def held(store: Path) -> StoreLock | None:
 
 
 def _lock(path: Path) -> int | None:
-    if fcntl is None:
-        log.warning("this system has no file locks: a second run could write to %s", path.parent)
-        return None
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

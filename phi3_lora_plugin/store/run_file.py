@@ -39,12 +39,6 @@ class RunFile:
             self.content |= {"status": status, **facts}
             self._write()
 
-    def note(self, **facts: Any) -> None:
-        """Add facts to a run that began."""
-        if self.content:
-            self.content |= facts
-            self._write()
-
     def _write(self) -> None:
         try:
             text = json.dumps(finite(self.content), ensure_ascii=False, allow_nan=False, indent=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback  # noqa: TID253
@@ -28,9 +28,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             self._previous = {number: signal.signal(number, self._note) for number in self.signals}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

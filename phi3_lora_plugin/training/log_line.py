@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from phi3_lora_plugin.store.metrics_file import EVAL
@@ -15,9 +15,18 @@ STYLES = {NOT_FINITE: "bold red", SPIKE: "yellow", RISING: "yellow", BEST: "gree
 
 def log_line(line: Mapping[str, Any], steps: int | None = None) -> str:
     """The text of a line; `steps` is how many the run has, if known."""
-    at = f"step {line['step']}" + (f"/{steps}" if steps else "")
-    parts = _evaluated(line) if line["kind"] == EVAL else _trained(line)
-    return "  ".join([at, *parts])
+    evaluated = line["kind"] == EVAL
+    kind = "eval_" if evaluated else ""
+    marks = line.get("marks") or ()
+    # Where answers earn rewards, the loss says little: it compares them with each other.
+    name = f"{kind}reward" if f"{kind}reward" in line else f"{kind}loss"
+    parts = [f"step {line['step']}" + (f"/{steps}" if steps else "")]
+    parts.append(f"{name.replace('_', ' ')} {_number(line.get(name))}")
+    parts += ["NOT FINITE"] if NOT_FINITE in marks else []
+    parts += ["SPIKE"] if SPIKE in marks else []
+    if (accuracy := line.get(f"{kind}rewards/accuracies")) is not None:
+        parts.append(f"accuracy {accuracy:.2f}")
+    return "  ".join([*parts, *(_standing(line, marks, name) if evaluated else _pace(line))])
 
 
 def style_of(line: Mapping[str, Any]) -> str:
@@ -32,17 +41,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _trained(line: Mapping[str, Any]) -> list[str]:
-    marks = line.get("marks") or ()
-    # Where answers earn rewards, the loss says little: it compares them with each other.
-    name = "reward" if "reward" in line else "loss"
-    parts = [f"{name} {_number(line.get(name))}"]
-    if NOT_FINITE in marks:
-        parts[0] += "  NOT FINITE"
-    if SPIKE in marks:
-        parts[0] += "  SPIKE"
-    if (accuracy := line.get("rewards/accuracies")) is not None:
-        parts.append(f"accuracy {accuracy:.2f}")
+def _pace(line: Mapping[str, Any]) -> list[str]:
+    """How a step of training went along."""
+    parts = []
     if (rate := line.get("learning_rate")) is not None:
         parts.append(f"lr {rate:.1e}")
     if (speed := line.get("tokens_per_second")) is not None:
@@ -54,14 +55,9 @@ def _trained(line: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _evaluated(line: Mapping[str, Any]) -> list[str]:
-    marks = line.get("marks") or ()
-    name = "eval_reward" if "eval_reward" in line else "eval_loss"
-    parts = [f"{name.replace('_', ' ')} {_number(line.get(name))}"]
-    if NOT_FINITE in marks:
-        parts[0] += "  NOT FINITE"
-    if (accuracy := line.get("eval_rewards/accuracies")) is not None:
-        parts.append(f"accuracy {accuracy:.2f}")
+def _standing(line: Mapping[str, Any], marks: Collection[str], name: str) -> list[str]:
+    """How an evaluation compares with those before it."""
+    parts = []
     if line["step"] == 0:
         parts.append("before training")
     elif BEST in marks:

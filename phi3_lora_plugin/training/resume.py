@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -101,10 +100,12 @@ def resumable(
     for name, (was, value) in changed.items():
         say(f"{name}: {was!r} in the checkpoint; {value!r} from step {entry.step + 1} on")
     with TemporaryDirectory(prefix="phi3-lora-resume-") as together:
-        for source in (entry.path, entry.path / RESUME):
+        for source in (entry.path, entry.path / RESUME):  # whose files come last and win
             for file in source.iterdir():
                 if file.is_file() and file.name != MANIFEST:
-                    _link(file, Path(together, file.name))
+                    link = Path(together, file.name)
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(file.resolve())
         over = _over(trainer) if ended else nullcontext()
         new = any(name.startswith(("training.", "optimizer.")) for name in changed)
         with _counting_epochs_on(), over, _with_new_settings(trainer) if new else nullcontext():
@@ -193,12 +194,3 @@ def _counting_epochs_on() -> Iterator[None]:
         yield
     finally:
         module.skip_first_batches = skip
-
-
-def _link(source: Path, target: Path) -> None:
-    """Another name for a file (a hard link), where the system has that; files of `resume/` come last and win."""
-    target.unlink(missing_ok=True)
-    try:
-        os.symlink(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

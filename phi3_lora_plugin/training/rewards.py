@@ -48,16 +48,15 @@ def rewards_of(names: Sequence[str], stops: Sequence[int], folders: Sequence[Pat
     """
     made: list[Reward] = []
     problems: list[str] = []
+    ours: dict[str, Reward] = {"format": _format(frozenset(stops)), "gsm8k": _gsm8k}
     for name in names:
-        if name == "format":
-            made.append(_named(_format(frozenset(stops)), name))
-        elif name == "gsm8k":
-            made.append(_named(_gsm8k, name))
-        else:
-            try:
-                made.append(_named(_checked(name, _found(name.removeprefix(_PYTHON), folders)), name))
-            except RewardError as error:
-                problems.append(str(error))
+        try:
+            found = ours.get(name) or _checked(name, _found(name.removeprefix(_PYTHON), folders))
+        except RewardError as error:
+            problems.append(str(error))
+            continue
+        found.__name__ = name.removeprefix(_PYTHON)  # under which TRL logs it
+        made.append(found)
     if problems:
         raise RewardError("\n".join(problems))
     return made
@@ -67,11 +66,6 @@ def folders_of(recipe: Recipe) -> list[Path]:
     """Where a recipe's own modules may be: where the command runs, and next to the recipe's file."""
     own = [] if recipe.source is None else [recipe.source.resolve().parent]
     return list(dict.fromkeys([Path.cwd(), *own]))
-
-
-def _named(reward: Reward, name: str) -> Reward:
-    reward.__name__ = name.removeprefix(_PYTHON)  # under which TRL logs it
-    return reward
 
 
 def texts(completions: Sequence[Any]) -> list[str]:

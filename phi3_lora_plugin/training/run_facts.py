@@ -63,13 +63,14 @@ def run_facts(
         optimizer: None if the Trainer makes it later from its arguments.
     """
     from phi3_lora_plugin.lora.gather import unwrapped
+    from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
 
     return {
         "base": base_facts(model),
         "model": model_facts(unwrapped(model)),
         "lora": lora_facts(model, adapter),
         "template": _template(tokenizer),
-        "tokenizer": _tokenizer(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "backend_tokenizer") else None,
         "data": data_facts(dataset, args),
         "training": training_facts(args),
         "optimizer": optimizer_facts(optimizer, args),
@@ -250,12 +251,6 @@ def _template(tokenizer: Any) -> dict[str, Any] | None:
     except TemplateError:  # of another family: its text still has to stay the same
         name = None
     return {"name": name, "fingerprint": template_fingerprint(tokenizer)}
-
-
-def _tokenizer(tokenizer: Any) -> str | None:
-    from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
-
-    return tokenizer_fingerprint(tokenizer) if hasattr(tokenizer, "backend_tokenizer") else None
 
 
 def _at(facts: Mapping[str, Any], field: str) -> Any:

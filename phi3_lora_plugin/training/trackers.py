@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,6 @@ def _config(about: About) -> dict[str, Any]:
     return {"phi3_lora": section}
 
 
-def _artifact_name(outcome: Outcome) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", outcome.name).strip("-") or "run"
-
-
 # TensorBoard: text and scalars; it has no artifacts, so that the adapter is named by its path.
 
 
@@ -225,12 +222,6 @@ def _wandb_leave(callback: Any, outcome: Outcome) -> None:
         wandb.finish(exit_code=1 if outcome.failed else 0)
 
 
-def _wandb_running(callback: Any) -> bool:
-    import wandb
-
-    return wandb.run is not None
-
-
 # MLflow
 
 
@@ -255,12 +246,6 @@ def _mlflow_end(callback: Any, outcome: Outcome) -> None:
         mlflow.end_run("FAILED")
 
 
-def _mlflow_running(callback: Any) -> bool:
-    import mlflow
-
-    return mlflow.active_run() is not None
-
-
 # trackio, which keeps everything on this machine
 
 
@@ -281,10 +266,11 @@ def _trackio_end(callback: Any, outcome: Outcome) -> None:
 
 def _log_artifacts(artifact: Callable[..., Any], log_artifact: Callable[[Any], Any], outcome: Outcome) -> None:
     """The adapter and the pages of a run as one artifact each, of wandb or of trackio, which has its interface."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", outcome.name).strip("-") or "run"
     model = adapter_files(outcome.adapter) if outcome.adapter else ()
     for kind, files in (("model", model), ("report", outcome.files)):
         if files:
-            made = artifact(f"{_artifact_name(outcome)}-{kind}", type=kind)
+            made = artifact(f"{name}-{kind}", type=kind)
             for file in files:
                 made.add_file(str(file))
             log_artifact(made)
@@ -292,8 +278,10 @@ def _log_artifacts(artifact: Callable[..., Any], log_artifact: Callable[[Any], A
 
 _KINDS = {
     TENSORBOARD: _Kind(_tensorboard_begin, _tensorboard_end),
-    "wandb": _Kind(_wandb_begin, _wandb_end, _wandb_leave, _wandb_running),
-    "mlflow": _Kind(_mlflow_begin, _mlflow_end, running=_mlflow_running),
+    "wandb": _Kind(_wandb_begin, _wandb_end, _wandb_leave, lambda callback: import_module("wandb").run is not None),
+    "mlflow": _Kind(
+        _mlflow_begin, _mlflow_end, running=lambda callback: import_module("mlflow").active_run() is not None
+    ),
     "trackio": _Kind(_trackio_begin, _trackio_end),
 }
 

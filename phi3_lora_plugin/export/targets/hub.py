@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
-from phi3_lora_plugin.export.exporter import ExportError, Shipped, Variant, Wanted, refuse
-from phi3_lora_plugin.export.transformers_runtime import open_transformers
+from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse
+from phi3_lora_plugin.export.transformers_runtime import Transformers, open_transformers
 from phi3_lora_plugin.wording import first_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -89,9 +90,8 @@ def _write_card(adapted: Adapted, wanted: Wanted, folder: Path) -> tuple[str, ..
     base = f"[{adapted.base_name}](https://huggingface.co/{adapted.base_name})" if on_hub else "a base model"
     card = ModelCard.from_template(
         data, template_str=_CARD, name=adapted.name, base=base,
-        what="The merged weights" if wanted.merged else "A LoRA adapter", 
+        what="The merged weights" if wanted.merged else "A LoRA adapter",
         code=_code(adapted, bool(wanted.merged), wanted.push or "OWNER/NAME", adapted.base_name if on_hub else "BASE"),
-       
         template=adapted.template.name if adapted.template else "none that is known",
         stops=", ".join(f"`{stop}`" for stop in adapted.tokenizer.convert_ids_to_tokens(adapted.stops())),
         training=_training(adapted),
@@ -184,21 +184,14 @@ def _license(adapted: Adapted) -> str | None:
     return "mit" if re.match(r"microsoft/phi-", adapted.base_name, re.IGNORECASE) else None
 
 
-def _open_adapter(adapted: Adapted, folder: Path) -> Any:
+@contextmanager
+def _open_adapter(adapted: Adapted, folder: Path) -> Iterator[Runtime]:
     """The written folder as its card says to load it."""
-    from contextlib import contextmanager
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from phi3_lora_plugin.export.transformers_runtime import Transformers
-
-    @contextmanager
-    def opened() -> Any:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        base = AutoModelForCausalLM.from_pretrained(adapted.base_float32(), dtype="float32")
-        yield Transformers(PeftModel.from_pretrained(base, str(folder)).eval(), AutoTokenizer.from_pretrained(folder))
-
-    return opened()
+    base = AutoModelForCausalLM.from_pretrained(adapted.base_float32(), dtype="float32")
+    yield Transformers(PeftModel.from_pretrained(base, str(folder)).eval(), AutoTokenizer.from_pretrained(folder))
 
 
 def _push(repository: str, folder: Path) -> str:

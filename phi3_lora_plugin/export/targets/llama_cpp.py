@@ -90,12 +90,10 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     _, notes = write_gguf_model(exact, adapted.base_float32(), "float32", adapted.name)
     write_gguf_model(folder / base, adapted.base_float32(), dtype, adapted.name)
     convert(adapted.adapter, folder / lora, "gguf", base=str(adapted.base))
-    variants = [Variant("float32 base with LoRA", lambda: open_gguf(exact, context, folder / lora))]
+    variants = [Variant("float32 base with LoRA", partial(open_gguf, exact, context, folder / lora))]
     if dtype != "float32":
-        shipped = folder / base
-        variants.append(
-            Variant(f"{dtype} base with LoRA", lambda: open_gguf(shipped, context, folder / lora), exact=False)
-        )
+        opened = partial(open_gguf, folder / base, context, folder / lora)
+        variants.append(Variant(f"{dtype} base with LoRA", opened, exact=False))
     line = f"llama-server -m {{out}}/{base} --lora {{out}}/{lora} -c {context} --jinja"
     return Shipped((line,), tuple(variants), (*notes, *limits(adapted, context)))
 

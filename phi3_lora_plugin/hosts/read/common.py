@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,11 @@ class Reading:
         said = f": {_short(value)}" if value is not None else ""
         self.notes.append(f"{key}{said} - {why}")
 
-    def by_table(self, table: Mapping[str, str]) -> None:
-        """Keys that only have another name here."""
+    def by_table(self, table: Mapping[str, str], section: dict[str, Any] | None = None) -> None:
+        """Keys that only have another name here, of the config or of a section that was taken from it."""
+        values = self.given if section is None else section
         for key, ours in table.items():
-            if (value := self.take(key)) is not None:
+            if (value := values.pop(key, None)) is not None:
                 self.put(ours, number(value))
 
     def drop(self, reasons: Mapping[str, str]) -> None:
@@ -261,12 +262,3 @@ def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
         else:
             made[section] = value
     return made
-
-
-def walk(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested config."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from walk(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -68,8 +68,7 @@ def read(reading: Reading) -> None:
     else:
         reading.note("optimizer", "not an optimizer of transformers; left out", optimizer)
     settings = dict((reading.take("optimizer_config") or {}).get(optimizer) or {})
-    if (decay := settings.pop("weight_decay", None)) is not None:
-        reading.put("training.weight_decay", decay)
+    reading.by_table({"weight_decay": "training.weight_decay"}, settings)
     reading.leave(settings, f"optimizer_config.{optimizer}.")
     if (steps := reading.take("steps_per_eval")) is not None:
         if "data.eval_path" in reading.recipe:
@@ -113,18 +112,12 @@ def _layers(reading: Reading, count: Any) -> None:
 
 
 def _data(reading: Reading) -> None:
-    if reading.take("mask_prompt"):
-        reading.put("data.train_on", "last_turn")
-    else:
-        reading.put("data.train_on", "all")
-    hub = reading.take("hf_dataset")
-    if hub:
+    reading.put("data.train_on", "last_turn" if reading.take("mask_prompt") else "all")
+    if hub := reading.take("hf_dataset"):
         reading.take("data")
         rows = dict(hub[0] if isinstance(hub, list) else hub)
         reading.put("data.path", rows.pop("path", rows.pop("name", None)))
-        for theirs, ours in (("train_split", "split"), ("valid_split", "eval_split")):
-            if (split := rows.pop(theirs, None)) is not None:
-                reading.put(f"data.{ours}", split)
+        reading.by_table({"train_split": "data.split", "valid_split": "data.eval_split"}, rows)
         reading.given |= rows
     else:
         _folder(reading, str(reading.take("data", "data")))
@@ -161,6 +154,5 @@ def _schedule(reading: Reading) -> None:
         reading.note("lr_schedule.name", "not a schedule of transformers; left out", name)
     if arguments:
         reading.put("training.learning_rate", number(arguments[0]))
-    if (steps := schedule.pop("warmup", None)) is not None:
-        reading.put("training.warmup_steps", steps)
+    reading.by_table({"warmup": "training.warmup_steps"}, schedule)
     reading.leave(schedule, "lr_schedule.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number
+from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading
 
 SIGNS = ("checkpointer", "enable_activation_checkpointing", "metric_logger", "batch_size", "epochs")
 KEYS = {
@@ -18,6 +18,8 @@ KEYS = {
     "log_every_n_steps": "training.logging_steps",
     "clip_grad_norm": "training.max_grad_norm",
 }
+#: Of `model`, the arguments of its builder.
+LORA = {"lora_rank": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "use_dora": "lora.dora"}
 NOT_NEEDED = {
     "checkpointer": "checkpoints are LoRA-only, and resumed by --resume",
     "tokenizer": "it is the base's",
@@ -98,14 +100,7 @@ def _lora(reading: Reading, model: dict[str, Any]) -> None:
         reading.note("model.apply_lora_to_output", "LoRA on the head is refused; left out", True)
     if names:
         reading.put("lora.targets", names)
-    for theirs, ours in (
-        ("lora_rank", "r"),
-        ("lora_alpha", "alpha"),
-        ("lora_dropout", "dropout"),
-        ("use_dora", "dora"),
-    ):
-        if (value := model.pop(theirs, None)) is not None:
-            reading.put(f"lora.{ours}", number(value))
+    reading.by_table(LORA, model)
     reading.leave(model, "model.")
 
 
@@ -163,9 +158,7 @@ def _schedule(reading: Reading) -> None:
         reading.put("training.optim", known[name])
     elif name:
         reading.note("optimizer._component_", "not an optimizer of transformers; left out", name)
-    for theirs, ours in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
-        if (value := optimizer.pop(theirs, None)) is not None:
-            reading.put(f"training.{ours}", number(value))
+    reading.by_table({"lr": "training.learning_rate", "weight_decay": "training.weight_decay"}, optimizer)
     schedule = dict(reading.take("lr_scheduler", {}))
     named = str(schedule.pop("_component_", ""))
     found = re.search(r"get_(cosine|linear|constant)_schedule_with_warmup", named)
@@ -173,10 +166,9 @@ def _schedule(reading: Reading) -> None:
         reading.put("training.lr_scheduler_type", found[1] if found[1] != "constant" else "constant_with_warmup")
     elif named:
         reading.note("lr_scheduler._component_", "not a schedule of transformers; left out", named)
-    if (steps := schedule.pop("num_warmup_steps", None)) is not None:
-        reading.put("training.warmup_steps", steps)
-    for section, left in (("optimizer", optimizer), ("lr_scheduler", schedule)):
-        reading.leave(left, f"{section}.")
+    reading.by_table({"num_warmup_steps": "training.warmup_steps"}, schedule)
+    reading.leave(optimizer, "optimizer.")
+    reading.leave(schedule, "lr_scheduler.")
 
 
 def _resolved(value: Any, config: dict[str, Any]) -> Any:

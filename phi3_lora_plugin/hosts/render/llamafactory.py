@@ -90,28 +90,26 @@ _ROLES = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "ass
           "system_tag": "system", "observation_tag": "tool", "function_tag": "function_call"}  # fmt: skip
 
 
+#: Our format -> (LLaMA-Factory's, its names for columns -> ours).
+_SHAPES = {
+    "messages": ("sharegpt", {"messages": "messages"}),
+    "sharegpt": ("sharegpt", {"messages": "conversations"}),
+    "alpaca": ("alpaca", {"prompt": "instruction", "query": "input", "response": "output"}),
+    "prompt_completion": ("alpaca", {"prompt": "prompt", "response": "completion"}),
+}
+
+
 def _entry(found: Rows) -> dict[str, Any]:
     """How LLaMA-Factory is told the shape of the rows."""
-    where: dict[str, Any] = (
+    if found.format not in _SHAPES:
+        raise RenderError(f"data.format: {found.format} is a plugin's, which LLaMA-Factory does not know")
+    formatting, names = _SHAPES[found.format]
+    there = found.columns
+    entry: dict[str, Any] = (
         {"file_name": found.path} if found.local else {"hf_hub_url": found.path, "split": found.split}
     )
-    columns = found.columns
+    entry |= {"formatting": formatting, "columns": {theirs: there.get(ours, ours) for theirs, ours in names.items()}}
     if found.format == "messages":
-        return where | {
-            "formatting": "sharegpt",
-            "columns": {"messages": columns.get("messages", "messages")},
-            "tags": _ROLES
-            | {"role_tag": columns.get("role", "role"), "content_tag": columns.get("content", "content")},
-        }
-    if found.format == "sharegpt":
-        return where | {
-            "formatting": "sharegpt",
-            "columns": {"messages": columns.get("conversations", "conversations")},
-        }
-    if found.format == "alpaca":
-        ours = {"prompt": "instruction", "query": "input", "response": "output"}
-        return where | {"formatting": "alpaca", "columns": {key: columns.get(name, name) for key, name in ours.items()}}
-    if found.format == "prompt_completion":
-        ours = {"prompt": "prompt", "response": "completion"}
-        return where | {"formatting": "alpaca", "columns": {key: columns.get(name, name) for key, name in ours.items()}}
-    raise RenderError(f"data.format: {found.format} is a plugin's, which LLaMA-Factory does not know")
+        named = {"role_tag": there.get("role", "role"), "content_tag": there.get("content", "content")}
+        entry["tags"] = _ROLES | named
+    return entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, RenderError, Rendering, some, write
+from phi3_lora_plugin.hosts.render.common import NO_ROWS, SAME, Line, Rendered, RenderError, Rendering, some, write
 from phi3_lora_plugin.hosts.render.settings_section import settings_of
 from phi3_lora_plugin.hosts.swift import plugin_file
 from phi3_lora_plugin.model.precision import precision_elsewhere
@@ -13,8 +13,7 @@ from phi3_lora_plugin.model.precision import precision_elsewhere
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
-_SAME = ("eval_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "dataloader_num_workers",
-         "log_level", "data_seed", "per_device_eval_batch_size", "bf16", "fp16")  # fmt: skip
+_SAME = (*(name for name in SAME if name != "lr_scheduler_kwargs"), "bf16", "fp16")
 
 
 def render(recipe: Recipe) -> Rendered:
@@ -29,12 +28,13 @@ def render(recipe: Recipe) -> Rendered:
         "in an environment that has phi3-lora-plugin.",
     ]
     dtype = precision_elsewhere(model).weights
+    published = model.path.startswith(("microsoft/", "LLM-Research/"))  # names that ms-swift knows
     lines = [
         *([Line("ENV", {"PHI3_LORA_SETTINGS": json.dumps(given)}, "ms-swift has no keys for these")] if given else []),
         Line("model", r.base),
         *some(model_revision=model.revision),
         Line("use_hf", True, "ms-swift's default is another hub"),
-        *([] if _known(model.path) else [Line("model_type", "phi3", "ms-swift cannot tell it from a folder's name")]),
+        *([] if published else [Line("model_type", "phi3", "ms-swift cannot tell it from a folder's name")]),
         Line("external_plugins", [str(plugin_file())], "exact ids and labels"),
         Line("callbacks", ["phi3_lora"], "LoRA-only checkpoints"),
         Line("torch_dtype", dtype),
@@ -61,11 +61,6 @@ def render(recipe: Recipe) -> Rendered:
         *r.trainer_lines(_SAME),
     ]  # fmt: skip
     return Rendered(write(head, lines))
-
-
-def _known(path: str) -> bool:
-    """ms-swift knows the published names."""
-    return path.startswith(("microsoft/", "LLM-Research/"))
 
 
 _COLUMNS = {"prompt": "query", "completion": "response", "instruction": "query", "input": "input", "output": "response"}

@@ -70,6 +70,7 @@ def _data(r: Rendering) -> list[Line]:
     if not r.recipe.preference.on and found.format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
         raise RenderError(f"data.format: {found.format} is a plugin's, which TRL does not know")
     held_out = r.rows(evaluation=True)
+    evaluated = Line("eval_strategy", r.recipe.training.get("eval_strategy", "epoch"))
     if found.local:
         kind = {"jsonl": "json"}.get(found.path.rpartition(".")[2], found.path.rpartition(".")[2])
         source = {"path": kind, "data_files": found.path, "split": "train"}
@@ -77,15 +78,9 @@ def _data(r: Rendering) -> list[Line]:
     else:
         lines = [Line("dataset_name", found.path), Line("dataset_train_split", found.split, found.why)]
     if held_out is not None and not held_out.local and held_out.path == found.path:
-        lines += [
-            Line("dataset_test_split", held_out.split),
-            Line("eval_strategy", r.recipe.training.get("eval_strategy", "epoch")),
-        ]
+        lines += [Line("dataset_test_split", held_out.split), evaluated]
     elif found.local and r.recipe.data.eval_fraction:
-        lines += [
-            Line("test_split_size", r.recipe.data.eval_fraction),
-            Line("eval_strategy", r.recipe.training.get("eval_strategy", "epoch")),
-        ]
+        lines += [Line("test_split_size", r.recipe.data.eval_fraction), evaluated]
     elif held_out is not None or r.recipe.data.eval_fraction:
         lines.append(note("left out: rows to evaluate on; TRL's command takes a split of the same data set only"))
     if r.recipe.preference.on:
