@@ -102,6 +102,7 @@ SEAMS = {
     "torch.item": Seam("torch:ops.aten._local_scalar_dense.default", _MEASURED),
     "torch.device": Seam("torch:ops.prim.device.default", _MEASURED),
     "torch.storage": Seam("torch:UntypedStorage()._cdata", _MEASURED),
+    "torch.changes": Seam("torch:Tensor()._version", "NF4 weights unpacked ahead"),
     "transformers.attention": Seam("transformers:PretrainedConfig()._attn_implementation", "attention by documents"),
     "transformers.checkpointing": Seam(
         "transformers:PreTrainedModel._set_gradient_checkpointing",
