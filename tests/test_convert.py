@@ -11,7 +11,6 @@ import loralib
 import pytest
 import tiny
 import torch
-import typer
 from lora_runs import saved_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import load_lora_state_dict
-from phi3_lora_plugin.cli.convert import convert_command
+from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.evaluate.generate import with_adapter
 from phi3_lora_plugin.export.base_layouts import BaseLayoutError, convert_base
 from phi3_lora_plugin.export.convert import ConvertError, convert
@@ -52,8 +51,16 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def train(base: Path, folder: Path, seed: int = 1, **options) -> Path:
-    return saved_adapter(load(base), folder, seed, **options)
+def train(base: Path, folder: Path, **options) -> Path:
+    return saved_adapter(load(base), folder, **({"target_modules": FUSED} | options))
+
+
+def tensors_of(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def config_of(adapter: Path) -> dict:
+    return json.loads((adapter / "adapter_config.json").read_text())
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -67,6 +74,11 @@ def bases(request, tmp_path_factory) -> tuple[Path, Path]:
     fused = tiny.base(folder / "phi3", num_key_value_heads=request.param)
     convert_base(fused, folder / "llama", "llama-base")
     return fused, folder / "llama"
+
+
+@pytest.fixture
+def fused(bases) -> Path:
+    return bases[0]
 
 
 @pytest.mark.parametrize(
@@ -85,17 +97,15 @@ def bases(request, tmp_path_factory) -> tuple[Path, Path]:
 )
 def test_a_fused_adapter_runs_on_the_split_base_and_comes_back_as_it_was(bases, tmp_path, options):
     fused, llama = bases
-    adapter = train(fused, tmp_path / "fused", target_modules=FUSED, **options)
+    adapter = train(fused, tmp_path / "fused", **options)
 
     report = convert(adapter, tmp_path / "split", "split", base=fused, target_base=str(llama))
     same(logits(llama, tmp_path / "split"), logits(fused, adapter))
-    assert not any(
-        "fused" in key or "qkv" in key for key in load_file(tmp_path / "split" / "adapter_model.safetensors")
-    )
+    assert not any("fused" in key or "qkv" in key for key in tensors_of(tmp_path / "split"))
     assert any(row.rule.startswith("A shared") for row in report.rows)
 
     convert(tmp_path / "split", tmp_path / "back", "fused", base=fused)
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "back"))
+    before, after = (tensors_of(path) for path in (adapter, tmp_path / "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     same(logits(fused, tmp_path / "back"), logits(fused, adapter))
@@ -118,7 +128,7 @@ def test_an_adapter_of_a_split_mirror_runs_on_the_fused_base(bases, tmp_path, op
     adapter = train(llama, tmp_path / "split", **options)
     convert(adapter, tmp_path / "fused", "fused", base=fused)
     same(logits(fused, tmp_path / "fused"), logits(llama, adapter))
-    config = json.loads((tmp_path / "fused" / "adapter_config.json").read_text())
+    config = config_of(tmp_path / "fused")
     assert config["base_model_name_or_path"] == str(fused)
     if options == {"target_modules": SPLIT}:
         assert config["rank_pattern"] == {"qkv_proj": 12, "gate_up_proj": 8}
@@ -130,25 +140,23 @@ def test_the_split_mirror_itself_says_where_the_rows_begin(bases, tmp_path):
     adapter = train(llama, tmp_path / "split", target_modules=SPLIT)  # its config names the mirror, as unsloth's do
     report = convert(adapter, tmp_path / "fused", "fused")
     same(logits(fused, tmp_path / "fused"), logits(llama, adapter))
-    assert json.loads((tmp_path / "fused" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert config_of(tmp_path / "fused")["base_model_name_or_path"] is None
     assert any("--target-base" in note for note in report.notes)
     convert(tmp_path / "fused", tmp_path / "again", "split", base=llama)
     same(logits(llama, tmp_path / "again"), logits(llama, adapter))
-    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(llama)
+    assert config_of(tmp_path / "again")["base_model_name_or_path"] == str(llama)
     with pytest.raises(ConvertError, match="is a split copy; llama.cpp's adapter is for the fused model"):
         convert(adapter, tmp_path / "a.gguf", "gguf")
 
 
-def test_a_written_config_is_minimal_sorted_and_the_same_every_time(bases, tmp_path):
-    fused, _ = bases
-    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
+def test_a_written_config_is_minimal_sorted_and_the_same_every_time(fused, tmp_path):
+    adapter = train(fused, tmp_path / "fused")
     for name in ("one", "two"):
         convert(adapter, tmp_path / name, "split", base=fused)
     one, two = (tmp_path / name for name in ("one", "two"))
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (one / file).read_bytes() == (two / file).read_bytes()
-    config = json.loads((one / "adapter_config.json").read_text())
+    config = config_of(one)
     assert list(config) == sorted(config) and config["target_modules"] == sorted(SPLIT)
     assert not {"eva_config", "corda_config", "peft_version", "use_dora"} & set(config)
 
@@ -173,13 +181,10 @@ def with_loralib(base: Path, seed: int = 0, **flags) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_loralib_layers_become_a_peft_adapter_and_go_back(bases, tmp_path, suffix):
-    fused, _ = bases
+def test_loralib_layers_become_a_peft_adapter_and_go_back(fused, tmp_path, suffix):
     groups = 3 if load(fused).config.num_key_value_heads == 4 else 4
-    flags = {
-        "qkv_proj": [True, False, True] if groups == 3 else [True, True, False, True],
-        "gate_up_proj": [True, False],
-    }
+    qkv = [True, False, True] if groups == 3 else [True, True, False, True]
+    flags = {"qkv_proj": qkv, "gate_up_proj": [True, False]}
     model = with_loralib(fused, **flags)
     file = tmp_path / f"lora{suffix}"
     state = {key: value.clone() for key, value in loralib.lora_state_dict(model).items()}
@@ -191,19 +196,16 @@ def test_loralib_layers_become_a_peft_adapter_and_go_back(bases, tmp_path, suffi
     same(logits(fused, tmp_path / "peft"), wanted)
     assert report.kind == "loralib" and any(row.rule.startswith("MergedLinear") for row in report.rows)
 
-    convert(tmp_path / "peft", tmp_path / f"back{suffix}", "loralib", base=fused)
-    back = (
-        torch.load(tmp_path / f"back{suffix}", weights_only=True)
-        if suffix == ".pt"
-        else load_file(tmp_path / f"back{suffix}")
-    )
+    file = tmp_path / f"back{suffix}"
+    convert(tmp_path / "peft", file, "loralib", base=fused)
+    back = torch.load(file, weights_only=True) if suffix == ".pt" else load_file(file)
     assert back.keys() == state.keys() and all("lora_" in key for key in back)
     assert all(torch.equal(back[key], state[key]) for key in state)
     sidecar = json.loads((tmp_path / f"back{suffix}.json").read_text())
     assert sidecar["r"] == 2 and sidecar["alpha"] == 6
     assert sidecar["modules"]["model.layers.0.self_attn.qkv_proj"]["enable_lora"] == flags["qkv_proj"]
 
-    convert(tmp_path / f"back{suffix}", tmp_path / "again", "fused", base=fused)  # the sidecar says it all
+    convert(file, tmp_path / "again", "fused", base=fused)  # the sidecar says it all
     same(logits(fused, tmp_path / "again"), wanted)
 
 
@@ -223,8 +225,7 @@ def test_a_loralib_embedding_is_peft_s_embedding(tmp_path):
     assert any("embeddings: embed_tokens" in note for note in report.notes)
 
 
-def test_what_loralib_does_not_store_is_asked_for(bases, tmp_path):
-    fused, _ = bases
+def test_what_loralib_does_not_store_is_asked_for(fused, tmp_path):
     model = with_loralib(fused, qkv_proj=[True, False, False, True])
     torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
     with pytest.raises(LoralibError, match="alpha is missing: loralib does not store r or lora_alpha") as caught:
@@ -241,9 +242,8 @@ def test_a_merged_linear_with_one_group_is_caught_by_its_height(tmp_path):
     base = tiny.base(tmp_path / "base")
     model = with_loralib(base, qkv_proj=[True, False, False])
     torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
-    with pytest.raises(
-        LoralibError, match="B reaches over 32 rows, the model's qkv_proj has 96; if it was a MergedLinear"
-    ):
+    said = "B reaches over 32 rows, the model's qkv_proj has 96; if it was a MergedLinear"
+    with pytest.raises(LoralibError, match=said):
         convert(tmp_path / "lora.pt", tmp_path / "peft", "peft", base=base, alpha=6)
 
 
@@ -272,9 +272,8 @@ def test_conv_layers_biases_and_code_are_refused(tmp_path):
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 
-def test_adapters_that_are_broken_are_refused_whatever_they_become(bases, tmp_path):
-    fused, _ = bases
-    adapter = train(fused, tmp_path / "adapter", target_modules=FUSED)
+def test_adapters_that_are_broken_are_refused_whatever_they_become(fused, tmp_path):
+    adapter = train(fused, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
@@ -301,8 +300,7 @@ def test_adapters_that_are_broken_are_refused_whatever_they_become(bases, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_torchtune_names_come_in(bases, tmp_path):
-    fused, _ = bases
+def test_torchtune_names_come_in(fused, tmp_path):
     torch.manual_seed(0)
     config = load(fused).config
     head = config.hidden_size // config.num_attention_heads
@@ -335,29 +333,27 @@ def test_torchtune_names_come_in(bases, tmp_path):
 
     state["layers.0.attn.qkv.lora_a.weight"] = torch.zeros(2, 32)
     torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(
-        TorchtuneError, match="'layers.0.attn.qkv.lora_a.weight' is not a key of a torchtune Phi-3 adapter"
-    ):
+    said = "'layers.0.attn.qkv.lora_a.weight' is not a key of a torchtune Phi-3 adapter"
+    with pytest.raises(TorchtuneError, match=said):
         convert(tmp_path / "odd.pt", tmp_path / "odd", "fused", base=fused, alpha=16)
 
 
-def test_named_and_wrapped_adapters_are_understood_or_pointed_at(bases, tmp_path):
-    fused, _ = bases
+def test_named_and_wrapped_adapters_are_understood_or_pointed_at(fused, tmp_path):
     model = get_peft_model(load(fused), LoraConfig(r=2, target_modules=FUSED), adapter_name="mine")
     model.save_pretrained(tmp_path / "run")
     with pytest.raises(PeftFilesError, match="it has the adapters mine inside: name one of these folders"):
         read_peft(tmp_path / "run")
     convert(tmp_path / "run" / "mine", tmp_path / "split", "split", base=fused)
 
-    adapter = train(fused, tmp_path / "plain", target_modules=FUSED)
-    raw = load_file(adapter / "adapter_model.safetensors")
+    adapter = train(fused, tmp_path / "plain")
+    raw = tensors_of(adapter)
     wrapped = {
         f"module.{key.replace('lora_A.', 'lora_A.default.').replace('lora_B.', 'lora_B.default.')}": raw[key]
         for key in raw
     }
     save_file(wrapped, adapter / "adapter_model.safetensors")
     report = convert(adapter, tmp_path / "clean", "peft", base=fused)
-    assert load_file(tmp_path / "clean" / "adapter_model.safetensors").keys() == raw.keys()
+    assert tensors_of(tmp_path / "clean").keys() == raw.keys()
     assert any("16 keys were brought to PEFT's names" in note for note in report.notes)
 
     save_file(wrapped | {key.replace("default", "other"): value.clone() for key, value in wrapped.items()},
@@ -379,20 +375,17 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_a_wrapped_adapter_is_the_same_to_every_reader(bases, tmp_path, kind):
-    fused, _ = bases
-    adapter = train(fused, tmp_path / "a", target_modules=FUSED)
-    raw = load_file(adapter / "adapter_model.safetensors")
+def test_a_wrapped_adapter_is_the_same_to_every_reader(fused, tmp_path, kind):
+    adapter = train(fused, tmp_path / "a")
+    raw = tensors_of(adapter)
     wrapped = {WRAPPED[kind](key): value for key, value in raw.items()}
     odd = len(wrapped.keys() - raw.keys())
     wanted = logits(fused, adapter)
     save_file(wrapped, adapter / "adapter_model.safetensors")
-    assert any(
-        p.what.startswith(f"{odd} keys are spelled in a way that PEFT silently ignores")
-        for p in inspect(adapter).problems
-    )
+    said = f"{odd} keys are spelled in a way that PEFT silently ignores"
+    assert any(problem.what.startswith(said) for problem in inspect(adapter).problems)
     convert(adapter, tmp_path / "clean", "peft", base=fused)
-    cleaned = load_file(tmp_path / "clean" / "adapter_model.safetensors")
+    cleaned = tensors_of(tmp_path / "clean")
     assert cleaned.keys() == raw.keys() and all(torch.equal(cleaned[key], raw[key]) for key in raw)
     report = merge(adapter, fused, tmp_path / "merged", check="logits")
     assert any("brought to PEFT's names" in note for note in report.notes)
@@ -404,14 +397,12 @@ def test_a_wrapped_adapter_is_the_same_to_every_reader(bases, tmp_path, kind):
     bare = {key.replace("base_model.model.", "").removesuffix(".weight"): value for key, value in wrapped.items()}
     torch.save(bare, tmp_path / "lora.pt")
     convert(tmp_path / "lora.pt", tmp_path / "from-loralib", "peft", base=fused, alpha=8)
-    assert load_file(tmp_path / "from-loralib" / "adapter_model.safetensors").keys() == raw.keys()
+    assert tensors_of(tmp_path / "from-loralib").keys() == raw.keys()
 
 
-def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path):
-    fused, _ = bases
-
+def test_what_would_be_silently_wrong_is_refused_with_its_reason(fused, tmp_path):
     def changed(**settings) -> Path:
-        adapter = train(fused, tmp_path / "adapter", target_modules=FUSED)
+        adapter = train(fused, tmp_path / "adapter")
         tiny.edit(adapter / "adapter_config.json", **settings)
         return adapter
 
@@ -428,18 +419,13 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(bases, tmp_path
             convert(changed(**settings), tmp_path / "out", "split", base=fused)
     with pytest.raises(ConvertError, match="whose config has r and alpha"):
         convert(changed(), tmp_path / "out", "split", base=fused, alpha=3)
-    with pytest.raises(
-        ConvertError, match="lm_head.weight: trained in full or by token, which loralib files do not hold"
-    ):
-        convert(train(fused, tmp_path / "full", target_modules=FUSED, modules_to_save=["lm_head"]),
-                tmp_path / "out.pt", "loralib", base=fused)  # fmt: skip
+    full = train(fused, tmp_path / "full", modules_to_save=["lm_head"])
+    said = "lm_head.weight: trained in full or by token, which loralib files do not hold"
+    with pytest.raises(ConvertError, match=said):
+        convert(full, tmp_path / "out.pt", "loralib", base=fused)
+    dora = train(fused, tmp_path / "dora", use_dora=True)
     with pytest.raises(LoralibError, match="loralib has no DoRA"):
-        convert(
-            train(fused, tmp_path / "dora", target_modules=FUSED, use_dora=True),
-            tmp_path / "out.pt",
-            "loralib",
-            base=fused,
-        )
+        convert(dora, tmp_path / "out.pt", "loralib", base=fused)
     other = tiny.base(tmp_path / "other", hidden_size=64, num_hidden_layers=1)
     with pytest.raises(ConvertError, match=r"do not fit the model's weight .*64|only 1 layers"):
         convert(changed(), tmp_path / "out", "split", base=other)
@@ -491,9 +477,9 @@ def test_uniform_is_right_for_who_reads_only_r_and_lora_alpha(bases, tmp_path, k
     adapter = train(split if kind == "split" else fused, tmp_path / "mixed", **MIXED[kind])
     options = {"target_base": "microsoft/x"} if to != "peft" else {}
     convert(adapter, tmp_path / "one", to, base=fused, uniform=True, overwrite=True, **options)
-    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    config = config_of(tmp_path / "one")
     assert not {"rank_pattern", "alpha_pattern", "use_rslora"} & set(config)
-    tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    tensors = tensors_of(tmp_path / "one")
     assert {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {config["r"]}
     convert(adapter, tmp_path / "plain", to, base=fused, **options)
     plain = parts(read_peft(tmp_path / "plain")).loras
@@ -509,21 +495,20 @@ def test_uniform_is_right_for_who_reads_only_r_and_lora_alpha(bases, tmp_path, k
             torch.testing.assert_close(bias * scaling, lora.bias * lora.scaling)
 
 
-def test_embeddings_that_equal_the_bases_are_dropped_on_request(bases, tmp_path):
-    fused, _ = bases
-    adapter = train(fused, tmp_path / "a", target_modules=FUSED)
+def test_embeddings_that_equal_the_bases_are_dropped_on_request(fused, tmp_path):
+    adapter = train(fused, tmp_path / "a")
     weights = adapter / "adapter_model.safetensors"
     own = load_file(fused / "model.safetensors")["model.embed_tokens.weight"]
     saved = load_file(weights) | {"base_model.model.model.embed_tokens.weight": own.half().float()}
     save_file(saved | {"base_model.model.lm_head.weight": own + 1}, weights)
     report = convert(adapter, tmp_path / "out", "peft", base=fused, drop_equal_embeddings=True)
-    left = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    left = tensors_of(tmp_path / "out")
     equal = bool((own.half().float() == own).all())
     assert any("embed_tokens" in key for key in left) is not equal and any("lm_head" in key for key in left)
     save_file(saved | {"base_model.model.model.embed_tokens.weight": own}, weights)
     report = convert(adapter, tmp_path / "bare", "peft", base=fused, drop_equal_embeddings=True)
     assert any("they equal the base's: model.embed_tokens.weight" in note for note in report.notes)
-    assert not any("embed_tokens" in key for key in load_file(tmp_path / "bare" / "adapter_model.safetensors"))
+    assert not any("embed_tokens" in key for key in tensors_of(tmp_path / "bare"))
 
 
 LONG = {
@@ -554,14 +539,12 @@ LONG = {
 )
 def test_a_base_becomes_split_and_fused_again_with_equal_logits(tmp_path, changes, kind):
     base = tiny.base(tmp_path / "phi3", **changes)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_phi3.Phi3"}}))
+    tiny.edit(base / "config.json", auto_map={"AutoModel": "modeling_phi3.Phi3"})
     rows, notes = convert_base(base, tmp_path / "split", "llama-base", max_shard="50KB")
     written = json.loads((tmp_path / "split" / "config.json").read_text())
     assert written["model_type"] == kind and "auto_map" not in written
-    assert (tmp_path / "split" / "model.safetensors.index.json").is_file() and (
-        tmp_path / "split" / "tokenizer.json"
-    ).is_file()
+    for file in ("model.safetensors.index.json", "tokenizer.json"):
+        assert (tmp_path / "split" / file).is_file()
     assert any("logits compared" in note for note in notes)
     ids = torch.arange(40)[None] + 3
     with torch.inference_mode():
@@ -600,9 +583,8 @@ def test_a_wrong_conversion_is_caught_by_the_logits_and_leaves_nothing(tmp_path,
 
     base = tiny.base(tmp_path / "base")
     right = base_layouts._split_config
-    monkeypatch.setattr(
-        base_layouts, "_split_config", lambda config: (right(config)[0] | {"rope_theta": 50.0}, right(config)[1])
-    )
+    wrong = {"rope_theta": 50.0}
+    monkeypatch.setattr(base_layouts, "_split_config", lambda config: (right(config)[0] | wrong, right(config)[1]))
     with pytest.raises(BaseLayoutError, match="the converted model's logits differ by"):
         convert_base(base, tmp_path / "out", "llama-base")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
@@ -610,53 +592,49 @@ def test_a_wrong_conversion_is_caught_by_the_logits_and_leaves_nothing(tmp_path,
 
 def test_p24_the_tokenizer_and_the_base_travel_with_the_adapter(bases, tmp_path):
     fused, llama = bases
-    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
+    adapter = train(fused, tmp_path / "fused")
     tiny.tokenizer().save_pretrained(adapter)
     convert(adapter, tmp_path / "split", "split", base=fused, target_base="unsloth/Phi-3-mini-4k-instruct")
     assert (tmp_path / "split" / "tokenizer.json").is_file()
-    config = json.loads((tmp_path / "split" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "unsloth/Phi-3-mini-4k-instruct"
+    assert config_of(tmp_path / "split")["base_model_name_or_path"] == "unsloth/Phi-3-mini-4k-instruct"
     report = convert(adapter, tmp_path / "nameless", "split", base=fused)
     assert any("pass --target-base" in note for note in report.notes)
 
 
-def test_the_command_reports_rules_rows_and_json(bases, tmp_path):
-    fused, _ = bases
-    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
-    app = typer.Typer()
-    app.command()(convert_command)
-    run = CliRunner().invoke
-    told = run(app, [str(adapter), str(tmp_path / "split"), "--to", "split", "--base", str(fused)])
+def test_the_command_reports_rules_rows_and_json(fused, tmp_path):
+    adapter = train(fused, tmp_path / "fused")
+    out = tmp_path / "x"
+
+    def run(*words):
+        return CliRunner().invoke(app, ["convert", *map(str, words)])
+
+    told = run(adapter, tmp_path / "split", "--to", "split", "--base", fused)
     assert told.exit_code == 0, told.output
-    assert (
-        "2 x model.layers.N.self_attn.qkv_proj -> model.layers.N.self_attn.q_proj: A shared, rows 0-31 of B"
-        in told.output
-    )
-    told = run(app, [str(adapter), str(tmp_path / "o.pt"), "--to", "loralib", "--base", str(fused), "--json"])
+    rule = "2 x model.layers.N.self_attn.qkv_proj -> model.layers.N.self_attn.q_proj: A shared, rows 0-31 of B"
+    assert rule in told.output
+    told = run(adapter, tmp_path / "o.pt", "--to", "loralib", "--base", fused, "--json")
     assert json.loads(told.output)["rows"][0]["target"].startswith("model.layers.0.")
-    told = run(app, [str(tmp_path / "o.pt"), str(tmp_path / "q"), "--to", "peft", "--enable-lora", "qkv_proj"])
+    told = run(tmp_path / "o.pt", tmp_path / "q", "--to", "peft", "--enable-lora", "qkv_proj")
     assert isinstance(told.exception, LoralibError) and "expected MODULE=T,F" in str(told.exception)
-    assert run(app, [str(adapter), str(tmp_path / "x"), "--to", "onnx"]).exit_code == 2
-    for arguments, message in [
-        ([str(adapter), str(tmp_path / "x"), "--to", "phi3-base"], "is an adapter; it can be converted to peft, fused"),
-        ([str(fused), str(tmp_path / "x"), "--to", "split"], "is a model; it can be converted to llama-base"),
-        ([str(adapter), str(tmp_path / "x"), "--to", "gguf"], "gguf is one file"),
-        ([str(tmp_path / "nothing"), str(tmp_path / "x"), "--to", "llama-base"], "no such file or folder"),
-        ([str(adapter), str(tmp_path / "x"), "--to", "split", "--base", str(tmp_path / "no")], "no such folder"),
+    assert run(adapter, out, "--to", "onnx").exit_code == 2
+    for words, message in [
+        ((adapter, out, "--to", "phi3-base"), "is an adapter; it can be converted to peft, fused"),
+        ((fused, out, "--to", "split"), "is a model; it can be converted to llama-base"),
+        ((adapter, out, "--to", "gguf"), "gguf is one file"),
+        ((tmp_path / "nothing", out, "--to", "llama-base"), "no such file or folder"),
+        ((adapter, out, "--to", "split", "--base", tmp_path / "no"), "no such folder"),
     ]:
-        told = run(app, arguments)
+        told = run(*words)
         assert isinstance(told.exception, (ConvertError, ModelError)) and message in str(told.exception)
     assert parse_enable_lora("qkv_proj=T,F,true") == ("qkv_proj", (True, False, True))
 
 
-def test_misshapen_tensors_are_named(bases, tmp_path):
-    fused, _ = bases
-    adapter = train(fused, tmp_path / "fused", target_modules=FUSED)
-    tensors = load_file(adapter / "adapter_model.safetensors")
+def test_misshapen_tensors_are_named(fused, tmp_path):
+    adapter = train(fused, tmp_path / "fused")
+    tensors = tensors_of(adapter)
     key = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"
     tensors[key] = tensors[key][:-1].contiguous()
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(
-        (ConvertError, LayoutError), match=r"layers.0.self_attn.qkv_proj: A \(4, 32\) and B \(\d+, 4\) do not fit"
-    ):
+    said = r"layers.0.self_attn.qkv_proj: A \(4, 32\) and B \(\d+, 4\) do not fit"
+    with pytest.raises((ConvertError, LayoutError), match=said):
         convert(adapter, tmp_path / "split", "split", base=fused)
