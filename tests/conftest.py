@@ -113,6 +113,14 @@ def warm() -> Iterator[Warm]:
         yield process
 
 
+@pytest.fixture(scope="session")
+def random_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the embedded model that makes it say something else."""
+    from exports import EMBEDDED, adapter
+
+    return adapter(EMBEDDED, tmp_path_factory.mktemp("adapter") / "pirate")
+
+
 @pytest.fixture
 def reload_in_fork(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that reloads an adapter with plain PEFT at the end of a run gets a fork, not a fresh interpreter.

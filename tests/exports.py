@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -67,6 +69,13 @@ def ship(
     """Export through the registered target, as the command does."""
     exporter = load_plugins().pick("exporters", target)
     return export(adapter, exporter, target, out, Wanted(**wanted), prompts=prompts, base=base)
+
+
+def ask(folder: Path) -> None:
+    """Put a question of training to the script that lies beside an export."""
+    command = [sys.executable, str(folder / "ask.py"), "Where does the weasel live?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "weasel" in done.stdout, done.stderr
 
 
 def same_words(report: ExportReport, prompts: int = 100) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, Phi3ForCausalLM, Trainer, TrainingArguments
 
 
 def rows(count: int = 16, length: int = 8, masked: bool = False, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -27,15 +28,55 @@ def peft_model(dropout: float = 0.1, seed: int = 0, **settings: Any) -> PeftMode
     return get_peft_model(base, LoraConfig(lora_dropout=dropout, **options))
 
 
-def saved_adapter(base: Any, folder: Path, seed: int = 1, **options: Any) -> Path:
-    """A plain PEFT adapter on a loaded model, every trained tensor moved away from where it started."""
-    model = get_peft_model(base, LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
+def disturb(model: Any, seed: int = 1) -> None:
+    """Move every trained tensor away from where it started."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.1
+
+
+def saved_adapter(base: Any, folder: Path, seed: int = 1, **options: Any) -> Path:
+    """A plain PEFT adapter on a loaded model, with values as after training."""
+    model = get_peft_model(base, LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
+    disturb(model, seed)
     model.save_pretrained(folder)
     return folder
+
+
+def learn(model: Any, batches: Iterable[torch.Tensor], optimizer: Any = None, **settings: Any) -> list[float]:
+    """The losses of one plain step on each batch of ids, of AdamW unless another optimizer is given."""
+    if optimizer is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, **({"lr": 1e-2} | settings))
+    model.train()
+    losses = []
+    for ids in batches:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def four_bit(folder: Path, compute: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+    """A tiny Phi-3 in NF4, loaded from `folder`, where its weights lie in `compute`'s precision."""
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+    tiny.model(hidden_size=64, intermediate_size=128, **changes).to(compute).save_pretrained(folder)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    return Phi3ForCausalLM.from_pretrained(folder, quantization_config=quantised)
+
+
+def fully_sharded(model: Any, **how: Any) -> Any:
+    """A model that two ranks share, a unit in each layer, as FSDP 2 cuts it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh, **how)
+    return fully_shard(model, mesh=mesh, **how)
 
 
 def deepspeed_plan(stage: str) -> dict[str, Any]:

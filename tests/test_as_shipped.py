@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exports import EMBEDDED, adapter
+from exports import EMBEDDED
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.evaluate.as_shipped import sentence
@@ -17,11 +17,6 @@ from phi3_lora_plugin.evaluate.target import find_target
 from phi3_lora_plugin.plugins.discovery import load_plugins
 
 ROWS = Wanted(data="embedded:chats/held_out.jsonl", rows=3, answers=2, max_new_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def random_adapter(tmp_path_factory) -> Path:
-    return adapter(EMBEDDED, tmp_path_factory.mktemp("adapter") / "pirate")
 
 
 def measured(folder: Path, form: str) -> Evaluation:
@@ -69,7 +64,5 @@ def test_what_cannot_be_measured_is_told_before_anything_is(random_adapter):
 
 def test_the_cost_is_said_even_where_it_is_nothing():
     same = Figures(0.5, 1.6, 0.9, {"exact": 0.25})
-    assert (
-        sentence("tin:1bit", same, same)
-        == "shipped as tin:1bit, against the adapter: loss +0, token accuracy +0, exact +0"
-    )
+    said = "shipped as tin:1bit, against the adapter: loss +0, token accuracy +0, exact +0"
+    assert sentence("tin:1bit", same, same) == said

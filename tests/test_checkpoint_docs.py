@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import inspect
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import tiny
-import typer
 from lora_runs import arguments, peft_model, rows, trainer
+from pages import blocks, commands, page
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import LoraCheckpoint
-from phi3_lora_plugin.cli.train import train_command
-from phi3_lora_plugin.cli.verify import verify_command
+from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.recipe.sections import CheckpointSection
 from phi3_lora_plugin.store.layout import BEST, LATEST, entries
 
 pytestmark = pytest.mark.slow
 
-DOC = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-
+DOC = page("checkpoints")
 
 #: What the page sums up in words.
 ALSO = {
@@ -31,46 +28,35 @@ ALSO = {
 }  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOC, re.DOTALL)
-
-
 @pytest.mark.usefixtures("reload_in_fork")
 def test_every_snippet_and_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"model": peft_model(), "args": arguments(Path("out")), "rows": rows()}
-    for snippet in blocks("python"):
+    for snippet in blocks(DOC, "python"):
         exec(compile(snippet, "docs/checkpoints.md", "exec"), names)
     assert names["report"] and names["path"] == Path("out/lora/step-00000006")
     assert names["checkpoint"] is not None
 
     tiny.base(Path("base"), hidden_size=16, intermediate_size=32)
-    chat = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-    Path("chats.jsonl").write_text(chat * 8)
-    app = typer.Typer()
-    app.command("verify")(verify_command)
-    app.command("train")(train_command)
+    tiny.write(Path("chats.jsonl"), [tiny.chat("a", "b")] * 8)
     Path("my-recipe.yaml").write_text(
         "model: {path: base, device: cpu}\ndata: {path: chats.jsonl}\nlora: {r: 2, alpha: 4, targets: all-linear}\n"
         "training: {max_steps: 2, logging_steps: 1}\ncheckpoint: {every_steps: 1}\noutput_dir: recipe-out\n"
     )
     first = CliRunner().invoke(app, ["train", "my-recipe.yaml", "--samples=0", "--no-check"])
     assert first.exit_code == 0, first.output
-    for command in (line for block in blocks("sh") for line in block.splitlines()):
-        done = CliRunner().invoke(app, shlex.split(command)[1:])
-        assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception}"
+    for _, *words in commands(DOC):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, f"{words}\n{done.output}\n{done.exception}"
 
 
 def test_the_tree_is_the_one_on_the_disk(tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 3}
-    made = trainer(tmp_path, LoraCheckpoint(), **settings)
+    made = trainer(tmp_path, LoraCheckpoint(), eval_strategy="steps", eval_steps=3, max_steps=3)
     made.processing_class = made.callback_handler.processing_class = tiny.tokenizer()
     made.train()
     (entry,) = entries(tmp_path / "lora")
     for path in (entry.path, entry.path / "resume", tmp_path / "lora"):
-        assert all(file.name in DOC for file in path.iterdir() if file.name not in ALSO and "step-" not in file.name), (
-            path
-        )
+        assert {file.name for file in path.iterdir() if file.name not in DOC and "step-" not in file.name} <= ALSO
     assert {LATEST, BEST} <= {path.name for path in (tmp_path / "lora").iterdir()}
 
 

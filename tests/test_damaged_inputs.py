@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from commands import phi3_lora
 
-from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.embedded import locate
 
 pytestmark = pytest.mark.slow
@@ -22,16 +21,14 @@ Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command in this process; (exit code, all that it printed). An unexpected exception leaves as it is."""
 
     def command(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["phi3-lora", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
+        code = phi3_lora(*words)
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
-        return int(left.value.code or 0), out + err
+        return code, out + err
 
     return command
 
@@ -174,8 +171,6 @@ def test_a_name_that_nothing_reports_to_is_refused(run: Run, tmp_path: Path) -> 
 def test_a_base_that_is_quantised_already_says_what_it_needs(
     method: str, package: str, base: Path, run: Run, tmp_path: Path
 ) -> None:
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
-    (base / "config.json").write_text(json.dumps(config))
+    tiny.edit(base / "config.json", quantization_config={"quant_method": method, "bits": 4})
     code, said = run("train", f"model.path={base}", f"output_dir={tmp_path / 'out'}")
     assert code == 2 and f"quantised by {method}, 4 bits" in said and package in said

@@ -4,68 +4,49 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
-import typer
-from typer.testing import CliRunner
+import tiny
+from pages import blocks, commands, page
+from typer.testing import CliRunner, Result
 
 from phi3_lora_plugin.chat.dataset import DataError
 from phi3_lora_plugin.chat.encode import Policy
 from phi3_lora_plugin.chat.formats import ADAPTERS, detect
 from phi3_lora_plugin.chat.tool_formats import TOOL_FORMATS, render_calls
-from phi3_lora_plugin.cli.data import check_command
+from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.recipe.sections import DataSection
 
-PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-
-
-def blocks(kind: str) -> list[str]:
-    return [text for found, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S) if found == kind]
-
-
-def commands() -> list[list[str]]:
-    return [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-
-
-def chat(number: int) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": f"{number}!"}]}
+PAGE = page("data")
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the files that the page speaks of."""
     monkeypatch.chdir(tmp_path)
-    lines = [json.dumps(chat(number)) for number in range(12)]
-    Path("chats.jsonl").write_text("\n".join(lines))
-    Path("gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 3)
-    robot = {"messages": [chat(0)["messages"][0], {"role": "robot", "content": "beep"}]}
+    chats = [tiny.chat(f"{number}?", f"{number}!") for number in range(12)]
+    tiny.write(Path("chats.jsonl"), chats)
+    tiny.write(Path("gsm8k.jsonl"), [{"question": "1 + 1?", "answer": "#### 2"}] * 3)
+    robot = {"messages": [chats[0]["messages"][0], {"role": "robot", "content": "beep"}]}
     Path("broken.jsonl").write_text(json.dumps(robot) + '\n{"messages": [{"role": ')
     Path("more").mkdir()
     Path("more/2024.csv").write_text("prompt,completion\nHello,Hi\nBye,See you\n")
-    Path("more/2023.json").write_text(f"[{','.join(lines[:3])}]")
-    saved = datasets.Dataset.from_list([chat(number) for number in range(5)])
+    Path("more/2023.json").write_text(json.dumps(chats[:3]))
+    saved = datasets.Dataset.from_list(chats[:5])
     datasets.DatasetDict(train=saved, test=saved.select([0])).save_to_disk("saved")
     return tmp_path
 
 
-def run(words: list[str]) -> Any:
-    app = typer.Typer()
-    data = typer.Typer()
-    data.command("check")(check_command)
-    data.callback()(lambda: None)
-    app.add_typer(data, name="data")
-    app.command("other")(lambda: None)
+def run(*words: str) -> Result:
     return CliRunner().invoke(app, [*words, "model.path=embedded:tiny-phi3", "data.max_length=64"])
 
 
 def test_every_command_runs(place: Path) -> None:
-    assert len(commands()) >= 10
-    for program, *words in commands():
-        done = run(words)
+    assert len(commands(PAGE)) >= 10
+    for program, *words in commands(PAGE):
+        done = run(*words)
         assert program == "phi3-lora" and done.exit_code == 0, (words, done.output, done.exception)
         assert "json" not in words or json.loads(done.stdout)["train"]["rows"] == 12
         if "data.on_error=skip" in words:
@@ -73,8 +54,8 @@ def test_every_command_runs(place: Path) -> None:
 
 
 def test_the_error_reads_as_shown(place: Path) -> None:
-    (shown,) = [block for block in blocks("") if "DataError" in block]
-    done = run(["data", "check", "phi3-mini-4k-lora", "data.path=broken.jsonl"])
+    (shown,) = [block for block in blocks(PAGE, "") if "DataError" in block]
+    done = run("data", "check", "phi3-mini-4k-lora", "data.path=broken.jsonl")
     assert isinstance(done.exception, DataError)
     said = str(done.exception).splitlines()
     for line, want in zip(said, shown.removeprefix("DataError: ").splitlines(), strict=True):
@@ -82,13 +63,13 @@ def test_the_error_reads_as_shown(place: Path) -> None:
 
 
 def test_the_row_looks_as_shown() -> None:
-    (shown,) = [block for block in blocks("") if "⟦" in block]
-    done = run(["data", "check", "tiny-cpu", "--rows", "1"])
+    (shown,) = [block for block in blocks(PAGE, "") if "⟦" in block]
+    done = run("data", "check", "tiny-cpu", "--rows", "1")
     assert shown in "".join(line.rstrip() + "\n" for line in done.stdout.splitlines())
 
 
 def test_the_four_rows_are_the_same_chat_in_the_formats_named_above_them() -> None:
-    rows = [json.loads(block) for block in blocks("json")]
+    rows = [json.loads(block) for block in blocks(PAGE, "json")]
     read = []
     for row, name in zip(rows, ("messages", "sharegpt", "alpaca", "prompt_completion"), strict=True):
         assert detect(row) == [name]
@@ -99,7 +80,7 @@ def test_the_four_rows_are_the_same_chat_in_the_formats_named_above_them() -> No
 
 
 def test_every_snippet_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    snippets = blocks("python")
+    snippets = blocks(PAGE, "python")
     assert len(snippets) == 2
     for snippet in snippets:
         exec(compile(snippet, "docs/data.md", "exec"), {})

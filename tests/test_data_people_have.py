@@ -30,6 +30,7 @@ from phi3_lora_plugin.model.families import UnsupportedModel, row_limit
 TOKENIZER = tiny.tokenizer()
 USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CHAT = [USER, SAID]
+REJECTED = [USER, SAID | {"content": "Go"}]
 
 
 def read(row: dict[str, Any], *ignore: str) -> list[dict[str, Any]]:
@@ -113,6 +114,7 @@ def test_what_is_marked_as_not_to_be_learned_is_not(name: str) -> None:
         encode(made, TOKENIZER)
 
 
+_CODE = _node("assistant", "", content={"content_type": "code", "text": "1"}, recipient="python")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "KTO that is bad": ({"prompt": "Hi", "completion": "Go", "label": False}, "has label: false.*on_error: skip"),
     "and in a CSV file": ({"prompt": "Hi", "completion": "Go", "label": "False"}, "has label: false"),
@@ -137,18 +139,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [USER, SAID | {"train_detail": [{"begin_offset": 0, "end_offset": 5, "train": True}]}]},
         "covers characters 0 to 5; its text has 5, counted from 0",
     ),
-    "a tool of ChatGPT": (
-        {
-            "mapping": {
-                "a": {
-                    "message": {"author": {"role": "assistant"}, "content": {"content_type": "code", "text": "1"},
-                                "recipient": "python"},
-                    "children": [],
-                }
-            }
-        },
-        "of type code to python, which is not text",
-    ),
+    "a tool of ChatGPT": ({"mapping": {"a": {"message": _CODE, "children": []}}}, "of type code to python, which is"),
 }  # fmt: skip
 
 
@@ -162,9 +153,8 @@ def test_what_would_change_what_is_trained_is_refused(name: str) -> None:
 
 def test_what_does_not_matter_is_said_to_or_harmless() -> None:
     assert read({"messages": CHAT, "images": ["a"], "label": 3}, "images", "label") == CHAT
-    assert (
-        read({"messages": [USER, SAID | {"lossy": 1, "id": 3, "mask": None}], "score_chosen": 8, "images": []}) == CHAT
-    )
+    odd = SAID | {"lossy": 1, "id": 3, "mask": None}
+    assert read({"messages": [USER, odd], "score_chosen": 8, "images": []}) == CHAT
 
 
 def test_what_a_tool_takes_says_nothing_of_learning() -> None:
@@ -197,10 +187,8 @@ def test_pieces_of_an_answer_are_learned_and_others_are_not() -> None:
 
 
 def test_an_escaped_control_token_does_not_move_the_marks_behind_it() -> None:
-    turn = SAID | {
-        "content": [{"type": "text", "text": "a <|end|> b"}, {"type": "text", "text": " zeb", "loss": False}]
-    }
-    row = encode(read({"messages": [USER, turn]}), TOKENIZER, control_tokens="escape")
+    parts = [{"type": "text", "text": "a <|end|> b"}, {"type": "text", "text": " zeb", "loss": False}]
+    row = encode(read({"messages": [USER, SAID | {"content": parts}]}), TOKENIZER, control_tokens="escape")
     assert trained(row) == "a < |end|> b|"
 
 
@@ -228,23 +216,17 @@ def test_texts_and_segments_stand_as_they_are() -> None:
 
 
 PAIRS: dict[str, dict[str, Any]] = {
-    "UltraFeedback": {
-        "prompt": "Hi",
-        "chosen": CHAT,
-        "rejected": [USER, SAID | {"content": "Go"}],
-        "messages": CHAT,
-        "score_chosen": 8.0,
-    },
+    "UltraFeedback": {"prompt": "Hi", "chosen": CHAT, "rejected": REJECTED, "messages": CHAT, "score_chosen": 8.0},
     "hh-rlhf": {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"},
     "orca": {"question": "Hi", "chosen": "Hello", "rejected": "Go", "system": ""},
     "OpenAI": {
         "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
         "preferred_output": [SAID],
-        "non_preferred_output": [SAID | {"content": "Go"}],
+        "non_preferred_output": REJECTED[1:],
     },
     "ms-swift messages": {"messages": CHAT, "rejected_response": "Go"},
     "ms-swift query": {"query": "Hi", "response": "Hello", "rejected_response": "Go"},
-    "ms-swift chats": {"messages": CHAT, "rejected_messages": [USER, SAID | {"content": "Go"}]},
+    "ms-swift chats": {"messages": CHAT, "rejected_messages": REJECTED},
     "LLaMA-Factory v1": {
         "chosen_messages": [USER | {"loss_weight": 0.0}, SAID | {"loss_weight": 1.0}],
         "rejected_messages": [USER, SAID | {"content": [{"type": "text", "value": "Go"}]}],
@@ -295,8 +277,7 @@ def test_columns_are_proposed_from_the_files_own_names(row: dict[str, Any], pair
 def test_what_is_proposed_is_what_reads_the_file(tmp_path: Path) -> None:
     rows = [row for row, pairs, given in PROPOSED if given is not None and not pairs]
     for number, row in enumerate(rows):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        path = tiny.write(tmp_path / f"{number}.jsonl", [row])
         with pytest.raises(DataError, match="fits no format.*If that is what they mean, write data.columns=") as caught:
             load(path)
         given = str(caught.value).split("write ")[1].replace("'", "")
@@ -304,23 +285,22 @@ def test_what_is_proposed_is_what_reads_the_file(tmp_path: Path) -> None:
 
 
 def test_nulls_and_empty_answers_are_named_row_by_row(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"instruction": null, "output": "L"}\n{"instruction": "ok", "output": null}\n', encoding="utf-8")
+    rows = [{"instruction": None, "output": "L"}, {"instruction": "ok", "output": None}]
+    path = tiny.write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as caught:
         load(path)
     assert [line.split(":", 1)[1] for line in caught.value.problems[:2]] == [
         "1: instruction is null or missing; expected text",
         "2: output is null or missing; expected text",
     ]
-    path.write_text('{"prompt": "a", "completion": " \\n"}\n{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    tiny.write(path, [{"prompt": "a", "completion": text} for text in (" \n", "b")])
     (left,) = load(path).report.empty
     assert left.place == f"{path}:1" and "is empty: it is trained to say nothing" in left.why
 
 
 def test_the_reports_of_users(shared_data: Path) -> None:
     reports = shared_data / "reports"
-    made = load(reports / "swift_msgs_loss.jsonl").train[0]
-    assert trained(made) == "y|"
+    assert trained(load(reports / "swift_msgs_loss.jsonl").train[0]) == "y|"
     with pytest.raises(DataError, match="kto.jsonl:2: has label: false"):
         load(reports / "kto.jsonl")
     assert load(reports / "kto.jsonl", "data.on_error=skip").report.train.rows == 1
@@ -332,15 +312,12 @@ def test_the_reports_of_users(shared_data: Path) -> None:
 def test_rows_that_are_too_deep_or_too_long_are_told_by_their_line(tmp_path: Path) -> None:
     deep = '{"messages": ' + "[" * 50_000 + "]" * 50_000 + "}"
     nested = json.dumps({"messages": '[{"role": "user", "content": ' + "[" * 50_000 + "]" * 50_000 + "}]"})
-    long = json.dumps({"prompt": "a", "completion": "b" * 11_000_000})
-    endless = json.dumps({"prompt": "a", "completion": "b" * 70_000_000})
-    path = tmp_path / "a.jsonl"
-    good = json.dumps({"messages": CHAT})
-    path.write_text("\n".join([good, deep, nested, good]) + "\n", encoding="utf-8")
+    good = {"messages": CHAT}
+    path = tiny.write(tmp_path / "a.jsonl", [good, deep, nested, good])
     with pytest.raises(DataError) as caught:
         load(path)
     assert [line.split(":")[1] for line in caught.value.problems[:2]] == ["2", "3"]
-    path.write_text("\n".join([json.dumps({"prompt": "a", "completion": "b"}), long, endless]) + "\n", encoding="utf-8")
+    tiny.write(path, [{"prompt": "a", "completion": "b" * length} for length in (1, 11_000_000, 70_000_000)])
     with pytest.raises(DataError) as caught:
         load(path)
     assert "a.jsonl:2: message 2 (assistant) has 11,000,000 characters" in caught.value.problems[0]
@@ -386,9 +363,8 @@ def test_zstandard_is_read_like_gzip(tmp_path: Path) -> None:
 
     text = "".join(json.dumps({"prompt": f"q{n}", "completion": "a"}) + "\n" for n in range(1000)).encode()
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(
-        pyarrow.compress(text[:5000], "zstd", asbytes=True) + pyarrow.compress(text[5000:], "zstd", asbytes=True)
-    )
+    frames = [pyarrow.compress(part, "zstd", asbytes=True) for part in (text[:5000], text[5000:])]
+    path.write_bytes(b"".join(frames))
     assert load(path).report.train.rows == 1000
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="a.jsonl.zst: cannot be read"):

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import tiny
 from rich.console import Console
-from tiny import write
+from tiny import chat, write
+from typer.testing import CliRunner
 from warm_process import COMMAND, Warm
 
 from phi3_lora_plugin import load_recipe
@@ -23,12 +24,10 @@ from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.report import DataReport, describe
 from phi3_lora_plugin.chat.report_view import pieces, printable, short_names, show_rows
 from phi3_lora_plugin.chat.templates import TEMPLATES
+from phi3_lora_plugin.cli import app
 
 TOKENIZER = tiny.tokenizer()
-
-
-def chat(question: str, answer: str = "paris.") -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+COLOURS: dict[str, Any] = {"force_terminal": True, "color_system": "standard", "legacy_windows": False}
 
 
 def fresh_check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,10 +53,16 @@ def load(file: Path, *overrides: str) -> Any:
     return load_data(load_recipe("tiny-cpu", settings), TOKENIZER, ADAPTERS)
 
 
-def shown(report: DataReport, width: int = 80) -> list[str]:
+def shown(report: DataReport) -> list[str]:
     out = io.StringIO()
-    report.render(Console(file=out, width=width))
+    report.render(Console(file=out, width=80))
     return out.getvalue().splitlines()
+
+
+def rows_shown(rows: Any, tokenizer: Any = TOKENIZER, count: int = 1, width: int = 80, **console: Any) -> str:
+    out = io.StringIO()
+    show_rows(Console(file=out, width=width, **console), rows, tokenizer, count)
+    return out.getvalue()
 
 
 @pytest.fixture
@@ -141,24 +146,16 @@ def test_a_row_shows_what_is_trained_and_cannot_command_the_terminal(tmp_path: P
     row = data.train[0]
     assert [trained for trained, _ in pieces(row["input_ids"], row["labels"], TOKENIZER)] == [False, True, False]
     for terminal in (False, True):
-        out = io.StringIO()
-        show_rows(Console(file=out, width=80, force_terminal=terminal, color_system=None), data.train, TOKENIZER, 1)
-        text = out.getvalue()
+        text = rows_shown(data.train, force_terminal=terminal, color_system=None)
         assert "\x1b[31m" not in text and "\x07" not in text and "\u202e" not in text and "\\x1b[31mred" in text
-    coloured = io.StringIO()
-    show_rows(
-        Console(file=coloured, width=80, force_terminal=True, color_system="standard", legacy_windows=False),
-        data.train, TOKENIZER, 2,
-    )  # fmt: skip
-    assert "in green" in coloured.getvalue() and "⟦" not in coloured.getvalue() and "\x1b[1;32m" in coloured.getvalue()
+    coloured = rows_shown(data.train, count=2, **COLOURS)
+    assert "in green" in coloured and "⟦" not in coloured and "\x1b[1;32m" in coloured
     assert printable("a\tb\nü\x00") == "a\tb\nü\\x00"
 
 
 def test_long_texts_are_shown_by_their_ends(tmp_path: Path) -> None:
     data = load(write(tmp_path / "a.jsonl", [chat("begin " + "x " * 4000 + "end")]), "data.max_length=100000")
-    out = io.StringIO()
-    show_rows(Console(file=out, width=80), data.train, TOKENIZER)
-    text = out.getvalue()
+    text = rows_shown(data.train, count=3)
     assert len(text) < 3000 and "begin" in text and "end<|end|>" in text and "characters ...]" in text
 
 
@@ -180,9 +177,8 @@ def test_data_check_as_json_and_with_a_terminal_that_knows_no_unicode(tmp_path: 
     done = warm.command(*arguments, "--json", **there)
     value = json.loads(done.stdout)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
-    assert (
-        value["train"]["rows"] == 1 and value["template"] == "phi-3.5-mini" and value["sources"][0]["name"] == str(file)
-    )
+    assert (value["train"]["rows"], value["template"]) == (1, "phi-3.5-mini")
+    assert value["sources"][0]["name"] == str(file)
     done = warm.command(*arguments, **there)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "sch?n" in done.stdout
 
@@ -190,10 +186,9 @@ def test_data_check_as_json_and_with_a_terminal_that_knows_no_unicode(tmp_path: 
 def test_data_check_needs_no_model(tmp_path: Path, warm: Warm) -> None:
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
     file = write(tmp_path / "a.jsonl", [chat("q")])
-    arguments = [f"model.path={tmp_path / 'tokenizer'}", f"data.path={file}", "data.eval_path=null"]
-    done = warm.command(
-        "data", "check", "tiny-cpu", *arguments, "data.max_length=null", "--rows", "0", cwd=tmp_path, COLUMNS="80"
-    )
+    overrides = [f"model.path={tmp_path / 'tokenizer'}", f"data.path={file}", "data.eval_path=null"]
+    overrides += ["data.max_length=null"]
+    done = warm.command("data", "check", "tiny-cpu", *overrides, "--rows", "0", cwd=tmp_path, COLUMNS="80")
     assert done.returncode == 0, done.stderr
     assert "no limit on row length" in done.stdout and "as the model sees them" not in done.stdout
 
@@ -220,10 +215,6 @@ def test_wrong_data_is_told_in_sentences_with_exit_code_2(kind: str, tmp_path: P
 
 
 def test_rows_are_cut_as_in_a_run_wherever_the_model_lies() -> None:
-    from typer.testing import CliRunner
-
-    from phi3_lora_plugin.cli import app
-
     done = CliRunner().invoke(app, ["data", "check", "tiny-cpu", "data.max_length=null", "--rows=0", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["max_length"] == 512  # the context that the embedded model's config says
@@ -234,16 +225,11 @@ def test_thoughts_calls_and_weights_stand_out_in_colours_of_their_own() -> None:
     call = {"name": "f", "arguments": {"x": [1]}}
     answer = {"role": "assistant", "content": "ko", "thoughts": "<think>zu</think>", "calls": [call]}
     row = encode([{"role": "user", "content": "xy"}, answer], words, thoughts="train")
-    out = io.StringIO()
-    show_rows(Console(file=out, force_terminal=True, color_system="standard", width=200), [row], words, 1)
-    said = out.getvalue()
+    said = rows_shown([row], words, width=200, **COLOURS)
     assert "trained tokens in green, thoughts in blue, tool calls in magenta:" in said
     assert "\x1b[1;34m<think>zu</think>" in said and '\x1b[1;35mfunctools[{"name"' in said and "\x1b[1;32mko" in said
     context = encode([{"role": "user", "content": "xy"}, answer], words, thoughts="context")
-    out = io.StringIO()
-    show_rows(Console(file=out, force_terminal=True, color_system="standard", width=200), [context], words, 1)
-    assert "\x1b[2;34m<think>zu</think>" in out.getvalue()
+    assert "\x1b[2;34m<think>zu</think>" in rows_shown([context], words, width=200, **COLOURS)
     half = encode([{"role": "user", "content": "xy"}, {"role": "assistant", "content": "ko", "weight": 0.5}], words)
-    out = io.StringIO()
-    show_rows(Console(file=out, width=200), [half], words, 1)
-    assert "⟦0.5× ko<|end|>⟧" in out.getvalue() and "between ⟦ and ⟧" in out.getvalue()
+    said = rows_shown([half], words, width=200)
+    assert "⟦0.5× ko<|end|>⟧" in said and "between ⟦ and ⟧" in said

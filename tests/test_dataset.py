@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
-from tiny import write
+from tiny import chat, write
 
 from phi3_lora_plugin import encode, load_recipe, load_tokenizer
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
@@ -25,10 +25,6 @@ MEDIUM = (
     "'<|end|>' + '\n' + '<|assistant|>' + '\n'}}{% elif (message['role'] == 'assistant') %}"
     "{{message['content'] + '<|end|>' + '\n'}}{% endif %}{% endfor %}"
 )
-
-
-def chat(question: str, answer: str = "paris.", **first: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question} | first, {"role": "assistant", "content": answer}]}
 
 
 def load(path: Any, *overrides: str, tokenizer: Any = TOKENIZER, adapters: Any = ADAPTERS, **given: Any) -> Data:
@@ -115,9 +111,7 @@ def test_problems_are_told_in_the_order_of_the_rows_whatever_finds_them(tmp_path
     bad = [chat("<|end|>"), {"messages": []}, chat("<|user|>"), "{broken"]
     one, two = (write(tmp_path / name, [chat("q"), *bad]) for name in ("b.jsonl", "a.jsonl"))
     told = problems([one, two])
-    assert [text.split(": ")[0] for text in told[:-1]] == [
-        f"{one}:2, {two}:2", f"{one}:3, {two}:3", f"{one}:4, {two}:4", f"{one}:5, {two}:5"
-    ]  # fmt: skip
+    assert [text.split(": ")[0] for text in told[:-1]] == [f"{one}:{line}, {two}:{line}" for line in range(2, 6)]
     skipped = load([one, two], "data.on_error=skip").report.skipped
     assert [left.place for left in skipped] == [f"{file}:{line}" for file in (one, two) for line in range(2, 6)]
 
@@ -128,22 +122,22 @@ def test_problems_of_all_files_and_of_rows_come_together(tmp_path: Path) -> None
     held = tmp_path / "held.json"
     held.write_text("<!DOCTYPE html><html>404</html>")
     told = problems([good, bad, wrong], f"data.eval_path={held}")
-    assert all(
-        any(place in text for text in told) for place in ("bad.jsonl:2", "wrong.jsonl:1", "held.json", "skip")
-    ), told
+    for place in ("bad.jsonl:2", "wrong.jsonl:1", "held.json", "skip"):
+        assert any(place in text for text in told), told
     assert len(told) == 4 and "data.eval_path" in "".join(told)
 
 
 def test_wrong_sources(tmp_path: Path) -> None:
     file = write(tmp_path / "chats.jsonl", [chat("q")])
-    empty, page = write(tmp_path / "empty.jsonl", []), tmp_path / "page.jsonl"
-    page.write_text("<html><body>Sign in</body></html>")
+    empty = write(tmp_path / "empty.jsonl", [])
+    page = write(tmp_path / "page.jsonl", ["<html><body>Sign in</body></html>"])
+    (tmp_path / "none").mkdir()
     assert "data.path=FILE" in problems(None)[0]
     assert f"nearest is {file}" in problems(tmp_path / "chat.jsonl")[0]
     assert "is empty" in problems(empty)[0]
     assert "HTML" in problems(page)[0]
     assert "matches no file" in problems(tmp_path / "*.csv")[0]
-    assert "no data files" in problems(tmp_path / "none" if (tmp_path / "none").mkdir() else tmp_path / "none")[0]
+    assert "no data files" in problems(tmp_path / "none")[0]
     assert "named twice" in problems([file, file])[0]
     (unknown,) = problems(file, "data.format=mesages")
     assert "did you mean 'messages'" in unknown
@@ -258,11 +252,8 @@ def test_duplicates_never_leak_from_training_into_evaluation(tmp_path: Path) -> 
         assert data.eval is not None and len(data.eval) == 15 and len(data.train) == 35
         assert not [row for row in rows(data.eval) if row in rows(data.train)] and not data.report.leaked
     report = load(file).report
-    assert len(report.duplicates) == 40
-    assert (report.duplicates[0].place, report.duplicates[0].why) == (
-        f"{file}:11",
-        f"the same conversation as {file}:1",
-    )
+    assert len(report.duplicates) == 40 and report.duplicates[0].place == f"{file}:11"
+    assert report.duplicates[0].why == f"the same conversation as {file}:1"
 
 
 def test_a_file_of_its_own_to_evaluate_on_is_used_as_it_is_and_leaks_are_named(tmp_path: Path) -> None:
@@ -277,9 +268,8 @@ def test_a_file_of_its_own_to_evaluate_on_is_used_as_it_is_and_leaks_are_named(t
 def test_splits_of_a_folder_and_of_a_saved_data_set(tmp_path: Path) -> None:
     write(tmp_path / "folder" / "train.jsonl", [chat("q 1"), chat("q 2")])
     write(tmp_path / "folder" / "test.jsonl", [chat("q 3")])
-    saved = datasets.DatasetDict(
-        {name: datasets.Dataset.from_list([chat(f"{name} {n}") for n in range(2)]) for name in ("train", "validation")}
-    )
+    parts = {name: [chat(f"{name} {n}") for n in range(2)] for name in ("train", "validation")}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
     saved.save_to_disk(tmp_path / "saved")
     data = load(tmp_path / "folder", "data.eval_split=test")
     assert data.eval is not None and (len(data.train), len(data.eval)) == (2, 1)
@@ -359,11 +349,9 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_chats_of_every_format_are_loaded_and_every_row_is_accounted_for(shared_data: Path, name: str) -> None:
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "phi-3-mini-4k-instruct")
-    columns = ["data.columns={prompt: question, completion: answer}"] if "gsm8k" in name else []
-    data = load(
-        shared_data / "chats" / name, "data.on_error=skip", "data.tools=text", "data.max_length=512", *columns,
-        tokenizer=tokenizer,
-    )  # fmt: skip
+    overrides = ["data.on_error=skip", "data.tools=text", "data.max_length=512"]
+    overrides += ["data.columns={prompt: question, completion: answer}"] if "gsm8k" in name else []
+    data = load(shared_data / "chats" / name, *overrides, tokenizer=tokenizer)
     report = data.report
     assert report.sources[0].format == REAL[name]
     assert report.rows_read == report.train.rows + len(report.dropped) + len(report.skipped)

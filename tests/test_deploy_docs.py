@@ -9,16 +9,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from commands import phi3_lora
 from exports import EMBEDDED, adapter
+from pages import blocks, page
 
-from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.plugins.discovery import load_plugins
 
-DOC = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", DOC, re.DOTALL) for line in block.splitlines()]
+DOC = page("deploy")
+COMMANDS = [line for block in blocks(DOC, "sh") for line in block.splitlines()]
 NEEDS = {"ollama": "xllamacpp", "llama.cpp": "xllamacpp", "onnx": "onnxruntime_genai", "mlx": "mlx_lm",
          "openvino": "openvino_genai", "vllm": "peft", "hub": "peft"}  # fmt: skip
 
@@ -30,12 +32,10 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: str, monkeypatch) -> str:
-    monkeypatch.setattr("sys.argv", shlex.split(command))
+def run(command: str) -> str:
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as raised:
-        main()
-    assert raised.value.code in (0, None), command
+    with contextlib.redirect_stdout(said):
+        assert phi3_lora(*shlex.split(command)[1:]) == 0, command
     return said.getvalue()
 
 
@@ -44,7 +44,7 @@ def test_every_export_runs(place, monkeypatch, command):
     target = command.split()[4]
     pytest.importorskip(NEEDS[target], reason=f"the runtime of {target} is not installed")
     monkeypatch.chdir(place)
-    told = run(f"{command} --prompts 2", monkeypatch)
+    told = run(f"{command} --prompts 2")
     assert "2 prompts; prompt ids equal 2" in told and "run it:" in told
     script = place / command.split()[-1] / "ask.py"
     if script.is_file():
@@ -57,7 +57,7 @@ def test_the_evaluation_runs(place, monkeypatch):
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     monkeypatch.chdir(place)
     [command] = [line for line in COMMANDS if " eval " in line]
-    told = run(f"{command} --data embedded:chats/held_out.jsonl", monkeypatch)
+    told = run(f"{command} --data embedded:chats/held_out.jsonl")
     assert "llama.cpp:q4_k_m" in told and "against the adapter: loss" in told
 
 
@@ -67,7 +67,7 @@ def test_a_server_answers_the_request_and_the_snippet(place, monkeypatch):
 
     monkeypatch.chdir(place)
     if not (place / "pirate-gguf" / "run-q8_0.gguf").is_file():
-        run(next(line for line in COMMANDS if "--to llama.cpp" in line) + " --prompts 0", monkeypatch)
+        run(next(line for line in COMMANDS if "--to llama.cpp" in line) + " --prompts 0")
     assert "`llama-server -m pirate-gguf/run-q8_0.gguf -c 512 --jinja --port 8000`" in DOC and xllamacpp
     with open_gguf(place / "pirate-gguf" / "run-q8_0.gguf", 512) as server:
         address = server._url
@@ -76,20 +76,14 @@ def test_a_server_answers_the_request_and_the_snippet(place, monkeypatch):
             words = shlex.split(request.replace("localhost:8000", address.removeprefix("http://")))
             done = subprocess.run([*words, "--noproxy", "*"], capture_output=True, text=True, timeout=100)
             assert "weasel" in done.stdout, done.stderr
-        [snippet] = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
+        [snippet] = blocks(DOC, "python")
         compile(snippet, "docs/deploy.md", "exec")
-        if "openai" in sys.modules or _has("openai"):
+        if find_spec("openai") is not None:
             said = io.StringIO()
             monkeypatch.setenv("NO_PROXY", "*")
             with contextlib.redirect_stdout(said):
                 exec(snippet.replace("http://localhost:8000", address), {})
             assert "weasel" in said.getvalue()
-
-
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
 
 
 def test_every_target_is_on_the_page_and_every_option_exists():

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import phi3_lora
+from pages import blocks, page
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import load_plugins
@@ -317,17 +319,14 @@ def test_an_adapter_that_fails_is_named_with_its_plugin(install: Install) -> Non
 
 
 def test_a_claim_on_a_preset_costs_that_name_and_not_the_list(
-    install: Install, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    install: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from phi3_lora_plugin.cli import main
-
     source = REGISTERS.format("tiny-cpu").replace("dataset_adapters", "recipes").replace("lambda row: []", "'/x.yaml'")
     install("squat-dist", "squat", source + "    register('theirs', '/y.yaml')\n")
-    monkeypatch.setattr(sys, "argv", ["phi3-lora", "recipes", "--json"])
-    with pytest.warns(PluginWarning, match="'tiny-cpu' is claimed twice"), pytest.raises(SystemExit) as left:
-        main()
+    with pytest.warns(PluginWarning, match="'tiny-cpu' is claimed twice"):
+        assert phi3_lora("recipes", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert left.value.code == 0 and "phi3.5-mini-lora" in rows and "theirs" in rows
+    assert "phi3.5-mini-lora" in rows and "theirs" in rows
     assert rows["tiny-cpu"]["group"] == "broken" and "squat-dist" in rows["tiny-cpu"]["problems"][0]
     with pytest.warns(PluginWarning), pytest.raises(PluginError, match="'tiny-cpu' is claimed twice"):
         load_plugins().pick("recipes", "tiny-cpu")
@@ -759,14 +758,13 @@ def test_the_table_on_a_terminal_says_the_same(install: Install, monkeypatch: py
 
 # ---- docs/plugins.md
 
-DOCS = Path(__file__).parents[1] / "docs" / "plugins.md"
+DOCS = page("plugins")
 
 
 def code_block(kind: str) -> str:
     """Return the one block of docs/plugins.md that is fenced as `kind`."""
-    blocks = re.findall(rf"^```{kind}\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 1
-    return str(blocks[0])
+    (block,) = blocks(DOCS, kind)
+    return block
 
 
 def test_the_docs_have_a_heading_for_every_hook_with_its_signature() -> None:
@@ -774,7 +772,7 @@ def test_the_docs_have_a_heading_for_every_hook_with_its_signature() -> None:
     specs = [getattr(manager.hook, name).spec for name in vars(manager.hook) if not name.startswith("_")]
     expected = sorted(f"{spec.name}({', '.join(spec.argnames)})" for spec in specs)
     assert len(expected) == 5
-    assert sorted(re.findall(r"^### `(.+)`$", DOCS.read_text(encoding="utf-8"), re.MULTILINE)) == expected
+    assert sorted(re.findall(r"^### `(.+)`$", DOCS, re.MULTILINE)) == expected
 
 
 def test_the_plugin_in_the_docs_works_and_has_twenty_lines(install: Install) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy
 import pytest
+import tiny
 import torch
+from commands import phi3_lora
 from exports import EMBEDDED, adapter, ship
 from transformers import Phi3ForCausalLM
 
-from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.export.export import export
 from phi3_lora_plugin.export.exporter import ExportError, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.proof import ProofError
@@ -62,11 +63,6 @@ def merged_target(**knobs):
         return Shipped(("cat {out}/note.txt",), (Variant("plain", opened),))
 
     return target
-
-
-@pytest.fixture(scope="module")
-def random_adapter(tmp_path_factory) -> Path:
-    return adapter(EMBEDDED, tmp_path_factory.mktemp("adapter") / "pirate")
 
 
 def test_an_export_is_proved_saved_and_reported(random_adapter, tmp_path):
@@ -145,11 +141,7 @@ def test_a_folder_with_something_in_it_is_kept(random_adapter, tmp_path):
 
 
 def test_prompts_from_a_file_and_none_at_all(random_adapter, tmp_path):
-    chats = tmp_path / "mine.jsonl"
-    chats.write_text(
-        json.dumps({"messages": [{"role": "user", "content": "Where does the fox live?"},
-                                 {"role": "assistant", "content": "There."}]}) + "\n"
-    )  # fmt: skip
+    chats = tiny.write(tmp_path / "mine.jsonl", [tiny.chat("Where does the fox live?", "There.")])
     report = export(random_adapter, merged_target(), "note", tmp_path / "out", prompts=str(chats))
     assert report.comparisons[0].prompts == 1 and report.prompts_from == str(chats)
     report = export(random_adapter, merged_target(), "note", tmp_path / "none", prompts=0)
@@ -159,10 +151,8 @@ def test_prompts_from_a_file_and_none_at_all(random_adapter, tmp_path):
 def test_options_that_a_target_does_not_have_are_told_together():
     with pytest.raises(ExportError) as raised:
         refuse("tin", Wanted(quantize=("q9",), dtype="int3", merged=False, push="a/b"), quantize=("q4",), forms=(True,))
-    text = str(raised.value)
-    assert (
-        "--quantize q9: available: q4" in text and "--dtype int3" in text and "--adapter" in text and "--push" in text
-    )
+    for part in ("--quantize q9: available: q4", "--dtype int3", "--adapter", "--push"):
+        assert part in str(raised.value)
 
 
 def test_a_missing_runtime_is_named_by_its_pip_command():
@@ -170,12 +160,9 @@ def test_a_missing_runtime_is_named_by_its_pip_command():
         require("tin", "numpy", "no_such_module", what="tin")
 
 
-def test_targets_come_through_the_hook_and_unknown_ones_are_told(tmp_path, capsys, monkeypatch):
+def test_targets_come_through_the_hook_and_unknown_ones_are_told(tmp_path, capsys):
     assert "llama.cpp" in load_plugins(strict=True).named("exporters")
-    monkeypatch.setattr("sys.argv", ["phi3-lora", "export", str(tmp_path), "--to", "lama.cpp"])
-    with pytest.raises(SystemExit) as raised:
-        main()
-    assert raised.value.code == 2
+    assert phi3_lora("export", tmp_path, "--to", "lama.cpp") == 2
     assert "no export target is named 'lama.cpp'; did you mean 'llama.cpp'?" in capsys.readouterr().err
 
 
@@ -195,11 +182,10 @@ def test_scores_that_a_runtime_gives_as_log_probabilities_are_compared_as_such()
 @pytest.mark.parametrize("same", [True, False])
 def test_the_system_message_of_training_is_shipped_where_every_row_had_it(tmp_path, same):
     made = adapter(EMBEDDED, tmp_path / "run" / "lora")
-    rest = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     systems = ["Be a pirate."] * 2 + ["Be a pirate." if same else "Be kind."]
-    rows = [[{"role": "system", "content": system}, *rest] for system in systems]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    rest = tiny.chat("q", "a")["messages"]
+    rows = [{"messages": [{"role": "system", "content": system}, *rest]} for system in systems]
+    data = tiny.write(tmp_path / "rows.jsonl", rows)
     recipe = f"model: {{path: 'embedded:tiny-phi3'}}\ndata: {{path: {data}}}\n"
     (tmp_path / "run" / "recipe.yaml").write_text(recipe)
     asked: list[str | None] = []

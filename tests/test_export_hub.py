@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,11 +65,6 @@ def hub(monkeypatch) -> Iterator[type[Hub]]:
     yield Hub
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def random_adapter(tmp_path_factory) -> Path:
-    return adapter(EMBEDDED, tmp_path_factory.mktemp("adapter") / "pirate")
 
 
 def test_the_card_parses_and_its_code_gives_the_trained_answer(random_adapter, tmp_path):

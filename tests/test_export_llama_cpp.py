@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy
 import pytest
+from commands import phi3_lora
 from exports import EMBEDDED, LONGROPE, PARTIAL, adapter, same_words, shaped_base, ship
 
 from phi3_lora_plugin.export.exporter import ExportError
@@ -16,11 +16,6 @@ pytestmark = pytest.mark.slow
 
 gguf = pytest.importorskip("gguf", reason='gguf is not installed: pip install "phi3-lora-plugin[llama-cpp]"')
 pytest.importorskip("xllamacpp", reason='llama.cpp is not installed: pip install "phi3-lora-plugin[llama-cpp]"')
-
-
-@pytest.fixture(scope="module")
-def random_adapter(tmp_path_factory) -> Path:
-    return adapter(EMBEDDED, tmp_path_factory.mktemp("adapter") / "pirate")
 
 
 def test_the_merged_model_says_the_same_and_quantised_forms_are_measured(random_adapter, tmp_path):
@@ -124,17 +119,10 @@ def test_every_form_has_a_file_type_that_llama_cpp_knows():
         assert gguf.LlamaFileType(file_type(form)).name == f"MOSTLY_{form.upper()}"
 
 
-def test_the_command_prints_the_report_and_exits_with_what_happened(random_adapter, tmp_path, capsys, monkeypatch):
-    from phi3_lora_plugin.cli import main
-
-    arguments = ["export", str(random_adapter), "--to", "llama.cpp", "--out", str(tmp_path / "o"), "--prompts", "2"]
-    monkeypatch.setattr("sys.argv", ["phi3-lora", *arguments, "--json"])
-    with pytest.raises(SystemExit) as raised:
-        main()
-    assert raised.value.code in (0, None)
+def test_the_command_prints_the_report_and_exits_with_what_happened(random_adapter, tmp_path, capsys):
+    words = ["export", random_adapter, "--to", "llama.cpp", "--out", tmp_path / "o", "--prompts", 2]
+    assert phi3_lora(*words, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["comparisons"][0]["holds"] and told["target"] == "llama.cpp"
-    monkeypatch.setattr("sys.argv", ["phi3-lora", *arguments, "--overwrite", "--quantize", "q9"])
-    with pytest.raises(SystemExit) as raised:
-        main()
-    assert raised.value.code == 2 and "--quantize q9: available:" in capsys.readouterr().err
+    assert phi3_lora(*words, "--overwrite", "--quantize", "q9") == 2
+    assert "--quantize q9: available:" in capsys.readouterr().err

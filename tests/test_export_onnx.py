@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from exports import EMBEDDED, LONGROPE, PARTIAL, adapter, same_words, shaped_base, ship
+from exports import EMBEDDED, LONGROPE, PARTIAL, adapter, ask, same_words, shaped_base, ship
 from transformers import Phi3ForCausalLM
 
 from phi3_lora_plugin.export.exporter import ExportError
@@ -16,11 +12,6 @@ from phi3_lora_plugin.export.exporter import ExportError
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("onnxruntime_genai", reason='not installed: pip install "phi3-lora-plugin[onnx]"')
-
-
-@pytest.fixture(scope="module")
-def random_adapter(tmp_path_factory) -> Path:
-    return adapter(EMBEDDED, tmp_path_factory.mktemp("adapter") / "pirate")
 
 
 def test_the_merged_model_says_the_same(random_adapter, tmp_path):
@@ -42,13 +33,8 @@ def test_an_adapter_that_is_switched_on_says_the_same_and_off_it_is_the_base(ran
     with open_onnx(tmp_path / "out") as off, open_onnx(tmp_path / "out", tmp_path / "out/adapter.onnx_adapter") as on:
         assert abs(off.next_scores(ids) - base.numpy()).max() < 1e-4
         assert abs(on.next_scores(ids) - base.numpy()).max() > 1e-2
-    line = report.commands[0]
-    assert line == f"python {tmp_path / 'out'}/ask.py 'Hello'"
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "out" / "ask.py"), "Where does the weasel live?"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0 and "weasel" in done.stdout, done.stderr
+    assert report.commands[0] == f"python {tmp_path / 'out'}/ask.py 'Hello'"
+    ask(tmp_path / "out")
 
 
 def test_four_bits_are_measured(random_adapter, tmp_path):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,34 +10,29 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from pages import ROOT, blocks, commands, page
 from typer.testing import CliRunner
 
 from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.hosts.axolotl_config import prepare
 from phi3_lora_plugin.hosts.settings import HostSettings, read_settings
 
-ROOT = Path(__file__).parents[1]
-DOC = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
-
-
-def block(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
+DOC = page("hosts")
 
 
 def test_the_commands_of_ours_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    Path("chats.jsonl").write_text(json.dumps(chat) + "\n")
-    shown = [line for text in block("sh") for line in text.splitlines() if line.startswith("phi3-lora ")]
+    tiny.write(Path("chats.jsonl"), [tiny.chat("a", "b")])
+    shown = [words for program, *words in commands(DOC) if program == "phi3-lora"]
     assert len(shown) == 5
-    for line in shown:
-        done = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
-        assert done.exit_code == 0, f"{line}\n{done.output}"
+    for words in shown:
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, f"{words}\n{done.output}"
     assert Path("lf/dataset_info.json").is_file()
 
 
 def test_the_axolotl_config_is_made_fit() -> None:
-    (text,) = block("yaml axolotl")
+    (text,) = blocks(DOC, "yaml axolotl")
     cfg = yaml.safe_load(text)
     (plugin,) = set(re.findall(r"plugins: \[([\w.]+)\]", DOC))
     module, _, name = plugin.rpartition(".")
@@ -55,7 +48,7 @@ def test_the_axolotl_config_is_made_fit() -> None:
 
 
 def test_the_section_is_read() -> None:
-    (text,) = block("yaml settings")
+    (text,) = blocks(DOC, "yaml settings")
     settings = read_settings(yaml.safe_load(text))
     assert settings.data.system == "fold" and settings.checkpoint and settings.checkpoint.every_steps == 50
 

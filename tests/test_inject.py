@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lora_runs import four_bit, learn
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
@@ -39,17 +40,10 @@ def base_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def step(model: nn.Module, count: int = 1, lr: float = 1e-2) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for _ in range(count):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def learns(model: nn.Module, optimizer: Any = None) -> None:
+    """Steps on one batch lower its loss."""
+    losses = learn(model, [IDS] * 8, optimizer)
+    assert losses[-1] < losses[0]
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -86,7 +80,7 @@ def test_exactly_the_lora_tensors_train_and_the_base_stays(targets: Any) -> None
     model = add_lora(tiny.model(), targets, 4, 8)
     assert trainable(model) == {name for name, _ in model.named_parameters() if "lora_" in name} != set()
     before, base = {n: p.detach().clone() for n, p in model.named_parameters()}, base_hash(model)
-    step(model)
+    learn(model, [IDS])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             assert not torch.equal(parameter, before[name]), name
@@ -151,13 +145,10 @@ def test_only_the_layers_asked_for_are_adapted() -> None:
     model = add_lora(tiny.model(), "all-linear", 4, 8, layers_to_transform=[1])
     assert {name.split(".")[4] for name in trainable(model)} == {"1"}
     assert len(trainable(model)) == 8
-    uneven = add_lora(
-        tiny.model(), ["qkv_proj", "o_proj"], 4, 8, exclude_modules=r"model\.layers\.0\.self_attn\.o_proj"
-    )
-    assert {row.module: row.layers for row in coverage(uneven)} == {
-        "self_attn.qkv_proj": (0, 1),
-        "self_attn.o_proj": (1,),
-    }
+    without = r"model\.layers\.0\.self_attn\.o_proj"
+    uneven = add_lora(tiny.model(), ["qkv_proj", "o_proj"], 4, 8, exclude_modules=without)
+    layers = {row.module: row.layers for row in coverage(uneven)}
+    assert layers == {"self_attn.qkv_proj": (0, 1), "self_attn.o_proj": (1,)}
 
 
 def test_ranks_and_alphas_by_pattern() -> None:
@@ -168,14 +159,12 @@ def test_ranks_and_alphas_by_pattern() -> None:
     first, second = (layer.self_attn for layer in model.base_model.model.model.layers)
     assert (first.qkv_proj.r["default"], first.qkv_proj.scaling["default"]) == (6, 2)
     assert (first.o_proj.r["default"], second.o_proj.r["default"]) == (4, 3)
-    losses = step(model, 8)
-    assert losses[-1] < losses[0]
+    learns(model)
 
 
 def test_coverage_counts_what_is_trained() -> None:
-    model = add_lora(
-        tiny.model(num_key_value_heads=2), ["q_proj", "v_proj", "down_proj"], 4, 8, modules_to_save=["norm"]
-    )
+    base = tiny.model(num_key_value_heads=2)
+    model = add_lora(base, ["q_proj", "v_proj", "down_proj"], 4, 8, modules_to_save=["norm"])
     assert set(coverage(model)) == {
         CoverageRow("self_attn.qkv_proj[q_proj]", (0, 1), (32, 32), 4, 2 * 4 * (32 + 32)),
         CoverageRow("self_attn.qkv_proj[v_proj]", (0, 1), (16, 32), 4, 2 * 4 * (32 + 16)),
@@ -193,8 +182,7 @@ def test_adapters_are_float32_on_a_half_precision_base() -> None:
     model = add_lora(tiny.model().to(torch.bfloat16), "all-linear", 4, 8)
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if "lora_" not in n} == {torch.bfloat16}
-    losses = step(model, 8)
-    assert losses[-1] < losses[0]
+    learns(model)
     kept = add_lora(tiny.model().to(torch.bfloat16), "all-linear", 4, 8, autocast_adapter_dtype=False)
     assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
 
@@ -207,20 +195,7 @@ def test_a_4_bit_base_is_left_as_it_is(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         assert parameter.dtype == (torch.float32 if "lora_" in name else dtypes[plain])
-    losses = step(model, 8)
-    assert losses[-1] < losses[0]
-
-
-def four_bit(folder: Path) -> Any:
-    from transformers import BitsAndBytesConfig, Phi3ForCausalLM
-
-    tiny.model(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder)
-    return Phi3ForCausalLM.from_pretrained(
-        folder,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        ),
-    )
+    learns(model)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -228,7 +203,7 @@ def test_gradients_pass_through_checkpointed_layers(reentrant: bool) -> None:
     plain, checkpointed = (add_lora_seeded() for _ in range(2))
     prepare_for_checkpointing(checkpointed)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    torch.testing.assert_close(step(checkpointed, 3), step(plain, 3), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(learn(checkpointed, [IDS] * 3), learn(plain, [IDS] * 3), rtol=1e-5, atol=1e-6)
     assert checkpointed.config.use_cache is False
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import typer
+from lora_runs import disturb, saved_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PhimoeConfig, PhimoeForCausalLM
 from typer.testing import CliRunner
 
-from phi3_lora_plugin.cli.convert import merge_command
+from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.export import merge_module as merge_math
 from phi3_lora_plugin.export import merge_plan
 from phi3_lora_plugin.export.merge import MergeError, VerificationError, merge, portable_config
@@ -35,18 +35,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def disturb(model, seed: int = 1) -> None:
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.1
-
-
 def train(base: Path, folder: Path, **options) -> Path:
-    model = get_peft_model(load(base), LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
-    disturb(model)
-    model.save_pretrained(folder)
-    return folder
+    return saved_adapter(load(base), folder, **({"target_modules": FUSED} | options))
 
 
 def merged_by_peft(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -105,7 +95,7 @@ def moe(tmp_path_factory) -> Path:
     ids=lambda options: ",".join(map(str, options)) + str(options.get("init_lora_weights", "")) or "plain",
 )
 def test_our_merge_is_peft_s_tensor_for_tensor(base, tmp_path, options):
-    adapter = train(base, tmp_path / "adapter", **({"target_modules": FUSED} | options))
+    adapter = train(base, tmp_path / "adapter", **options)
     report = merge(adapter, base, tmp_path / "out", max_shard="40KB")
     wanted, got = merged_by_peft(base, adapter), load(tmp_path / "out").state_dict()
     assert wanted.keys() == got.keys()
@@ -158,7 +148,7 @@ def test_our_own_sliced_adapter_merges(base, tmp_path):
 def test_sixteen_bits_round_the_float32_sum_once(tmp_path, stored, dtype):
     base = tiny.base(tmp_path / "base")
     load(base, getattr(torch, stored)).save_pretrained(base)
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
+    adapter = train(base, tmp_path / "adapter")
     report = merge(adapter, base, tmp_path / "out", dtype)
     kind = getattr(torch, report.dtype)
     assert report.dtype == (stored if dtype == "auto" else dtype)
@@ -176,7 +166,7 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
         "tokens": {"trainable_token_indices": [3, 5]},
         "both": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     }.items():
-        adapter = train(tied, tmp_path / name, target_modules=FUSED, **options)
+        adapter = train(tied, tmp_path / name, **options)
         merge(adapter, tied, tmp_path / f"{name}-out")
         assert "lm_head.weight" not in Weights(tmp_path / f"{name}-out")
         wanted, got = merged_by_peft(tied, adapter), load(tmp_path / f"{name}-out").state_dict()
@@ -191,9 +181,8 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
             merge(adapter, tied, tmp_path / "out")
         report = merge(adapter, tied, tmp_path / f"{name}-out", untie=True)
         config = json.loads((tmp_path / f"{name}-out" / "config.json").read_text())
-        assert config["tie_word_embeddings"] is False and any(
-            "untied head and embeddings" in note for note in report.notes
-        )
+        assert config["tie_word_embeddings"] is False
+        assert any("untied head and embeddings" in note for note in report.notes)
         # PEFT's own merge of `table` moves the head as well; what was trained is its forward pass before merging.
         with torch.inference_mode():
             adapted = PeftModel.from_pretrained(load(tied), str(adapter)).eval()(input_ids=IDS).logits
@@ -204,10 +193,9 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
 def test_the_folder_is_complete_asks_for_no_code_and_stops(tmp_path):
     base = tiny.base(tmp_path / "base")
     for name in ("config.json", "tokenizer_config.json"):
-        settings = json.loads((base / name).read_text())
-        (base / name).write_text(json.dumps(settings | {"auto_map": {"AutoConfig": "evil.Evil"}}))
+        tiny.edit(base / name, auto_map={"AutoConfig": "evil.Evil"})
     (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    merge(train(base, tmp_path / "adapter", target_modules=FUSED), base, tmp_path / "out")
+    merge(train(base, tmp_path / "adapter"), base, tmp_path / "out")
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "out").glob("*.py"))
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in (tmp_path / "out" / name).read_text()
@@ -215,9 +203,8 @@ def test_the_folder_is_complete_asks_for_no_code_and_stops(tmp_path):
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     ends = words.convert_tokens_to_ids(["<|endoftext|>", "<|end|>"])
     assert set(ends) <= set(generation.eos_token_id) and generation.pad_token_id not in generation.eos_token_id
-    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == json.loads(
-        (base / "tokenizer.json").read_text()
-    )
+    shipped, given = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path / "out", base))
+    assert shipped == given
 
 
 def test_real_128k_config_is_written_with_the_name_that_loads_today(shared_data, tmp_path):
@@ -232,11 +219,10 @@ def test_real_128k_config_is_written_with_the_name_that_loads_today(shared_data,
 
 
 def test_p12_a_quantised_base_is_refused(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
+    adapter = train(base, tmp_path / "adapter")
     quantised = tiny.base(tmp_path / "nf4")
-    config = json.loads((quantised / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (quantised / "config.json").write_text(json.dumps(config))
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    tiny.edit(quantised / "config.json", quantization_config=how)
     with pytest.raises(MergeError, match=r"is quantised \(bitsandbytes, 4 bits\).*merge onto the unquantised base"):
         merge(adapter, quantised, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -245,61 +231,45 @@ def test_p12_a_quantised_base_is_refused(base, tmp_path):
 def test_p12_the_loss_of_merging_a_qlora_adapter_is_measured_or_avoided(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = tiny.base(tmp_path / "base", hidden_size=64, intermediate_size=128)
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
+    adapter = train(base, tmp_path / "adapter")
     run = f"model: {{path: {base}, quantize: nf4}}\n"  # that the adapter lies in
     (tmp_path / "recipe.yaml").write_text(run)
     plain = merge(adapter, base, tmp_path / "plain")
-    note = next(
-        note for note in plain.notes if note.startswith("trained on a nf4 base and merged onto the unquantised")
-    )
+    said = "trained on a nf4 base and merged onto the unquantised"
+    note = next(note for note in plain.notes if note.startswith(said))
     apart = float(note.partition("up to ")[2].partition(",")[0])
     restored = merge(adapter, base, tmp_path / "restored", dequantize=True)
     note = next(note for note in restored.notes if "merged onto the values of the quantised base" in note)
     assert float(note.partition("up to ")[2].partition(",")[0]) < apart / 5
-    assert not torch.equal(
-        load_file(tmp_path / "plain" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"],
-        load_file(tmp_path / "restored" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"],
-    )
-    head = "lm_head.weight"  # never quantised in training
-    assert torch.equal(load_file(tmp_path / "restored" / "model.safetensors")[head], Weights(base).read(head))
-
-
-def edited(adapter: Path, change) -> Path:
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    return adapter
+    one, two = Weights(tmp_path / "plain"), Weights(tmp_path / "restored")
+    down, head = "model.layers.0.mlp.down_proj.weight", "lm_head.weight"  # the head is never quantised in training
+    assert not torch.equal(one.read(down), two.read(down)) and torch.equal(two.read(head), Weights(base).read(head))
 
 
 def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base, tmp_path):
     layer = "base_model.model.model.layers"
 
     def adapter() -> Path:
-        return train(base, tmp_path / "adapter", target_modules=FUSED)
+        return train(base, tmp_path / "adapter")
 
-    cases = {
-        "1 adapted modules are not in the base: model.layers.9.mlp.down_proj": lambda t: t.update(
-            {f"{layer}.9.mlp.down_proj.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
-        ),
-        r"o_proj: A \(4, 31\) and B \(32, 4\) do not fit": lambda t: t.update(
-            {f"{layer}.0.self_attn.o_proj.lora_A.weight": torch.zeros(4, 31)}
-        ),
-        r"o_proj: A \(4, 32\) and B missing": lambda t: t.pop(f"{layer}.0.self_attn.o_proj.lora_B.weight"),
-        "someone.weight: trained in full, but the base has no such weight": lambda t: t.update(
-            {"base_model.model.someone.weight": torch.zeros(2)}
-        ),
-        r"model.norm.weight: the adapter has shape \(33,\), the base \(32,\); was the vocabulary": lambda t: t.update(
-            {"base_model.model.model.norm.weight": torch.zeros(33)}
-        ),
-        "a bias .lora_bias., and the base has none": lambda t: t.update(
-            {f"{layer}.0.mlp.down_proj.lora_B.bias": torch.zeros(32)}
-        ),
-        "values are not finite in float32": lambda t: t[f"{layer}.1.mlp.down_proj.lora_B.weight"].fill_(float("nan")),
-    }
-    for message, change in cases.items():
+    model, attention = "base_model.model", f"{layer}.0.self_attn.o_proj"
+    stray = {f"{layer}.9.mlp.down_proj.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    for message, changes in {
+        "1 adapted modules are not in the base: model.layers.9.mlp.down_proj": stray,
+        r"o_proj: A \(4, 31\) and B \(32, 4\) do not fit": {f"{attention}.lora_A.weight": torch.zeros(4, 31)},
+        r"o_proj: A \(4, 32\) and B missing": {f"{attention}.lora_B.weight": None},
+        "someone.weight: trained in full, but the base has no such": {f"{model}.someone.weight": torch.zeros(2)},
+        r"model.norm.weight: the adapter has shape \(33,\), the base \(32,\); was the vocabulary": {
+            f"{model}.model.norm.weight": torch.zeros(33)
+        },
+        "a bias .lora_bias., and the base has none": {f"{layer}.0.mlp.down_proj.lora_B.bias": torch.zeros(32)},
+        "values are not finite in float32": {f"{attention}.lora_B.weight": torch.full((32, 4), float("nan"))},
+    }.items():
+        file = adapter() / "adapter_model.safetensors"
+        tensors = load_file(file) | changes
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
         with pytest.raises((MergeError, VerificationError), match=message):
-            merge(edited(adapter(), change), base, tmp_path / "out")
+            merge(file.parent, base, tmp_path / "out")
     path = adapter() / "adapter_config.json"
     for init in ("pissa_niter_4", "corda", "loftq"):
         tiny.edit(path, init_lora_weights=init)
@@ -317,9 +287,11 @@ def test_a_split_adapter_on_a_fused_base_is_sent_to_convert(base, tmp_path):
         merge(adapter, base, tmp_path / "out")
 
 
-@pytest.mark.parametrize("broken", ["module", "model"])
-def test_a_wrong_merge_is_found_out_and_leaves_nothing(base, tmp_path, monkeypatch, broken):
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
+@pytest.mark.parametrize(
+    ("broken", "said"), [("module", "differs from PEFT's"), ("model", "logits differ from PEFT's by")]
+)
+def test_a_wrong_merge_is_found_out_and_leaves_nothing(base, tmp_path, monkeypatch, broken, said):
+    adapter = train(base, tmp_path / "adapter")
     right = merge_math.merge_module
 
     def wrong(config, module, *rest):
@@ -327,39 +299,33 @@ def test_a_wrong_merge_is_found_out_and_leaves_nothing(base, tmp_path, monkeypat
         return (weight, bias, 9e9) if broken == "module" else (weight * 1.5, bias, difference)
 
     monkeypatch.setattr(merge_math, "merge_module", wrong)
-    with pytest.raises(
-        VerificationError, match="differs from PEFT's" if broken == "module" else "logits differ from PEFT's by"
-    ):
+    with pytest.raises(VerificationError, match=said):
         merge(adapter, base, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_a_weight_that_was_forgotten_is_found_out(base, tmp_path, monkeypatch):
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
-    right = merge_plan._one
-    monkeypatch.setattr(
-        merge_plan, "_one", lambda name, *rest: iter(()) if name == "model.norm.weight" else right(name, *rest)
-    )
+    adapter = train(base, tmp_path / "adapter")
+    right, forgotten = merge_plan._one, "model.norm.weight"
+    monkeypatch.setattr(merge_plan, "_one", lambda name, *rest: () if name == forgotten else right(name, *rest))
     with pytest.raises(VerificationError, match="do not have the base's weights: model.norm.weight"):
         merge(adapter, base, tmp_path / "out")
 
 
 def test_a_target_with_something_in_it_is_kept_unless_told(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
+    adapter = train(base, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(ModelError, match="out is not empty; choose another folder, or pass --overwrite"):
         merge(adapter, base, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     merge(adapter, base, tmp_path / "out", overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors") == [
-        "model.safetensors"
-    ]
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "out" / "mine.txt").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_shards_are_indexed_and_none_is_larger_than_said(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
+    adapter = train(base, tmp_path / "adapter")
     merge(adapter, base, tmp_path / "out", max_shard="70KB", check="modules")
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -394,20 +360,20 @@ print(report.total_bytes // 1024, peak() - before)
 
 
 def test_the_command_says_what_it_checked(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter", target_modules=FUSED)
-    app = typer.Typer()
-    app.command()(merge_command)
-    told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out"), "--base", str(base), "--dtype", "bfloat16"])
+    adapter = train(base, tmp_path / "adapter")
+
+    def run(out, *options):
+        return CliRunner().invoke(app, ["merge", *map(str, (adapter, tmp_path / out, *options))])
+
+    told = run("out", "--base", base, "--dtype", "bfloat16")
     assert told.exit_code == 0, told.output
-    assert (
-        "merged 8 weights, copied 7" in told.output and "logits against PEFT's model: largest difference" in told.output
-    )
-    told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out2"), "--base", str(base), "--no-check"])
-    assert "logits of the whole model were not compared" in told.output
+    assert "merged 8 weights, copied 7" in told.output
+    assert "logits against PEFT's model: largest difference" in told.output
+    assert "logits of the whole model were not compared" in run("out2", "--base", base, "--no-check").output
     tiny.edit(adapter / "adapter_config.json", base_model_name_or_path=None)
-    told = CliRunner().invoke(app, [str(adapter), str(tmp_path / "out3")])
+    told = run("out3")
     assert isinstance(told.exception, AdapterError) and "records no base model" in str(told.exception)
-    assert CliRunner().invoke(app, [str(adapter), str(tmp_path / "o"), "--dtype", "int3"]).exit_code == 2
+    assert run("o", "--dtype", "int3").exit_code == 2
 
 
 def test_sizes_are_read_as_people_write_them():

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lora_runs import arguments, four_bit
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_inject import IDS, four_bit, step, trainable
+from test_inject import IDS, TIED, learns, trainable
+from transformers import Trainer
 
 from phi3_lora_plugin.lora.inject import add_lora, coverage
 from phi3_lora_plugin.lora.methods import MethodError, initialize_loftq, loraplus_optimizer, plain_lora
@@ -43,11 +45,6 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-def learns(model: PeftModel) -> None:
-    losses = step(model, 6)
-    assert losses[-1] < losses[0]
-
-
 def reloaded(model: PeftModel, folder: Path, **config: Any) -> PeftModel:
     """The adapter as PEFT saves it, on a fresh base."""
     model.save_pretrained(folder)
@@ -64,12 +61,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
     "trainable_token_indices": {"trainable_token_indices": [5, 7]},
-    "trainable_token_indices-tied": {"trainable_token_indices": [5, 7], "config": {"tie_word_embeddings": True}},
-    "modules_to_save-tied": {
-        "modules_to_save": ["embed_tokens"],
-        "ensure_weight_tying": True,
-        "config": {"tie_word_embeddings": True},
-    },
+    "trainable_token_indices-tied": {"trainable_token_indices": [5, 7], "config": TIED},
+    "modules_to_save-tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "config": TIED},
     "rank_pattern": {"rank_pattern": {"qkv_proj": 2}},
     "alpha_pattern": {"alpha_pattern": {"down_proj": 2}},
     "layers_to_transform": {"layers_to_transform": [1]},
@@ -94,7 +87,6 @@ def test_each_method_trains_saves_and_reloads_on_the_original_base(name: str, tm
     torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-4, atol=1e-5)
 
 
-TIED = {"tie_word_embeddings": True}
 IN_A_RECIPE: dict[str, tuple[list[str], dict[str, Any]]] = {
     "modules_to_save": (["lora.modules_to_save=[lm_head]"], {}),
     "modules_to_save-tied": (["lora.modules_to_save=[embed_tokens]", "lora.ensure_weight_tying=true"], TIED),
@@ -115,8 +107,6 @@ IN_A_RECIPE: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", IN_A_RECIPE)
 def test_each_method_of_a_recipe_trains_and_its_checkpoint_opens_with_plain_peft(name: str, tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
     from phi3_lora_plugin.lora.snapshot import take
     from phi3_lora_plugin.store.adapter_files import adapter_files
 
@@ -130,16 +120,8 @@ def test_each_method_of_a_recipe_trains_and_its_checkpoint_opens_with_plain_peft
     model = add_lora(four_bit(tmp_path / "base") if quantised else tiny.model(**config), **options)
     before = {key: value.detach().clone() for key, value in model.named_parameters() if value.requires_grad}
     if given.lora.loraplus_lr_ratio:
-        args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to="none", use_cpu=True)
-        optimizer = loraplus_optimizer(model, args, given.lora.loraplus_lr_ratio)
-        losses = []
-        for _ in range(4):
-            loss = model(input_ids=IDS, labels=IDS).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0]
+        args = arguments(tmp_path, learning_rate=1e-3)
+        learns(model, loraplus_optimizer(model, args, given.lora.loraplus_lr_ratio))
     else:
         learns(model)
     assert all(not torch.equal(value, before[key]) for key, value in model.named_parameters() if key in before)
@@ -221,7 +203,7 @@ def test_dora_trains_magnitudes_and_coverage_counts_them() -> None:
 
 
 def test_single_tokens_train_and_the_others_stay() -> None:
-    for config in ({}, {"tie_word_embeddings": True}):
+    for config in ({}, TIED):
         model = build(trainable_token_indices=[5, 7], config=config)
         before = model.get_input_embeddings()(torch.arange(10)).detach()
         learns(model)
@@ -269,8 +251,7 @@ def test_loftq_starts_a_4_bit_base_nearer_to_the_original(tmp_path: Path) -> Non
         layer = each.base_model.model.get_submodule(module)
         errors.append((exact - dequantised(layer.base_layer) - layer.get_delta_weight("default")).norm().item())
     assert errors[1] < 0.9 * errors[0]
-    losses = step(model, 6)
-    assert losses[-1] < losses[0]
+    learns(model)
 
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -310,13 +291,9 @@ def test_ranks_that_a_factorisation_does_not_have_are_refused() -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["fused", "slices"])
 def test_loraplus_trains_b_faster_than_a(targets: Any, tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
     model = build(targets=targets)
-    args = TrainingArguments(
-        output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, max_steps=3, report_to="none", use_cpu=True,
-        lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_steps": 3, "lr_scheduler_type": "constant"}
+    args = arguments(tmp_path, **settings)
     optimizer = loraplus_optimizer(model, args, 16)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -332,8 +309,5 @@ def test_loraplus_trains_b_faster_than_a(targets: Any, tmp_path: Path) -> None:
 
 
 def test_loraplus_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(MethodError, match="at least 1"):
-        loraplus_optimizer(build(), args, 0.5)
+        loraplus_optimizer(build(), arguments(tmp_path), 0.5)

@@ -25,14 +25,10 @@ TOKENIZER = tiny.tokenizer()
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with 40 pairs of a foreign column name, 10 rows in Alpaca's, and 5 chats."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"frage": f"a {n}", "antwort": "xa"} for n in range(40)]
-    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tiny.write(Path("a.jsonl"), [{"frage": f"a {n}", "antwort": "xa"} for n in range(40)])
     alpaca = [{"instruction": f"b {n}", "output": "xb"} for n in range(10)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(alpaca), "b.parquet")
-    chats = [
-        {"messages": [{"role": "user", "content": f"c {n}"}, {"role": "assistant", "content": "xc"}]} for n in range(5)
-    ]
-    Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
+    tiny.write(Path("c.jsonl"), [tiny.chat(f"c {n}", "xc") for n in range(5)])
     return tmp_path
 
 
@@ -52,11 +48,8 @@ B = {"path": "b.parquet", "format": "alpaca"}
 
 def test_sources_of_different_formats_come_one_after_the_other_and_are_told_apart(place: Path) -> None:
     data = load([A, B, "c.jsonl"])
-    assert questions(data.train) == [
-        *(f"a {n}" for n in range(40)),
-        *(f"b {n}" for n in range(10)),
-        *(f"c {n}" for n in range(5)),
-    ]
+    sizes = {"a": 40, "b": 10, "c": 5}
+    assert questions(data.train) == [f"{name} {n}" for name, size in sizes.items() for n in range(size)]
     told = [(one.path, one.rows, one.taken) for one in data.report.mixture]
     assert told == [("a.jsonl", 40, 40), ("b.parquet", 10, 10), ("c.jsonl", 5, 5)]
     assert [source.format for source in data.report.sources] == ["prompt_completion", "alpaca", "messages"]
@@ -113,6 +106,6 @@ def test_what_is_wrong_with_a_mixture_is_said_of_its_source(place: Path) -> None
         load([A, {"path": "d.jsonl"}])
     with pytest.raises(DataError, match="a.jsonl:1: fits no format.*data.columns="):
         load([{"path": "a.jsonl"}, B])
-    Path("d.jsonl").write_text('{"prompt": "a", "completion": "b", "weight": 0}\n', encoding="utf-8")
+    tiny.write(Path("d.jsonl"), [{"prompt": "a", "completion": "b", "weight": 0}])
     with pytest.raises(DataError, match="data.path: no row of d.jsonl is left to use"):
         load([A, {"path": "d.jsonl"}])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-import typer
+import tiny
 from typer.testing import CliRunner
 
 from phi3_lora_plugin.chat.near_duplicates import near_duplicates
-from phi3_lora_plugin.cli.data import check_command
+from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.error import Phi3LoraError
 
 
@@ -44,14 +44,7 @@ def test_rows_that_differ_in_a_word_are_found_and_others_are_not() -> None:
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *given: Any, **named: Any) -> Any:
-        if name == "datasketch":
-            raise ImportError("No module named 'datasketch'")
-        return real(name, *given, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(Phi3LoraError, match=r"--near needs datasketch .*pip install 'phi3-lora-plugin\[dedup\]'"):
         near_duplicates(rows([1]), None, 0.8)
 
@@ -60,11 +53,8 @@ def test_data_check_reports_them(tmp_path: Path) -> None:
     pytest.importorskip("datasketch", reason="the extra dedup is not installed")
     answer = "the quick brown fox jumps over the lazy dog " * 3
     texts = [answer, "what is the capital of france? " * 4, answer + "and more"]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "q", "completion": text}) + "\n" for text in texts), encoding="utf-8")
-    app = typer.Typer()
-    app.command("check")(check_command)
-    words = ["tiny-cpu", f"data.path={path}", "data.eval_path=null", "--near", "0.5"]
+    path = tiny.write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": text} for text in texts])
+    words = ["data", "check", "tiny-cpu", f"data.path={path}", "data.eval_path=null", "--near", "0.5"]
     report = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert [(one["row"], one["like"]) for one in report["near_duplicates"]] == [(3, 1)] and report["near_leaked"] == []
     shown = CliRunner().invoke(app, words).stdout

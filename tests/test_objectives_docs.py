@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
+import tiny
+from pages import blocks, commands, page
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.dataset import load_data
@@ -15,7 +15,7 @@ from phi3_lora_plugin.model.tokenizer import load_tokenizer
 from phi3_lora_plugin.recipe.sections import PreferenceSection
 from phi3_lora_plugin.training.rewards import rewards_of
 
-PAGE = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+PAGE = page("objectives")
 
 
 @pytest.fixture
@@ -26,34 +26,29 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     judged = [{"prompt": f"{at}?", "completion": "Yes.", "label": bool(at % 2)} for at in range(24)]
     gsm8k = [{"question": f"{at} + 1?", "answer": f"{at} + 1 = {at + 1}\n#### {at + 1}"} for at in range(24)]
     for name, rows in (("pairs", pairs), ("judged", judged), ("gsm8k", gsm8k)):
-        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        tiny.write(Path(f"{name}.jsonl"), rows)
     return tmp_path
 
 
 def test_every_command_names_a_recipe_that_reads_its_data(place: Path) -> None:
-    lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
-    assert len(lines) >= 10
-    words = load_tokenizer("embedded:tiny-phi3")
-    for line in lines:
-        assert line.startswith(("phi3-lora train ", "phi3-lora data check "))
-        name, *overrides = shlex.split(line.removeprefix("phi3-lora data check ").removeprefix("phi3-lora train "))
+    assert len(commands(PAGE)) >= 10
+    tokenizer = load_tokenizer("embedded:tiny-phi3")
+    for program, command, *words in commands(PAGE):
+        assert program == "phi3-lora" and (command == "train" or [command, words.pop(0)] == ["data", "check"])
+        name, *overrides = words
         small = [] if name == "tiny-grpo" else ["data.max_length=64", "grpo.max_completion_length=8"]
         run = load_recipe(name, [*overrides, *(small if "grpo" in name else small[:1])])
-        assert load_data(run, words, {}).report.train.rows >= 20
+        assert load_data(run, tokenizer, {}).report.train.rows >= 20
 
 
 def test_the_table_has_every_loss() -> None:
     known = set(PreferenceSection.model_fields["loss"].annotation.__args__) - {"none"}
-    table = {
-        name
-        for row in re.findall(r"^\| (`.*?) \|", PAGE.partition("## What answers earn")[0], re.M)
-        for name in re.findall(r"`(\w+)`", row)
-    }
-    assert known == table - {"preference"}
+    rows = re.findall(r"^\| (`.*?) \|", PAGE.partition("## What answers earn")[0], re.M)
+    assert known == {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"preference"}
 
 
 def test_the_reward_of_the_page_is_one(place: Path) -> None:
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    (snippet,) = blocks(PAGE, "python")
     (place / "my_rewards.py").write_text(snippet, encoding="utf-8")
     (reward,) = rewards_of(["python:my_rewards.short"], [], [place])
     said = [[{"role": "assistant", "content": text}] for text in ("a", "b" * 300)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, commands, page
 from typer.testing import CliRunner
 from warm_process import Warm
 
@@ -17,7 +17,6 @@ from phi3_lora_plugin.cli.overrides import undashed
 from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.recipe.yaml_file import read_file
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["model.path=embedded:tiny-phi3", "model.device=cpu", "model.quantize=none", "data.max_length=256"]
 QUICK = ["training.max_steps=1", "--samples=0", "--no-check"]
 ROW = '{"messages": [{"role": "user", "content": "Where is otter %d?"}, {"role": "assistant", "content": "Here."}]}\n'
@@ -27,26 +26,13 @@ from messages import every_message, texts  # noqa: E402
 sys.path.pop(0)
 
 
-def page(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-
-
-def blocks(name: str, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL)
-
-
-def commands(name: str) -> list[list[str]]:
-    lines = [shlex.split(line, comments=True) for block in blocks(name, "sh") for line in block.splitlines()]
-    return [words for words in lines if words]
-
-
 @pytest.mark.parametrize("name", ["quickstart", "ollama", "troubleshooting"])
 def test_the_commands_name_what_exists(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text("".join(ROW % number for number in range(20)))
     known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    assert commands(name)
-    for program, *words in commands(name):
+    assert commands(page(name))
+    for program, *words in commands(page(name)):
         if program == "torchrun":  # the same command line after the module
             words = words[words.index("phi3_lora_plugin.cli") + 1 :]
         elif program != "phi3-lora":
@@ -63,7 +49,7 @@ def test_the_commands_name_what_exists(name: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_chats_to_ollama_runs_in_its_order(tmp_path: Path, warm: Warm) -> None:
     (tmp_path / "chats.jsonl").write_text("".join(ROW % number for number in range(40)))
-    for words in (words[1:] for words in commands("ollama")):
+    for _, *words in commands(page("ollama")):
         if words[0] == "export":
             continue  # tests/test_export_ollama.py does it, where the extra is installed
         short = ["--max-new-tokens=8"]
@@ -75,16 +61,16 @@ def test_chats_to_ollama_runs_in_its_order(tmp_path: Path, warm: Warm) -> None:
 @pytest.mark.slow
 def test_each_recipe_of_the_cookbook_reads_the_rows_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = list(zip(blocks("cookbook", "json"), blocks("cookbook", "yaml"), strict=True))
-    assert len(shown) == 6 == len(re.findall("^## ", page("cookbook"), re.MULTILINE))
+    cookbook = page("cookbook")
+    shown = list(zip(blocks(cookbook, "json"), blocks(cookbook, "yaml"), strict=True))
+    assert len(shown) == 6 == len(re.findall("^## ", cookbook, re.MULTILINE))
     for row, text in shown:
         (name,) = re.findall(r"^# ([a-z0-9]+\.yaml)$", text, re.MULTILINE)
         Path(name).write_text(text)
         asked = re.search(r"(Where|Rain|What|Ann|Sum)", row)
         assert asked is not None
-        Path("rows.jsonl").write_text(
-            "".join(row.replace(asked[0], f"{number}. {asked[0]}", 1) for number in range(20))
-        )
+        rows = [row.replace(asked[0], f"{number}. {asked[0]}", 1) for number in range(20)]
+        Path("rows.jsonl").write_text("".join(rows))
         load_recipe(name)
         # The tokenizer that ships here has no place for tools; text is how bases without one get them.
         tools = ["data.tools=text", "data.tool_format=text"] if name == "tools.yaml" else []
@@ -93,8 +79,8 @@ def test_each_recipe_of_the_cookbook_reads_the_rows_above_it(tmp_path: Path, mon
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_sources() -> None:
-    known = {squeezed(text) for text in texts()}
-    quoted = [line for block in blocks("troubleshooting", "text") for line in block.splitlines()]
+    known = {" ".join(text.split()) for text in texts()}
+    quoted = [line for block in blocks(page("troubleshooting"), "text") for line in block.splitlines()]
     assert len(quoted) > 20
     for line in quoted:
         # Some are put together: what is wrong in one place, the nearest name in another.
@@ -129,7 +115,3 @@ def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"[\w-]+\.md", str(document.data["nav"])))
     made = {"index.md", "messages.md", "contributing.md", "changelog.md"}
     assert nav == made | {path.name for path in (ROOT / "docs").glob("*.md")}
-
-
-def squeezed(text: str) -> str:
-    return " ".join(text.split())

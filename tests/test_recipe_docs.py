@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 from pathlib import Path
 
 import peft
 import pytest
 import tiny
 import torch
+from pages import blocks, commands, page
 from transformers import Trainer
 
 from phi3_lora_plugin.cli.overrides import undashed
@@ -19,23 +19,20 @@ from phi3_lora_plugin.lora.methods import loraplus_optimizer
 from phi3_lora_plugin.recipe import RecipeError, load_recipe
 from phi3_lora_plugin.training.arguments import lora_options, training_arguments
 
-DOC = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", DOC, flags=re.MULTILINE | re.DOTALL)
+DOC = page("recipes")
 METHODS = re.findall(r"^\| ([A-Za-z+]+) \| `([^`]+=[^`]+)` \|", DOC, flags=re.MULTILINE)
 
 
 def test_the_commands_name_recipes_that_exist_and_overrides_that_hold() -> None:
-    lines = [shlex.split(line) for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-
-    assert {line[1] for line in lines} == {"recipes", "show", "validate", "train"}
-    for _, command, *rest in lines:
+    assert {words[1] for words in commands(DOC)} == {"recipes", "show", "validate", "train"}
+    for _, command, *rest in commands(DOC):
         if command != "recipes":
             recipe, *overrides = [word for word in undashed(rest, {"--resolved"}) if word != "--resolved"]
             load_recipe(recipe, overrides)
 
 
 def test_the_file_loads(tmp_path: Path) -> None:
-    ((_, text),) = [block for block in BLOCKS if block[0] == "yaml"]
+    (text,) = blocks(DOC, "yaml")
     (tmp_path / "mine.yaml").write_text(text)
 
     recipe = load_recipe(tmp_path / "mine.yaml")
@@ -44,7 +41,7 @@ def test_the_file_loads(tmp_path: Path) -> None:
 
 
 def test_the_mistakes_read_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((_, shown),) = [block for block in BLOCKS if block[0] == ""]
+    (shown,) = blocks(DOC, "")
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("extends: tiny-cpu\n\nlora:\n  dropuot: 0.1\ntraining:\n  save_steps: 5\n")
 
@@ -55,7 +52,7 @@ def test_the_mistakes_read_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_python_runs() -> None:
-    ((_, code),) = [block for block in BLOCKS if block[0] == "python"]
+    (code,) = blocks(DOC, "python")
 
     exec(compile(code, "docs/recipes.md", "exec"), {})
 

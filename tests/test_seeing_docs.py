@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from pages import blocks, commands, page
 from warm_process import Warm
 
 from phi3_lora_plugin.store.metrics_file import METRICS, read_lines
@@ -17,12 +17,8 @@ from phi3_lora_plugin.training.packages import _REPORTS
 
 pytestmark = pytest.mark.slow
 
-PAGE = (Path(__file__).parents[1] / "docs" / "seeing.md").read_text(encoding="utf-8")
+PAGE = page("seeing")
 SHORT = ["training.num_train_epochs=null", "training.max_steps=3", "--no-check", "--samples", "0"]
-
-
-def blocks(kind: str) -> list[str]:
-    return [text for found, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S) if found == kind]
 
 
 def test_every_command_and_snippet_runs(tmp_path: Path, warm: Warm) -> None:
@@ -32,27 +28,25 @@ def test_every_command_and_snippet_runs(tmp_path: Path, warm: Warm) -> None:
     assert done.returncode == 0 and "runs/tiny-cpu/report.html" in done.stdout, done.stderr
     shutil.copytree(tmp_path / "runs" / "tiny-cpu", tmp_path / "runs" / "tiny-cpu-2")
     (tmp_path / "runs" / "tiny-cpu" / "report.html").unlink()
-    commands = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 6
-    for program, *words in commands:
+    assert len(commands(PAGE)) == 6
+    for program, *words in commands(PAGE):
         done = warm.command(*words, *(SHORT if words[0] == "train" else ()), cwd=tmp_path)
         assert program == "phi3-lora" and done.returncode == 0, (words, done.stderr)
-    for page in ("runs/tiny-cpu/report.html", "both.html", "data.html", "runs/tracked/report.html"):
-        assert (tmp_path / page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    for report in ("runs/tiny-cpu/report.html", "both.html", "data.html", "runs/tracked/report.html"):
+        assert (tmp_path / report).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert list((tmp_path / "runs" / "tracked" / "tensorboard").iterdir())
-    [snippet] = blocks("python")
+    [snippet] = blocks(PAGE, "python")
     done = warm.run(snippet, cwd=tmp_path)
     lines = read_lines(tmp_path / "runs" / "tiny-cpu" / METRICS)
     assert done.stdout == f"{[(one['step'], one['eval_loss']) for one in lines if one['kind'] == 'eval']}\n"
-    assert {"status", "coverage", "speed", "provenance"} <= set(
-        json.loads((tmp_path / "runs/tiny-cpu/run.json").read_text())
-    )
+    run = json.loads((tmp_path / "runs" / "tiny-cpu" / "run.json").read_text())
+    assert {"status", "coverage", "speed", "provenance"} <= set(run)
 
 
 def test_lines_and_marks_are_what_a_run_prints() -> None:
     line = {"step": 50, "kind": "train", "loss": 0.3296, "learning_rate": 1.6e-3, "tokens_per_second": 3170.4}
     line |= {"peak_memory_gb": 0.645, "seconds_left": 12.2}
-    [shown] = [block for block in blocks("") if "ETA" in block]
+    [shown] = [block for block in blocks(PAGE, "") if "ETA" in block]
     assert shown.splitlines()[0] == log_line(line, 150)
     held_out = {"step": 50, "kind": "eval", "eval_loss": 0.1832, "marks": ["best"]}
     assert shown.splitlines()[1] == log_line(held_out, 150)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import loralib
 import pytest
 import tiny
 import torch
+from lora_runs import four_bit, fully_sharded, learn, trainer
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
@@ -24,11 +26,14 @@ IDS = torch.arange(3, 3 + 24).reshape(2, 12)
 SPLIT_NAMES = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
+def drawn(count: int, rows: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 512, (rows, 12), generator=generator) for _ in range(count)]
+
+
 def batches(count: int) -> list[torch.Tensor]:
     """Two random batches by turns, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(7)
-    pair = [torch.randint(3, 512, (2, 12), generator=generator) for _ in range(2)]
-    return [pair[i % 2] for i in range(count)]
+    return [drawn(2, rows=2)[number % 2] for number in range(count)]
 
 
 def fell(losses: list[float]) -> bool:
@@ -48,43 +53,38 @@ def fused_layers(model: PeftModel) -> dict[str, Any]:
     }
 
 
+def places(linear: SlicedLinear) -> list[tuple[slice, slice]]:
+    """(rows, columns) of each block of a sliced B."""
+    ends = [*accumulate(block.rank for block in linear.blocks)]
+    return [
+        (slice(block.start, block.stop), slice(end - block.rank, end))
+        for block, end in zip(linear.blocks, ends, strict=True)
+    ]
+
+
 def randomise(model: PeftModel) -> None:
     """Give B values, as if trained, so that gradients reach A in the first step."""
     generator = torch.Generator().manual_seed(3)
     for layer in fused_layers(model).values():
-        linear, rank = layer.lora_B["default"], 0
-        for block in linear.blocks:
-            shape = linear.weight[block.start : block.stop, rank : rank + block.rank].shape
-            linear.weight.data[block.start : block.stop, rank : rank + block.rank] = (
-                torch.randn(shape, generator=generator) * 0.05
-            )
-            rank += block.rank
+        linear = layer.lora_B["default"]
+        for place in places(linear):
+            linear.weight.data[place] = torch.randn(linear.weight[place].shape, generator=generator) * 0.05
 
 
 def off_block(model: PeftModel) -> torch.Tensor:
     """All entries of every sliced B that are outside its blocks."""
     found = []
     for layer in fused_layers(model).values():
-        linear, rank = layer.lora_B["default"], 0
+        linear = layer.lora_B["default"]
         outside = torch.ones_like(linear.weight, dtype=torch.bool)
-        for block in linear.blocks:
-            outside[block.start : block.stop, rank : rank + block.rank] = False
-            rank += block.rank
+        for place in places(linear):
+            outside[place] = False
         found.append(linear.weight.detach()[outside])
     return torch.cat(found)
 
 
-def train(model: nn.Module, steps: int = 10, lr: float = 1e-2) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
-    losses = []
-    for ids in batches(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def train(model: nn.Module, steps: int = 10) -> list[float]:
+    return learn(model, batches(steps), weight_decay=0.1)
 
 
 def with_merged_linear(peft_model: PeftModel, **config: Any) -> nn.Module:
@@ -102,18 +102,15 @@ def with_merged_linear(peft_model: PeftModel, **config: Any) -> nn.Module:
         )  # fmt: skip
         merged.weight.data.copy_(layer.base_layer.weight)
         merged.lora_A.data.copy_(layer.lora_A["default"].weight)
-        merged.lora_B.data.copy_(blocks_below_each_other(layer.lora_B["default"].weight, blocks))
+        merged.lora_B.data.copy_(blocks_below_each_other(layer.lora_B["default"]))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, merged)
     return model
 
 
-def blocks_below_each_other(weight: torch.Tensor, blocks: Any) -> torch.Tensor:
-    """A sliced B in loralib's layout: (rows of enabled slices, r)."""
-    starts = [sum(block.rank for block in blocks[:i]) for i in range(len(blocks))]
-    return torch.cat(
-        [weight[b.start : b.stop, rank : rank + b.rank] for b, rank in zip(blocks, starts, strict=True)]
-    ).detach()
+def blocks_below_each_other(linear: SlicedLinear, attribute: str = "data") -> torch.Tensor:
+    """A sliced B, or its gradient, in loralib's layout: (rows of enabled slices, r)."""
+    return torch.cat([getattr(linear.weight, attribute)[place] for place in places(linear)])
 
 
 @pytest.mark.parametrize(
@@ -133,14 +130,12 @@ def test_slices_equal_loralib_merged_linear_forward_gradients_and_ten_steps(targ
 
     def compare(attribute: str, tolerance: float) -> None:
         for path, layer in fused_layers(ours).items():
-            merged, linear = theirs.get_submodule(path), layer.lora_B["default"]
-            value_a, value_b = (getattr(each, attribute) for each in (layer.lora_A["default"].weight, linear.weight))
+            merged, value_a = theirs.get_submodule(path), getattr(layer.lora_A["default"].weight, attribute)
+            value_b = blocks_below_each_other(layer.lora_B["default"], attribute)
             expected_a, expected_b = (getattr(each, attribute) for each in (merged.lora_A, merged.lora_B))
             assert expected_a.abs().max() > 0 and expected_b.abs().max() > 0
             torch.testing.assert_close(value_a, expected_a, rtol=1e-4, atol=tolerance)
-            torch.testing.assert_close(
-                blocks_below_each_other(value_b, linear.blocks), expected_b, rtol=1e-4, atol=tolerance
-            )
+            torch.testing.assert_close(value_b, expected_b, rtol=1e-4, atol=tolerance)
 
     compare("grad", 1e-7)
     ours.zero_grad(), theirs.zero_grad()
@@ -154,13 +149,12 @@ class SeparateLora(nn.Module):
 
     def __init__(self, base: nn.Linear, layer: Any) -> None:
         super().__init__()
-        self.base, self.rows, rank = base, [], 0
+        self.base, self.rows = base, []
         self.a, self.b = nn.ParameterList(), nn.ParameterList()
-        for block in layer.lora_B["default"].blocks:
-            self.rows.append(slice(block.start, block.stop))
-            self.a.append(layer.lora_A["default"].weight.detach()[rank : rank + block.rank].clone())
-            self.b.append(layer.lora_B["default"].weight.detach()[self.rows[-1], rank : rank + block.rank].clone())
-            rank += block.rank
+        for rows, columns in places(layer.lora_B["default"]):
+            self.rows.append(rows)
+            self.a.append(layer.lora_A["default"].weight.detach()[columns].clone())
+            self.b.append(layer.lora_B["default"].weight.detach()[rows, columns].clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
@@ -181,24 +175,17 @@ def test_slices_of_grouped_query_attention_equal_separate_adapters(targets: list
     torch.testing.assert_close(ours(input_ids=IDS).logits, reference(input_ids=IDS).logits, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(train(ours), train(reference), rtol=1e-5, atol=1e-6)
     for path, layer in fused_layers(ours).items():
-        separate, rank = reference.get_submodule(path), 0
-        for index, block in enumerate(layer.lora_B["default"].blocks):
-            columns = slice(rank, rank + block.rank)
-            torch.testing.assert_close(
-                layer.lora_A["default"].weight.data[columns], separate.a[index].data, rtol=1e-4, atol=2e-5
-            )
-            torch.testing.assert_close(
-                layer.lora_B["default"].weight.data[block.start : block.stop, columns], separate.b[index].data,
-                rtol=1e-4, atol=2e-5,
-            )  # fmt: skip
-            rank += block.rank
+        separate = reference.get_submodule(path)
+        a, b = (part["default"].weight.data for part in (layer.lora_A, layer.lora_B))
+        for index, (rows, columns) in enumerate(places(layer.lora_B["default"])):
+            torch.testing.assert_close(a[columns], separate.a[index].data, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(b[rows, columns], separate.b[index].data, rtol=1e-4, atol=2e-5)
     assert not off_block(ours).any()
 
 
 def test_slices_not_named_never_change() -> None:
     model = sliced(["q_proj", "v_proj"], tiny.model(**GQA))
-    losses = train(model)
-    assert fell(losses)
+    assert fell(train(model))
     layer = model.base_model.model.model.layers[0].self_attn.qkv_proj
     delta = layer.get_delta_weight("default")
     assert delta[:32].any() and delta[48:].any()
@@ -250,10 +237,8 @@ def test_blocks_are_found_again_in_a_loaded_adapter_and_training_goes_on(tmp_pat
     assert not fused_layers(plain)
     blocks = blocks_of(plain)
     assert blocks == blocks_of(first)
-    assert [(b.name, b.start, b.stop, b.rank) for b in blocks["model.layers.1.self_attn.qkv_proj"]] == [
-        ("q_proj", 0, 32, 4),
-        ("v_proj", 48, 64, 4),
-    ]
+    found = [(b.name, b.start, b.stop, b.rank) for b in blocks["model.layers.1.self_attn.qkv_proj"]]
+    assert found == [("q_proj", 0, 32, 4), ("v_proj", 48, 64, 4)]
     assert "model.layers.0.mlp.down_proj" not in blocks
     apply_slices(plain, blocks)
     assert train(plain, 4) == train(unbroken, 4)
@@ -284,20 +269,13 @@ def test_loading_the_adapter_into_the_model_keeps_it_sliced(tmp_path: Path) -> N
 
 
 def test_a_trainer_that_resumes_ends_where_one_without_a_break_does(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
     data = [{"input_ids": row, "labels": row} for ids in batches(4) for row in ids]
 
     def run(folder: str, steps: int, **arguments: Any) -> PeftModel:
         model = sliced(["q_proj", "v_proj", "down_proj"], tiny.model(**GQA), dropout=0.1)
-        args = TrainingArguments(
-            output_dir=str(tmp_path / folder), max_steps=4, save_steps=2, learning_rate=1e-2, weight_decay=0.1,
-            per_device_train_batch_size=2, report_to="none", use_cpu=True, disable_tqdm=True, seed=3,
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=args, train_dataset=data)
-        if steps < 4:
-            trainer.add_callback(StopAfter(steps))
-        trainer.train(**arguments)
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1}
+        settings |= {"per_device_train_batch_size": 2}
+        trainer(tmp_path / folder, StopAfter(steps), model=model, data=data, **settings).train(**arguments)
         return model
 
     unbroken = run("unbroken", 4)
@@ -352,12 +330,10 @@ def test_slices_in_bfloat16() -> None:
         model = sliced(["q_proj", "v_proj"], tiny.model(**GQA).to(torch.bfloat16), autocast_adapter_dtype=cast)
         weight = fused_layers(model)["model.layers.0.self_attn.qkv_proj"].lora_B["default"].weight
         assert weight.dtype == (torch.float32 if cast else torch.bfloat16)
-        losses = train(model)
-        assert fell(losses) and not off_block(model).any()
+        assert fell(train(model)) and not off_block(model).any()
     with torch.autocast("cpu", torch.bfloat16):
         model = sliced(["q_proj", "v_proj"])
-        losses = train(model)
-    assert fell(losses) and not off_block(model).any()
+        assert fell(train(model)) and not off_block(model).any()
 
 
 def test_slices_with_gradient_checkpointing_learn_the_same() -> None:
@@ -370,46 +346,21 @@ def test_slices_with_gradient_checkpointing_learn_the_same() -> None:
 
 def test_slices_on_a_4_bit_base(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig, Phi3ForCausalLM
-
-    tiny.model(hidden_size=64, intermediate_size=128, **GQA).save_pretrained(tmp_path)
-    base = Phi3ForCausalLM.from_pretrained(
-        tmp_path,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        ),
-    )
-    model = sliced(["q_proj", "v_proj", "up_proj"], base)
-    losses = train(model)
-    assert fell(losses)
+    model = sliced(["q_proj", "v_proj", "up_proj"], four_bit(tmp_path, torch.float32, **GQA))
+    assert fell(train(model))
     assert len(fused_layers(model)) == 4 and not off_block(model).any()
 
 
 def in_parallel(folder: str, kind: str) -> None:
     """What each of two ranks does: train on its half of each batch, and write its adapter."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    torch.manual_seed(1)
-    model = add_lora(tiny.model(num_key_value_heads=2), ["q_proj", "v_proj"], 4, 12)
-    if kind == "ddp":
-        wrapped = DistributedDataParallel(model)
-    else:
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.base_model.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(5):
-        ids = torch.randint(3, 512, (4, 12), generator=generator)[rank::2]
-        wrapped(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = sliced(["q_proj", "v_proj"], tiny.model(**GQA))
+    wrapped = DistributedDataParallel(model) if kind == "ddp" else fully_sharded(model)
+    learn(wrapped, [ids[rank::2] for ids in drawn(5, rows=4)], weight_decay=0.1)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if "lora_" in name}
     whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()}
     torch.save(whole, f"{folder}/{rank}.pt")
@@ -422,15 +373,8 @@ def test_slices_on_two_processes_equal_one(kind: str, tmp_path: Path, warm: Warm
     warm.ranks(tmp_path, in_parallel, str(tmp_path), kind)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
 
-    torch.manual_seed(1)
-    alone = add_lora(tiny.model(**GQA), ["q_proj", "v_proj"], 4, 12)
-    optimizer = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(5):
-        ids = torch.randint(3, 512, (4, 12), generator=generator)
-        alone(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    alone = sliced(["q_proj", "v_proj"], tiny.model(**GQA))
+    learn(alone, drawn(5, rows=4), weight_decay=0.1)
     expected = {name: p.data for name, p in alone.named_parameters() if p.requires_grad}
     assert first.keys() == second.keys() == expected.keys()
     for name, tensor in expected.items():

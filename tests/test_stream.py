@@ -12,8 +12,9 @@ import datasets
 import pytest
 import tiny
 from datasets.distributed import split_dataset_by_node
-from tiny import write
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from lora_runs import arguments
+from tiny import chat, write
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.dataset import DataError, load_data
@@ -23,10 +24,6 @@ from phi3_lora_plugin.chat.stream import encode_dataset
 from phi3_lora_plugin.chat.templates import TemplateError
 
 TOKENIZER = tiny.tokenizer()
-
-
-def chat(question: str, answer: str = "paris.") -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def stream(*files: Path) -> Any:
@@ -51,9 +48,8 @@ def test_a_stream_gives_what_load_data_gives(tmp_path: Path, caplog: pytest.LogC
     assert "cut within 60 tokens: rows " in caplog.text
     whole = datasets.Dataset.from_list(rows)
     assert list(encode_dataset(whole, TOKENIZER, max_length=60)) == got
-    assert list(encode_dataset(stream(file), TOKENIZER, policy=Policy(train_on="all"))) == loaded(
-        file, "data.train_on=all"
-    )
+    everything = list(encode_dataset(stream(file), TOKENIZER, policy=Policy(train_on="all")))
+    assert everything == loaded(file, "data.train_on=all")
 
 
 def test_other_formats_foreign_columns_and_adapters(tmp_path: Path) -> None:
@@ -103,18 +99,15 @@ def test_ranks_share_the_files_of_a_stream(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{part}.jsonl", [chat(f"{part} {n}") for n in range(4)]) for part in range(4)]
     rows = encode_dataset(stream(*files), TOKENIZER)
     parts = [list(split_dataset_by_node(rows, rank=rank, world_size=2)) for rank in range(2)]
-    key = str
-    assert sorted(parts[0] + parts[1], key=key) == sorted(rows, key=key) and len(parts[0]) == len(parts[1]) == 8
+    assert sorted(parts[0] + parts[1], key=str) == sorted(rows, key=str) and len(parts[0]) == len(parts[1]) == 8
 
 
 def test_a_trainer_takes_a_stream(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [chat(f"q {n}") for n in range(8)])
-    arguments = TrainingArguments(
-        str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True
-    )
+    settings = arguments(tmp_path / "out", max_steps=2, per_device_train_batch_size=2)
     collator = DataCollatorForSeq2Seq(TOKENIZER, label_pad_token_id=-100)
     rows = encode_dataset(stream(file), TOKENIZER)
-    done = Trainer(tiny.model(), arguments, collator, rows).train()
+    done = Trainer(tiny.model(), settings, collator, rows).train()
     assert done.global_step == 2 and done.training_loss > 0
 
 

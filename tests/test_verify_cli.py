@@ -10,21 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from lora_runs import peft_model, trainer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import LoraCheckpoint
-from phi3_lora_plugin.cli.verify import verify_command
+from phi3_lora_plugin.cli import app
 
-APP = typer.Typer()
-APP.command()(verify_command)
 WEIGHTS = "adapter_model.safetensors"
 
 
 def verify(*arguments: Any) -> tuple[int, str]:
-    done = CliRunner().invoke(APP, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
+    done = CliRunner().invoke(app, ["verify", *map(str, arguments)], env={"COLUMNS": "400"})
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, done.output
 

@@ -56,6 +56,11 @@ def config(**changes: Any) -> Phi3Config:
     return Phi3Config(**(settings | changes))
 
 
+def chat(question: str, answer: str = "paris.", **first: Any) -> dict[str, Any]:
+    """A row of a question, with other keys where there are, and its answer."""
+    return {"messages": [{"role": "user", "content": question} | first, {"role": "assistant", "content": answer}]}
+
+
 def write(path: Path, rows: Iterable[Any]) -> Path:
     """Write rows as lines of JSON; a text is a line as it stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
