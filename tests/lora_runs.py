@@ -28,18 +28,18 @@ def peft_model(dropout: float = 0.1, seed: int = 0, **settings: Any) -> PeftMode
     return get_peft_model(base, LoraConfig(lora_dropout=dropout, **options))
 
 
-def disturb(model: Any, seed: int = 1) -> None:
+def disturb(model: Any, seed: int = 1, scale: float = 0.1) -> None:
     """Move every trained tensor away from where it started."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.1
+            parameter.data += torch.randn_like(parameter) * scale
 
 
-def saved_adapter(base: Any, folder: Path, seed: int = 1, **options: Any) -> Path:
+def saved_adapter(base: Any, folder: Path, seed: int = 1, scale: float = 0.1, **options: Any) -> Path:
     """A plain PEFT adapter on a loaded model, with values as after training."""
     model = get_peft_model(base, LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8} | options)))
-    disturb(model, seed)
+    disturb(model, seed, scale)
     model.save_pretrained(folder)
     return folder
 

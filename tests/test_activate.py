@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import pytest
 import tiny
 from lora_runs import arguments, peft_model, rows, same, trained, trainer
+from pages import blocks, page
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
-from transformers import PhimoeConfig, PhimoeForCausalLM, Trainer
+from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from warm_process import Warm
 
@@ -49,9 +49,7 @@ def test_a_config_without_targets_reaches_every_projection_of_phi3() -> None:
 
 def test_of_phimoe_it_reaches_attention_and_never_the_router() -> None:
     activate()
-    sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_local_experts=2)
-    config = PhimoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
-    model = get_peft_model(PhimoeForCausalLM(config), LoraConfig(r=2))
+    model = get_peft_model(tiny.moe(), LoraConfig(r=2))
     assert adapted(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -111,20 +109,16 @@ def test_a_trainer_with_a_train_of_its_own_is_told_what_it_does_not_get(tmp_path
 
     said: list[str] = []
     activate(parts=["trainers"], say=said.append)
-    try:
-        for kind in (Alone, Polite):
-            made = kind(model=peft_model(), args=arguments(tmp_path, max_steps=1), train_dataset=rows())
-            made.train()
-    finally:
-        deactivate()
+    for kind in (Alone, Polite):
+        kind(model=peft_model(), args=arguments(tmp_path, max_steps=1), train_dataset=rows()).train()
+    deactivate()
     told = [sentence for sentence in said if "its own train()" in sentence]
     assert len(told) == 1 and told[0].startswith("Alone has its own train()") and "attach(trainer)" in told[0]
     assert any(sentence.startswith("Polite: ") for sentence in said)
     assert Trainer.__init__.__qualname__ == "Trainer.__init__"
     for kind, warned in ((Alone, True), (Polite, False), (Trainer, False)):
-        told = attach(
-            kind(model=peft_model(), args=arguments(tmp_path, max_steps=1), train_dataset=rows()), speed="off"
-        )
+        made = kind(model=peft_model(), args=arguments(tmp_path, max_steps=1), train_dataset=rows())
+        told = attach(made, speed="off")
         assert any("has its own train()" in sentence for sentence in told) == warned
 
 
@@ -159,18 +153,15 @@ def test_unknown_names_are_refused_with_what_there_is() -> None:
 def test_attach_says_which_split_names_peft_has_passed_over(tmp_path: Path) -> None:
     model = peft_model(target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
     said = attach(trainer(tmp_path, model=model), speed="off")
-    assert any(
-        "q_proj, v_proj got no LoRA: this model fuses them into qkv_proj" in one and "WARNING" in one for one in said
-    )
+    passed_over = "q_proj, v_proj got no LoRA: this model fuses them into qkv_proj"
+    assert any(passed_over in one and "WARNING" in one for one in said)
 
 
 def test_attach_changes_no_pad_token_of_rows_that_are_padded(tmp_path: Path) -> None:
     words = tiny.tokenizer()
     pad = words.pad_token_id
-    padded = [
-        {"input_ids": [1, 5, 6, pad, pad], "attention_mask": [1, 1, 1, 0, 0], "labels": [1, 5, 6, -100, -100]}
-    ] * 4
-    for name, data, kept in (("padded", padded * 4, True), ("plain", rows(), False)):
+    padded = {"input_ids": [1, 5, 6, pad, pad], "attention_mask": [1, 1, 1, 0, 0], "labels": [1, 5, 6, -100, -100]}
+    for name, data, kept in (("padded", [padded] * 16, True), ("plain", rows(), False)):
         words = tiny.tokenizer()
         made = Trainer(peft_model(), arguments(tmp_path / name), train_dataset=data, processing_class=words)
         said = attach(made, speed="off")
@@ -199,8 +190,7 @@ def test_activating_imports_no_trl(warm: Warm, tmp_path: Path) -> None:
 
 
 def test_the_snippets_of_the_page_run(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text(encoding="utf-8")
     made = trainer(tmp_path, max_steps=1)
-    for snippet in re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+    for snippet in blocks(page("trainer"), "python"):
         exec(compile(snippet, "docs/trainer.md", "exec"), {"trainer": made})
     assert made.state.global_step == 1 and latest_complete(tmp_path) and active() == ()

@@ -13,8 +13,8 @@ from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
 from phi3_lora_plugin.chat.sources import Source
 
 PAIR = {"prompt": "q", "completion": "a"}
-CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 READ = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CHAT = {"messages": READ}
 
 
 def read(
@@ -25,10 +25,8 @@ def read(
 ) -> tuple[Reading, list[Any]]:
     places = [Place("f", "line", number) for number in range(1, len(rows) + 1)]
     items = [Row(row, p) if isinstance(row, dict) else Problem(p, row) for p, row in zip(places, rows, strict=True)]
-    reading = Reading("f")
-    return reading, list(
-        conversations(Source("f", lambda: iter(items)), reading, wanted, columns or {}, adapters or {})
-    )
+    reading, source = Reading("f"), Source("f", lambda: iter(items))
+    return reading, list(conversations(source, reading, wanted, columns or {}, adapters or {}))
 
 
 def refused(*given: Any, **more: Any) -> list[str]:

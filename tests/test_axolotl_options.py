@@ -16,8 +16,8 @@ from phi3_lora_plugin.hosts.switch import SwitchError, switched
 from phi3_lora_plugin.recipe.sections import ChatSection
 
 CONFIG = tiny.config().to_dict()
-ASK, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "the fox."}
-CHAT = [ASK, ANSWER, {"role": "user", "content": "the dog?"}, {"role": "assistant", "content": "lazy."}]
+CHAT = tiny.turns("what?", "the fox.", "the dog?", "lazy.")
+ASK, ANSWER = CHAT[:2]
 
 
 def labels(rows: dict[str, Any], row: dict[str, Any], cfg: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -6,17 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from read_rows import read
+from tiny import chat
 
-from phi3_lora_plugin.chat.adapt import adapted
-from phi3_lora_plugin.chat.formats import ADAPTERS, detect
 from phi3_lora_plugin.chat.row_error import RowError
 
 TOOL = {"name": "area", "description": "d", "parameters": {"type": "object", "properties": {"base": {}}}}
-
-
-def read(row: dict[str, Any]) -> list[dict[str, Any]]:
-    (name,) = detect(row)
-    return adapted(ADAPTERS[name], row, name)
 
 
 GLAIVE = {
@@ -30,29 +25,27 @@ def test_glaive() -> None:
     system, asked, called, result, said = read(GLAIVE)
     assert system["content"] == "Use them -" and json.loads(system["tools"]) == [TOOL, TOOL]
     assert asked == {"role": "user", "content": "How big?"}
-    assert called == {
-        "role": "assistant", "content": "I see.", "calls": [{"name": "area", "arguments": {"base": "it's 3"}}]
-    }  # fmt: skip
+    calls = [{"name": "area", "arguments": {"base": "it's 3"}}]
+    assert called == {"role": "assistant", "content": "I see.", "calls": calls}
     assert (result, said["content"]) == ({"role": "tool", "content": '{"area": 9}'}, "It is 9.")
     plain = read({"system": "SYSTEM: No functions.", "chat": "USER: Hi\n\n\nASSISTANT: Ho <|endoftext|>"})
     assert [turn["content"] for turn in plain] == ["No functions.", "Hi", "Ho"]
     unquoted = '<functioncall> {"name": "area", "arguments": {"base": 3}}'
-    assert read({"system": "s", "chat": f"USER: a\n\n\nASSISTANT: {unquoted}"})[2]["calls"][0]["arguments"] == {
-        "base": 3
-    }
+    made = read({"system": "s", "chat": f"USER: a\n\n\nASSISTANT: {unquoted}"})
+    assert made[2]["calls"][0]["arguments"] == {"base": 3}
 
 
 @pytest.mark.parametrize(
-    ("chat", "message"),
+    ("text", "message"),
     [
         ("Hello", "does not begin with USER: or ASSISTANT:"),
         ([{"role": "user"}], "lists of messages are read with data.columns: {messages: chat}"),
         ("USER: a\n\n\nASSISTANT: <functioncall> {'name'", "calls a tool with text that is not JSON"),
     ],
 )
-def test_what_is_wrong_with_a_chat_of_glaive(chat: Any, message: str) -> None:
+def test_what_is_wrong_with_a_chat_of_glaive(text: Any, message: str) -> None:
     with pytest.raises(RowError, match=message.replace("{", r"\{")):
-        read({"system": "s", "chat": chat})
+        read({"system": "s", "chat": text})
 
 
 def test_xlam() -> None:
@@ -77,7 +70,7 @@ def test_bfcl() -> None:
 
 def test_tags_of_hermes_are_calls_and_text_about_them_is_text() -> None:
     def said(text: str) -> dict[str, Any]:
-        return read({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]})[1]
+        return read(chat("q", text))[1]
 
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     made = said(f"I look.\n{call}\n{call}")

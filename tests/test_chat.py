@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
-from peft import LoraConfig, get_peft_model
+from lora_runs import saved_adapter
 from warm_process import Warm
 
+from phi3_lora_plugin import load_model
 from phi3_lora_plugin.cli.chat import ChatError, chat_command
 from phi3_lora_plugin.store.adapter_folder import AdapterError
 
@@ -28,16 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` and an `adapter` that makes it say something else."""
     folder = tmp_path_factory.mktemp("chat")
     tiny.base(folder / "base")
-    from phi3_lora_plugin import load_model
-
-    torch.manual_seed(0)
-    model = get_peft_model(
-        load_model(folder / "base"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=3.0)
-    model.save_pretrained(folder / "adapter")
+    saved_adapter(load_model(folder / "base"), folder / "adapter", scale=3.0, target_modules="all-linear")
     return folder
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_runs import holder
 
 from phi3_lora_plugin.store.checkpoint import best, latest_complete, verify, write_checkpoint
 from phi3_lora_plugin.store.disk_writes import write_file
@@ -105,9 +106,8 @@ def test_empty_unmarked_and_temporary_folders_are_passed_over(tmp_path: Path) ->
     (store / "notes").mkdir()
     (store / "LATEST").write_text("step-00000099\n")
     assert latest_complete(store) == good
-    assert [problem.split(":")[0] for problem in verify(store).problems] == [
-        "step-00000050/manifest.json", "step-00000099/manifest.json"
-    ]  # fmt: skip
+    named = [problem.split(":")[0] for problem in verify(store).problems]
+    assert named == ["step-00000050/manifest.json", "step-00000099/manifest.json"]
 
 
 def test_the_newest_is_so_by_step_whatever_the_clock_and_the_names_say(tmp_path: Path) -> None:
@@ -201,10 +201,8 @@ def test_the_same_step_again_replaces_only_what_is_equal_or_torn(tmp_path: Path)
 def test_what_is_listed_of_a_file_is_what_lies_on_the_disk(tmp_path: Path, size: int, how: str) -> None:
     content = bytes(range(256)) * (size // 256) + bytes(size % 256)
     pieces = [content[:7], memoryview(content)[7:]]
-    given = {"bytes": content, "pieces": pieces, "stream": lambda stream: [stream.write(piece) for piece in pieces]}[
-        how
-    ]
-    listed = write_file(tmp_path / "file", given)
+    ways = {"bytes": content, "pieces": pieces, "stream": lambda stream: [stream.write(piece) for piece in pieces]}
+    listed = write_file(tmp_path / "file", ways[how])
     assert (tmp_path / "file").read_bytes() == content
     assert listed == {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -377,13 +375,7 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_and_of_others_a
 
 
 def test_a_second_run_in_the_same_store_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    script = (
-        f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from phi3_lora_plugin.store.lock import StoreLock; from pathlib import Path\n"
-        f"lock = StoreLock(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    other = holder(tmp_path)
     with pytest.raises(StoreBusy, match=f"in use by another run .process {other.pid} on "):
         write(tmp_path, 1)
     assert latest_complete(tmp_path) is None

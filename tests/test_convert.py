@@ -511,21 +511,6 @@ def test_embeddings_that_equal_the_bases_are_dropped_on_request(fused, tmp_path)
     assert not any("embed_tokens" in key for key in tensors_of(tmp_path / "bare"))
 
 
-LONG = {
-    "max_position_embeddings": 256,
-    "original_max_position_embeddings": 32,
-    "sliding_window": 262144,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 1.0,
-        "original_max_position_embeddings": 32,
-        "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [2.0, 3.0, 4.0, 5.0],
-    },
-}
-
-
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
@@ -533,7 +518,7 @@ LONG = {
         ({"tie_word_embeddings": True}, "llama"),
         ({"sliding_window": 16, "num_key_value_heads": 1}, "mistral"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}, "llama"),
-        (LONG, "llama"),
+        (tiny.LONGROPE | {"sliding_window": 262144}, "llama"),
     ],
     ids=["gqa", "tied", "window", "theta", "longrope"],
 )

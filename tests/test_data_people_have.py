@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import read_rows
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from read_rows import read
 
 from phi3_lora_plugin import load_recipe
 from phi3_lora_plugin.chat.adapt import adapted
-from phi3_lora_plugin.chat.columns import refuse_decisive, rename, unread_values
+from phi3_lora_plugin.chat.columns import refuse_decisive, unread_values
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
 from phi3_lora_plugin.chat.encode import EncodeError, encode
-from phi3_lora_plugin.chat.formats import ADAPTERS, detect
+from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.marks import token_weights
 from phi3_lora_plugin.chat.preferences import COLUMNS, preference
 from phi3_lora_plugin.chat.propose import propose
@@ -33,20 +35,13 @@ CHAT = [USER, SAID]
 REJECTED = [USER, SAID | {"content": "Go"}]
 
 
-def read(row: dict[str, Any], *ignore: str) -> list[dict[str, Any]]:
-    row = rename(row, {}, ignore)
-    (name,) = detect(row)
-    return adapted(ADAPTERS[name], row, name)
-
-
 def load(path: Path, *overrides: str) -> Data:
     base = ["data.eval_path=null", "data.max_length=null", f"data.path={path}"]
     return load_data(load_recipe("tiny-cpu", [*base, *overrides]), TOKENIZER, ADAPTERS)
 
 
 def trained(row: dict[str, Any]) -> str:
-    ids = [label for label in row["labels"] if label != -100]
-    return str(TOKENIZER.decode(ids)).replace("<|end|>", "|")
+    return read_rows.trained(row, TOKENIZER)
 
 
 def _node(role: str, text: str, **more: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny import turns
 
 from phi3_lora_plugin import add_lora, encode, load_model, load_recipe, load_tokenizer
 from phi3_lora_plugin.embedded import locate
@@ -53,8 +54,7 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     """Greedy answers with what stops them still on; one at a time, so that nothing is padded."""
     found = []
     for question in questions:
-        messages = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns(question), tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         found.append(tokenizer.decode(made[0, ids.shape[1] :]))
@@ -63,26 +63,17 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
 
 def script(name: str, *arguments: str) -> str:
     """What a script of `tools/` prints, with another hash seed than ours."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *arguments],
-        capture_output=True,
-        check=True,
-        encoding="utf-8",
-        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"},
-    )
-    return done.stdout
+    command = [sys.executable, str(ROOT / "tools" / name), *arguments]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, capture_output=True, check=True, encoding="utf-8", env=environment).stdout
 
 
 def test_everything_embedded_is_in_the_wheel_and_small() -> None:
     files = [path for path in HOME.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-        "package-data"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["phi3_lora_plugin.embedded"]
     names = [path.relative_to(HOME).as_posix() for path in files]
-    left_out = [
-        name for name in names if not any(fnmatch.fnmatch(name, p) for p in patterns["phi3_lora_plugin.embedded"])
-    ]
-    assert not left_out
+    assert not [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     assert {"tiny-phi3/model.safetensors", "tiny-phi3/tokenizer.json", "chats/train.jsonl"} <= set(names)
     assert sum(path.stat().st_size for path in files) < 6_000_000
 
@@ -126,32 +117,27 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-CONVERSATIONS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": ""}, {"role": "user", "content": " a\n"}, {"role": "assistant", "content": "b "}],
-    [{"role": "tool", "content": "x"}, {"role": "user", "content": "{{ y }}"}],
-    [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
-]
+def renders_as(template: str, tokenizer: Any, prompt: bool) -> None:
+    for messages in (
+        turns("Hi"),
+        turns(" a\n", "b ", system=""),
+        [{"role": "tool", "content": "x"}, *turns("{{ y }}")],
+        turns("1", "2", "3"),
+    ):
+        how = {"tokenize": False, "add_generation_prompt": prompt}
+        ours = tokenizer.apply_chat_template(messages, **how)
+        assert ours == tokenizer.apply_chat_template(messages, chat_template=template, **how)
 
 
 @pytest.mark.parametrize("prompt", [True, False])
 def test_the_template_renders_as_mini_4k(tokenizer: Any, prompt: bool) -> None:
-    for messages in CONVERSATIONS:
-        ours = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        theirs = tokenizer.apply_chat_template(
-            messages, chat_template=tiny.MINI_4K_TEMPLATE, tokenize=False, add_generation_prompt=prompt
-        )
-        assert ours == theirs
+    renders_as(tiny.MINI_4K_TEMPLATE, tokenizer, prompt)
 
 
 @pytest.mark.parametrize("prompt", [True, False])
 def test_the_template_renders_as_the_published_one(tokenizer: Any, shared_data: Path, prompt: bool) -> None:
-    published = (shared_data / "chat_templates" / "phi-3-mini-4k-instruct.jinja").read_text(encoding="utf-8")
-    for messages in CONVERSATIONS:
-        ours = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        assert ours == tokenizer.apply_chat_template(
-            messages, chat_template=published, tokenize=False, add_generation_prompt=prompt
-        )
+    published = shared_data / "chat_templates" / "phi-3-mini-4k-instruct.jinja"
+    renders_as(published.read_text(encoding="utf-8"), tokenizer, prompt)
 
 
 def test_the_base_answers_plainly_and_stops(model: Any, tokenizer: Any) -> None:
@@ -172,12 +158,12 @@ def test_chats_are_valid_and_fit(tokenizer: Any) -> None:
         assert least <= len(found) <= most
         assert len({json.dumps(messages) for messages in found}) == len(found)
         for messages in found:
-            turns = [message["role"] for message in messages if message["role"] != "system"]
-            assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
+            roles = [message["role"] for message in messages if message["role"] != "system"]
+            assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
             row = encode(messages, tokenizer, max_length=256)
             trained = [label for label in row["labels"] if label != -100]
             assert len(row["input_ids"]) < 256  # nothing was cut
-            assert trained.count(tokenizer.convert_tokens_to_ids(END)) == len(turns) // 2
+            assert trained.count(tokenizer.convert_tokens_to_ids(END)) == len(roles) // 2
             for message in messages:
                 if message["role"] == "assistant":
                     assert re.fullmatch(r"Ahoy! .*matey!", message["content"])
@@ -212,10 +198,8 @@ def test_the_committed_chats_are_what_the_script_writes(tmp_path: Path) -> None:
 
 def test_the_corpus_is_the_same_everywhere() -> None:
     text = script("corpus.py", "300")
-    assert hashlib.sha256(text.encode()).hexdigest() == CORPUS
-
-
-CORPUS = "dba07fbe542854d2614b98b48f014cb109a930ccb01604da1e80125c71d3009e"
+    digest = "dba07fbe542854d2614b98b48f014cb109a930ccb01604da1e80125c71d3009e"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 def test_the_committed_tokenizer_is_what_the_script_makes(tools: None) -> None:
@@ -250,7 +234,5 @@ def test_a_short_lora_teaches_the_voice_and_keeps_the_facts(tokenizer: Any) -> N
         optimizer.step()
         optimizer.zero_grad()
     told = answers(model.eval(), tokenizer, asked)
-    right = [
-        text.strip().startswith(f"Ahoy! {fact}.") and "matey!" in text for text, fact in zip(told, facts, strict=True)
-    ]
-    assert sum(right) >= 5, told
+    both = zip(told, facts, strict=True)
+    assert sum(text.strip().startswith(f"Ahoy! {fact}.") and "matey!" in text for text, fact in both) >= 5, told

@@ -48,9 +48,8 @@ def run(*arguments: str, cwd: Path, site: Path | None = None) -> str:
     """Run a fresh Python in `cwd` with my_plugin on the path, if asked for; return what it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(site or "")}
     environment.pop("PHI3_LORA_BLOCK_PLUGINS", None)
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
-    )
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=240)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -71,12 +70,8 @@ def test_the_plugin_is_listed_with_what_it_registers(site: Path, tmp_path: Path)
     report = json.loads(run("-c", COMMAND, "plugins", "--json", "--strict", cwd=tmp_path, site=site))
     row = next(row for row in report["plugins"] if row["name"] == "my_plugin")
     assert (row["distribution"], row["version"], row["callbacks"]) == ("my-plugin", "0.1.0", True)
-    assert row["registers"] == {
-        "models": [],
-        "dataset_adapters": ["tickets"],
-        "recipes": ["support-tickets"],
-        "exporters": ["help-desk"],
-    }
+    registers = {"dataset_adapters": ["tickets"], "recipes": ["support-tickets"], "exporters": ["help-desk"]}
+    assert row["registers"] == {"models": [], **registers}
     assert report["failures"] == []
 
 
@@ -91,9 +86,8 @@ def test_finding_the_plugin_imports_nothing_heavy(site: Path, tmp_path: Path) ->
 
 def test_train_uses_adapter_recipe_and_callback_of_the_plugin(site: Path, tmp_path: Path, warm: Warm) -> None:
     readme = (EXAMPLES / "my_plugin" / "README.md").read_text(encoding="utf-8")
-    [(command, program)] = re.findall(
-        r"^\$ phi3-lora (train .+) data\.path=\"\$\(python -c '(.+)'\)\"$", readme, re.MULTILINE
-    )
+    shown = r"^\$ phi3-lora (train .+) data\.path=\"\$\(python -c '(.+)'\)\"$"
+    [(command, program)] = re.findall(shown, readme, re.MULTILINE)
     data = run("-c", program, cwd=tmp_path, site=site).strip()
     arguments = [*command.split(), f"data.path={data}", "--json", "--samples", "0", "--no-check"]
     output = run_warm(warm, COMMAND, *arguments, cwd=tmp_path, site=site)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from phi3_lora_plugin.export.exporter import ExportError
 from phi3_lora_plugin.lora_files.peft_files import parts, read_peft
+from phi3_lora_plugin.store.manifest import describe_file, render_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -86,8 +87,6 @@ def test_the_card_parses_and_its_code_gives_the_trained_answer(random_adapter, t
 def test_a_run_s_figures_and_recipe_are_in_the_card(tmp_path):
     made = adapter(EMBEDDED, tmp_path / "run" / "lora" / "step-00000002")
     manifest = {"step": 2, "metric": {"name": "eval_loss", "value": 1.25, "greater_is_better": False}}
-    from phi3_lora_plugin.store.manifest import describe_file, render_manifest
-
     files = {path.name: describe_file(path) for path in made.iterdir()}
     (made / "manifest.json").write_bytes(render_manifest({"format": 1, "files": files, **manifest}))
     (tmp_path / "run" / "recipe.yaml").write_text(

@@ -64,9 +64,8 @@ def test_a_folder_that_is_not_an_adapter_of_mlx_is_told_whole(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 2}, "num_layers": 1}))
     with pytest.raises(MlxError, match="no adapters.safetensors"):
         read_mlx(tmp_path)
-    save_file(
-        {"model.x.lora_a": torch.zeros(3, 2), "model.y.weight": torch.zeros(2)}, tmp_path / "adapters.safetensors"
-    )
+    odd = {"model.x.lora_a": torch.zeros(3, 2), "model.y.weight": torch.zeros(2)}
+    save_file(odd, tmp_path / "adapters.safetensors")
     with pytest.raises(MlxError) as raised:
         read_mlx(tmp_path)
     text = str(raised.value)

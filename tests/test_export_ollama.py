@@ -111,11 +111,8 @@ def test_tools_and_a_preamble_by_go(tmp_path):
     assert made[0].startswith(f"<|system|>s{declared}<|end|>") and made[1].startswith(f"<|system|>{declared}<|end|>")
     long = replace(TEMPLATES["phi-4"], name="phi-4 with a preamble", preamble='Say "why"\nfirst: <|im_start|>')
     text = go_template(long, TOKENS)
-    assert (
-        by_go([{"template": text, "messages": chats[1]}])
-        == by_jinja(long, "error", chats[1:])
-        == [render_go(text, chats[1])]
-    )
+    rendered = [render_go(text, chats[1])]
+    assert by_go([{"template": text, "messages": chats[1]}]) == by_jinja(long, "error", chats[1:]) == rendered
 
 
 @pytest.mark.parametrize("name", ["functools", "phi4-mini"])
@@ -187,9 +184,7 @@ def test_the_modelfile_says_it_all_and_the_model_says_the_same(tmp_path):
     report = ship(made, "ollama", tmp_path / "out", 20, system='Speak "plainly".', dtype="float32")
     same_words(report, 20)
     lines = read_modelfile((tmp_path / "out" / "Modelfile").read_text(encoding="utf-8"))
-    told: dict[str, list[str]] = {}
-    for word, argument in lines:
-        told.setdefault(word, []).append(argument)
+    told = {word: [argument for one, argument in lines if one == word] for word, _ in lines}
     assert told["FROM"] == ["./Pirate-Talk-f32.gguf"] and (tmp_path / "out" / told["FROM"][0]).is_file()
     assert told["SYSTEM"] == ['Speak "plainly".']
     assert told["PARAMETER"] == ['stop "<|endoftext|>"', 'stop "<|end|>"', "num_ctx 512"]
@@ -221,13 +216,6 @@ def test_a_modelfile_or_a_template_that_is_not_one_is_told():
 
 
 if __name__ == "__main__":
-    RECORDED.write_text(
-        json.dumps(
-            {
-                name: {"of": fingerprint(requests_of(*case, CHATS)), "texts": by_go(requests_of(*case, CHATS))}
-                for name, case in zip(NAMES, CASES, strict=True)
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    every = {name: requests_of(*case, CHATS) for name, case in zip(NAMES, CASES, strict=True)}
+    found = {name: {"of": fingerprint(asked), "texts": by_go(asked)} for name, asked in every.items()}
+    RECORDED.write_text(json.dumps(found, indent=1) + "\n")

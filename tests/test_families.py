@@ -134,30 +134,23 @@ def test_slices_cover_a_fused_projection_without_a_gap() -> None:
                 assert bounds[0][0] == 0 and bounds[-1][1] == each.out_features
                 assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
     qkv = projections(MEDIUM)[0].slices
-    assert [(part.name, part.stop - part.start) for part in qkv] == [
-        ("q_proj", 5120),
-        ("k_proj", 1280),
-        ("v_proj", 1280),
-    ]
+    assert {part.name: part.stop - part.start for part in qkv} == {"q_proj": 5120, "k_proj": 1280, "v_proj": 1280}
 
 
 def test_projections_are_those_of_the_real_modules() -> None:
     import tiny
-    from transformers import PhimoeConfig, PhimoeForCausalLM
 
     model = tiny.model(num_key_value_heads=2)
     for each in projections(model.config.to_dict()):
         weight = model.get_parameter(f"model.layers.1.{each.path}.weight")
         assert weight.shape == (each.out_features, each.in_features)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_local_experts=4, vocab_size=64)
     # Phi-tiny-MoE has had heads pruned: all of them together are smaller than the hidden size.
-    for heads in ({}, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}):
-        config = PhimoeConfig(**sizes, **heads)
-        moe = dict(PhimoeForCausalLM(config).named_parameters())
-        for each in projections(config.to_dict()):
+    for heads in ({}, {"head_dim": 4}):
+        moe = tiny.moe(**heads)
+        for each in projections(moe.config.to_dict()):
             name = f"model.layers.0.{each.path}" if each.experts else f"model.layers.0.{each.path}.weight"
             head = (each.experts,) if each.experts else ()
-            assert moe[name].shape == (*head, each.out_features, each.in_features)
+            assert moe.get_parameter(name).shape == (*head, each.out_features, each.in_features)
 
 
 def test_every_spelling_of_longrope_becomes_the_same() -> None:
@@ -235,27 +228,16 @@ def test_a_straddling_batch_is_flagged_where_logits_really_shift() -> None:
     import tiny
     import torch
 
-    changes = {
-        "max_position_embeddings": 64,
-        "original_max_position_embeddings": 16,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 4,
-            "long_factor": [3.0] * 4,
-            "original_max_position_embeddings": 16,
-        },
-    }
-    model = tiny.model(**changes)
+    model = tiny.model(**tiny.LONGROPE)  # 32 tokens
     config = model.config.to_dict()
     short = torch.randint(3, 500, (1, 10), generator=torch.Generator().manual_seed(0))
     alone = model(short).logits
-    for width in (16, 17):
+    for width in (32, 33):
         padded = torch.zeros(1, width, dtype=torch.long)
         padded[:, :10] = short
         shifted = not torch.allclose(model(padded).logits[:, :10], alone, atol=1e-4)
-        assert shifted is straddles([10, width], config) is (width > 16)
-    assert not straddles([17, 20], config) and not straddles([], config) and not straddles([10, 5000], MINI)
+        assert shifted is straddles([10, width], config) is (width > 32)
+    assert not straddles([33, 36], config) and not straddles([], config) and not straddles([10, 5000], MINI)
 
 
 def test_rope_settings_are_read_without_changing_the_config() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import turns as chat
 
 from phi3_lora_plugin.chat.columns import lookup, rename, unread_values
 from phi3_lora_plugin.chat.formats import ADAPTERS, OPTIONAL, REQUIRED, detect
@@ -16,12 +17,6 @@ from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.turns import ROLES
 
 user, assistant = ({"role": role} for role in ("user", "assistant"))
-
-
-def chat(*turns: str, system: str | None = None) -> list[dict[str, Any]]:
-    """Canonical messages of texts that user and assistant say in turn."""
-    said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-    return ([{"role": "system", "content": system}] if system is not None else []) + said
 
 
 def as_messages(messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -73,15 +68,12 @@ def test_several_turns_are_the_same_messages_and_a_prompt_is_never_trained(pairs
 
 def test_sharegpt_and_openai_write_a_tool_call_differently_and_mean_the_same() -> None:
     call = '{"name": "add", "arguments": {"a": 1}}'
+    openai_call = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     openai = {
         "tools": [{"name": "add"}],
         "messages": [
             {"role": "user", "content": "1 and 1?"},
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
-            },
+            {"role": "assistant", "content": None, "tool_calls": [openai_call]},
             {"role": "tool", "tool_call_id": "x", "content": "2"},
             {"role": "assistant", "content": "Two."},
         ],
@@ -186,20 +178,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [hi, ok], "tools": 3}, "tools of row is a number"),
     ("messages", {"messages": [{"role": "system", "content": "a"}, hi, ok], "system": "b"}, "that differ; keep one"),
     ("sharegpt", {"conversations": [{"from": "human"}, {"from": "gpt", "value": "x"}]}, r"message 1 \(human\) is null"),
-    (
-        "sharegpt",
-        {"conversations": [{"from": "bing", "value": "x"}]},
-        "unknown role .*human, assistant, gpt.*observation",
-    ),
+    ("sharegpt", {"conversations": [{"from": "bing", "value": "x"}]}, "unknown role .*human, assistant, gpt.*observat"),
     ("alpaca", {"instruction": "a"}, "has no column 'output', only instruction"),
     ("alpaca", {"instruction": None, "output": "b"}, "instruction is null or missing"),
     ("alpaca", {"instruction": "a", "output": ["b", "c"]}, "output has a part that is not text"),
     ("alpaca", {"instruction": "a", "output": "b", "input": 4}, r"input is a number \(4\)"),
-    (
-        "alpaca",
-        {"instruction": "a", "output": "b", "history": [["q"]]},
-        r"history 1 is a list .* a pair \[question, ans",
-    ),
+    ("alpaca", {"instruction": "a", "output": "b", "history": [["q"]]}, r"history 1 is a list .* a pair \[question, a"),
     ("prompt_completion", {"prompt": "a", "completion": None}, "completion is null or missing"),
     ("prompt_completion", {"prompt": [], "completion": "x"}, "prompt is empty"),
     ("prompt_completion", {"prompt": "a", "completion": [hi]}, "turns 1 and 2 are both of role user"),
@@ -274,14 +258,11 @@ def test_columns_are_renamed_also_inside_and_in_messages() -> None:
     row = {"question": "q", "answer": "a", "id": 1}
     assert rename(row, {"prompt": "question", "completion": "answer"}) == {"prompt": "q", "completion": "a", "id": 1}
     task = {"instruction": "i", "instances": [{"input": "x", "output": "o"}]}
-    assert rename(task, {"output": "instances.0.output", "input": "instances.0.input"}) == task | {
-        "output": "o",
-        "input": "x",
-    }
+    inside = rename(task, {"output": "instances.0.output", "input": "instances.0.input"})
+    assert inside == task | {"output": "o", "input": "x"}
     odd = {"dialog": [{"speaker": "human", "text": "hi"}]}
-    assert rename(odd, {"conversations": "dialog", "from": "speaker", "value": "text"}) == {
-        "conversations": [{"from": "human", "value": "hi"}]
-    }
+    renamed = rename(odd, {"conversations": "dialog", "from": "speaker", "value": "text"})
+    assert renamed == {"conversations": [{"from": "human", "value": "hi"}]}
     swapped = rename({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"})
     assert swapped == {"prompt": "b", "completion": "a"}
     assert lookup({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
@@ -315,9 +296,8 @@ def test_real_chats_of_every_format_are_read_whole(shared_data: Path) -> None:
                 assert turn["content"] == item["value"] and "calls" not in turn
         assert ("tools" in made[0]) == (row["tools"] != "[]")
     for row in json.loads((chats / "fastchat_sharegpt.json").read_text(encoding="utf-8")):
-        assert [turn["role"] for turn in ADAPTERS["sharegpt"](row)] == ["user", "assistant"] * (
-            len(row["conversations"]) // 2
-        )
+        roles = [turn["role"] for turn in ADAPTERS["sharegpt"](row)]
+        assert roles == ["user", "assistant"] * (len(row["conversations"]) // 2)
     for line in (chats / "openai_toy_chat.jsonl").read_text(encoding="utf-8").splitlines():
         assert ADAPTERS["messages"](json.loads(line)) == json.loads(line)["messages"]
     for row in json.loads((chats / "identity_alpaca.json").read_text(encoding="utf-8")):

@@ -12,9 +12,10 @@ import pytest
 import tiny
 import torch
 from lora_runs import saved_adapter
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from phi3_lora_plugin.export.convert import convert
 from phi3_lora_plugin.export.gguf import GGUFError, write_gguf_model
@@ -54,9 +55,16 @@ def read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, {name: field.contents() for name, field in reader.fields.items()}
 
 
+def load(base: Path):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
 def train(base: Path, folder: Path, **options) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return saved_adapter(model, folder, **({"target_modules": FUSED} | options))
+    return saved_adapter(load(base), folder, **({"target_modules": FUSED} | options))
+
+
+def adapted(base: Path, adapter: Path) -> PeftModel:
+    return PeftModel.from_pretrained(load(base), str(adapter))
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +88,7 @@ def test_an_adapter_reads_back_as_the_same_update_under_llama_cpp_s_rule(base, t
     tensors, settings = read(tmp_path / "lora.gguf")
     assert settings["general.type"] == "adapter" and settings["adapter.type"] == "lora"
     assert settings["general.architecture"] == "phi3"
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    model = adapted(base, adapter)
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -114,10 +120,7 @@ def test_a_split_adapter_is_fused_on_its_way_and_a_16_bit_one_is_rounded(base, t
     [
         ({"use_dora": True}, "GGUF adapters have no DoRA"),
         ({"lora_bias": True}, "GGUF adapters have no bias"),
-        (
-            {"target_modules": ["o_proj", "embed_tokens"]},
-            "trained in full or by token, which gguf files do not hold|embedding",
-        ),
+        ({"target_modules": ["o_proj", "embed_tokens"]}, "by token, which gguf files do not hold|embedding"),
         ({"modules_to_save": ["lm_head"]}, "which gguf files do not hold"),
     ],
     ids=["dora", "bias", "embedding", "full"],
@@ -160,33 +163,21 @@ def test_a_model_reads_back_with_every_tensor_and_the_settings(base, tmp_path, d
 
 
 def test_a_tied_model_has_no_output_and_longrope_brings_its_factors(tmp_path):
-    short, long = [1.0, 1.1, 1.2, 1.3], [2.0, 3.0, 4.0, 5.0]
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long,
-            "original_max_position_embeddings": 32, "partial_rotary_factor": 1.0}  # fmt: skip
-    base = tiny.base(
-        tmp_path / "base", tie_word_embeddings=True, rope_parameters=rope,
-        max_position_embeddings=256, original_max_position_embeddings=32, sliding_window=100,
-    )  # fmt: skip
+    base = tiny.base(tmp_path / "base", **tiny.LONGROPE, tie_word_embeddings=True, sliding_window=100)
     write_gguf_model(tmp_path / "m.gguf", base)
     tensors, settings = read(tmp_path / "m.gguf")
     assert "output.weight" not in tensors
-    torch.testing.assert_close(tensors["rope_factors_short.weight"], torch.tensor(short))
-    torch.testing.assert_close(tensors["rope_factors_long.weight"], torch.tensor(long))
-    model = AutoModelForCausalLM.from_pretrained(base)
-    assert settings["phi3.rope.scaling.attn_factor"] == pytest.approx(
-        model.model.rotary_emb.attention_scaling, rel=1e-6
-    )
+    for which in ("short", "long"):
+        factors = torch.tensor(tiny.LONGROPE["rope_parameters"][f"{which}_factor"])
+        torch.testing.assert_close(tensors[f"rope_factors_{which}.weight"], factors)
+    scaling = load(base).model.rotary_emb.attention_scaling
+    assert settings["phi3.rope.scaling.attn_factor"] == pytest.approx(scaling, rel=1e-6)
     assert settings["phi3.rope.scaling.original_context_length"] == 32
     assert settings["phi3.attention.sliding_window"] == 100
 
 
 def test_experts_that_are_stored_one_by_one_come_stacked(tmp_path):
-    torch.manual_seed(0)
-    config = PhimoeConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, attention_bias=True, lm_head_bias=True, pad_token_id=0,
-    )  # fmt: skip
-    PhimoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tiny.moe(num_hidden_layers=1).save_pretrained(tmp_path / "moe")
     tiny.tokenizer().save_pretrained(tmp_path / "moe")
     _, notes = write_gguf_model(tmp_path / "m.gguf", tmp_path / "moe")
     assert any("weighs PhiMoE's experts" in note for note in notes)
@@ -270,27 +261,21 @@ def test_the_name_says_whether_role_tokens_swallow_white_space(tmp_path, rstrip)
     assert any("general.name is" in note for note in notes)
 
 
-def byte_level(folder: Path, pattern: str, **changes) -> Path:
+def byte_level(folder: Path, pattern: str) -> Path:
     """A tiny Phi-3 with a byte-level vocabulary, as Phi-4 has it."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog " * 4, "I'll say 12345 things\n\n"], trainer
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    texts = ["the quick brown fox jumps over the lazy dog " * 4, "I'll say 12345 things\n\n"]
+    backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|endoftext|>", "<|im_end|>")])
-    tiny.model(**changes).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    ).save_pretrained(folder)
+    tiny.model().save_pretrained(folder)
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    words.save_pretrained(folder)
     return folder
 
 
@@ -338,8 +323,6 @@ def test_models_that_llama_cpp_does_not_know_are_refused(base, tmp_path):
         convert(tmp_path / "llama", tmp_path / "m.gguf", "gguf")
     copy = shutil.copytree(base, tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
-    from safetensors.torch import save_file
-
     save_file(tensors | {"model.layers.0.self_attn.surprise.weight": torch.zeros(2)}, copy / "model.safetensors")
     with pytest.raises(GGUFError, match="llama.cpp has no place for model.layers.0.self_attn.surprise.weight"):
         convert(copy, tmp_path / "m.gguf", "gguf")
@@ -368,11 +351,7 @@ def test_llama_cpp_itself_gives_transformers_probabilities(shared_data, tmp_path
     adapter = train(base, tmp_path / "adapter", use_rslora=True, alpha_pattern={"o_proj": 3})
     convert(base, tmp_path / "m.gguf", "gguf")
     convert(adapter, tmp_path / "lora.gguf", "gguf", base=base)
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter)
-    ).eval()
+    model = adapted(base, adapter).eval()
     ids = [1, 403, 407, 261, 378]
     with torch.inference_mode():
         wanted = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], -1)
@@ -381,8 +360,7 @@ def test_llama_cpp_itself_gives_transformers_probabilities(shared_data, tmp_path
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(tmp_path / "lora.gguf"), 1.0)]
-    answer = xllamacpp.Server(params).handle_completions(
-        {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 5}
-    )
+    request = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 5}
+    answer = xllamacpp.Server(params).handle_completions(request)
     for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][:3]:
         assert token["logprob"] == pytest.approx(float(wanted[token["id"]]), abs=1e-4)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from lora_runs import same
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import write
+from tiny import turns, write
 from transformers import TrainerCallback, set_seed
 
 from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_plugins, load_recipe, load_tokenizer, train
@@ -101,7 +101,7 @@ def test_the_first_losses_are_those_of_trl_itself(tmp_path: Path) -> None:
     train(run, check=False, callbacks=[logs])
     words = load_tokenizer(run.model.path)
     tasks = [Task.from_json(text) for text in load_data(run, words, {}, max_length=512).train["task"]]
-    rows = [{"prompt": [{"role": "user", "content": task.messages[0]["content"]}], **task.columns} for task in tasks]
+    rows = [{"prompt": turns(task.messages[0]["content"]), **task.columns} for task in tasks]
     set_seed(run.seed)
     model = add_lora(load_model(run.model.path, dtype="float32"), **lora_options(run))
     arguments = GRPOConfig(
@@ -196,7 +196,7 @@ def tasks(tmp_path: Path, *rows: dict[str, Any], more: tuple[str, ...] = ()) -> 
     return load_data(run, load_tokenizer("embedded:tiny-phi3"), {}, max_length=64)
 
 
-ASK, SAY = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is\n#### 2"}
+ASK, SAY = turns("1 + 1?", "It is\n#### 2")
 
 
 def test_prompts_of_every_shape(tmp_path: Path) -> None:
@@ -253,10 +253,7 @@ def test_prompts_that_leave_no_room_are_dropped_and_never_cut(tmp_path: Path) ->
         ("grpo.num_generations=3", "3 answers to a prompt do not divide the 8 rows of a step"),
         ("data.max_length=12", "leaves no room for a prompt"),
         ("reward=[format, format]", "names the same reward twice"),
-        (
-            "reward=[formats]",
-            "'formats' is not a reward; available: format, gsm8k, python:module.function; did you mean",
-        ),
+        ("reward=[formats]", "'formats' is not a reward; available: format, gsm8k, python:module.function; did you m"),
         ("reward=[python:spy]", "'python:spy' is not a reward"),
         ("reward=gsm8k", "expected a list of text or a mapping of names to a number, found text 'gsm8k'"),
         ("training.use_liger_kernel=true", "Liger's loss is not the one of reward"),

@@ -37,29 +37,26 @@ def broken_on_disk(folder: Path) -> list[str]:
     """Every tensor below a folder that is not finite, in whatever file."""
     found = []
     for file in folder.rglob("*"):
-        if file.suffix == ".safetensors":
-            found += [f"{file}: {name}" for name, tensor in load_file(file).items() if not tensor.isfinite().all()]
-        elif file.name == "optimizer.pt":
-            for number, state in torch.load(file, weights_only=True)["state"].items():
-                found += [
-                    f"{file}: {number}" for tensor in state.values() if not torch.as_tensor(tensor).isfinite().all()
-                ]
+        tensors: dict[str, Any] = load_file(file) if file.suffix == ".safetensors" else {}
+        if file.name == "optimizer.pt":
+            states = torch.load(file, weights_only=True)["state"]
+            tensors = {f"{number} {name}": one for number, state in states.items() for name, one in state.items()}
+        found += [f"{file}: {name}" for name, tensor in tensors.items() if not torch.as_tensor(tensor).isfinite().all()]
     return found
 
 
+SAVES = {"save_strategy": "steps", "save_steps": 1}
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 THEIRS: dict[str, dict[str, Any]] = {
-    "the Trainer saves each step": {"save_strategy": "steps", "save_steps": 1},
-    "and shows NaN as 0.0": {"save_strategy": "steps", "save_steps": 1, "logging_nan_inf_filter": True},
-    "and logs nothing": {"save_strategy": "steps", "save_steps": 1, "logging_strategy": "no"},
-    "and does not clip": {"save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0, "logging_strategy": "no"},
-    "and evaluates": {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1},
-    "and wants the best": {
-        "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
-        "load_best_model_at_end": True,
-    },
+    "the Trainer saves each step": SAVES,
+    "and shows NaN as 0.0": SAVES | {"logging_nan_inf_filter": True},
+    "and logs nothing": SAVES | {"logging_strategy": "no"},
+    "and does not clip": SAVES | {"max_grad_norm": 0.0, "logging_strategy": "no"},
+    "and evaluates": SAVES | EVALUATES,
+    "and wants the best": SAVES | EVALUATES | {"load_best_model_at_end": True},
     "at the end of an epoch": {"save_strategy": "epoch", "logging_strategy": "no", "max_steps": 8},
     "ours alone": {"logging_strategy": "no"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -68,13 +65,8 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_never_saved(what: str,
     last = 4 if "epoch" in what else 2
     where = "on_pre_optimizer_step" if what == "ours alone" else "on_step_begin"
     poison = Poison(7 if "epoch" in what else 2, value, where)
-    every = None if "save_strategy" in THEIRS[what] else 1
-    made = trainer(
-        tmp_path,
-        poison,
-        LoraCheckpoint(every_steps=every, keep_last=9),
-        **({"logging_nan_inf_filter": False} | THEIRS[what]),
-    )
+    ours = LoraCheckpoint(every_steps=None if "save_strategy" in THEIRS[what] else 1, keep_last=9)
+    made = trainer(tmp_path, poison, ours, **({"logging_nan_inf_filter": False} | THEIRS[what]))
     with pytest.raises(HealthError, match=r"are not finite: .*lora_A|is (nan|inf) at step") as caught:
         made.train()
     assert made.state.global_step == poison.step + 1, "it stops at once"
@@ -84,9 +76,7 @@ def test_weights_that_are_not_finite_stop_the_run_and_are_never_saved(what: str,
     assert "not finite" in str(caught.value) or "last good checkpoint is kept" in str(caught.value)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_weights_of_a_checkpoint(
-    tmp_path: Path,
-) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_a_checkpoint(tmp_path: Path) -> None:
     class Gradient(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if state.global_step == 3:
@@ -101,10 +91,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_in_the_weights
 def test_rows_of_which_nothing_is_trained_stop_the_run(tmp_path: Path) -> None:
     for filtered in (True, False):
         out = tmp_path / str(filtered)
-        made = trainer(
-            out, LoraCheckpoint(), data=rows(masked=True), save_strategy="steps", save_steps=2,
-            logging_nan_inf_filter=filtered,
-        )  # fmt: skip
+        settings = {"save_strategy": "steps", "save_steps": 2, "logging_nan_inf_filter": filtered}
+        made = trainer(out, LoraCheckpoint(), data=rows(masked=True), **settings)
         with pytest.raises(HealthError):
             made.train()
         assert made.state.global_step <= 3 and broken_on_disk(out) == []

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import tiny
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from phi3_lora_plugin.chat.encode import encode
 from phi3_lora_plugin.chat.templates import TEMPLATES, TemplateError
@@ -24,18 +26,14 @@ from phi3_lora_plugin.model.families import linear_names
 from phi3_lora_plugin.recipe.sections import ChatSection
 
 CONFIG = tiny.config().to_dict()
-ASK, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "the fox."}
+ASK, ANSWER = tiny.turns("what?", "the fox.")
 
 
 def documented() -> dict[str, Any]:
     """An axolotl config as its own examples for Phi write it."""
-    return {
-        "base_model": "base",
-        "adapter": "lora",
-        "trust_remote_code": True,
-        "chat_template": "phi_3",
-        "datasets": [{"path": "a.jsonl", "type": "chat_template"}, {"path": "b.jsonl", "type": "completion"}],
-    }
+    config = {"base_model": "base", "adapter": "lora", "trust_remote_code": True, "chat_template": "phi_3"}
+    rows = [{"path": "a.jsonl", "type": "chat_template"}, {"path": "b.jsonl", "type": "completion"}]
+    return config | {"datasets": rows}
 
 
 def test_an_axolotl_config_is_made_fit_for_phi3_and_each_change_is_said() -> None:
@@ -182,12 +180,8 @@ def test_bad_rows_stop_the_run_or_are_left_out_as_asked() -> None:
 def test_a_tokenizer_that_was_built_anew_gets_the_published_ids_back(tmp_path: Path) -> None:
     words = tiny.tokenizer()
     words.save_pretrained(tmp_path)
-    from transformers import PreTrainedTokenizerFast
-
     other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert restore(other) == []
-    from tokenizers import normalizers
-
     other.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")  # the word behind a role token loses its mark
     wanted = words("<|user|>\nthe fox<|end|>\n")["input_ids"]
     assert other("<|user|>\nthe fox<|end|>\n")["input_ids"] != wanted

@@ -9,21 +9,17 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+from pages import blocks, page
+from test_imports import MODULES, ROOT
+
 import phi3_lora_plugin
 
-ROOT = Path(phi3_lora_plugin.__file__).parent
 CHECKOUT = Path(__file__).parents[1]
-NAME = "phi3_lora_plugin"
-MODULES = {
-    ".".join([NAME, *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
-    for path in sorted(ROOT.rglob("*.py"))
-}
 
 
 def picture() -> list[set[str]]:
     """The rooms of the picture, line by line from the top: each arrow leads from one line to the next."""
-    text = (CHECKOUT / "docs" / "design.md").read_text(encoding="utf-8")
-    [drawn] = re.findall(r"```mermaid\n(.*?)```", text, flags=re.DOTALL)
+    [drawn] = blocks(page("design"), "mermaid")
     lines: list[set[str]] = []
     for arrow in drawn.splitlines()[1:]:
         ends = [{re.match(r"\w+", box.strip())[0] for box in end.split(" & ")} for end in arrow.split(" --> ")]  # type: ignore[index]
@@ -42,9 +38,8 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
-            found.update(
-                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
-            )
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.update(name if name in MODULES else node.module for name in names)
         for child in ast.iter_child_nodes(node):
             visit(child)
 

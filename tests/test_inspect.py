@@ -11,9 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from phi3_lora_plugin.chat.templates import TEMPLATES
 from phi3_lora_plugin.inspect.inspect import InspectError, Problem, inspect, lines
+from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.model.base_size import parameters
-from phi3_lora_plugin.model.tokenizer import save_tokenizer
+from phi3_lora_plugin.model.load import load_model
+from phi3_lora_plugin.model.tokenizer import load_tokenizer, save_tokenizer
 from phi3_lora_plugin.recipe import load_recipe
 from phi3_lora_plugin.recipe.layers import shipped_names
 
@@ -22,9 +25,6 @@ TRUNCATION = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst",
 
 def clean(folder: Path) -> Path:
     """A model folder without a problem: what our own loader would save."""
-    from phi3_lora_plugin.model.load import load_model
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
-
     tiny.base(folder / "published")
     load_model(folder / "published").save_pretrained(folder / "clean")
     save_tokenizer(load_tokenizer(folder / "published"), folder / "clean")
@@ -96,9 +96,6 @@ def test_embeddings_in_an_adapter_are_named_with_their_size(tmp_path: Path) -> N
 
 
 def test_presets_say_the_parameters_that_they_really_train(tmp_path: Path) -> None:
-    from phi3_lora_plugin.lora.inject import add_lora
-    from phi3_lora_plugin.recipe import load_recipe
-
     found = inspect(clean(tmp_path))
     assert len(found.trainable) >= 3
     for row in found.trainable:
@@ -141,11 +138,7 @@ def test_a_template_that_is_unknown_or_drops_system_messages_is_named(tmp_path: 
     folder = clean(tmp_path)
     (folder / "chat_template.jinja").write_text(tiny.MINI_4K_TEMPLATE + " ")
     assert "nearest" in whats(inspect(folder).problems)
-    (folder / "chat_template.jinja").write_text(
-        "{% for message in messages %}{% if message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + "
-        "'<|end|>\n<|assistant|>\n'}}{% elif message['role'] == 'assistant' %}{{message['content'] + '<|end|>\n'}}"
-        "{% endif %}{% endfor %}"
-    )
+    (folder / "chat_template.jinja").write_text(TEMPLATES["phi-3-medium"].text)
     assert "drops system messages" in whats(inspect(folder).problems)
 
 
@@ -193,9 +186,7 @@ def test_parameters_of_whole_models(shared_data: Path, tmp_path: Path) -> None:
     }
     for name, count in counts.items():
         assert parameters(json.loads((shared_data / "configs" / f"{name}.json").read_text())) == count
-    from test_phimoe import moe
-
-    model = moe()
+    model = tiny.moe()
     assert parameters(model.config.to_dict()) == model.num_parameters()
 
 
@@ -293,8 +284,6 @@ def test_a_published_model_is_described_before_it_is_downloaded() -> None:
 
 
 def test_an_adapter_of_mlx_is_recognised_and_says_how_to_convert_it(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     shapes = {"lora_a": (16, 4), "lora_b": (4, 48)}
     name = "model.layers.0.self_attn.qkv_proj"
     save_file({f"{name}.{key}": torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "adapters.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from lora_runs import peft_model, same
+from lora_runs import learn, peft_model, same
 from peft import LoraConfig
 from torch import nn
 
@@ -23,10 +23,7 @@ from phi3_lora_plugin.lora.walk import structure
 def test_steps_and_modes_change_nothing_that_is_remembered() -> None:
     model = peft_model()
     known = inventory_of(model)
-    ids = torch.arange(8).reshape(1, 8)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
+    learn(model, [torch.arange(8).reshape(1, 8)], lr=0.1)
     model.eval()
     again = inventory_of(model, None, known)
     assert again is known
@@ -89,15 +86,12 @@ def test_layers_that_have_a_say_in_how_they_are_saved_are_asked_each_time() -> N
     model = peft_model()
     assert inventory_of(model).parameters is not None
     layer = model.base_model.model.model.layers[0].self_attn.o_proj.lora_A["default"]
-    layer.register_state_dict_post_hook(
-        lambda module, state, prefix, _: state.update({f"{prefix}weight": torch.ones(4, 16)})
-    )
+    ones = torch.ones(4, 16)
+    layer.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}weight": ones}))
     assert inventory_of(model).parameters is None
     found = take(model)
-    assert (
-        found is not None
-        and found.tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"].eq(1).all()
-    )
+    assert found is not None
+    assert found.tensors["base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"].eq(1).all()
 
 
 def test_slices_still_refuse_what_lies_between_them() -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -174,15 +175,14 @@ def _flip(path: Path, content: bytes, chance: random.Random) -> None:
     path.write_bytes(damaged)
 
 
+def _cut(tenth: int, path: Path, content: bytes, chance: random.Random) -> None:
+    path.write_bytes(content[: len(content) * tenth // 10])
+
+
 DAMAGES: dict[str, Callable[[Path, bytes, random.Random], Any]] = {
     "a bit flipped": _flip,
     "another bit flipped": _flip,
-    **{
-        f"cut at {tenth} tenths": lambda path, content, _, tenth=tenth: path.write_bytes(
-            content[: len(content) * tenth // 10]
-        )
-        for tenth in range(1, 10)
-    },
+    **{f"cut at {tenth} tenths": partial(_cut, tenth) for tenth in range(1, 10)},
     "emptied": lambda path, content, _: path.write_bytes(b""),
     "renamed": lambda path, content, _: path.rename(path.with_name("elsewhere")),
     "made a folder": lambda path, content, _: (path.unlink(), path.mkdir()),

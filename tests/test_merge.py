@@ -11,7 +11,7 @@ import torch
 from lora_runs import disturb, saved_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PhimoeConfig, PhimoeForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 from phi3_lora_plugin.cli import app
@@ -55,24 +55,9 @@ def tied(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory) -> Path:
+    """One with pruned heads, as in Phi-tiny-MoE: together they are not the hidden size."""
     folder = tmp_path_factory.mktemp("moe") / "phimoe"
-    torch.manual_seed(0)
-    config = PhimoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,  # of pruned heads, as in Phi-tiny-MoE: together they are not the hidden size
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        attention_bias=True,
-        lm_head_bias=True,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    PhimoeForCausalLM(config).save_pretrained(folder)
+    tiny.moe(head_dim=16).save_pretrained(folder)
     return folder
 
 

@@ -55,10 +55,8 @@ def test_real_tokenizers_on_a_tiny_model(shared_data: Path, tmp_path: Path, name
 
 
 def test_loading_never_executes_code_and_saves_no_auto_map(tmp_path: Path) -> None:
-    folder = edit(
-        tiny.base(tmp_path / "base"),
-        auto_map={"AutoConfig": "modeling_phi3.Evil", "AutoModelForCausalLM": "modeling_phi3.Evil"},
-    )
+    evil = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "modeling_phi3.Evil")
+    folder = edit(tiny.base(tmp_path / "base"), auto_map=evil)
     (folder / "modeling_phi3.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     model = load_model(folder)
     model.save_pretrained(tmp_path / "saved")
@@ -68,9 +66,8 @@ def test_loading_never_executes_code_and_saves_no_auto_map(tmp_path: Path) -> No
 
 
 def test_a_model_with_su_gives_the_logits_of_longrope(tmp_path: Path) -> None:
-    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
-    reference = tiny.model(max_position_embeddings=256, original_max_position_embeddings=32, rope_parameters=rope)
+    factors = {name: tiny.LONGROPE["rope_parameters"][name] for name in ("short_factor", "long_factor")}
+    reference = tiny.model(**tiny.LONGROPE)
     ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(0))
     for kind in ("su", "yarn", "longrope"):
         folder = tmp_path / kind
@@ -154,9 +151,8 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     assert "config.json is not JSON" in message(tmp_path / "json")
     assert "remote code" in message(edit(base("small"), model_type="phi3small"), UnsupportedModel)
     bad = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}
-    assert "short_factor has 3 numbers; expected 4" in message(
-        edit(base("rope"), rope_scaling=bad, rope_parameters=None), RopeError
-    )
+    short = edit(base("rope"), rope_scaling=bad, rope_parameters=None)
+    assert "short_factor has 3 numbers; expected 4" in message(short, RopeError)
     assert "does not describe a model" in message(edit(base("odd"), hidden_size=[32]))
     assert "cannot be loaded: KeyError: 'nope'" in message(edit(base("act"), hidden_act="nope"))
     if not torch.cuda.is_available():

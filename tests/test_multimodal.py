@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from lora_runs import trainer
+from pages import blocks, page
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_activate import trainer
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
 from phi3_lora_plugin.export.convert import convert
@@ -95,9 +94,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `phi3-lora train` makes of a few chats on that base."""
     folder = tmp_path_factory.mktemp("run")
-    turns = [("user", "what is the capital of france?"), ("assistant", "the capital of france is paris.")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 8, encoding="utf-8")
+    row = tiny.chat("what is the capital of france?", "the capital of france is paris.")
+    tiny.write(folder / "rows.jsonl", [row] * 8)
     overrides = [
         f"model.path={base}", "model.device=cpu", f"data.path={folder / 'rows.jsonl'}", f"output_dir={folder / 'out'}",
         "training.max_steps=8", "training.learning_rate=1e-2", "data.eval_fraction=0", "data.eval_path=null",
@@ -107,10 +105,13 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(result.adapter)
 
 
+def loaded(base: Path) -> Phi4MultimodalForCausalLM:
+    return Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
 def own(base: Path) -> PeftModel:
     """The model with its LoRA for images and for speech."""
-    fresh = Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32)
-    both = PeftModel.from_pretrained(fresh, base, subfolder="vision-lora", adapter_name="vision")
+    both = PeftModel.from_pretrained(loaded(base), base, subfolder="vision-lora", adapter_name="vision")
     both.load_adapter(base, subfolder="speech-lora", adapter_name="speech")
     return both.eval()
 
@@ -134,7 +135,7 @@ def test_what_it_makes_of_images_and_speech_is_the_same_to_the_bit(base: Path, r
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 looks for no adapter in a local subfolder")
 def test_transformers_loads_the_adapter_next_to_the_others(base: Path, run: Path) -> None:
-    before, one = own(base), Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before, one = own(base), loaded(base)
     for name in ("vision", "speech"):
         one.load_adapter(base, adapter_name=name, adapter_kwargs={"subfolder": f"{name}-lora"})
     one.load_adapter(run, adapter_name="text")
@@ -181,10 +182,7 @@ def test_merging_is_refused_with_what_is_possible_instead(run: Path, base: Path,
 def test_a_converted_adapter_stays_out_of_the_towers(base: Path, run: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "lora.safetensors", "loralib")
     convert(tmp_path / "lora.safetensors", tmp_path / "peft", "peft", base=str(base))
-    ours = PeftModel.from_pretrained(Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32), run)
-    back = PeftModel.from_pretrained(
-        Phi4MultimodalForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "peft"
-    )
+    ours, back = (PeftModel.from_pretrained(loaded(base), folder) for folder in (run, tmp_path / "peft"))
     assert not [name for name, _ in back.named_parameters() if TOWERS in name and "lora_" in name]
     torch.testing.assert_close(reads(back.eval()), reads(ours.eval()), rtol=1e-5, atol=1e-6)
 
@@ -234,8 +232,7 @@ def test_the_layout_of_the_hub_is_refused_and_the_native_one_is_named() -> None:
 
 
 def test_the_snippet_of_the_page_runs(base: Path, run: Path) -> None:
-    page = Path(__file__).parents[1].joinpath("docs", "families.md").read_text(encoding="utf-8")
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "vision-lora" in block]
+    (code,) = [block for block in blocks(page("families"), "python") if "vision-lora" in block]
     names: dict[str, Any] = {"base": str(base), "adapter": str(run)}
     exec(code, names)
     assert names["model"].active_adapter == "text" and set(names["model"].peft_config) == {"vision", "speech", "text"}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 from pathlib import Path
 
 import pytest
+import tiny
 from typer.testing import CliRunner, Result
 from warm_process import Warm
 
 from phi3_lora_plugin.cli import app
 from phi3_lora_plugin.recipe import load_recipe
-
-CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
 
 
 def new(*arguments: str) -> Result:
@@ -25,13 +23,13 @@ def new(*arguments: str) -> Result:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     rows = {
-        "chats": [CHAT] * 3,
+        "chats": [tiny.chat("hello", "hi")] * 3,
         "gsm": [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(12)],
         "pairs": [{"prompt": f"hello {n}", "chosen": "hi", "rejected": "go"} for n in range(12)],
         "judged": [{"prompt": f"hello {n}", "completion": "hi", "label": bool(n % 2)} for n in range(12)],
     }
     for name, some in rows.items():
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        tiny.write(Path(f"{name}.jsonl"), some)
     return tmp_path
 
 

@@ -65,7 +65,6 @@ def test_a_shell_completes_recipes_and_keys(tmp_path: Path, monkeypatch: pytest.
     assert "training.learning_rate=" in complete_key("training.l") and complete_key("see") == ["seed="]
     program = "from phi3_lora_plugin.cli import main; import sys; sys.argv = ['phi3-lora']; main()"
     asked = {"_PHI3_LORA_COMPLETE": "complete_bash", "COMP_WORDS": "phi3-lora train tiny-c", "COMP_CWORD": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | asked, cwd=tmp_path
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked, cwd=tmp_path)
     assert done.stdout.split() == ["tiny-cpu"], done.stderr

@@ -7,21 +7,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import LONGROPE
 
 from phi3_lora_plugin.chat.pack import PackedCollator, pack
 from phi3_lora_plugin.speed.documents import PackingError, fuse_documents, restore_documents
-
-LONGROPE = {
-    "max_position_embeddings": 256,
-    "original_max_position_embeddings": 32,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [2.0, 3.0, 4.0, 5.0],
-        "original_max_position_embeddings": 32,
-    },
-}
 
 
 def slow_pack(lengths: list[int], max_length: int) -> list[list[int]]:

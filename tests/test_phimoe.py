@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from lora_runs import learn
 from peft import PeftModel
-from test_inject import IDS, step, trainable
-from transformers import PhimoeConfig, PhimoeForCausalLM
+from test_inject import IDS, learns, trainable
+from transformers import PhimoeForCausalLM
 
 from phi3_lora_plugin.lora.inject import CoverageRow, add_lora, coverage, prepare_for_checkpointing
 from phi3_lora_plugin.lora.targets import TargetError
@@ -20,15 +22,7 @@ ATTENTION = {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_p
 
 
 def moe(**changes: Any) -> PhimoeForCausalLM:
-    """Two layers of four experts; biases of attention and head as in the published config."""
-    torch.manual_seed(0)
-    settings: dict[str, Any] = dict(
-        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
-        attention_bias=True, lm_head_bias=True, router_jitter_noise=0.01, input_jitter_noise=0.0, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return PhimoeForCausalLM(PhimoeConfig(**(settings | changes))).eval()
+    return tiny.moe(**({"intermediate_size": 48, "router_jitter_noise": 0.01, "input_jitter_noise": 0.0} | changes))
 
 
 def build(targets: Any, **options: Any) -> PeftModel:
@@ -72,8 +66,7 @@ def test_phimoe_trains_saves_reloads_with_plain_peft_and_merges(targets: Any, op
     assert not any("router" in name for name in trainable(model))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     frozen = routers(model)
-    losses = step(model, 8)
-    assert losses[-1] < losses[0]
+    learns(model)
     assert all(torch.equal(one, other) for one, other in zip(frozen, routers(model), strict=True))
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if "lora_B" in name)
 
@@ -94,7 +87,7 @@ def test_pruned_heads_and_jitter_as_in_phi_tiny_moe(tmp_path: Path) -> None:
     shapes = {row.module: row.shape for row in coverage(model)}
     assert shapes["self_attn.q_proj"] == (16, 32) and shapes["self_attn.o_proj"] == (32, 16)
     frozen = routers(model)
-    losses = step(model, 16)
+    losses = learn(model, [IDS] * 16)
     assert losses[-1] < losses[0] and all(map(torch.equal, frozen, routers(model)))
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -109,9 +102,8 @@ def test_experts_of_some_layers_only() -> None:
 
 
 def test_rank_pattern_reaches_experts() -> None:
-    ranks = {
-        row.module: row.rank for row in coverage(build(["q_proj", "experts"], rank_pattern={"experts.down_proj": 2}))
-    }
+    model = build(["q_proj", "experts"], rank_pattern={"experts.down_proj": 2})
+    ranks = {row.module: row.rank for row in coverage(model)}
     assert ranks == {"self_attn.q_proj": 4, "mlp.experts.gate_up_proj": 4, "mlp.experts.down_proj": 2}
 
 
@@ -120,16 +112,14 @@ def test_biases_train_where_the_model_has_them() -> None:
     biases = {name for name in trainable(model) if "lora_" not in name}
     assert len(biases) == 8 and all(name.endswith("_proj.base_layer.bias") for name in biases)
     assert sum(row.parameters for row in coverage(model)) == model.get_nb_trainable_parameters()[0]
-    losses = step(model, 8)
-    assert losses[-1] < losses[0]
+    learns(model)
 
 
 def test_experts_with_gradient_checkpointing() -> None:
     model = build(["all-linear", "experts"])
     prepare_for_checkpointing(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses = step(model, 8)
-    assert losses[-1] < losses[0]
+    learns(model)
 
 
 @pytest.mark.parametrize(

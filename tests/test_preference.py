@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -32,8 +31,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
 def pair(number: str, turn: int) -> dict[str, Any]:
-    ask = {"role": "user", "content": f"what is {number}?"}
-    good, bad = ({"role": "assistant", "content": text} for text in (f"\n it is {number}.", "who knows"))
+    (ask, good), (_, bad) = (tiny.turns(f"what is {number}?", text) for text in (f"\n it is {number}.", "who knows"))
     shapes = [
         {"prompt": [ask], "chosen": [good], "rejected": [bad]},
         {"chosen": [ask, good], "rejected": [ask, bad]},
@@ -46,8 +44,7 @@ def pair(number: str, turn: int) -> dict[str, Any]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preference")
     tiny.base(folder / "base")
-    rows = [pair(number, turn) for turn, number in enumerate(NUMBERS)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tiny.write(folder / "pairs.jsonl", [pair(number, turn) for turn, number in enumerate(NUMBERS)])
     return folder
 
 
@@ -94,8 +91,7 @@ def test_a_run_learns_and_its_loss_is_that_of_the_paper(targets: str, place: Pat
 def test_rows_are_two_chats_as_our_encoder_has_them(place: Path, tmp_path: Path) -> None:
     words = load_tokenizer(place / "base")
     rows = load_data(recipe(place, tmp_path, "data.eval_fraction=0"), words, {}).train
-    ask = {"role": "user", "content": "what is one?"}
-    made = [encode([ask, {"role": "assistant", "content": text}], words) for text in ("\n it is one.", "who knows")]
+    made = [encode(tiny.turns("what is one?", text), words) for text in ("\n it is one.", "who knows")]
     assert rows[0]["cut"] == len(made[0]["input_ids"])
     for key in ("input_ids", "labels"):
         assert rows[0][key] == made[0][key] + made[1][key]
@@ -107,8 +103,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(place: Path, tmp_path: Path) -> 
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "cut" / "lora" / f"step-{step:08d}")
-    result = train(cut, resume=True, check=False)
-    assert result.steps == 6
+    assert train(cut, resume=True, check=False).steps == 6
     ended = [load_file(tmp_path / name / "lora/step-00000006/adapter_model.safetensors") for name in ("whole", "cut")]
     assert same(*ended)
 
@@ -122,9 +117,8 @@ def test_fast_paths_change_nothing(place: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_are_held_out_whole(place: Path, tmp_path: Path) -> None:
-    path = tmp_path / "twice.jsonl"
     rows = [row | {"rejected": other} for row in (pair(number, 2) for number in NUMBERS) for other in ("no", "never")]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = tiny.write(tmp_path / "twice.jsonl", rows)
     words = load_tokenizer(place / "base")
     data = load_data(recipe(place, tmp_path, f"data.path={path}", "data.eval_fraction=0.5"), words, {})
     prompts = [{tuple(row["input_ids"][: row["cut"]]) for row in part} for part in (data.train, data.eval)]
@@ -132,9 +126,8 @@ def test_prompts_are_held_out_whole(place: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said_before_anything_is_trained(place: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
     bad = [pair("one", 0), {"prompt": "a", "chosen": "b"}, pair("two", 0) | {"rejected": "x <|end|>"}]
-    path.write_text("\n".join(map(json.dumps, bad)), encoding="utf-8")
+    path = tiny.write(tmp_path / "bad.jsonl", bad)
     words = load_tokenizer(place / "base")
     with pytest.raises(DataError) as caught:
         load_data(recipe(place, tmp_path, f"data.path={path}"), words, {})

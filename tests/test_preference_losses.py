@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,9 +11,10 @@ import pytest
 import tiny
 from datasets import Dataset
 from lora_runs import same
+from read_rows import trained
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import write
+from tiny import turns, write
 from transformers import TrainerCallback, set_seed
 
 from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_recipe, load_tokenizer, train
@@ -30,13 +30,10 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("losses")
     tiny.base(folder / "base")
-    good, bad = ([{"role": "assistant", "content": text}] for text in ("\n it is {}.", "who knows"))
-    asked = [{"role": "user", "content": "what is {}?"}]
-    pairs = [{"prompt": asked, "chosen": good, "rejected": bad}] * len(NUMBERS)
-    write(
-        folder / "pairs.jsonl",
-        [json.loads(json.dumps(row).replace("{}", n)) for row, n in zip(pairs, NUMBERS, strict=True)],
-    )
+    bad = turns("", "who knows")[1:]
+    answers = [turns(f"what is {n}?", f"\n it is {n}.") for n in NUMBERS]
+    pairs = [{"prompt": [asked], "chosen": [good], "rejected": bad} for asked, good in answers]
+    write(folder / "pairs.jsonl", pairs)
     judged = [{"prompt": f"what is {n}?", "completion": f"it is {n}." if at % 2 else "who knows", "label": bool(at % 2)}
               for at, n in enumerate(NUMBERS)]  # fmt: skip
     write(folder / "judged.jsonl", judged)
@@ -166,7 +163,7 @@ def judged(place: Path, tmp_path: Path, *rows: dict[str, Any], more: tuple[str, 
     return load_data(run, load_tokenizer(place / "base"), {})
 
 
-HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+HI = turns("Hi", "Ho")
 
 
 def test_judged_rows_of_every_shape(place: Path, tmp_path: Path) -> None:
@@ -182,16 +179,14 @@ def test_judged_rows_of_every_shape(place: Path, tmp_path: Path) -> None:
     assert not data.report.duplicates
     chats = judged(
         place, tmp_path,
-        {"messages": [*HI, {"role": "user", "content": "so"}, {"role": "assistant", "content": "a"}], "good": 1},
+        {"messages": turns("Hi", "Ho", "so", "a"), "good": 1},
         {"messages": HI, "good": False}, more=("data.columns={label: good}",),
     )  # fmt: skip
     words = load_tokenizer(place / "base")
-    learned = [token for token in chats.train[0]["labels"] if token != -100]
-    assert words.decode(learned) == "a<|end|>"  # of a chat, its last answer is judged
+    assert trained(chats.train[0], words) == "a|"  # of a chat, its last answer is judged
     pairs = judged(place, tmp_path, {"prompt": "Hi", "chosen": "Ho", "rejected": "Go"}).train
-    assert list(pairs["label"]) == [True, False] and words.decode(pairs[1]["input_ids"]).endswith(
-        " Go<|end|><|endoftext|>"
-    )
+    assert list(pairs["label"]) == [True, False]
+    assert words.decode(pairs[1]["input_ids"]).endswith(" Go<|end|><|endoftext|>")
 
 
 WRONG = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from transformers import BitsAndBytesConfig, PhimoeConfig, PhimoeForCausalLM, Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, PhimoeConfig, Trainer, TrainingArguments
 
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.recipe import Recipe, load_recipe
@@ -91,20 +90,16 @@ PUBLISHED = {
     "phi3-mini-4k-modelcard": MODEL_CARD,
     "phi3-mini-4k-lora-cookbook": COOKBOOK,
     "phi3-mini-4k-qlora-cookbook": COOKBOOK
-    | {
-        "model.quantize": "nf4",
-        "training.activation_checkpointing": True,  # by prepare_model_for_kbit_training
-        "output_dir": "phi-3-mini-QLoRA",
-    },
+    # checkpointing by prepare_model_for_kbit_training
+    | _keys("{model: {quantize: nf4}, training: {activation_checkpointing: true}, output_dir: phi-3-mini-QLoRA}"),
     "phi3-mini-4k-inference-finetuning": NOTEBOOK,
     "phi3-script": NOTEBOOK
-    | {
-        "model.path": "Model_Name",
-        "model.dtype": "float16",
-        "training.fp16": True,
-        "data.max_rows": None,
-        "output_dir": "runs/phi3-script",
-    },
+    | _keys("""
+model: {path: Model_Name, dtype: float16}
+training: {fp16: true}
+data: {max_rows: null}
+output_dir: runs/phi3-script
+"""),
     "phi3-mini-4k-olive": _keys("""
 lora: {r: 64, alpha: 64, dropout: 0.1, targets: [o_proj, qkv_proj]}
 data: {max_length: 2048, eval_fraction: 0.3}
@@ -191,9 +186,9 @@ def test_a_preset_says_what_it_is_and_how_to_run_it(name: str) -> None:
     assert any(line.startswith(f"#   phi3-lora train {name}") for line in header), "the command that runs it"
     assert "# yaml-language-server: $schema=recipe.schema.json" in header
     assert about.group and about.method and about.memory
-    assert ("phi3-lora-plugin[qlora]" in about.needs) == (
-        load_recipe(name).model.quantize != "none" or load_recipe(name).training.get("optim") == "paged_adamw_32bit"
-    )
+    recipe = load_recipe(name)
+    in_bits = recipe.model.quantize != "none" or recipe.training.get("optim") == "paged_adamw_32bit"
+    assert ("phi3-lora-plugin[qlora]" in about.needs) == in_bits
 
 
 def test_the_shipped_schema_is_the_generated_one() -> None:
@@ -204,11 +199,10 @@ def test_the_shipped_schema_is_the_generated_one() -> None:
 def test_a_preset_fits_the_schema_and_a_spoilt_one_does_not(name: str) -> None:
     file = shipped(name)
     assert file is not None
-    data = read_file(file)
-    data_with_parent: dict[str, Any] = data.data
+    data: dict[str, Any] = read_file(file).data
     validator = jsonschema.Draft202012Validator(recipe_schema())
 
-    validator.validate(data_with_parent)
+    validator.validate(data)
     for section, key, value in (
         ("lora", "dropuot", 0.1),
         ("lora", "r", "8"),
@@ -217,35 +211,28 @@ def test_a_preset_fits_the_schema_and_a_spoilt_one_does_not(name: str) -> None:
         ("data", "packing", "yes"),
         (None, "learning_rate", 1e-4),
     ):
-        spoilt = copy.deepcopy(data_with_parent)
+        spoilt = copy.deepcopy(data)
         (spoilt.setdefault(section, {}) if section else spoilt)[key] = value
         assert not validator.is_valid(spoilt), (section, key)
     for section, key, value in (("lora", "lora_alpha", 8), ("lora", "init_lora_weights", False), ("training", "x", 1)):
-        fine = copy.deepcopy(data_with_parent)
+        fine = copy.deepcopy(data)
         fine.setdefault(section, {})[key] = value
         validator.validate(fine)
     validator.validate({"extends": "tiny-cpu", "lora": None, "data": {"max_length": None}})
     assert not validator.is_valid({"seed": 1})
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning", "error::FutureWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_makes_the_real_arguments_without_a_deprecation(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, [f"output_dir={tmp_path}", *DEVICES.get(name, ())])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)
-        warnings.simplefilter("error", FutureWarning)
-        args = training_arguments(recipe, has_eval=True)
-        options = lora_options(recipe)
-        config = peft.LoraConfig(
-            r=options.pop("r"),
-            lora_alpha=options.pop("alpha"),
-            lora_dropout=options.pop("dropout"),
-            target_modules=options.pop("targets"),
-            **options,
-        )
-        if recipe.model.quantize == "nf4":
-            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    args = training_arguments(recipe, has_eval=True)
+    options = lora_options(recipe)
+    names = {"alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}  # of ours, PEFT's
+    config = peft.LoraConfig(**{names.get(key, key): value for key, value in options.items()})
+    if recipe.model.quantize == "nf4":
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
     assert isinstance(args, TrainingArguments)
     assert (config.r, config.lora_alpha) == (recipe.lora.r, recipe.lora.alpha)
@@ -261,25 +248,7 @@ def tiny_base(path: str) -> Any:
     if "MoE" in path:
         # Heads that are pruned: together they are not the hidden size, which transformers before 5 does not know.
         pruned = "tiny" in path and hasattr(PhimoeConfig(), "rope_parameters")
-        torch.manual_seed(0)
-        return PhimoeForCausalLM(
-            PhimoeConfig(
-                vocab_size=512,
-                hidden_size=32,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_local_experts=4,
-                max_position_embeddings=256,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-                attention_bias=True,
-                lm_head_bias=True,
-                **({"head_dim": 4, "router_jitter_noise": 0.01, "input_jitter_noise": 0.01} if pruned else {}),
-            )
-        )
+        return tiny.moe(**({"head_dim": 4, "router_jitter_noise": 0.01, "input_jitter_noise": 0.01} if pruned else {}))
     traits: dict[str, Any] = {}
     if "medium" in path or "phi-4" in path.lower():
         traits["num_key_value_heads"] = 2
@@ -290,6 +259,10 @@ def tiny_base(path: str) -> Any:
     return tiny.model(**traits)
 
 
+# Only PEFT's look at a renamed attribute and old accelerate's use of torch may warn: neither is a call of ours.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_trains_a_tiny_model_of_its_family(name: str, tmp_path: Path) -> None:
@@ -301,33 +274,19 @@ def test_a_preset_trains_a_tiny_model_of_its_family(name: str, tmp_path: Path) -
     if "grpo" in name:
         overrides.append("grpo.num_generations=2")
     recipe = load_recipe(name, overrides)
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        {"input_ids": ids, "labels": [-100] * 4 + ids[4:]}
-        for ids in torch.randint(3, 500, (8, 24), generator=generator).tolist()
-    ]
+    drawn = torch.randint(3, 500, (8, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": ids, "labels": [-100] * 4 + ids[4:]} for ids in drawn]
+    model = add_lora(tiny_base(recipe.model.path), **lora_options(recipe))
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, has_eval=True),
+        train_dataset=rows,  # type: ignore[arg-type]
+        eval_dataset=rows[:2],  # type: ignore[arg-type]
+    )
+    trainer.train()
 
-    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
-
-    # Only PEFT's look at a renamed attribute and old accelerate's use of torch may warn: neither is a call of ours.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        warnings.filterwarnings("ignore", message=".*torch.cpu.amp.autocast", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        model = add_lora(tiny_base(recipe.model.path), **lora_options(recipe))
-        before = {key: value.detach().clone() for key, value in model.named_parameters()}
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(recipe, has_eval=True),
-            train_dataset=rows,  # type: ignore[arg-type]
-            eval_dataset=rows[:2],  # type: ignore[arg-type]
-            data_collator=collate,
-        )
-        trainer.train()
-        loss = trainer.evaluate()["eval_loss"]
-
-    assert 0 < loss < 20
+    assert 0 < trainer.evaluate()["eval_loss"] < 20
     changed = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
     assert changed == {key for key in before if "lora_" in key}
     assert not any("router" in key or "gate.weight" in key or "lm_head" in key for key in changed)

@@ -25,8 +25,7 @@ pytestmark = pytest.mark.long
 trl = pytest.importorskip("trl")
 SCRIPTS = Path(str(trl.__file__)).parent / "scripts"
 OURS = Path(__file__).parent / "published"
-ASK, GOOD, BAD = ([{"role": role, "content": text}] for role, text in
-                  (("user", "what is two?"), ("assistant", "it is two."), ("assistant", "who knows")))  # fmt: skip
+ASK, GOOD, BAD = tiny.turns("what is two?"), tiny.turns("", "it is two.")[1:], tiny.turns("", "who knows")[1:]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "chats": [{"messages": ASK + GOOD}] * 8,
     "pairs": [{"prompt": ASK, "chosen": GOOD, "rejected": BAD}] * 8,
@@ -49,13 +48,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     tiny.base(folder / "base")
     published = tiny.base(folder / "microsoft" / "Phi-3-mini-4k-instruct")
-    config = json.loads((published / "config.json").read_text())
     remote = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
-    (published / "config.json").write_text(json.dumps(config | {"auto_map": remote}))  # code that is not there
+    tiny.edit(published / "config.json", auto_map=remote)  # code that is not there
     for name, rows in ROWS.items():
-        (folder / name).mkdir()
         for split in ("train", "test"):
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            tiny.write(folder / name / f"{split}.jsonl", rows)
     data = folder / "HuggingFaceH4" / "ultrachat_200k" / "data"
     data.mkdir(parents=True)
     for split in ("train_sft", "test_sft"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,8 @@ def test_an_evaluation_between_steps_takes_no_gradient_away(base: Path, kind: st
 
 
 def run(base: Path, out: Path, steps: int, **options: Any) -> Any:
-    rows = out.parent / "rows.jsonl"
-    if not rows.exists():
-        turns = [("user", "how many apples in basket {}?"), ("assistant", "there are {} apples")]
-        chats = [[{"role": role, "content": text.format(n)} for role, text in turns] for n in range(24)]
-        rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    chats = [tiny.chat(f"how many apples in basket {n}?", f"there are {n} apples") for n in range(24)]
+    rows = tiny.write(out.parent / "rows.jsonl", chats)
     settings = [
         f"model.path={base}", "model.device=cpu", "model.dtype=bfloat16", f"data.path={rows}", "data.eval_path=null",
         "data.eval_fraction=0.2", f"output_dir={out}", f"training.max_steps={steps}", "training.eval_strategy=steps",

@@ -77,13 +77,8 @@ def test_show_resolved_is_the_recipe_again_and_says_where_from(tmp_path: Path) -
     assert load_recipe(tmp_path / "again.yaml").digest() == expected.digest()
     origin = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in shown.splitlines() if "  # " in line}
     assert origin["r"] == "override" and origin["bias"] == "default"
-    assert (
-        origin["learning_rate"]
-        .strip()
-        .endswith(
-            f"phi3-mini-4k-inference-finetuning.yaml:{expected.provenance['training.learning_rate'].rpartition(':')[2]}"
-        )
-    )
+    line = expected.provenance["training.learning_rate"].rpartition(":")[2]
+    assert origin["learning_rate"].strip().endswith(f"phi3-mini-4k-inference-finetuning.yaml:{line}")
     assert run("show", "phi3-script", *overrides).stdout == shown  # overrides show only in the resolved form
 
 
@@ -152,6 +147,5 @@ def test_the_schema_is_one() -> None:
     schema = json.loads(run("schema").stdout)
 
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert {"model", "data", "lora", "training", "checkpoint", "output_dir", "seed", "extends"} <= set(
-        schema["properties"]
-    )
+    sections = {"model", "data", "lora", "training", "checkpoint", "output_dir", "seed", "extends"}
+    assert sections <= set(schema["properties"])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
+from commands import phi3_lora
+from lora_runs import trainer
 from peft import LoraConfig, get_peft_model
-from test_activate import trainer
 
 from phi3_lora_plugin import attach
-from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.hosts import activate, base
 from phi3_lora_plugin.model.families import UnsupportedModel
 from phi3_lora_plugin.recipe import load_recipe
@@ -28,27 +27,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`flash`: a download without weights; `adapter`: one that somebody trained on it elsewhere; and `rows.jsonl`."""
     folder = tmp_path_factory.mktemp("flash")
     tiny.tokenizer().save_pretrained(folder / "flash")
-    config = {
-        "model_type": "phi4flash",
-        "auto_map": {"AutoModelForCausalLM": "modeling_phi4flash.Phi4FlashForCausalLM"},
-    }
-    (folder / "flash" / "config.json").write_text(json.dumps(config | {"hidden_size": 2560}), encoding="utf-8")
+    code = {"AutoModelForCausalLM": "modeling_phi4flash.Phi4FlashForCausalLM"}
+    config = {"model_type": "phi4flash", "auto_map": code, "hidden_size": 2560}
+    (folder / "flash" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["qkv_proj"])).save_pretrained(folder / "adapter")
-    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = HUB
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    tiny.edit(folder / "adapter" / "adapter_config.json", base_model_name_or_path=HUB)
+    tiny.write(folder / "rows.jsonl", [tiny.chat("Hi", "Hello.")])
     return folder
-
-
-def phi3_lora(words: str, places: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> Any:
-    """(exit code, stdout, stderr) of a command, run in this process."""
-    patch.chdir(places)
-    patch.setattr("sys.argv", ["phi3-lora", *words.split()])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return ended.value.code, *capture.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -76,18 +61,18 @@ def phi3_lora(words: str, places: Path, patch: pytest.MonkeyPatch, capture: pyte
 def test_every_command_says_the_sentence(
     words: str, code: int, places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ended, out, error = phi3_lora(words, places, monkeypatch, capsys)
-    told = " ".join((out + error).split())
+    monkeypatch.chdir(places)
+    assert phi3_lora(*words.split()) == code
+    told = " ".join("".join(capsys.readouterr()).split())
     assert all(word in told for word in WORDS), told[-600:]
-    assert ended == code and "Traceback" not in told
+    assert "Traceback" not in told
     assert not [name for name in ("merged", "shipped") if (places / name).exists()]
 
 
-def test_show_prints_the_recipe_and_says_it(
-    places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, error = phi3_lora(f"show tiny-cpu model.path={HUB}", places, monkeypatch, capsys)
-    assert code == 0 and f"path: {HUB}" in out and all(word in error for word in WORDS) and "SambaY" not in out
+def test_show_prints_the_recipe_and_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert phi3_lora("show", "tiny-cpu", f"model.path={HUB}") == 0
+    out, error = capsys.readouterr()
+    assert f"path: {HUB}" in out and all(word in error for word in WORDS) and "SambaY" not in out
 
 
 def test_hosts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, places: Path) -> None:

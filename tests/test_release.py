@@ -35,10 +35,8 @@ sys.path.pop(0)
 def test_the_version_has_one_owner() -> None:
     assert metadata.version("phi3-lora-plugin") == PROJECT["version"]
     assert PROJECT["version"] in CliRunner().invoke(app, ["--version"]).stdout
-    elsewhere = [
-        path for path in PACKAGE.rglob("*.py") if re.search(rf'["\']{PROJECT["version"]}["\']', path.read_text("utf-8"))
-    ]
-    assert not elsewhere
+    written = re.compile(rf'["\']{PROJECT["version"]}["\']')
+    assert not [path for path in PACKAGE.rglob("*.py") if written.search(path.read_text("utf-8"))]
 
 
 def test_the_metadata_is_whole() -> None:
@@ -60,9 +58,8 @@ def test_a_release_needs_tag_version_changelog_and_repository_to_agree() -> None
 def test_the_release_workflow_builds_by_targets_that_exist_and_publishes_without_a_token() -> None:
     flow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
     jobs = flow["jobs"]
-    targets = {
-        word for step in jobs["build"]["steps"] for word in step.get("run", "").split()[1:] if "make" in step["run"]
-    }
+    made = [step["run"] for step in jobs["build"]["steps"] if "make" in step.get("run", "")]
+    targets = {word for command in made for word in command.split()[1:]}
     makefile = (ROOT / "Makefile").read_text()
     assert targets == {"dist", "sbom"} and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     assert set(jobs["publish"]["needs"]) == {"build", "gate"}
@@ -71,10 +68,8 @@ def test_the_release_workflow_builds_by_targets_that_exist_and_publishes_without
 
 def test_versions_md_has_what_is_tested() -> None:
     text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
-    rows = {
-        name: (oldest, newest)
-        for name, oldest, newest in re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)
-    }
+    found = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)
+    rows = {name: (oldest, newest) for name, oldest, newest in found}
     both = {name: (ends["oldest"], ends["newest"]) for name, ends in known_versions().items() if len(ends) == 2}
     assert rows == both
     assert f"| {'.'.join(PROJECT['version'].split('.')[:2])} | current |" in text

@@ -29,14 +29,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base and chats."""
     folder = tmp_path_factory.mktemp("render")
     tiny.base(folder / "base")
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (folder / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    tiny.write(folder / "chats.jsonl", [tiny.chat("a", "b")])
     return folder
 
 
 def config(name: str, host: str, *overrides: str) -> dict[str, Any]:
-    text = render(load_recipe(name, overrides), host).text
-    loaded: dict[str, Any] = yaml.safe_load(text)
+    loaded: dict[str, Any] = yaml.safe_load(render(load_recipe(name, overrides), host).text)
     return loaded
 
 
@@ -66,9 +64,8 @@ def test_the_row_limit_is_the_one_that_a_run_takes(host: str, key: str, place: P
         assert config(name, host, "data.max_length=")[key] == wanted
         assert config(name, host, "data.max_length=77")[key] == 77
     assert config("phi4-lora", host, f"model.path={place / 'base'}", "data.max_length=")[key] == 256  # by its config
-    assert (
-        "is not on this machine" in render(load_recipe("tiny-cpu", ["model.path=a/b", "data.max_length="]), host).text
-    )
+    elsewhere = load_recipe("tiny-cpu", ["model.path=a/b", "data.max_length="])
+    assert "is not on this machine" in render(elsewhere, host).text
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -77,9 +74,8 @@ def test_no_setting_of_the_adapter_is_lost_in_silence(host: str) -> None:
              "loftq_config": "{loftq_iter: 1}", "layers_to_transform": "[1]", "trainable_token_indices": "[7]",
              "modules_to_save": "[lm_head]",
              "init": "loftq", "ensure_weight_tying": "true", "loraplus_lr_ratio": "16"}  # fmt: skip
-    text = render(
-        load_recipe("phi3-mini-4k-qlora", [f"lora.{name}={value}" for name, value in given.items()]), host
-    ).text
+    overrides = [f"lora.{name}={value}" for name, value in given.items()]
+    text = render(load_recipe("phi3-mini-4k-qlora", overrides), host).text
     for name in given:
         kept = [line for line in text.splitlines() if name in line or name.replace("plus", "p") in line]
         assert kept or (name == "init" and "init_weights" in text), (host, name)
@@ -151,8 +147,7 @@ def test_the_hosts_own_parser_accepts_it(host: str, place: Path, tmp_path: Path,
     if python is None:
         done = warm.run(FILE, *map(str, words), cwd=tmp_path, plain=True, **quiet)
     else:
-        done = subprocess.run(
-            [python, *words], capture_output=True, text=True, cwd=tmp_path, timeout=600, env={**os.environ, **quiet}
-        )
+        there: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | quiet, "timeout": 600}
+        done = subprocess.run([python, *words], capture_output=True, text=True, **there)
     said = [line for line in done.stdout.splitlines() if ": accepted" in line or ": refused" in line]
     assert done.returncode == 0 and len(said) == len(names), "\n".join([*said, done.stderr[-2000:]])

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,13 +16,13 @@ import chromium
 import lora_runs
 import pytest
 import tiny
+from commands import phi3_lora
 from transformers import TrainerCallback
 
 pytest.importorskip("pygal", reason="pygal draws the charts of reports and is not installed: pip install pygal")
 
 from phi3_lora_plugin import LoraCheckpoint, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.marked import mark
-from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.pipeline import TrainingError
 from phi3_lora_plugin.report.charts import charts_of, thin
 from phi3_lora_plugin.report.page import render_data, render_runs, try_report, write_report
@@ -48,27 +47,22 @@ class Interrupt(TrainerCallback):
 
 
 def chats(kind: str) -> list[dict[str, Any]]:
-    def turns(question: str, answer: str) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
     if kind == "dpo":
-        return [
-            {"prompt": turns(f"{n}?", "")[:1], "chosen": turns("", f"yes {n}")[1:], "rejected": turns("", "no")[1:]}
-            for n in range(12)
-        ]
+        said = {word: tiny.turns("", word)[1:] for word in ("yes", "no")}
+        return [{"prompt": tiny.turns(f"{n}?"), "chosen": said["yes"], "rejected": said["no"]} for n in range(12)]
     if kind == "tools":
         result = [{"role": "tool", "content": "three apples"}, {"role": "assistant", "content": "there are three"}]
         called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-        calls = [{"messages": [{"role": "user", "content": f"how many, {n}?"}, called, *result]} for n in range(4)]
-        thoughts = [{"messages": turns(f"what is {n}?", "<think>the fox</think>a fox")} for n in range(4)]
-        return [*({"messages": turns(f"{n}?", "hello")} for n in range(8)), *calls, *thoughts]
-    return [{"messages": turns(f"{n}? {EVIL}", f"the fox {n} {EVIL}")} for n in range(24)]
+        calls = [{"messages": [*tiny.turns(f"how many, {n}?"), called, *result]} for n in range(4)]
+        thoughts = [tiny.chat(f"what is {n}?", "<think>the fox</think>a fox") for n in range(4)]
+        return [*(tiny.chat(f"{n}?", "hello") for n in range(8)), *calls, *thoughts]
+    return [tiny.chat(f"{n}? {EVIL}", f"the fox {n} {EVIL}") for n in range(24)]
 
 
 def start(place: Path, out: Path, kind: str = "chats", *overrides: str, **options: Any) -> Any:
     file = place / f"{kind}.jsonl"
     if not file.exists():
-        file.write_text("".join(json.dumps(row) + "\n" for row in chats(kind)))
+        tiny.write(file, chats(kind))
     settings = [
         f"model.path={place / 'base'}", f"data.path={file}", "data.eval_path=null", "data.eval_fraction=0.3",
         "data.max_length=240", "training.num_train_epochs=null", "training.max_steps=4", "training.logging_steps=1",
@@ -130,11 +124,8 @@ def page(run: Path) -> str:
     tags = Tags(text)
     assert len(tags.ids) == len(set(tags.ids))
     assert all(link[1:] in tags.ids for link in tags.links)
-    assert (
-        len(text.encode()) < LIMIT
-        and "http://" not in text.replace("http://www.w3.org/", "")
-        and "https://" not in text
-    )
+    assert len(text.encode()) < LIMIT
+    assert "http://" not in text.replace("http://www.w3.org/", "") and "https://" not in text
     assert all(f'<h2 id="{name}-title">' in text for name in ("curves", "data", "lora", "speed", "recipe", "next"))
     return text
 
@@ -170,9 +161,8 @@ def test_what_went_wrong_stands_on_the_page(place: Path) -> None:
 
 def test_tools_and_thoughts_and_pairs_have_their_colours(place: Path) -> None:
     tools = page(place / "tools")
-    assert (
-        '<mark class="thoughts">&lt;think&gt;the fox&lt;/think&gt;</mark>' in tools and "Preferred answers" not in tools
-    )
+    assert '<mark class="thoughts">&lt;think&gt;the fox&lt;/think&gt;</mark>' in tools
+    assert "Preferred answers" not in tools
     assert re.search(r'<mark class="calls">[^<]*look', tools)
     dpo = page(place / "dpo")
     assert "Preferred answers" in dpo and "the chosen answer" in dpo and "the rejected answer" in dpo
@@ -183,24 +173,15 @@ def test_the_command_it_names_resumes_the_run(place: Path, tmp_path: Path, monke
     shutil.copytree(place / "interrupted", run)
     monkeypatch.setattr("shutil.which", lambda name: None)
     [command] = re.findall(r"<code>(phi3-lora train .*?)</code>", render_runs([read_run_folder(run)]))
-    monkeypatch.setattr(sys, "argv", command.split() + ["--no-check", "--quiet"])
-    main_exit(0)
+    assert phi3_lora(*command.split()[1:], "--no-check", "--quiet") == 0
     assert [line["step"] for line in read_lines(run / METRICS) if line["kind"] == "train"] == [1, 2, 3, 4]
     text = page(run)
     assert "resumed 1 time" in text and '<span class="badge good">finished</span>' in text
 
 
-def main_exit(code: int) -> None:
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert int(left.value.code or 0) == code
-
-
-def test_several_runs_stand_side_by_side(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_runs_stand_side_by_side(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "both.html"
-    words = ["report", str(place / "done"), str(place / "failed"), str(place / "dpo"), "--output", str(out)]
-    monkeypatch.setattr(sys, "argv", ["phi3-lora", *words])
-    main_exit(0)
+    assert phi3_lora("report", place / "done", place / "failed", place / "dpo", "--output", out) == 0
     text = out.read_text(encoding="utf-8")
     tags = Tags(text)
     assert len(tags.ids) == len(set(tags.ids)) and len(text.encode()) < LIMIT
@@ -208,18 +189,14 @@ def test_several_runs_stand_side_by_side(place: Path, tmp_path: Path, monkeypatc
     assert all(f"<summary>{name}</summary>" in text for name in ("done", "failed", "dpo"))
 
 
-def test_folders_without_a_run_are_named(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_folders_without_a_run_are_named(place: Path, tmp_path: Path, capsys: Any) -> None:
     adapter = place / "done" / "lora" / "step-00000004"
     for folder, said in (
         (tmp_path / "none", "is not a folder"),
         (tmp_path, "nothing of a run"),
         (adapter, f"did you mean {place / 'done'}?"),
     ):
-        monkeypatch.setattr(sys, "argv", ["phi3-lora", "report", str(folder)])
-        main_exit(2)
-        assert said in capsys.readouterr().err
+        assert phi3_lora("report", folder) == 2 and said in capsys.readouterr().err
 
 
 def test_damaged_files_are_left_out(place: Path, tmp_path: Path) -> None:
@@ -272,8 +249,7 @@ def test_long_curves_keep_their_peaks() -> None:
 def test_the_data_page_stands_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     words = [f"model.path={place / 'base'}", f"data.path={place / 'chats.jsonl'}", "data.eval_path=null"]
-    monkeypatch.setattr(sys, "argv", ["phi3-lora", "data", "check", "tiny-cpu", *words, "--html"])
-    main_exit(0)
+    assert phi3_lora("data", "check", "tiny-cpu", *words, "--html") == 0
     assert "wrote data.html" in capsys.readouterr().out
     text = (tmp_path / "data.html").read_text(encoding="utf-8")
     assert Tags(text) and "&lt;script&gt;" in text and "Length of training rows" in text and "<mark>" in text
@@ -335,13 +311,11 @@ def test_a_real_browser_shows_the_page_at_two_widths(place: Path, tmp_path: Path
                 assert shown.value("document.scripts.length") == 0
                 for role in ("main", "navigation", "banner", "contentinfo", "heading", "table"):
                     assert any(found == role for found, _ in nodes), role
-                assert all(
-                    name for role, name in nodes if role in ("image", "img", "heading", "table", "link", "region")
-                )
+                named = ("image", "img", "heading", "table", "link", "region")
+                assert all(name for role, name in nodes if role in named)
                 # Text that is as dark or as light as what is behind it would not be seen.
-                colours = shown.value(
-                    "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
-                )
+                style = "getComputedStyle(document.body)"
+                colours = shown.value(f"[{style}.color, {style}.backgroundColor]")
                 light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours]
                 assert (light[0] > light[1]) == (width == 390) and abs(light[0] - light[1]) > 300
         # The check itself sees what is wrong: a page with a script and a picture from elsewhere.

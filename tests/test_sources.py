@@ -145,6 +145,7 @@ def test_a_folder_with_splits_never_mixes_them_and_says_what_it_left_out(tmp_pat
         read(tmp_path / "data" / "extra.jsonl", "test")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 IMPOSTORS = {
     "a.jsonl": (b"", "is empty"),
     "b.json": (b" \n\n", "is empty"),
@@ -153,11 +154,8 @@ IMPOSTORS = {
         r"is a web page \(HTML\), not data; download the raw",
     ),
     "d.csv": (b"\n<html lang=en>", r"is a web page \(HTML\)"),
-    "e.json": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
-        "is a Git LFS pointer, not the data; run git lfs",
-    ),
-    "f.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    "e.json": (POINTER + b"oid sha256:1", "is a Git LFS pointer, not the data; run git lfs"),
+    "f.parquet": (POINTER, "is a Git LFS pointer"),
     "g.jsonl": (b"PK\x03\x04....", "is a zip archive; unpack it first"),
     "h.jsonl": ('{"a": "ü"}'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
     "i.parquet": (b"a,b\n1,2\n", "is not Parquet: it does not begin with PAR1"),
@@ -184,9 +182,8 @@ def test_all_sources_that_are_wrong_are_said_at_once_with_the_nearest_name(tmp_p
     missing, empty, folder, deep = caught.value.problems
     assert missing.endswith(f"chat.jsonl: no such file or folder; nearest is {tmp_path / 'chats.jsonl'}")
     assert empty.endswith("empty.json: is empty")
-    assert folder.endswith(
-        "nothing: no data files in this folder; expected .csv, .json, .jsonl, .ndjson, .parquet, .tsv"
-    )
+    endings = ".csv, .json, .jsonl, .ndjson, .parquet, .tsv"
+    assert folder.endswith(f"nothing: no data files in this folder; expected {endings}")
     assert deep.endswith(f"no such file or folder; no such folder: {tmp_path / 'there'}")
 
 
@@ -247,9 +244,8 @@ def test_odd_lines_of_json(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_json_at_all_is_one_error_and_not_a_thousand(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "plain words\n" * 1000)
-    with pytest.raises(
-        SourceError, match="a.jsonl:100: is not JSON: Expecting value, column 1, like every line before it"
-    ):
+    said = "a.jsonl:100: is not JSON: Expecting value, column 1, like every line before it"
+    with pytest.raises(SourceError, match=said):
         read(path)
 
 
@@ -257,10 +253,7 @@ def test_a_file_that_is_no_json_at_all_is_one_error_and_not_a_thousand(tmp_path:
     ("content", "message"),
     [
         ('[\n{"a": 1},\n{"a" 2}\n]', "a.json:3: is not JSON: Expecting ':' delimiter, column 6$"),
-        (
-            '[\n{"a": 1},\n{"a": ',
-            "a.json:3: is not JSON: Expecting value, column 7; the file ends here, was it cut off",
-        ),
+        ('[\n{"a": 1},\n{"a": ', "a.json:3: is not JSON: Expecting value, column 7; the file ends here, was it cut"),
         (b'[\n{"a": "\xe9"}\n]', r"a.json:2: is not UTF-8 \(byte 0xe9\); save it as UTF-8"),
         ("[" * 100_000, "a.json: is not JSON that can be read: maximum recursion"),
     ],
@@ -282,10 +275,9 @@ def test_rows_of_a_table_that_are_wrong(tmp_path: Path) -> None:
         f"{path}:7: column 'completion' holds NUL bytes; the file is damaged",
     ]
     assert [item.values["prompt"] for item in items if isinstance(item, Row)] == ["a", "last"]
-    open_quote = write(tmp_path / "b.csv", 'a,b\n1,2\n3,"4\n5,6\n')
-    assert problems(read(open_quote)) == [
-        f"{open_quote}:3: is not a row of the table: a quote that opens here is never closed"
-    ]
+    quote = write(tmp_path / "b.csv", 'a,b\n1,2\n3,"4\n5,6\n')
+    (never_closed,) = problems(read(quote))
+    assert never_closed == f"{quote}:3: is not a row of the table: a quote that opens here is never closed"
     twice = write(tmp_path / "c.csv", "prompt,answer,prompt\n1,2,3\n")
     with pytest.raises(SourceError, match="c.csv:1: has more than one column named 'prompt'"):
         read(twice)

@@ -96,9 +96,8 @@ def test_a_python_without_this_package_starts_as_ever(packages: Path) -> None:
     environment = {"PYTHONPATH": str(folder()), "PHI3_LORA_ACTIVATE": "1", "PATH": os.environ.get("PATH", "")}
     # -S leaves site-packages out, and with them this package; sitecustomize is then imported by hand.
     program = "import sitecustomize; print('started')"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", program], env=environment, capture_output=True, text=True, cwd="/"
-    )
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert done.stdout.strip() == "started" and done.stderr == ""
 
 
@@ -125,9 +124,7 @@ def test_asking_whether_a_module_exists_does_not_use_up_the_wait(
 
 def test_llamafactory_s_own_command_gets_a_prepared_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.config().save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        "phi3_lora_plugin.hosts.llamafactory.look_up", lambda name: pytest.fail(f"{name} was asked for")
-    )
+    monkeypatch.setattr(llamafactory, "look_up", lambda name: pytest.fail(f"{name} was asked for"))
     ran: list[Any] = []
 
     def run_exp(args: Any = None, callbacks: Any = None) -> None:

@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_families
 import tiny
+from pages import blocks, page
+from test_families import MEDIUM, MINI
 
 from phi3_lora_plugin.lora.plan import Block, TargetPlan, span
 from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
 
-MINI = dict(
-    model_type="phi3", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, vocab_size=32064, tie_word_embeddings=False,
-)  # fmt: skip
-MEDIUM = MINI | dict(
-    hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=10
-)
-PHI4_MINI = MINI | dict(num_attention_heads=24, num_key_value_heads=8, vocab_size=200064, tie_word_embeddings=True)
-MOE = MINI | dict(
-    model_type="phimoe", hidden_size=4096, intermediate_size=6400, num_key_value_heads=8, num_local_experts=16,
-    num_experts_per_tok=2,
-)  # fmt: skip
+PHI4_MINI = test_families.PHI4_MINI | {"tie_word_embeddings": True}
+MOE = test_families.MOE | {"intermediate_size": 6400}
 FUSED = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -64,10 +57,8 @@ def test_a_name_may_be_any_ending_of_the_module_path(name: str) -> None:
 def test_split_names_are_slices_with_their_own_rows() -> None:
     found = plan(["q_proj", "v_proj"], MEDIUM)
     assert found.target_modules == ["qkv_proj"]
-    assert found.blocks["model.layers.39.self_attn.qkv_proj"] == (
-        Block("q_proj", 0, 5120, 16),
-        Block("v_proj", 6400, 7680, 16),
-    )
+    blocks = found.blocks["model.layers.39.self_attn.qkv_proj"]
+    assert blocks == (Block("q_proj", 0, 5120, 16), Block("v_proj", 6400, 7680, 16))
     assert found.rank_pattern == {"qkv_proj": 32} and found.alpha_pattern == {"qkv_proj": 64}
     assert found.parameters == 40 * 16 * (2 * 5120 + 5120 + 1280)
 
@@ -91,10 +82,8 @@ def test_a_pattern_may_name_slices() -> None:
 
 
 def test_a_pattern_that_fits_the_end_of_a_fused_name_is_unclear() -> None:
-    message = problems(r".*(q_proj|v_proj)")
-    assert (
-        "fits both self_attn.qkv_proj as a whole and, of its slices, only self_attn.q_proj, self_attn.v_proj" in message
-    )
+    said = "fits both self_attn.qkv_proj as a whole and, of its slices, only self_attn.q_proj, self_attn.v_proj"
+    assert said in problems(r".*(q_proj|v_proj)")
 
 
 @pytest.mark.parametrize(
@@ -136,12 +125,11 @@ def test_lora_on_tied_embeddings_is_refused_with_the_reason() -> None:
 def test_layers_to_transform_is_the_way_to_choose_layers() -> None:
     found = plan(["qkv_proj", "up_proj"], layers_to_transform=[1, 5])
     assert found.layers_to_transform == [1, 5] and found.target_modules == ["gate_up_proj", "qkv_proj"]
-    assert [target.module for target in found.targets] == [
-        f"model.layers.{layer}.{name}" for layer in (1, 5) for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")
-    ]
-    assert plan(["qkv_proj"], layers_to_transform=3) == plan(
-        ["model.layers.3.self_attn.qkv_proj"], layers_to_transform=[3]
-    )
+    names = ("self_attn.qkv_proj", "mlp.gate_up_proj")
+    modules = [target.module for target in found.targets]
+    assert modules == [f"model.layers.{layer}.{name}" for layer in (1, 5) for name in names]
+    third = plan(["model.layers.3.self_attn.qkv_proj"], layers_to_transform=[3])
+    assert plan(["qkv_proj"], layers_to_transform=3) == third
     assert plan("all-linear", layers_to_transform=range(32)).layers_to_transform is None
     assert "expected layers of 0 to 31, got [32]" in problems("all-linear", layers_to_transform=32)
     assert "got none at all" in problems("all-linear", layers_to_transform=[])
@@ -159,9 +147,8 @@ def test_exclude_modules_by_name_and_by_pattern() -> None:
 
 
 def test_rank_and_alpha_patterns_of_whole_projections() -> None:
-    found = plan(
-        "all-linear", rank_pattern={"qkv_proj": 8, r"layers\.0\.mlp\.down_proj": 4}, alpha_pattern={"qkv_proj": 16}
-    )
+    pattern = {"qkv_proj": 8, r"layers\.0\.mlp\.down_proj": 4}
+    found = plan("all-linear", rank_pattern=pattern, alpha_pattern={"qkv_proj": 16})
     ranks = {target.module: (target.rank, target.alpha) for target in found.targets}
     assert ranks["model.layers.7.self_attn.qkv_proj"] == (8, 16)
     assert ranks["model.layers.0.mlp.down_proj"] == (4, 32) and ranks["model.layers.10.mlp.down_proj"] == (16, 32)
@@ -171,10 +158,8 @@ def test_rank_and_alpha_patterns_of_whole_projections() -> None:
 
 def test_rank_and_alpha_patterns_compose_with_slices() -> None:
     found = plan(["q_proj", "v_proj", "o_proj"], rank_pattern={"v_proj": 4}, alpha_pattern={"v_proj": 8})
-    assert found.blocks["model.layers.0.self_attn.qkv_proj"] == (
-        Block("q_proj", 0, 3072, 16),
-        Block("v_proj", 6144, 9216, 4),
-    )
+    blocks = found.blocks["model.layers.0.self_attn.qkv_proj"]
+    assert blocks == (Block("q_proj", 0, 3072, 16), Block("v_proj", 6144, 9216, 4))
     assert found.rank_pattern == {"qkv_proj": 20} and found.alpha_pattern == {"qkv_proj": 40}
     one_layer = plan(["q_proj"], rank_pattern={r"layers\.2\..*q_proj": 4}, alpha_pattern={r"layers\.2\..*q_proj": 8})
     assert one_layer.rank_pattern == {"model.layers.2.self_attn.qkv_proj": 4}
@@ -239,11 +224,8 @@ def test_unsupported_models_are_refused() -> None:
 
 
 def test_layers_are_written_as_ranges() -> None:
-    assert [span(each) for each in ([3], range(32), [0, 1, 2, 5, 7, 8])] == [
-        "layer 3",
-        "layers 0-31",
-        "layers 0-2, 5, 7-8",
-    ]
+    spans = {"layer 3": [3], "layers 0-31": range(32), "layers 0-2, 5, 7-8": [0, 1, 2, 5, 7, 8]}
+    assert [span(layers) for layers in spans.values()] == list(spans)
 
 
 def test_published_configs_resolve(shared_data: Path) -> None:
@@ -253,19 +235,19 @@ def test_published_configs_resolve(shared_data: Path) -> None:
         assert len(plan(LLAMA, config).blocks) == 2 * config["num_hidden_layers"]
 
 
-DOCS = Path(__file__).parents[1] / "docs" / "targets.md"
+DOCS = page("targets")
 
 
 def test_the_examples_of_the_docs_run() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 3
+    snippets = blocks(DOCS, "python")
+    assert len(snippets) >= 3
     names: dict[str, Any] = {"load": tiny.model}
-    for block in blocks:
-        exec(block, names)
+    for snippet in snippets:
+        exec(snippet, names)
 
 
 def test_the_table_of_the_docs_is_right() -> None:
-    rows = re.findall(r"^\| `targets: (.+?)` \| ([\d,]+) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `targets: (.+?)` \| ([\d,]+) \|", DOCS, re.MULTILINE)
     assert len(rows) >= 4
     for targets, count in rows:
         names = [name.strip() for name in targets.strip("[]").split(",")]

@@ -9,6 +9,8 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from read_rows import trained
+from tiny import turns
 
 from phi3_lora_plugin.chat import template_process, templates
 from phi3_lora_plugin.chat.encode import EncodeError, encode, prompt_ids
@@ -60,7 +62,7 @@ def test_expected_renders(shared_data: Path) -> None:
     rows = json.loads((shared_data / "chat_templates" / "expected_renders.json").read_text())
     rows = [row for row in rows if row.get("hf_jinja_equals_expected")]
     by_stem = {stem: name for name, stem in FILES.items()}
-    checked = 0
+    assert len(rows) >= 10
     for row in rows:
         if row.get("template_file"):
             name = by_stem[Path(row["template_file"]).stem]
@@ -71,8 +73,6 @@ def test_expected_renders(shared_data: Path) -> None:
         tokens = TOKENS if row.get("template_file") else {"bos_token": "", "eos_token": ""}
         (text,), _ = render(TEMPLATES[name].text, [row["messages"]], tokens, bool(row["add_generation_prompt"]))
         assert text == row["rendered"], row["source"]
-        checked += 1
-    assert checked == len(rows) >= 10
 
 
 @pytest.mark.slow
@@ -122,15 +122,14 @@ def test_a_known_template_behind_a_preamble_keeps_it(system: str) -> None:
     found = template_for(tokenizer)
     assert found.name == "phi-3-mini-4k with a preamble" and found.preamble == INSTRUCTIONS
     assert found.system == (system == "in its place")
-    chat = [{"role": "user", "content": " q\n"}, {"role": "assistant", "content": "\n a"}]
-    chats = [chat, [*chat, *chat], [{"role": "system", "content": "s"}, *chat]]
+    said = (" q\n", "\n a")
+    chats = [turns(*said), turns(*said, *said), turns(*said, system="s")]
     for each in chats if found.system else chats[:2]:
         row = encode(each, tokenizer)
         assert row["input_ids"] == tokenizer.apply_chat_template(each, return_dict=True)["input_ids"]
         prompt = prompt_ids(each[:-1], tokenizer)
         assert row["input_ids"][: len(prompt)] == prompt
-        trained = tokenizer.decode([label for label in row["labels"] if label != -100])
-        assert trained.replace(" ", "").strip() == "a<|end|>" * (len(each) // 2)
+        assert trained(row, tokenizer).replace(" ", "").strip() == "a|" * (len(each) // 2)
     if not found.system:
         with pytest.raises(EncodeError, match="drops system messages"):
             encode(chats[2], tokenizer)
@@ -165,7 +164,7 @@ def test_a_named_template_among_several_is_the_default_one() -> None:
 
 def test_every_template_marks_what_the_assistant_says_for_other_hosts() -> None:
     tokenizer = tiny.tokenizer()
-    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
+    chat = turns("hello", "fine")
     for template in TEMPLATES.values():
         if template.refused or template.stop != "<|end|>":
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import read_rows
 import tiny
 
 from phi3_lora_plugin import load_recipe
@@ -26,13 +27,11 @@ BLOCK = "<think>\nzu\n</think>\n\n"
 
 
 def read(**message: Any) -> list[dict[str, Any]]:
-    row = {"messages": [USER, {"role": "assistant"} | message]}
-    (name,) = detect(row)
-    return adapted(ADAPTERS[name], row, name)
+    return read_rows.read({"messages": [USER, {"role": "assistant"} | message]})
 
 
 def trained(row: dict[str, Any], tokenizer: Any = TOKENIZER) -> str:
-    return str(tokenizer.decode([label for label in row["labels"] if label != -100])).replace("<|end|>", "|")
+    return read_rows.trained(row, tokenizer)
 
 
 def whole(row: dict[str, Any]) -> str:

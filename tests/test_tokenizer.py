@@ -60,12 +60,8 @@ def test_members_without_an_unknown_token_pad_with_a_reserved_one(shared_data: P
     config = json.loads((shared_data / "tokenizers" / name / "tokenizer_config.json").read_text())
     backend = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
     size = len(backend["model"]["vocab"]) + len(backend["added_tokens"])
-    backend["added_tokens"] = [
-        token | {"id": size + index, "single_word": False}
-        for index, (_, token) in enumerate(
-            sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-        )
-    ]
+    tokens = [token for _, token in sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))]
+    backend["added_tokens"] = [token | {"id": size + at, "single_word": False} for at, token in enumerate(tokens)]
     backend["model"]["unk_token"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -132,14 +128,8 @@ def test_saved_truncation_and_padding_are_reset(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     backend = json.loads((folder / "tokenizer.json").read_text())
     backend["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    backend["padding"] = {
-        "strategy": {"Fixed": 128},
-        "direction": "Left",
-        "pad_to_multiple_of": None,
-        "pad_id": 2,
-        "pad_type_id": 0,
-        "pad_token": "</s>",
-    }
+    backend["padding"] = {"strategy": {"Fixed": 128}, "direction": "Left", "pad_to_multiple_of": None}
+    backend["padding"] |= {"pad_id": 2, "pad_type_id": 0, "pad_token": "</s>"}
     (folder / "tokenizer.json").write_text(json.dumps(backend))
     tokenizer = load_tokenizer(folder)
     text = "the quick brown fox jumps over the lazy dog"
@@ -158,9 +148,7 @@ def test_code_beside_a_tokenizer_is_never_run(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_ids_not_places(tmp_path: Path) -> None:
     one, two = load_tokenizer(saved(tmp_path / "a")), load_tokenizer(saved(tmp_path / "b"))
-    assert (
-        tokenizer_fingerprint(one) == tokenizer_fingerprint(two) == tokenizer_fingerprint(_again(one, tmp_path / "c"))
-    )
+    assert len({tokenizer_fingerprint(each) for each in (one, two, _again(one, tmp_path / "c"))}) == 1
     tiny.tokenizer(rstrip=False).save_pretrained(tmp_path / "d")
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "d")) != tokenizer_fingerprint(one)
 

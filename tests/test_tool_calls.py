@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import tiny
+from read_rows import read
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from phi3_lora_plugin import load_recipe
-from phi3_lora_plugin.chat.adapt import adapted
 from phi3_lora_plugin.chat.calls import calls_in
 from phi3_lora_plugin.chat.dataset import load_data
 from phi3_lora_plugin.chat.encode import EncodeError, Policy, encode, encode_batch, prompt_ids
-from phi3_lora_plugin.chat.formats import ADAPTERS, detect
+from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.prepare import control_pattern
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.templates import TEMPLATES, serving_text, template_for
@@ -41,11 +41,6 @@ def mini(shared_data: Path) -> Any:
 
 def calling(*calls: dict[str, Any], said: str = "") -> dict[str, Any]:
     return {"role": "assistant", "content": said, "calls": list(calls)}
-
-
-def read(row: dict[str, Any]) -> list[dict[str, Any]]:
-    (name,) = detect(row)
-    return adapted(ADAPTERS[name], row, name)
 
 
 def said(row: dict[str, Any], tokenizer: Any) -> str:
@@ -156,10 +151,8 @@ def test_each_form_as_it_is_published(shared_data: Path) -> None:
         assert encode(again, tokenizer, tool_format=name) == row
         behind = encode([USER, calling(*calls, said="I look.")], tokenizer, tool_format=name)
         assert said(behind, tokenizer) == "I look." + ("" if name == "phi4-mini" else "\n") + text
-    assert (
-        said(encode([USER, calling(calls[1])], tokenizer, tool_format="text"), tokenizer)
-        == '{"name": "now", "arguments": {}}'
-    )
+    one = encode([USER, calling(calls[1])], tokenizer, tool_format="text")
+    assert said(one, tokenizer) == '{"name": "now", "arguments": {}}'
 
 
 def test_auto_is_what_the_models_card_says_and_others_were_not_trained_for_tools() -> None:
@@ -238,16 +231,13 @@ def test_calls_in_the_shapes_of_other_tools() -> None:
         made = read({"messages": [USER, {"role": "assistant"} | shape]})
         assert made[1]["calls"] == want and made[1]["content"] == "", shape
     for words in ("functools[1]", "functools is a module", "functools[", 'functools[{"name": "f"}] and more'):
-        assert read({"messages": [USER, {"role": "assistant", "content": words}]})[1] == {
-            "role": "assistant",
-            "content": words,
-        }
+        turn = {"role": "assistant", "content": words}
+        assert read({"messages": [USER, turn]})[1] == turn
     with pytest.raises(RowError, match="calls a tool with text that is not JSON"):
         read({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(x)"}]})
+    endless = [{"name": "f", "arguments": {"x": float("nan")}}]
     with pytest.raises(RowError, match="cannot be written as JSON"):
-        read(
-            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]}
-        )
+        read({"messages": [USER, {"role": "assistant", "tool_calls": endless}]})
 
 
 def test_a_prompt_with_calls_is_the_beginning_of_the_row_that_goes_on(shared_data: Path) -> None:
@@ -265,10 +255,9 @@ def test_a_prompt_with_calls_is_the_beginning_of_the_row_that_goes_on(shared_dat
 
 
 def test_data_check_names_rows_that_a_server_cannot_read(tmp_path: Path, shared_data: Path) -> None:
-    good = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]}
-    lost = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": [1]}}]}]}
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(good) + "\n" + json.dumps(lost) + "\n", encoding="utf-8")
+    calls = [[{"name": "f", "arguments": {"x": value}}] for value in (1, [1])]  # the second is lost
+    rows = [{"messages": [USER, {"role": "assistant", "tool_calls": call}]} for call in calls]
+    path = tiny.write(tmp_path / "a.jsonl", rows)
     for name, count in (("auto", 1), ("phi4-mini", 0)):
         recipe = load_recipe("tiny-cpu", [f"data.path={path}", "data.eval_path=null", f"data.tool_format={name}"])
         report = load_data(recipe, mini(shared_data), ADAPTERS).report
@@ -280,9 +269,8 @@ def test_data_check_names_rows_that_a_server_cannot_read(tmp_path: Path, shared_
 
 def test_tools_of_a_file_are_declared_as_those_of_a_row(tmp_path: Path, shared_data: Path) -> None:
     tokenizer = mini(shared_data)
-    tools = [
-        {"type": "function", "function": {"name": "now", "parameters": {"properties": {"größe": {"enum": ["a"]}}}}}
-    ]
+    now = {"name": "now", "parameters": {"properties": {"größe": {"enum": ["a"]}}}}
+    tools = [{"type": "function", "function": now}]
     file = tmp_path / "tools.json"
     file.write_text(json.dumps(tools, indent=2), encoding="utf-8")
     row = encode(read({"messages": [USER, {"role": "assistant", "content": "b"}], "tools": tools}), tokenizer)
@@ -317,9 +305,8 @@ def test_the_template_for_servers_renders_what_training_has(shared_data: Path, n
                      for turn in turns]  # fmt: skip
             if number % 3:
                 continue
-        (text,), _ = render_jinja_template(
-            conversations=[given], tools=row.get("tools"), chat_template=serving, **tokens
-        )
+        asked = {"conversations": [given], "tools": row.get("tools"), "chat_template": serving}
+        (text,), _ = render_jinja_template(**asked, **tokens)
         assert text == tokenizer.decode(ids), (number, name)
         assert tokenizer(text, add_special_tokens=False).input_ids == ids
     shipped = tiny.tokenizer(template=serving)
@@ -332,8 +319,7 @@ def test_a_hosts_turn_of_calls_is_written_as_the_model_writes_it(shared_data: Pa
     said_by_host = [USER, {"role": "function", "content": '{"name": "f", "arguments": {"x": 1}}'},
                     {"role": "observation", "content": "3"}, {"role": "assistant", "content": "Three."}]  # fmt: skip
     row = encoded(conversation(said_by_host, None, None, roles), tokenizer, ChatSection())
-    assert 'functools[{"name": "f", "arguments": {"x": 1}}]<|end|><|tool|>3<|end|>' in tokenizer.decode(
-        row["input_ids"]
-    )
+    written = 'functools[{"name": "f", "arguments": {"x": 1}}]<|end|><|tool|>3<|end|>'
+    assert written in tokenizer.decode(row["input_ids"])
     with pytest.raises(EncodeError, match="a turn of the role function: it calls a tool with text that is not JSON"):
         conversation([USER, {"role": "function", "content": "f(1)"}], None, None, roles)

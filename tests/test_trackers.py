@@ -33,11 +33,10 @@ def offline(place: Path) -> dict[str, str]:
 
 
 def start(warm: Warm, place: Path, out: str, *overrides: str) -> tuple[int, str, str]:
-    chat = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "the fox."}]
     if not (place / "base").is_dir():
         tiny.base(place / "base")
-        (place / "chats.jsonl").write_text("".join(json.dumps({"messages": [*chat]}) + "\n" for _ in range(9)))
-        (place / "held_out.jsonl").write_text(json.dumps({"messages": [chat[0], chat[1] | {"content": "a dog"}]}))
+        tiny.write(place / "chats.jsonl", [tiny.chat("what is it?", "the fox.")] * 9)
+        tiny.write(place / "held_out.jsonl", [tiny.chat("what is it?", "a dog")])
     words = [
         "train", "tiny-cpu", "--no-check", "--json", f"model.path={place / 'base'}", f"output_dir={place / out}",
         f"data.path={place / 'chats.jsonl'}", f"data.eval_path={place / 'held_out.jsonl'}", "training.max_steps=4",
@@ -72,9 +71,8 @@ def test_tensorboard_is_in_one_folder_with_every_figure(place: Path) -> None:
     events = EventAccumulator(str(place / "out" / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {"train/tokens_per_second", "train/peak_memory_gb", "train/loss", "final/eval_loss_after"} <= set(
-        tags["scalars"]
-    )
+    figures = {"train/tokens_per_second", "train/peak_memory_gb", "train/loss", "final/eval_loss_after"}
+    assert figures <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("eval/loss")][:3] == [0, 2, 4]
     assert {f"{name}/text_summary" for name in ("coverage", "data_report", "recipe", "adapter")} <= set(tags["tensors"])
 
@@ -87,9 +85,8 @@ def test_mlflow_has_one_run_with_the_adapter(place: Path, monkeypatch: pytest.Mo
     client = MlflowClient((place / "mlruns").as_uri())
     [run] = client.search_runs(["0"], filter_string="attributes.run_name = 'out'")
     assert run.info.status == "FINISHED"
-    assert {"tokens_per_second", "peak_memory_gb", "final/eval_loss_after", "data/trained_tokens"} <= set(
-        run.data.metrics
-    )
+    figures = {"tokens_per_second", "peak_memory_gb", "final/eval_loss_after", "data/trained_tokens"}
+    assert figures <= set(run.data.metrics)
     assert [one.step for one in client.get_metric_history(run.info.run_id, "eval_loss")][:2] == [0, 2]
     found = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"adapter", "report.html", "data_report.json", "coverage.json", "recipe.yaml"} <= found
@@ -148,9 +145,8 @@ def problems(setting: str) -> str:
 
 
 def test_wrong_names_are_told_the_nearest_before_anything_is_loaded() -> None:
-    assert "'tensorbord' is not one of" in problems("tensorbord") and "did you mean 'tensorboard'?" in problems(
-        "tensorbord"
-    )
+    said = problems("tensorbord")
+    assert "'tensorbord' is not one of" in said and "did you mean 'tensorboard'?" in said
     assert "did you mean 'trackio'?" in problems("[Trackio]")
     assert "expected a name or a list of names" in problems("[[wandb]]")
     require_packages(load_recipe("tiny-cpu", ["training.report_to=none"]))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lora_runs import trainer
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
 from warm_process import Warm
 
 from phi3_lora_plugin import attach, latest_complete, load_recipe, train, verify
@@ -29,11 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base and forty chats of which every answer is one word."""
     folder = tmp_path_factory.mktemp("place")
     tiny.base(folder / "base")
-    rows = [
-        {"messages": [{"role": "user", "content": f"what about the {word}?"}, {"role": "assistant", "content": word}]}
-        for word in WORDS * 4
-    ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny.write(folder / "chats.jsonl", [tiny.chat(f"what about the {word}?", word) for word in WORDS * 4])
     return folder
 
 
@@ -144,16 +140,15 @@ def test_tensorboard_is_written_if_asked(place: Path, tmp_path: Path) -> None:
 def test_attach_adds_checkpoints_once(place: Path, tmp_path: Path) -> None:
     from phi3_lora_plugin import LoraCheckpoint, add_lora, load_model, load_tokenizer
 
-    model = add_lora(load_model(place / "base", device="cpu"), "all-linear", 2, 4)
-    rows = [{"input_ids": [1, 5, 6, 7], "labels": [-100, 5, 6, 7]}] * 4
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, save_strategy="no"),
-        train_dataset=rows,
-        processing_class=load_tokenizer(place / "base"),
+    made = trainer(
+        tmp_path / "out",
+        model=add_lora(load_model(place / "base", device="cpu"), "all-linear", 2, 4),
+        data=[{"input_ids": [1, 5, 6, 7], "labels": [-100, 5, 6, 7]}] * 4,
+        max_steps=2,
     )
-    assert attach(trainer, every_steps=1, keep_last=1)
-    attach(trainer)
-    assert sum(isinstance(one, LoraCheckpoint) for one in trainer.callback_handler.callbacks) == 1
-    trainer.train()
+    made.processing_class = load_tokenizer(place / "base")
+    assert attach(made, every_steps=1, keep_last=1)
+    attach(made)
+    assert sum(isinstance(one, LoraCheckpoint) for one in made.callback_handler.callbacks) == 1
+    made.train()
     assert [path.name for path in (tmp_path / "out" / "lora").glob("step-*")] == ["step-00000002"]

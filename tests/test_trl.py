@@ -20,10 +20,9 @@ from phi3_lora_plugin.hosts.trl import TrlError, encoded, pairs
 
 pytestmark = pytest.mark.slow
 
-ASK = {"role": "user", "content": "what is two?"}
 # The answer begins with white space, which `<|assistant|>` swallows where role tokens do.
-CHAT = [ASK, {"role": "assistant", "content": "\n it is."}, {"role": "user", "content": "and?"},
-        {"role": "assistant", "content": "no."}]  # fmt: skip
+CHAT = tiny.turns("what is two?", "\n it is.", "and?", "no.")
+ASK = CHAT[0]
 
 
 @pytest.fixture
@@ -101,17 +100,7 @@ def test_the_preset_is_read_by_the_parser_of_trl() -> None:
     from trl.scripts.dpo import make_parser
 
     preset = Path(__file__).parents[1] / "docs" / "trl" / "phi3-dpo-lora.yaml"
-    given = [
-        "--config",
-        str(preset),
-        "--dataset_name",
-        "my/preferences",
-        "--output_dir",
-        "out",
-        "--use_cpu",
-        "--bf16",
-        "0",
-    ]
+    given = ["--config", str(preset), *"--dataset_name my/preferences --output_dir out --use_cpu --bf16 0".split()]
     data, training, model, _ = make_parser().parse_args_and_config(given, fail_with_unknown_args=True)
     assert (data.dataset_name, training.beta, model.lora_r, model.use_peft) == ("my/preferences", 0.1, 16, True)
     assert model.lora_target_modules is None
@@ -145,8 +134,8 @@ def test_rows_that_say_what_is_not_to_be_learned_are_honoured_or_refused() -> No
     words = tiny.tokenizer(rstrip=True)
     marked = [{"messages": [*CHAT[:1], CHAT[1] | {"loss": False}, *CHAT[2:]]}]
     row = encoded(Dataset.from_list(marked), words)[0]
-    assert row["assistant_masks"] == [int(label != -100) for label in encode(marked[0]["messages"][:1] + [
-        CHAT[1] | {"train": False}] + CHAT[2:], words)["labels"]]  # fmt: skip
+    labels = encode([ASK, CHAT[1] | {"train": False}, *CHAT[2:]], words)["labels"]
+    assert row["assistant_masks"] == [int(label != -100) for label in labels]
     for column, said in (({"label": False}, "row 1: has label: false"), ({"images": ["a"]}, "'images' holds pictures"),
                          ({"weight": 0.5}, "row 1 has a weight between 0 and 1")):  # fmt: skip
         with pytest.raises(TrlError, match=said):

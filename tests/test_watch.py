@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import phi3_lora
 from rich.console import Console
 from warm_process import COMMAND
 
 pytest.importorskip("plotille", reason="plotille draws the curve and is not installed: pip install plotille")
 
-from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.cli.watch import _look, _view
 from phi3_lora_plugin.report.terminal_chart import terminal_chart
 from phi3_lora_plugin.store.metrics_file import EVAL, TRAIN, MetricsFile
@@ -37,15 +37,8 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["phi3-lora", "watch", *words])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return int(left.value.code or 0)
-
-
-def test_without_a_terminal_every_line_is_printed_once(run: Path, monkeypatch: Any, capsys: Any) -> None:
-    assert command(monkeypatch, str(run)) == 0
+def test_without_a_terminal_every_line_is_printed_once(run: Path, capsys: Any) -> None:
+    assert phi3_lora("watch", run) == 0
     said = capsys.readouterr().out
     assert len(re.findall(r"^step \d+  loss", said, re.M)) == 100 and "\x1b" not in said
     assert "step 50  loss not a number" in said and "eval loss 0.5000  best so far" in said
@@ -63,12 +56,12 @@ def test_the_view_fits_the_terminal(run: Path, width: int, height: int) -> None:
     assert any("(loss)" in line for line in lines) and lines[-1].startswith("step 100  eval loss")
 
 
-def test_a_run_that_has_not_logged_yet_and_folders_without_one(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_run_that_has_not_logged_yet_and_folders_without_one(tmp_path: Path, capsys: Any) -> None:
     assert terminal_chart([]) == ""
-    assert command(monkeypatch, str(tmp_path)) == 2 and "nothing of a run" in capsys.readouterr().err
-    assert command(monkeypatch, str(tmp_path / "none")) == 2 and "is not a folder" in capsys.readouterr().err
+    assert phi3_lora("watch", tmp_path) == 2 and "nothing of a run" in capsys.readouterr().err
+    assert phi3_lora("watch", tmp_path / "none") == 2 and "is not a folder" in capsys.readouterr().err
     RunFile(tmp_path).begin(False)
-    assert command(monkeypatch, str(tmp_path)) == 0 and "no step has been logged yet" in capsys.readouterr().out
+    assert phi3_lora("watch", tmp_path) == 0 and "no step has been logged yet" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo terminals")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from read_rows import trained
 from torch.nn import functional
 
 from phi3_lora_plugin import load_recipe, train
@@ -31,10 +31,8 @@ WEIGHTS = [0.25, 1, 2.5, 0.5, 0]
 
 
 def chat(number: int, weight: float | None) -> dict[str, Any]:
-    said = {"role": "assistant", "content": f"zu {number}" * (1 + number % 3)}
-    return {
-        "messages": [{"role": "user", "content": f"xy {number}"}, said | ({} if weight is None else {"weight": weight})]
-    }
+    asked, said = tiny.turns(f"xy {number}", f"zu {number}" * (1 + number % 3))
+    return {"messages": [asked, said if weight is None else said | {"weight": weight}]}
 
 
 def read(row: dict[str, Any]) -> dict[str, Any]:
@@ -58,8 +56,7 @@ def test_a_weight_is_that_of_every_token_of_its_turn_and_of_its_span() -> None:
     made = read({"messages": turns, "weight": 2.0})
     runs = [weight for weight, label in zip(made["weights"], made["labels"], strict=True) if label != -100]
     assert set(runs) == {0.5, 1.0} and runs == sorted(runs)  # the first part counts half, the end as the turn
-    text = TOKENIZER.decode([label for label in made["labels"] if label != -100])
-    assert text == "zu ko<|end|>"
+    assert trained(made, TOKENIZER) == "zu ko|"
     texted = encode(ADAPTERS["text"]({"text": "zu ko", "weight": 0.5}), TOKENIZER)
     assert set(texted["weights"]) == {0.5}
     assert "weights" not in read(chat(1, 1.0))
@@ -140,8 +137,7 @@ def test_the_loss_and_its_gradients_are_those_by_hand_in_every_layout(speed: str
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.base(folder / "base")
-    rows = [chat(number, WEIGHTS[number % 5]) for number in range(20)]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tiny.write(folder / "chats.jsonl", [chat(number, WEIGHTS[number % 5]) for number in range(20)])
     return folder
 
 
@@ -158,13 +154,9 @@ def test_a_run_honours_weights_and_says_which_rows_have_none(place: Path, tmp_pa
     assert data.report.rows_read == 20 and len(data.report.dropped) == 4  # of weight 0
     assert data.report.weighed == sum(set(row["weights"]) - {0.0, 1.0} != set() for row in data.train) > 0
     numbers = {0.0, 0.25, 0.5, 1.0, 2.5}
-    assert {
-        weight for row in data.train for weight in row["weights"]
-    } <= numbers and "weights" in data.eval.column_names
-    heavy = [row | {"messages": [row["messages"][0], row["messages"][1] | {"weight": 1000 - 1}]}
-             for row in map(json.loads, (place / "chats.jsonl").read_text(encoding="utf-8").splitlines())]  # fmt: skip
-    path = tmp_path / "heavy.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in heavy), encoding="utf-8")
+    assert {weight for row in data.train for weight in row["weights"]} <= numbers
+    assert "weights" in data.eval.column_names
+    path = tiny.write(tmp_path / "heavy.jsonl", [chat(number, 999) for number in range(20)])
     losses = [train(recipe(place, tmp_path / str(n), *more), check=False).train_loss
               for n, more in enumerate([(), (f"data.path={path}", "training.learning_rate=0.0")])]  # fmt: skip
     assert losses[1] > 100 * losses[0] > 0
@@ -180,8 +172,7 @@ def test_where_nothing_would_honour_a_weight_it_is_refused(place: Path, tmp_path
         with pytest.raises(DataError, match=f"rows have weights between 0 and 1, which this run cannot use: .*{why}"):
             train(recipe(place, tmp_path / "off", more), check=False)
     pair = {"prompt": "xy", "chosen": [{"role": "assistant", "content": "ko", "weight": 0.5}], "rejected": "mi"}
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    path = tiny.write(tmp_path / "pairs.jsonl", [pair])
     with pytest.raises(DataError, match="chosen has a weight between 0 and 1, which preference losses cannot use"):
         load_data(recipe(place, tmp_path, f"data.path={path}", "preference.loss=sigmoid"), TOKENIZER, ADAPTERS)
     with pytest.raises(RowsError, match="has a weight between 0 and 1"):

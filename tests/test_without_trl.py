@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
 import tiny
@@ -59,12 +57,9 @@ def common(base: Path, out: str) -> list[str]:
 
 
 def chats(folder: Path, pairs: bool = False) -> Path:
-    ask, good, bad = ({"role": role, "content": text} for role, text in
-                      (("user", "what is two?"), ("assistant", "it is two."), ("assistant", "it is six.")))  # fmt: skip
-    row: dict[str, Any] = {"prompt": [ask], "chosen": [good], "rejected": [bad]} if pairs else {"messages": [ask, good]}
-    file = folder / "rows.jsonl"
-    file.write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
-    return file
+    ask, good = tiny.turns("what is two?", "it is two.")
+    pair = {"prompt": [ask], "chosen": [good], "rejected": [good | {"content": "it is six."}]}
+    return tiny.write(folder / "rows.jsonl", [pair if pairs else {"messages": [ask, good]}] * 8)
 
 
 def test_chats_train_are_verified_and_exported(run: Run, tmp_path: Path) -> None:
@@ -93,9 +88,8 @@ def test_somebody_s_trainer_gets_everything_and_one_sentence(run: Run, tmp_path:
 def test_what_is_trl_s_is_refused_in_one_sentence(run: Run, tmp_path: Path) -> None:
     base, data = tiny.base(tmp_path / "base"), chats(tmp_path, pairs=True)
     command = run("trl", "sft", "--help")
-    preference = run(
-        "train", "tiny-cpu", *common(base, "out"), f"data.path={data}", "data.eval_path=null", "preference.loss=sigmoid"
-    )
+    overrides = [*common(base, "out"), f"data.path={data}", "data.eval_path=null", "preference.loss=sigmoid"]
+    preference = run("train", "tiny-cpu", *overrides)
     for refused, named in ((command, "phi3-lora trl sft"), (preference, "preference.loss needs TRL")):
         assert refused.returncode != 0 and "Traceback" not in refused.stderr
         said = refused.stdout + refused.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import Phi3Config, Phi3ForCausalLM, PhimoeConfig, PhimoeForCausalLM, PreTrainedTokenizerFast
 
 CONTROL = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
 
@@ -22,6 +22,20 @@ MINI_4K_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+
+#: Changes of `config`: longrope, whose long factors begin behind 32 positions.
+LONGROPE: dict[str, Any] = {
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 32,
+    },
+}
 
 _TEXT = [
     "the quick brown fox jumps over the lazy dog",
@@ -56,9 +70,16 @@ def config(**changes: Any) -> Phi3Config:
     return Phi3Config(**(settings | changes))
 
 
+def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
+    """What user and assistant say in turn, as canonical messages."""
+    said = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    return said if system is None else [{"role": "system", "content": system}, *said]
+
+
 def chat(question: str, answer: str = "paris.", **first: Any) -> dict[str, Any]:
     """A row of a question, with other keys where there are, and its answer."""
-    return {"messages": [{"role": "user", "content": question} | first, {"role": "assistant", "content": answer}]}
+    asked, said = turns(question, answer)
+    return {"messages": [asked | first, said]}
 
 
 def write(path: Path, rows: Iterable[Any]) -> Path:
@@ -78,6 +99,28 @@ def model(seed: int = 0, **changes: Any) -> Phi3ForCausalLM:
     """A random model of `config(**changes)`, always the same for one seed."""
     torch.manual_seed(seed)
     return Phi3ForCausalLM(config(**changes)).eval()
+
+
+def moe(seed: int = 0, **changes: Any) -> PhimoeForCausalLM:
+    """A random PhiMoE of two layers, with 4 experts, GQA, and biases of attention and head as in published configs."""
+    settings: dict[str, Any] = dict(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attention_bias=True,
+        lm_head_bias=True,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    return PhimoeForCausalLM(PhimoeConfig(**(settings | changes))).eval()
 
 
 def tokenizer(rstrip: bool = True, template: str | None = MINI_4K_TEMPLATE) -> PreTrainedTokenizerFast:
