@@ -134,7 +134,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [USER, SAID | {"train_detail": [{"begin_offset": 0, "end_offset": 5, "train": True}]}]},
         "covers characters 0 to 5; its text has 5, counted from 0",
     ),
-    "a tool of ChatGPT": ({"mapping": {"a": {"message": _CODE, "children": []}}}, "of type code to python, which is"),
+    "a tool of ChatGPT": (
+        {"mapping": {"a": {"message": _CODE, "children": []}}},
+        "of type code to python, which is not text",
+    ),
 }  # fmt: skip
 
 

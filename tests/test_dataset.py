@@ -17,7 +17,7 @@ from tiny import chat, write
 from phi3_lora_plugin import encode, load_recipe, load_tokenizer
 from phi3_lora_plugin.chat.dataset import Data, DataError, load_data
 from phi3_lora_plugin.chat.formats import ADAPTERS
-from phi3_lora_plugin.chat.templates import TEMPLATES, template_for
+from phi3_lora_plugin.chat.templates import template_for
 
 TOKENIZER = tiny.tokenizer()
 
@@ -173,7 +173,7 @@ def test_mixed_formats_in_one_file_and_two_that_fit_are_refused(tmp_path: Path) 
 
 
 def test_system_turns_on_a_template_that_drops_them(tmp_path: Path) -> None:
-    medium = tiny.tokenizer(template=TEMPLATES["phi-3-medium"].text)
+    medium = tiny.tokenizer(template=tiny.MEDIUM_TEMPLATE)
     system = {"role": "system", "content": "be brief"}
     given = [chat("q"), {"messages": [system, *chat("what?")["messages"]]}]
     file = write(tmp_path / "a.jsonl", given)

@@ -120,7 +120,10 @@ def test_a_split_adapter_is_fused_on_its_way_and_a_16_bit_one_is_rounded(base, t
     [
         ({"use_dora": True}, "GGUF adapters have no DoRA"),
         ({"lora_bias": True}, "GGUF adapters have no bias"),
-        ({"target_modules": ["o_proj", "embed_tokens"]}, "by token, which gguf files do not hold|embedding"),
+        (
+            {"target_modules": ["o_proj", "embed_tokens"]},
+            "trained in full or by token, which gguf files do not hold|embedding",
+        ),
         ({"modules_to_save": ["lm_head"]}, "which gguf files do not hold"),
     ],
     ids=["dora", "bias", "embedding", "full"],

@@ -253,7 +253,10 @@ def test_prompts_that_leave_no_room_are_dropped_and_never_cut(tmp_path: Path) ->
         ("grpo.num_generations=3", "3 answers to a prompt do not divide the 8 rows of a step"),
         ("data.max_length=12", "leaves no room for a prompt"),
         ("reward=[format, format]", "names the same reward twice"),
-        ("reward=[formats]", "'formats' is not a reward; available: format, gsm8k, python:module.function; did you m"),
+        (
+            "reward=[formats]",
+            "'formats' is not a reward; available: format, gsm8k, python:module.function; did you mean",
+        ),
         ("reward=[python:spy]", "'python:spy' is not a reward"),
         ("reward=gsm8k", "expected a list of text or a mapping of names to a number, found text 'gsm8k'"),
         ("training.use_liger_kernel=true", "Liger's loss is not the one of reward"),

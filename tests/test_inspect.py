@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from phi3_lora_plugin.chat.templates import TEMPLATES
 from phi3_lora_plugin.inspect.inspect import InspectError, Problem, inspect, lines
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.model.base_size import parameters
@@ -138,7 +137,7 @@ def test_a_template_that_is_unknown_or_drops_system_messages_is_named(tmp_path: 
     folder = clean(tmp_path)
     (folder / "chat_template.jinja").write_text(tiny.MINI_4K_TEMPLATE + " ")
     assert "nearest" in whats(inspect(folder).problems)
-    (folder / "chat_template.jinja").write_text(TEMPLATES["phi-3-medium"].text)
+    (folder / "chat_template.jinja").write_text(tiny.MEDIUM_TEMPLATE)
     assert "drops system messages" in whats(inspect(folder).problems)
 
 

@@ -253,7 +253,10 @@ def test_a_file_that_is_no_json_at_all_is_one_error_and_not_a_thousand(tmp_path:
     ("content", "message"),
     [
         ('[\n{"a": 1},\n{"a" 2}\n]', "a.json:3: is not JSON: Expecting ':' delimiter, column 6$"),
-        ('[\n{"a": 1},\n{"a": ', "a.json:3: is not JSON: Expecting value, column 7; the file ends here, was it cut"),
+        (
+            '[\n{"a": 1},\n{"a": ',
+            "a.json:3: is not JSON: Expecting value, column 7; the file ends here, was it cut off",
+        ),
         (b'[\n{"a": "\xe9"}\n]', r"a.json:2: is not UTF-8 \(byte 0xe9\); save it as UTF-8"),
         ("[" * 100_000, "a.json: is not JSON that can be read: maximum recursion"),
     ],

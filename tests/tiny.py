@@ -23,6 +23,13 @@ MINI_4K_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
+# As medium's, which has no place for system messages.
+MEDIUM_TEMPLATE = (
+    "{% for message in messages %}{% if (message['role'] == 'user') %}{{'<|user|>' + '\n' + message['content'] + "
+    "'<|end|>' + '\n' + '<|assistant|>' + '\n'}}{% elif (message['role'] == 'assistant') %}"
+    "{{message['content'] + '<|end|>' + '\n'}}{% endif %}{% endfor %}"
+)
+
 #: Changes of `config`: longrope, whose long factors begin behind 32 positions.
 LONGROPE: dict[str, Any] = {
     "max_position_embeddings": 256,
