@@ -15,7 +15,7 @@ from phi3_lora_plugin.chat.parts import Fate, Part, encoded, read_part
 from phi3_lora_plugin.chat.readers import Place, Problem, SourceError
 from phi3_lora_plugin.chat.report import DataReport, Left, MixtureReport, describe
 from phi3_lora_plugin.chat.rows import Rows, duplicates, joined, leaked, split, to_table
-from phi3_lora_plugin.chat.sources import find_sources
+from phi3_lora_plugin.chat.sources import find_sources, named_twice
 from phi3_lora_plugin.chat.templates import TemplateError, template_for
 from phi3_lora_plugin.chat.tool_formats import tool_format
 from phi3_lora_plugin.error import Phi3LoraError
@@ -95,12 +95,8 @@ def load_data(
     elif data.eval_split is not None:
         for path, settings, _ in sources_of(data):
             want("data.eval_split", path, settings, data.eval_split, None, None)
-    names = [source.name for part in parts if part.key == "data.path" for source in part.found.sources]
-    unreadable += [
-        f"data.path: {name}: named twice, so its rows would count twice"
-        for name in dict.fromkeys(names)
-        if names.count(name) > 1
-    ]
+    trained = [source for part in parts if part.key == "data.path" for source in part.found.sources]
+    unreadable += [f"data.path: {problem}" for problem in named_twice(trained)]
     found = [part.found for part in parts]
     entry = find_entry(recipe, tokenizer, adapters, limit, found) if cache and not unreadable else None
     if entry is not None and (kept := read_entry(entry)) is not None:

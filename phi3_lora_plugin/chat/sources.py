@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +61,16 @@ def find_sources(
         else:
             sources += found.sources
             left_out += found.left_out
-    names = [source.name for source in sources]
-    problems += [
-        f"{name}: named twice, so its rows would count twice" for name in dict.fromkeys(names) if names.count(name) > 1
-    ]
+    problems += named_twice(sources)
     if problems:
         raise SourceError([f"{key}: {problem}" for problem in problems])
     return Found(tuple(sources), tuple(left_out))
+
+
+def named_twice(sources: Sequence[Source]) -> list[str]:
+    """A problem for each name that several of the sources have."""
+    counts = Counter(source.name for source in sources)
+    return [f"{name}: named twice, so its rows would count twice" for name, count in counts.items() if count > 1]
 
 
 def _find(path: str, split: str | None, hub: bool) -> Found:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.lora.gather import unwrapped
 from phi3_lora_plugin.lora_files.keys import without_wrappers
+from phi3_lora_plugin.lora_files.loralib_files import sidecar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,13 +65,7 @@ def loralib_sidecar(model: nn.Module) -> dict[str, Any]:
         if hasattr(layer, "enable_lora"):
             modules[without_wrappers(path)]["enable_lora"] = list(layer.enable_lora)
     dropouts = {getattr(m.lora_dropout, "p", 0.0) for m in model.modules() if hasattr(m, "lora_dropout")}
-    sidecar: dict[str, Any] = {"format": "loralib", "base": base_of(model)[0], "modules": modules}
-    sidecar["dropout"] = max(dropouts, default=0.0)
-    for name in ("r", "alpha"):
-        values = {each[name] for each in modules.values()}
-        if len(values) == 1:
-            sidecar[name] = values.pop()
-    return sidecar
+    return sidecar(modules, base_of(model)[0], max(dropouts, default=0.0))
 
 
 def _plain(value: Any) -> Any:

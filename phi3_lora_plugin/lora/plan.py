@@ -77,7 +77,7 @@ class TargetPlan:
     def target_modules(self) -> list[str]:
         """Short names where one set of layers serves all of them, else full paths; sorted."""
         modules = [target for target in self.targets if not target.experts]
-        if self._even(modules):
+        if self._layers_of(modules) is not None:
             return sorted({target.projection for target in modules})
         return sorted(target.module for target in modules)
 
@@ -85,15 +85,14 @@ class TargetPlan:
     def target_parameters(self) -> list[str]:
         """PEFT does not apply `layers_to_transform` to parameters, so fewer than all layers are named one by one."""
         experts = [target for target in self.targets if target.experts]
-        if self._layers_of(experts) == set(range(self.layers)) and self._even(experts):
+        if self._layers_of(experts) == set(range(self.layers)):
             return sorted({target.module.removeprefix(f"{LAYERS}.{target.layer}.") for target in experts})
         return sorted(target.module for target in experts)
 
     @property
     def layers_to_transform(self) -> list[int] | None:
-        modules = [target for target in self.targets if not target.experts]
-        layers = self._layers_of(modules)
-        return None if not modules or not self._even(modules) or len(layers) == self.layers else sorted(layers)
+        layers = self._layers_of([target for target in self.targets if not target.experts])
+        return None if not layers or len(layers) == self.layers else sorted(layers)
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -104,12 +103,13 @@ class TargetPlan:
         return self._pattern({target: target.alpha for target in self.targets}, self.alpha)
 
     @staticmethod
-    def _layers_of(targets: Iterable[Target]) -> set[int]:
-        return {target.layer for target in targets}
-
-    def _even(self, targets: Sequence[Target]) -> bool:
-        layers = {name: {t.layer for t in targets if t.projection == name} for name in {t.projection for t in targets}}
-        return len({frozenset(each) for each in layers.values()}) <= 1
+    def _layers_of(targets: Sequence[Target]) -> set[int] | None:
+        """The layers that each kind of targets is in; None where these differ."""
+        layers: dict[str, set[int]] = {}
+        for target in targets:
+            layers.setdefault(target.projection, set()).add(target.layer)
+        first, *others = layers.values() or [set()]
+        return first if all(other == first for other in others) else None
 
     def _pattern(self, values: Mapping[Target, Any], default: Any) -> dict[str, Any]:
         pattern: dict[str, Any] = {}

@@ -240,10 +240,14 @@ def to_loralib(
         rows.append(Row(lora.module, lora.module, tuple(stored.b.shape), rule))
     if problems:
         raise LoralibError("\n".join(problems))
-    same = {name: {each.get(name) for each in modules.values()} for name in ("r", "alpha")}
-    sidecar: dict[str, Any] = {"format": "loralib", "base": base, "dropout": dropout, "modules": modules}
-    sidecar |= {name: values.pop() for name, values in same.items() if len(values) == 1}
-    return tensors, sidecar, rows
+    return tensors, sidecar(modules, base, dropout), rows
+
+
+def sidecar(modules: Mapping[str, Mapping[str, Any]], base: str | None, dropout: float) -> dict[str, Any]:
+    """The content of the JSON file: what `Settings` has, with the r and alpha that all modules have, if they do."""
+    same = {name: {each[name] for each in modules.values()} for name in ("r", "alpha")}
+    known = {name: values.pop() for name, values in same.items() if len(values) == 1}
+    return {"format": "loralib", "base": base, "dropout": dropout, "modules": modules} | known
 
 
 def write_loralib(file: Path, tensors: Mapping[str, Tensor], sidecar: Mapping[str, Any]) -> None:
