@@ -12,7 +12,7 @@ from typing import Any
 
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 from phi3_lora_plugin.recipe.training import translate
-from phi3_lora_plugin.recipe.yaml_file import Key, Problem, parse_value, read_file
+from phi3_lora_plugin.recipe.yaml_file import Key, Layer, Problem, parse_value, read_file
 from phi3_lora_plugin.wording import nearest, shorten
 
 Find = Callable[[str], Path | Traversable | str | None]
@@ -29,24 +29,8 @@ MAX_PARENTS = 16
 
 
 @dataclass
-class Layer:
-    """One file or one override: data, the origin of each key in it, and the problems found while reading."""
-
-    data: dict[str, Any] = field(default_factory=dict)
-    origin: dict[Key, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def where(self, key: Key) -> str:
-        """The origin of `key`, or of the nearest thing around it."""
-        while key and key not in self.origin:
-            key = key[:-1]
-        return self.origin.get(key, "")
-
-
-@dataclass
 class Chain:
-    """A recipe's file and its parents', youngest first; `problems` are about reading them, not about their content."""
+    """A recipe's file and its parents', youngest first; `problems` are about finding them."""
 
     name: str
     layers: list[Layer] = field(default_factory=list)
@@ -84,11 +68,9 @@ def read_chain(wanted: str | Path, find: Find) -> Chain:
         chain.problems.append(Problem("", "", str(error)))
         return chain
     while True:
-        document = read_file(file)
-        layer = Layer(document.data, document.origin)
+        layer = read_file(file)
         chain.files.append(file)
         chain.layers.append(layer)
-        chain.problems += document.problems
         parent, where = layer.data.pop("extends", None), layer.where(("extends",))
         layer.origin.pop(("extends",), None)
         if parent is None:

@@ -9,11 +9,10 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from phi3_lora_plugin.recipe.layers import Layer
 from phi3_lora_plugin.recipe.near_keys import other_word
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES, Conflicts, Section
 from phi3_lora_plugin.recipe.training import installed_fields
-from phi3_lora_plugin.recipe.yaml_file import Key, Problem
+from phi3_lora_plugin.recipe.yaml_file import Key, Layer, Problem
 from phi3_lora_plugin.wording import describe, nearest
 
 

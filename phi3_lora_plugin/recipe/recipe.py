@@ -19,7 +19,6 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.recipe.layers import (
     Chain,
     Find,
-    Layer,
     leave_embedded_evaluation,
     merge,
     normalise,
@@ -45,7 +44,7 @@ from phi3_lora_plugin.recipe.sections import (
     Text,
 )
 from phi3_lora_plugin.recipe.training import translate
-from phi3_lora_plugin.recipe.yaml_file import Key, Problem, dump
+from phi3_lora_plugin.recipe.yaml_file import Key, Layer, Problem, dump
 from phi3_lora_plugin.wording import first_lines, nearest
 
 _SHOWN = 50  # problems in a message; `RecipeError.problems` has all
@@ -241,6 +240,7 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
     chain = read_chain(name_or_path, find or shipped)
     for parent in chain.layers[1:]:
         parent.data.pop("about", None)  # a parent's description does not describe its child
+    unread = chain.problems or any(layer.problems for layer in chain.layers)
     layers = [*reversed(chain.layers), *read_overrides(overrides)]
     for layer in layers:
         normalise(layer)
@@ -254,7 +254,7 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
         # What is missing may stand in a file that could not be read, or be there and wrong in another way.
         said = {problem.key for problem in problems}
         found = [problem for problem in explain(error, Recipe, merged) if problem.key not in said]
-        problems += [problem for problem in found if not (chain.problems and problem.message.startswith("is required"))]
+        problems += [problem for problem in found if not (unread and problem.message.startswith("is required"))]
     if problems:
         file = str(chain.files[0]) if chain.files else ""
         problems = [problem if problem.where else replace(problem, where=file) for problem in problems]

@@ -36,12 +36,19 @@ class Problem:
 
 
 @dataclass
-class Document:
-    """What one YAML text holds: the data, the origin (`file:line`) of every key, and what is wrong with it."""
+class Layer:
+    """One file or one override: data, the origin (`file:line`) of each key, what is wrong with it, what was changed."""
 
     data: dict[str, Any] = field(default_factory=dict)
     origin: dict[Key, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def where(self, key: Key) -> str:
+        """The origin of `key`, or of the nearest thing around it."""
+        while key and key not in self.origin:
+            key = key[:-1]
+        return self.origin.get(key, "")
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,7 +68,7 @@ _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"<<$"), ["<"])
 
 
-def read_file(path: Path | Traversable) -> Document:
+def read_file(path: Path | Traversable) -> Layer:
     """Read a recipe file; whatever is wrong with the file itself comes back as a problem, never as an exception."""
     name = str(path)
     try:
@@ -85,7 +92,7 @@ def read_file(path: Path | Traversable) -> Document:
     return parse(text, name)
 
 
-def parse(text: str, name: str) -> Document:
+def parse(text: str, name: str) -> Layer:
     """Read one YAML mapping; `name` stands for the file in messages."""
     if text.lstrip()[:1] == "<" and not text.lstrip().startswith("<<"):
         return _broken(name, "looks like HTML or XML, not YAML: a web page saved in place of the raw file?")
@@ -110,7 +117,7 @@ def parse(text: str, name: str) -> Document:
         return _broken(f"{name}:{root.start_mark.line + 1}", f"expected `key: value` lines, found {found}")
     builder = _Builder(name)
     data = builder.build(root, ())
-    return Document(data if isinstance(data, dict) else {}, builder.origin, builder.problems)
+    return Layer(data if isinstance(data, dict) else {}, builder.origin, builder.problems)
 
 
 def parse_value(text: str) -> Any:
@@ -250,8 +257,8 @@ _Dumper.add_representer(float, _float)
 _Dumper.add_representer(str, _str)
 
 
-def _broken(where: str, message: str) -> Document:
-    return Document(problems=[Problem(where, "", message)])
+def _broken(where: str, message: str) -> Layer:
+    return Layer(problems=[Problem(where, "", message)])
 
 
 def _place(error: yaml.MarkedYAMLError) -> Any:
