@@ -180,17 +180,25 @@ def look_into(name: str) -> None:
     if module not in sys.modules and spec is None and not is_installed(seam.package):
         return
     try:
-        tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")) if spec is not None else None
-        body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind] if tree else []
-        made = next(
-            one for node in body for one in node.body if isinstance(one, ast.FunctionDef) and one.name == method
-        )
-    except (OSError, ValueError, StopIteration):
-        look_up(name)  # without a source, or inherited: only the class itself knows
+        body = [] if spec is None else class_body(Path(str(spec.origin)).read_text(encoding="utf-8"), kind)
+    except (OSError, ValueError):
+        body = []
+    made = next((one for one in body if isinstance(one, ast.FunctionDef) and one.name == method), None)
+    if made is None:  # without a source, or inherited: only the class itself knows
+        look_up(name)
         return
     takes = tuple(argument.arg for argument in made.args.args)
     if takes[: len(seam.takes)] != seam.takes:
         raise changed(name, f"has {seam.place.replace(':', '.')} with other arguments ({', '.join(takes)})")
+
+
+def class_body(source: str, name: str) -> list[ast.stmt]:
+    """The statements of a class in a module's source; none where there is no such class, or no source."""
+    try:
+        module = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    return next((node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), [])
 
 
 def is_installed(module: str) -> bool:

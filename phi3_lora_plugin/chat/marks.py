@@ -126,14 +126,10 @@ def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     yield name, value
     if depth == _DEEPEST:
         return
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _inside(f"{name}.{key}", inner, depth + 1)
-    elif isinstance(value, list):
-        for inner in value[:100]:
-            if isinstance(inner, Mapping):
-                for key, deeper in inner.items():
-                    yield from _inside(f"{name}.{key}", deeper, depth + 1)
+    for one in value[:100] if isinstance(value, list) else [value]:
+        if isinstance(one, Mapping):
+            for key, inner in one.items():
+                yield from _inside(f"{name}.{key}", inner, depth + 1)
 
 
 @lru_cache(maxsize=4096)

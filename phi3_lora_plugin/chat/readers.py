@@ -145,9 +145,8 @@ def _why(error: Exception, raw: bytes) -> str:
     if b"\0" in raw:
         return "holds NUL bytes; the file is damaged"
     if isinstance(error, UnicodeDecodeError):
-        return (
-            f"is not UTF-8 (byte 0x{raw.strip()[error.start]:02x} at column {error.start + 1}); save the file as UTF-8"
-        )
+        byte = raw.strip()[error.start]
+        return f"is not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}); save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
         end = "" if raw.endswith(b"\n") else "; the file ends here, was it cut off?"
         return f"is not JSON: {error.msg}, column {error.colno}{end}"

@@ -207,9 +207,8 @@ def _text(chat_template: Any) -> str:
 
 @cache
 def _read(name: str) -> str:
-    return (
-        files("phi3_lora_plugin.chat").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
-    )
+    file = files("phi3_lora_plugin.chat").joinpath("templates", f"{name}.jinja")
+    return file.read_text(encoding="utf-8").rstrip("\n")
 
 
 @lru_cache(maxsize=256)

@@ -53,12 +53,8 @@ def read_turns(items: Sequence[Any], what: str = "message") -> Iterator[Message]
 
 
 def _joins(held: Message, turn: Message) -> bool:
-    same = (
-        all(held.get(mark) == turn.get(mark) for mark in ("train", "weight"))
-        and not turn["content"]
-        and "thoughts" not in turn
-    )
-    return bool(held["role"] == "assistant" and same)
+    alike = all(held.get(mark) == turn.get(mark) for mark in ("train", "weight"))
+    return bool(held["role"] == "assistant" and alike and not turn["content"] and "thoughts" not in turn)
 
 
 def context(turns: Sequence[Message]) -> list[Message]:

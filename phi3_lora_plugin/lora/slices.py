@@ -172,9 +172,8 @@ def _outside_blocks(weight: torch.Tensor, blocks: tuple[Block, ...]) -> str:
         return ""
     outside = weight.detach().masked_fill(_mask(weight, blocks).bool(), 0)
     count = int(outside.count_nonzero())
-    return (
-        f"{count} entries outside the slices {', '.join(block.name for block in blocks)} are not zero" if count else ""
-    )
+    names = ", ".join(block.name for block in blocks)
+    return f"{count} entries outside the slices {names} are not zero" if count else ""
 
 
 def _mask(weight: torch.Tensor, blocks: tuple[Block, ...]) -> torch.Tensor:

@@ -68,9 +68,8 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> PreTr
         **options,
     )
     template = folder / "chat_template.jinja"
-    tokenizer.chat_template = (
-        template.read_text(encoding="utf-8") if template.is_file() else _template(config.get("chat_template"))
-    )
+    given = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+    tokenizer.chat_template = _template(given)
     tokenizer.name_or_path = str(path_or_id)
     repair_tokenizer(tokenizer)
     return tokenizer
@@ -166,12 +165,10 @@ def _folder(name: str | Path, revision: str | None) -> Path:
     if "model_type" in config:
         recognise(config)
     there = listed(sorted(entry.name for entry in place.iterdir()), 8) or "nothing"
-    advice = (
-        "; a tokenizer.model alone is not enough, take tokenizer.json from the model's repository"
-        if (place / "tokenizer.model").is_file()
-        else "; give the folder that holds the tokenizer"
-    )
-    raise TokenizerError(f"{place} has no tokenizer.json, only {there}{advice}")
+    advice = "give the folder that holds the tokenizer"
+    if (place / "tokenizer.model").is_file():
+        advice = "a tokenizer.model alone is not enough, take tokenizer.json from the model's repository"
+    raise TokenizerError(f"{place} has no tokenizer.json, only {there}; {advice}")
 
 
 def _pad_token(tokenizer: Any, stops: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.recipe.near_keys import other_word
+from phi3_lora_plugin.seams import class_body
 from phi3_lora_plugin.wording import describe, nearest, shorten
 
 Kinds = frozenset[str]
@@ -212,19 +213,10 @@ def fields_of(source: str) -> dict[str, Kinds]:
     """
     annotated = {
         line.target.id: frozenset(_kinds(line.annotation))
-        for line in _class_body(source, "TrainingArguments")
+        for line in class_body(source, "TrainingArguments")
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and not line.target.id.startswith("_")
     }
     return annotated or _fields_of_class()
-
-
-def _class_body(source: str, name: str) -> list[ast.stmt]:
-    """The statements of a class in a module's source; none where there is no such class."""
-    try:
-        module = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return []
-    return next((node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), [])
 
 
 def _fields_of_class() -> dict[str, Kinds]:
@@ -350,7 +342,7 @@ def _choices(kind: str) -> tuple[str, ...]:
     if kind in ("int", "float", "bool", "str", "list", "dict", "None"):
         return ()
     for file in ("training_args.py", "trainer_utils.py"):
-        if body := _class_body((_transformers() / file).read_text(encoding="utf-8"), kind):
+        if body := class_body((_transformers() / file).read_text(encoding="utf-8"), kind):
             values = [line.value for line in body if isinstance(line, ast.Assign)]
             return tuple(one.value for one in values if isinstance(one, ast.Constant) and isinstance(one.value, str))
     return ()
