@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ def add_lora(
     from phi3_lora_plugin.lora import methods
     from phi3_lora_plugin.lora.slices import apply_slices, clear_outside_blocks
 
-    problems = _option_problems(options)
+    problems = list(_option_problems(options))
     init = options.get("init_lora_weights", True)
     init = True if init == "default" else init
     if hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_parameters()):
@@ -155,39 +155,37 @@ def _config_fields(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _option_problems(options: Mapping[str, Any]) -> list[str]:
+def _option_problems(options: Mapping[str, Any]) -> Iterator[str]:
     from peft import LoraConfig
 
     names = [field.name for field in fields(LoraConfig)]
-    problems = []
     for name in options:
         if name in _PLACED:
-            problems.append(f"{name}: use add_lora's own arguments targets, r, alpha and dropout")
+            yield f"{name}: use add_lora's own arguments targets, r, alpha and dropout"
         elif name not in names and name not in _OURS:
             guess = nearest(name, [*names, *_OURS], "; peft.LoraConfig has none such")
-            problems.append(f"{name}: unknown option{guess}")
+            yield f"{name}: unknown option{guess}"
     if (bias := options.get("bias", "none")) not in ("none", "all", "lora_only"):
-        problems.append(f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}")
+        yield f"bias: expected 'none', 'all' or 'lora_only', got {bias!r}"
     if options.get("layers_pattern") not in (None, "layers", ["layers"]):
-        problems.append(f"layers_pattern: Phi keeps its layers in 'layers', got {options['layers_pattern']!r}")
-    return problems
+        yield f"layers_pattern: Phi keeps its layers in 'layers', got {options['layers_pattern']!r}"
 
 
 def _misfits(
     model: PreTrainedModel, plan: TargetPlan, dropout: float, init: Any, options: Mapping[str, Any]
-) -> list[str]:
+) -> Iterator[str]:
     """What cannot work together, with the reason."""
     from phi3_lora_plugin.lora import methods
 
-    problems = methods.init_problems(model, plan, init, options)
-    problems += text_side_problems(model, methods.rewrites_base(init), init, options)
+    yield from methods.init_problems(model, plan, init, options)
+    yield from text_side_problems(model, methods.rewrites_base(init), init, options)
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-        problems.append(f"dropout: expected a number from 0 to below 1, got {dropout!r}")
+        yield f"dropout: expected a number from 0 to below 1, got {dropout!r}"
     modules = dict(model.named_modules())
     for target in plan.targets:
         owner, _, name = target.module.rpartition(".")
         if (target.module not in modules) if not target.experts else (not hasattr(modules.get(owner), name)):
-            problems.append(f"{target.module} is not in this model: its modules differ from its config")
+            yield f"{target.module} is not in this model: its modules differ from its config"
             break
     variants = [
         name
@@ -197,44 +195,41 @@ def _misfits(
     ]  # fmt: skip
     if plan.blocks:
         slices = ", ".join(dict.fromkeys(block.name for blocks in plan.blocks.values() for block in blocks))
-        problems += [
+        yield from (
             f"{name} does not go with slices ({slices}): it changes or reads all rows of the fused projection; "
             "name the fused projection instead"
             for name in variants
-        ]
+        )
     if plan.target_parameters:
-        problems += [
+        yield from (
             f"{name} does not go with experts: PEFT adapts their stacked weights by plain LoRA only"
             for name in variants
-        ]
+        )
         if dropout:
-            problems.append(
+            yield (
                 f"dropout {dropout} does not go with experts: PEFT adds LoRA to their weights before they see an "
                 "input that could be dropped; use dropout 0"
             )
-    problems += _save_problems(model, plan, options, set(modules))
-    problems += _token_problems(model, options)
-    return problems
+    yield from _save_problems(model, plan, options, set(modules))
+    yield from _token_problems(model, options)
 
 
-def _save_problems(model: Any, plan: TargetPlan, options: Mapping[str, Any], modules: set[str]) -> list[str]:
-    problems = []
+def _save_problems(model: Any, plan: TargetPlan, options: Mapping[str, Any], modules: set[str]) -> Iterator[str]:
     adapted = {target.module for target in plan.targets}
     for name in options.get("modules_to_save") or ():
         hits = {module for module in modules if module == name or module.endswith(f".{name}")}
         if not hits:
             hint = nearest(name, {module.rpartition(".")[2] for module in modules})
-            problems.append(f"modules_to_save: {name!r} matches no module{hint}")
+            yield f"modules_to_save: {name!r} matches no module{hint}"
         elif any(hit == module or module.startswith(f"{hit}.") for hit in hits for module in adapted):
-            problems.append(f"modules_to_save: {name!r} is trained in full and cannot have LoRA as well")
+            yield f"modules_to_save: {name!r} is trained in full and cannot have LoRA as well"
         elif any(hit.endswith("mlp.router") for hit in hits):
-            problems.append(f"modules_to_save: {name!r} is the router of the experts, which is never trained here")
+            yield f"modules_to_save: {name!r} is the router of the experts, which is never trained here"
         elif _tied(model) and name in ("lm_head", "embed_tokens") and not options.get("ensure_weight_tying"):
-            problems.append(
+            yield (
                 f"modules_to_save: {name!r} shares its weight (tie_word_embeddings), and a trained copy would "
                 "differ from the other; set ensure_weight_tying, or train single tokens by trainable_token_indices"
             )
-    return problems
 
 
 def _full_where_ambiguous(names: Iterable[str] | None, model: Any) -> list[str] | None:
@@ -247,24 +242,22 @@ def _full_where_ambiguous(names: Iterable[str] | None, model: Any) -> list[str] 
     return found or None
 
 
-def _token_problems(model: Any, options: Mapping[str, Any]) -> list[str]:
+def _token_problems(model: Any, options: Mapping[str, Any]) -> Iterator[str]:
     asked = options.get("trainable_token_indices")
     if asked is None:
-        return []
+        return
     by_module = asked if isinstance(asked, Mapping) else {"embed_tokens": asked}
-    problems = []
     ids = [token for each in by_module.values() for token in each]
     size = model.get_input_embeddings().weight.shape[0]
     wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size]
     if wrong or not ids:
-        problems.append(f"trainable_token_indices: expected token ids of 0 to {size - 1}, got {wrong or 'none'}")
+        yield f"trainable_token_indices: expected token ids of 0 to {size - 1}, got {wrong or 'none'}"
     whole = {name.rpartition(".")[2] for name in options.get("modules_to_save") or ()}
     twice = {name.rpartition(".")[2] for name in by_module} & whole
-    problems += [
+    yield from (
         f"trainable_token_indices: all of {name} is trained by modules_to_save already; leave one of them out"
         for name in sorted(twice)
-    ]
-    return problems
+    )
 
 
 def _tied(model: Any) -> bool:

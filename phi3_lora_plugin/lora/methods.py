@@ -28,60 +28,52 @@ class MethodError(Phi3LoraError):
     """A method's pass over data or weights cannot be done, with what it would need."""
 
 
-def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: Mapping[str, Any]) -> list[str]:
+def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: Mapping[str, Any]) -> Iterator[str]:
     """Why this `init_lora_weights` cannot be used here; empty if it can."""
-    problems = []
     known = isinstance(init, bool) or re.fullmatch(INIT, str(init)) is not None
     if not known and init in ("corda", "lora_ga"):
-        problems.append(
-            f"init_lora_weights: {init!r} needs a pass of PEFT's own over data first, which is not offered here"
-        )
+        yield f"init_lora_weights: {init!r} needs a pass of PEFT's own over data first, which is not offered here"
     elif not known:
-        problems.append(f"init_lora_weights: {init!r} is not one of {', '.join(INITS)}{nearest(init, INITS)}")
+        yield f"init_lora_weights: {init!r} is not one of {', '.join(INITS)}{nearest(init, INITS)}"
     quantised = bool(getattr(model, "is_quantized", False))
     if rewrites_base(init) and quantised:
-        problems.append(
+        yield (
             f"init_lora_weights: {init!r} takes part of the base weights into the adapter, and rounding the rest again "
             "would lose the quantised base that the adapter belongs to; use an unquantised base"
         )
     if init == "loftq" and not getattr(model, "is_loaded_in_4bit", False):
-        problems.append(
+        yield (
             "init_lora_weights: 'loftq' starts from the rounding error of a 4-bit base, and this base is not in 4 bit; "
             "load it with quantize nf4"
         )
     if init == "loftq" and (config := options.get("loftq_config")):
         settings = config if isinstance(config, Mapping) else vars(config)
         if (settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)) != (4, 1):
-            problems.append(
+            yield (
                 "loftq_config: the base is quantised already, to 4 bits and once, so loftq_bits 4 and loftq_iter 1 are "
                 f"what there is; got {dict(settings)}"
             )
     if init == "eva" and options.get("data") is None:
-        problems.append(
-            "init_lora_weights: 'eva' starts from what the layers see: pass batches of model inputs as data"
-        )
+        yield "init_lora_weights: 'eva' starts from what the layers see: pass batches of model inputs as data"
     if init != "eva" and options.get("data") is not None:
-        problems.append(f"data: only init_lora_weights='eva' uses it, not {init!r}")
+        yield f"data: only init_lora_weights='eva' uses it, not {init!r}"
     for name, owner in (("eva_config", "eva"), ("loftq_config", "loftq")):
         if options.get(name) and init != owner:
-            problems.append(f"{name}: only init_lora_weights={owner!r} uses it, not {init!r}")
+            yield f"{name}: only init_lora_weights={owner!r} uses it, not {init!r}"
     factorised = rewrites_base(init) or init in ("eva", "loftq", "orthogonal", "mica")
     if plan.blocks and factorised:
-        problems.append(
+        yield (
             f"init_lora_weights: {init!r} starts from a factorisation for all rows of the fused projection at once, "
             "which fills B between the slices; name the fused projection, or use the default or gaussian start"
         )
     if plan.target_parameters and not (isinstance(init, bool) or init == "gaussian"):
-        problems.append(f"init_lora_weights: {init!r} does not go with experts, whose weights are not linear layers")
+        yield f"init_lora_weights: {init!r} does not go with experts, whose weights are not linear layers"
     high = next((one for one in plan.targets if one.rank > min(one.in_features, one.out_features)), None)
     if factorised and high is not None:
         small = min(high.in_features, high.out_features)
-        problems.append(
-            f"init_lora_weights: {init!r} needs a rank of at most {small} in {high.module}, got {high.rank}"
-        )
+        yield f"init_lora_weights: {init!r} needs a rank of at most {small} in {high.module}, got {high.rank}"
     if init == "orthogonal" and any(target.rank % 2 for target in plan.targets):
-        problems.append("init_lora_weights: 'orthogonal' needs even ranks")
-    return problems
+        yield "init_lora_weights: 'orthogonal' needs even ranks"
 
 
 def init_options(init: Any, options: Mapping[str, Any]) -> dict[str, Any]:

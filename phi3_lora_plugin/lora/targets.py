@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,29 +222,27 @@ def _fused_or_slices(target: str, found: dict[_Place, set[int]], problems: list[
     return result
 
 
-def _refusals(target: str, outside: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+def _refusals(target: str, outside: Sequence[str], config: Mapping[str, Any]) -> Iterator[str]:
     tied = bool(config.get("tie_word_embeddings"))
-    problems = []
     names = [name.rpartition(".")[2] for name in outside if not name.endswith(_ROUTER)]
     if len(names) < len(outside):
-        problems.append(
+        yield (
             f"{target!r} names the router of the experts: it returns a tuple that LoRA cannot wrap, and moving the "
             "routing of a trained mixture breaks it; leave it out"
         )
     for short in names:
         if tied:
-            problems.append(
+            yield (
                 f"{target!r}: {short} shares its weight with {'embed_tokens' if short == 'lm_head' else 'lm_head'} "
                 "(tie_word_embeddings), so LoRA on one of them is lost or doubled by merging and saving; to train "
                 "single tokens, use trainable_token_indices"
             )
         else:
-            problems.append(
+            yield (
                 f"{target!r}: LoRA on {short} is refused: memory-saving losses and TRL read its weight past the "
                 f"adapter, and servers do not load it; modules_to_save=['{short}'] trains it in full, "
                 "trainable_token_indices trains single tokens"
             )
-    return problems
 
 
 def _unknown(target: str, layout: Sequence[Projection]) -> str:

@@ -8,7 +8,7 @@ one is on, as long as training touches neither the towers nor a weight below tho
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phi3_lora_plugin.model.families import TOWERS, has_towers
@@ -19,25 +19,23 @@ def excluded_modules(config: Mapping[str, Any]) -> str | None:
     return rf"{re.escape(TOWERS)}\..+" if has_towers(config) else None
 
 
-def text_side_problems(model: Any, rewrites_base: bool, init: Any, options: Mapping[str, Any]) -> list[str]:
+def text_side_problems(model: Any, rewrites_base: bool, init: Any, options: Mapping[str, Any]) -> Iterator[str]:
     """Options that would change what the model makes of images and speech; none for a model of text alone."""
     if not has_towers(model.config.to_dict()):
-        return []
-    problems = []
+        return
     if (bias := options.get("bias", "none")) != "none":
-        problems.append(
+        yield (
             f"bias={bias!r} trains biases in place, and here only the vision and audio towers have any; leave it out"
         )
     if rewrites_base:
-        problems.append(
+        yield (
             f"init_lora_weights: {init!r} moves part of the weights into the adapter, which the model's own vision and "
             "speech adapters are added to; use the default or gaussian start"
         )
     inside = {name.rpartition(".")[2] for name, _ in model.named_modules() if name.startswith(f"{TOWERS}.")}
     for name in options.get("modules_to_save") or ():
         if TOWERS.rpartition(".")[2] in name.split(".") or name.rpartition(".")[2] in inside:
-            problems.append(f"modules_to_save: {name!r} is in the vision or audio tower, which keep their weights")
-    return problems
+            yield f"modules_to_save: {name!r} is in the vision or audio tower, which keep their weights"
 
 
 def reached_towers(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ the recipe asks for, so that it can be looked at for a card that is not here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,22 +108,20 @@ def _mixed(weights: str, device: Device) -> Literal["no", "bf16", "fp16"]:
     return "fp16"
 
 
-def _notes(weights: str, asked: str, device: Device, quantize: str) -> list[str]:
-    notes = []
+def _notes(weights: str, asked: str, device: Device, quantize: str) -> Iterator[str]:
     if device.kind == "cpu" and weights != "float32" and device.bfloat16 is False:
-        notes.append(
+        yield (
             f"this CPU has no fast 16-bit arithmetic: {weights} halves the memory and takes longer than float32 "
             "(model.dtype: float32)"
         )
     if device.kind == "cuda" and weights == "bfloat16" and not device.bfloat16:
-        notes.append("this card emulates bfloat16, which is slow; model.dtype: auto takes float16 here")
+        yield "this card emulates bfloat16, which is slow; model.dtype: auto takes float16 here"
     if device.kind == "cuda" and not device.flash:
-        notes.append("this card has no FlashAttention kernels; SDPA takes its memory-efficient one")
+        yield "this card has no FlashAttention kernels; SDPA takes its memory-efficient one"
     if device.kind in ("mps", "xpu"):
         name = {"mps": "Apple GPUs (mps)", "xpu": "Intel GPUs (xpu)"}[device.kind]
-        notes.append(f"{name} have no FlashAttention kernels here and no fused attention across packed rows")
+        yield f"{name} have no FlashAttention kernels here and no fused attention across packed rows"
         if device.kind == "mps" and weights == "bfloat16":
-            notes.append("M1 and M2 emulate bfloat16; model.dtype: float16 is faster there and needs a loss scaler")
+            yield "M1 and M2 emulate bfloat16; model.dtype: float16 is faster there and needs a loss scaler"
         if quantize != "none":
-            notes.append(f"quantize: {quantize} has no fast kernels on {device.kind}")
-    return notes
+            yield f"quantize: {quantize} has no fast kernels on {device.kind}"
