@@ -62,12 +62,9 @@ def calls_in(text: str) -> tuple[str, list[Call]]:
         try:
             values = [json.loads(block.group(1)) for block in blocks]
             return text[:start], read_calls([c for v in values for c in (v if isinstance(v, list) else [v])], "it")
-        except RowError:
-            if marks is _MARKED:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, RowError) and marks is _MARKED:  # other tags may be what a text is about
                 raise
-            continue  # tags may be what a text is about
-        except (ValueError, RecursionError):
-            continue
     for found in _FUNCTOOLS.finditer(text):
         try:
             value, end = json.JSONDecoder().raw_decode(text, found.end())

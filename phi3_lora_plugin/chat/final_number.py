@@ -34,10 +34,10 @@ def final_number(text: str) -> Fraction | None:
     said = unicodedata.normalize("NFKC", said)
     marker, boxed = said.rfind("####"), said.rfind("\\boxed")
     if marker < 0 and boxed < 0:
-        return _last(said)
+        return _number(said, -1)
     if marker > boxed:
-        return _first(said[marker:].lstrip("#"))
-    return _first(_in_braces(said[boxed + len("\\boxed") :]))
+        return _number(said[marker:].lstrip("#"), 0)
+    return _number(_in_braces(said[boxed + len("\\boxed") :]), 0)
 
 
 def answer_of(text: str) -> str | None:
@@ -59,14 +59,10 @@ def _in_braces(text: str) -> str:
     return text[1:]
 
 
-def _first(text: str) -> Fraction | None:
-    found = _NUMBER.search(_plain(text))
-    return None if found is None else _value(found)
-
-
-def _last(text: str) -> Fraction | None:
+def _number(text: str, place: int) -> Fraction | None:
+    """The first (0) or the last (-1) number in a text."""
     found = list(_NUMBER.finditer(_plain(text)))
-    return _value(found[-1]) if found else None
+    return _value(found[place]) if found else None
 
 
 def _plain(text: str) -> str:

@@ -176,42 +176,39 @@ def _checked(message: Message, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise EncodeError("messages", f"message {number} is a {type(message).__name__}; expected role and content")
     role, content = message.get("role"), message.get("content")
+    what = f"message {number} ({role})"
     calls = message.get("calls") or _read_calls(message, number)
     if content is None and calls:
         content = ""
     if role not in ROLES:
         raise EncodeError("messages", f"message {number} has the role {role!r}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise EncodeError(
-            "messages", f"message {number} ({role}) has content of type {type(content).__name__}; expected text"
-        )
-    _check_length(content, f"message {number} ({role})")
+        raise EncodeError("messages", f"{what} has content of type {type(content).__name__}; expected text")
+    _check_length(content, what)
     tools = message.get("tools")
     if tools is not None and (role != "system" or not isinstance(tools, str)):
-        raise EncodeError("messages", f"message {number} ({role}) has tools; expected text, on a system message")
+        raise EncodeError("messages", f"{what} has tools; expected text, on a system message")
     turn: dict[str, Any] = {"role": role, "content": content}
     if tools is not None:
         turn["tools"] = tools
     thoughts = message.get("thoughts")
     if (calls or thoughts is not None) and role != "assistant":
-        raise EncodeError("messages", f"message {number} ({role}) has calls or thoughts; only the assistant has")
+        raise EncodeError("messages", f"{what} has calls or thoughts; only the assistant has")
     if calls:
         turn["calls"] = calls
     if thoughts is not None:
         turn["thoughts"] = thoughts
     train, weight = message.get("train"), message.get("weight")
     if not (train is None or isinstance(train, bool)):
-        raise EncodeError("messages", f"message {number} ({role}) has train {train!r}; expected true or false")
+        raise EncodeError("messages", f"{what} has train {train!r}; expected true or false")
     if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < HEAVIEST):
-        raise EncodeError(
-            "messages", f"message {number} ({role}) has weight {weight!r}; expected a number from 0 to {HEAVIEST}"
-        )
+        raise EncodeError("messages", f"{what} has weight {weight!r}; expected a number from 0 to {HEAVIEST}")
     if train is False or weight == 0:
         turn["train"] = False
     elif weight not in (None, 1):
         turn["weight"] = float(weight)
     if message.get("spans") is not None:
-        turn["spans"] = checked_spans(message["spans"], content, f"message {number} ({role})")
+        turn["spans"] = checked_spans(message["spans"], content, what)
     return turn
 
 

@@ -68,18 +68,12 @@ def render(report: DataReport, console: Console) -> None:
 
 
 # What stands out in a row next to what is trained; the model's own text is looked at, as only the screen needs it.
-KINDS = (
-    ("thoughts", "blue", re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)),
-    (
-        "tool calls",
-        "magenta",
-        re.compile(
-            r"<\|tool_call\|>.*?(?:<\|/tool_call\|>|$)|"
-            r'(?:functools\[|\[?\{"name": "[^"]*", "arguments": ).*?(?=<\||$)',
-            re.DOTALL,
-        ),
-    ),
+_CALLS = re.compile(
+    r"<\|tool_call\|>.*?(?:<\|/tool_call\|>|$)|"
+    r'(?:functools\[|\[?\{"name": "[^"]*", "arguments": ).*?(?=<\||$)',
+    re.DOTALL,
 )
+KINDS = (("thoughts", "blue", re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL)), ("tool calls", "magenta", _CALLS))
 
 
 def _balance(good: int, bad: int) -> list[str]:

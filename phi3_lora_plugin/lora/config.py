@@ -20,12 +20,10 @@ _ALWAYS = (
     "target_modules", "task_type",
 )  # fmt: skip
 
-_NEVER = ("peft_version",)
-
 
 def minimal_config(config: Any, model: Any) -> dict[str, Any]:
     """adapter_config.json with what differs from PEFT's defaults, so that older versions read it; base filled in."""
-    settings = {key: _plain(value) for key, value in config.to_dict().items() if key not in _NEVER}
+    settings = {key: _plain(value) for key, value in config.to_dict().items() if key != "peft_version"}
     if settings.get("peft_type") == "LORA":
         kind: Any = type(config)
         defaults = _defaults(kind)

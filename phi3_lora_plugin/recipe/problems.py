@@ -26,27 +26,26 @@ def explain(error: ValidationError, model: type[Section], merged: Layer) -> list
     """
     problems: dict[tuple[str, str], Problem] = {}
     for complaint in error.errors(include_url=False):
-        for problem in _problems(complaint, model, merged):
+        for key, message in _said(complaint, model, merged.data):
+            problem = Problem(merged.where(key), ".".join(key), message)
             problems.setdefault((problem.where, problem.key), problem)
     return list(problems.values())
 
 
-def _problems(complaint: Any, model: type[Section], merged: Layer) -> Iterator[Problem]:
+def _said(complaint: Any, model: type[Section], data: Any) -> Iterator[tuple[Key, str]]:
+    """(key, what is wrong with it)."""
     location: Key = tuple(str(part) for part in complaint["loc"])
     conflicts = complaint.get("ctx", {}).get("error")
     if isinstance(conflicts, Conflicts):
         for name, message in conflicts.found:
-            key = (*location, *name.split("."))
-            yield Problem(merged.where(key), ".".join(key), message)
+            yield (*location, *name.split(".")), message
     elif complaint["type"] == "missing":
-        yield Problem(
-            merged.where(location), ".".join(location), "is required, here or in a recipe that this one extends"
-        )
+        yield location, "is required, here or in a recipe that this one extends"
     elif complaint["type"] == "extra_forbidden":
-        yield Problem(merged.where(location), ".".join(location), f"unknown key{_did_you_mean(location, model)}")
+        yield location, f"unknown key{_did_you_mean(location, model)}"
     else:
-        key, value, info = _field(location, model, merged.data)
-        yield Problem(merged.where(key), ".".join(key), _wrong_value(value, info))
+        key, value, info = _field(location, model, data)
+        yield key, _wrong_value(value, info)
 
 
 def _field(location: Key, model: type[Section], data: Any) -> tuple[Key, Any, FieldInfo | None]:

@@ -165,18 +165,15 @@ def _wrong_source(entry: dict[str, Any]) -> list[str]:
     try:
         MixtureSource.model_validate(entry)
     except ValidationError as error:
-        said = []
-        for one in error.errors():
-            name = str(one["loc"][0])
-            known = ", ".join(MixtureSource.model_fields)
-            unknown = one["type"] == "extra_forbidden"
-            said.append(
-                f"unknown key {name!r}; available: {known}"
-                if unknown
-                else f"{name}: {one['msg'].replace('Input should be', 'must be')}"
-            )
-        return list(dict.fromkeys(said))
+        return list(dict.fromkeys(map(_wrong_key, error.errors())))
     return []
+
+
+def _wrong_key(complaint: Any) -> str:
+    name = str(complaint["loc"][0])
+    if complaint["type"] == "extra_forbidden":
+        return f"unknown key {name!r}; available: {', '.join(MixtureSource.model_fields)}"
+    return f"{name}: {complaint['msg'].replace('Input should be', 'must be')}"
 
 
 class LoraSection(Section):
