@@ -6,6 +6,7 @@ MinHash with locality-sensitive hashing, by the library datasketch, finds candid
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,5 @@ def _sketches(rows: Any) -> Iterator[tuple[frozenset[bytes], Any]]:
 
 
 def _pieces(ids: Sequence[int]) -> frozenset[bytes]:
-    from array import array
-
     tokens = array("i", ids)
     return frozenset(tokens[at : at + _SHINGLE].tobytes() for at in range(max(1, len(tokens) - _SHINGLE + 1)))

@@ -287,10 +287,9 @@ def _check(model: Any, plan: TargetPlan, options: Mapping[str, Any]) -> None:
             want = planned[path].alpha / (planned[path].rank ** (0.5 if plan.rslora else 1))
             if rank != planned[path].rank or abs(scaling - want) > 1e-9 * want:
                 problems.append(f"{path}: rank {rank} and scaling {scaling}, planned {planned[path].rank} and {want}")
-    asked = [*(config.modules_to_save or ())]
     for name, parameter in model.named_parameters():
         extra = (
-            "modules_to_save" in name and any(f"{module}." in name for module in asked)
+            "modules_to_save" in name and any(f"{module}." in name for module in config.modules_to_save or ())
             or "trainable_tokens_" in name
             or (config.bias != "none" and name.endswith("bias"))
         )  # fmt: skip

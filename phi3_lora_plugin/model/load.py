@@ -74,18 +74,19 @@ def load_model(
     for note in precision.notes:
         log.warning("%s", note)
     kind = precision.torch_dtype
-    options: dict[str, Any] = {"dtype": kind, "attn_implementation": _attention(attention, place, kind)}
-    if quantize != "none":
-        options["quantization_config"] = quantization_config(quantize, kind)
-    if (map_ := _device_map(place, quantize)) is not None:
-        options["device_map"] = map_
+    options: dict[str, Any] = {
+        "dtype": kind,
+        "attn_implementation": _attention(attention, place, kind),
+        "quantization_config": None if quantize == "none" else quantization_config(quantize, kind),
+        "device_map": _device_map(place, quantize),
+    }
     native = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with _weights_to_convert(folder, place, precision, quantize) as weights:
-            source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder)}
-            if weights is not None:
-                source = {"pretrained_model_name_or_path": None, "state_dict": weights}
-            model, info = native.from_pretrained(**source, config=config, output_loading_info=True, **options)
+            files = str(folder) if weights is None else None
+            model, info = native.from_pretrained(
+                files, state_dict=weights, config=config, output_loading_info=True, **options
+            )
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
