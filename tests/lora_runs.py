@@ -11,7 +11,7 @@ from typing import Any
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, Phi3ForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 
 def rows(count: int = 16, length: int = 8, masked: bool = False, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -44,6 +44,16 @@ def saved_adapter(base: Any, folder: Path, seed: int = 1, scale: float = 0.1, **
     return folder
 
 
+class Logs(TrainerCallback):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.said: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.said.append(dict(logs))
+
+
 def learn(model: Any, batches: Iterable[torch.Tensor], optimizer: Any = None, **settings: Any) -> list[float]:
     """The losses of one plain step on each batch of ids, of AdamW unless another optimizer is given."""
     if optimizer is None:
@@ -65,7 +75,7 @@ def four_bit(folder: Path, compute: torch.dtype = torch.bfloat16, **changes: Any
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
     tiny.model(hidden_size=64, intermediate_size=128, **changes).to(compute).save_pretrained(folder)
     quantised = BitsAndBytesConfig(load_in_4bit=True, **settings)
-    return Phi3ForCausalLM.from_pretrained(folder, quantization_config=quantised)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised)
 
 
 def fully_sharded(model: Any, **how: Any) -> Any:
@@ -77,6 +87,17 @@ def fully_sharded(model: Any, **how: Any) -> Any:
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh, **how)
     return fully_shard(model, mesh=mesh, **how)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model in a folder, without fast attention."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def adapter_on(base: Path, folder: Path, **options: Any) -> Path:
+    """A `saved_adapter` on the fused projections, unless told otherwise, of the model in a folder."""
+    fused = {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    return saved_adapter(load(base), folder, **(fused | options))
 
 
 def deepspeed_plan(stage: str) -> dict[str, Any]:

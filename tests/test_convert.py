@@ -11,10 +11,9 @@ import loralib
 import pytest
 import tiny
 import torch
-from lora_runs import saved_adapter
+from lora_runs import adapter_on, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from phi3_lora_plugin import load_lora_state_dict
@@ -39,20 +38,12 @@ SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
-def load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
 def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
     model = load(folder)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     with torch.inference_mode():
         return model(input_ids=IDS).logits
-
-
-def train(base: Path, folder: Path, **options) -> Path:
-    return saved_adapter(load(base), folder, **({"target_modules": FUSED} | options))
 
 
 def tensors_of(adapter: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +88,7 @@ def fused(bases) -> Path:
 )
 def test_a_fused_adapter_runs_on_the_split_base_and_comes_back_as_it_was(bases, tmp_path, options):
     fused, llama = bases
-    adapter = train(fused, tmp_path / "fused", **options)
+    adapter = adapter_on(fused, tmp_path / "fused", **options)
 
     report = convert(adapter, tmp_path / "split", "split", base=fused, target_base=str(llama))
     same(logits(llama, tmp_path / "split"), logits(fused, adapter))
@@ -125,7 +116,7 @@ def test_a_fused_adapter_runs_on_the_split_base_and_comes_back_as_it_was(bases, 
 )
 def test_an_adapter_of_a_split_mirror_runs_on_the_fused_base(bases, tmp_path, options):
     fused, llama = bases
-    adapter = train(llama, tmp_path / "split", **options)
+    adapter = adapter_on(llama, tmp_path / "split", **options)
     convert(adapter, tmp_path / "fused", "fused", base=fused)
     same(logits(fused, tmp_path / "fused"), logits(llama, adapter))
     config = config_of(tmp_path / "fused")
@@ -137,7 +128,8 @@ def test_an_adapter_of_a_split_mirror_runs_on_the_fused_base(bases, tmp_path, op
 
 def test_the_split_mirror_itself_says_where_the_rows_begin(bases, tmp_path):
     fused, llama = bases
-    adapter = train(llama, tmp_path / "split", target_modules=SPLIT)  # its config names the mirror, as unsloth's do
+    # Its config names the mirror, as unsloth's do.
+    adapter = adapter_on(llama, tmp_path / "split", target_modules=SPLIT)
     report = convert(adapter, tmp_path / "fused", "fused")
     same(logits(fused, tmp_path / "fused"), logits(llama, adapter))
     assert config_of(tmp_path / "fused")["base_model_name_or_path"] is None
@@ -150,7 +142,7 @@ def test_the_split_mirror_itself_says_where_the_rows_begin(bases, tmp_path):
 
 
 def test_a_written_config_is_minimal_sorted_and_the_same_every_time(fused, tmp_path):
-    adapter = train(fused, tmp_path / "fused")
+    adapter = adapter_on(fused, tmp_path / "fused")
     for name in ("one", "two"):
         convert(adapter, tmp_path / name, "split", base=fused)
     one, two = (tmp_path / name for name in ("one", "two"))
@@ -273,7 +265,7 @@ def test_conv_layers_biases_and_code_are_refused(tmp_path):
 
 
 def test_adapters_that_are_broken_are_refused_whatever_they_become(fused, tmp_path):
-    adapter = train(fused, tmp_path / "adapter")
+    adapter = adapter_on(fused, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     key = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
@@ -345,7 +337,7 @@ def test_named_and_wrapped_adapters_are_understood_or_pointed_at(fused, tmp_path
         read_peft(tmp_path / "run")
     convert(tmp_path / "run" / "mine", tmp_path / "split", "split", base=fused)
 
-    adapter = train(fused, tmp_path / "plain")
+    adapter = adapter_on(fused, tmp_path / "plain")
     raw = tensors_of(adapter)
     wrapped = {
         f"module.{key.replace('lora_A.', 'lora_A.default.').replace('lora_B.', 'lora_B.default.')}": raw[key]
@@ -376,7 +368,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_a_wrapped_adapter_is_the_same_to_every_reader(fused, tmp_path, kind):
-    adapter = train(fused, tmp_path / "a")
+    adapter = adapter_on(fused, tmp_path / "a")
     raw = tensors_of(adapter)
     wrapped = {WRAPPED[kind](key): value for key, value in raw.items()}
     odd = len(wrapped.keys() - raw.keys())
@@ -402,7 +394,7 @@ def test_a_wrapped_adapter_is_the_same_to_every_reader(fused, tmp_path, kind):
 
 def test_what_would_be_silently_wrong_is_refused_with_its_reason(fused, tmp_path):
     def changed(**settings) -> Path:
-        adapter = train(fused, tmp_path / "adapter")
+        adapter = adapter_on(fused, tmp_path / "adapter")
         tiny.edit(adapter / "adapter_config.json", **settings)
         return adapter
 
@@ -419,11 +411,11 @@ def test_what_would_be_silently_wrong_is_refused_with_its_reason(fused, tmp_path
             convert(changed(**settings), tmp_path / "out", "split", base=fused)
     with pytest.raises(ConvertError, match="whose config has r and alpha"):
         convert(changed(), tmp_path / "out", "split", base=fused, alpha=3)
-    full = train(fused, tmp_path / "full", modules_to_save=["lm_head"])
+    full = adapter_on(fused, tmp_path / "full", modules_to_save=["lm_head"])
     said = "lm_head.weight: trained in full or by token, which loralib files do not hold"
     with pytest.raises(ConvertError, match=said):
         convert(full, tmp_path / "out.pt", "loralib", base=fused)
-    dora = train(fused, tmp_path / "dora", use_dora=True)
+    dora = adapter_on(fused, tmp_path / "dora", use_dora=True)
     with pytest.raises(LoralibError, match="loralib has no DoRA"):
         convert(dora, tmp_path / "out.pt", "loralib", base=fused)
     other = tiny.base(tmp_path / "other", hidden_size=64, num_hidden_layers=1)
@@ -474,7 +466,7 @@ MIXED = {
 @pytest.mark.parametrize("kind", MIXED)
 def test_uniform_is_right_for_who_reads_only_r_and_lora_alpha(bases, tmp_path, kind, to):
     fused, split = bases
-    adapter = train(split if kind == "split" else fused, tmp_path / "mixed", **MIXED[kind])
+    adapter = adapter_on(split if kind == "split" else fused, tmp_path / "mixed", **MIXED[kind])
     options = {"target_base": "microsoft/x"} if to != "peft" else {}
     convert(adapter, tmp_path / "one", to, base=fused, uniform=True, overwrite=True, **options)
     config = config_of(tmp_path / "one")
@@ -496,7 +488,7 @@ def test_uniform_is_right_for_who_reads_only_r_and_lora_alpha(bases, tmp_path, k
 
 
 def test_embeddings_that_equal_the_bases_are_dropped_on_request(fused, tmp_path):
-    adapter = train(fused, tmp_path / "a")
+    adapter = adapter_on(fused, tmp_path / "a")
     weights = adapter / "adapter_model.safetensors"
     own = load_file(fused / "model.safetensors")["model.embed_tokens.weight"]
     saved = load_file(weights) | {"base_model.model.model.embed_tokens.weight": own.half().float()}
@@ -577,7 +569,7 @@ def test_a_wrong_conversion_is_caught_by_the_logits_and_leaves_nothing(tmp_path,
 
 def test_p24_the_tokenizer_and_the_base_travel_with_the_adapter(bases, tmp_path):
     fused, llama = bases
-    adapter = train(fused, tmp_path / "fused")
+    adapter = adapter_on(fused, tmp_path / "fused")
     tiny.tokenizer().save_pretrained(adapter)
     convert(adapter, tmp_path / "split", "split", base=fused, target_base="unsloth/Phi-3-mini-4k-instruct")
     assert (tmp_path / "split" / "tokenizer.json").is_file()
@@ -587,7 +579,7 @@ def test_p24_the_tokenizer_and_the_base_travel_with_the_adapter(bases, tmp_path)
 
 
 def test_the_command_reports_rules_rows_and_json(fused, tmp_path):
-    adapter = train(fused, tmp_path / "fused")
+    adapter = adapter_on(fused, tmp_path / "fused")
     out = tmp_path / "x"
 
     def run(*words):
@@ -615,7 +607,7 @@ def test_the_command_reports_rules_rows_and_json(fused, tmp_path):
 
 
 def test_misshapen_tensors_are_named(fused, tmp_path):
-    adapter = train(fused, tmp_path / "fused")
+    adapter = adapter_on(fused, tmp_path / "fused")
     tensors = tensors_of(adapter)
     key = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight"
     tensors[key] = tensors[key][:-1].contiguous()

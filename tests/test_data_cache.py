@@ -39,11 +39,9 @@ def chats(tmp_path: Path) -> Path:
     return write(tmp_path / "chats.jsonl")
 
 
-def write(file: Path, last: str = "") -> Path:
+def write(file: Path, *last: str) -> Path:
     rows = [{"prompt": f"what is {n % 30}?", "completion": f"it is {n % 30}" * (1 + n % 10)} for n in range(60)]
-    lines = [json.dumps(row) for row in rows] + ["{broken", json.dumps({"prompt": "x" * 90, "completion": "a"})]
-    file.write_text("\n".join(lines) + "\n" + last)
-    return file
+    return tiny.write(file, [*rows, "{broken", {"prompt": "x" * 90, "completion": "a"}, *last])
 
 
 def load(file: Path, *overrides: str, tokenizer: Any = TOKENIZER, adapters: Any = ADAPTERS, **given: Any) -> Data:
@@ -80,7 +78,7 @@ def test_the_library_keeps_nothing_unless_asked_and_nothing_small(
 
 
 CHANGES: dict[str, Callable[[Path], Data]] = {
-    "a byte of the file": lambda file: load(write(file, "\n")),
+    "a byte of the file": lambda file: load(write(file, "")),  # an empty line
     "the name of the file": lambda file: load(file.rename(file.with_name("other.jsonl"))),
     "a setting": lambda file: load(file, "data.train_on=all"),
     "the seed": lambda file: load(file, "seed=7"),

@@ -11,11 +11,11 @@ import numpy
 import pytest
 import tiny
 import torch
-from lora_runs import saved_adapter
+from lora_runs import adapter_on, load
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from phi3_lora_plugin.export.convert import convert
 from phi3_lora_plugin.export.gguf import GGUFError, write_gguf_model
@@ -55,14 +55,6 @@ def read(file: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, {name: field.contents() for name, field in reader.fields.items()}
 
 
-def load(base: Path):
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-
-def train(base: Path, folder: Path, **options) -> Path:
-    return saved_adapter(load(base), folder, **({"target_modules": FUSED} | options))
-
-
 def adapted(base: Path, adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(load(base), str(adapter))
 
@@ -83,7 +75,7 @@ def base(tmp_path_factory) -> Path:
     ids=["plain", "rslora", "patterns", "one-module"],
 )
 def test_an_adapter_reads_back_as_the_same_update_under_llama_cpp_s_rule(base, tmp_path, options):
-    adapter = train(base, tmp_path / "adapter", **options)
+    adapter = adapter_on(base, tmp_path / "adapter", **options)
     report = convert(adapter, tmp_path / "lora.gguf", "gguf", base=base)
     tensors, settings = read(tmp_path / "lora.gguf")
     assert settings["general.type"] == "adapter" and settings["adapter.type"] == "lora"
@@ -107,7 +99,7 @@ def test_a_split_adapter_is_fused_on_its_way_and_a_16_bit_one_is_rounded(base, t
     from phi3_lora_plugin.export.base_layouts import convert_base
 
     convert_base(base, tmp_path / "llama", "llama-base")
-    adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    adapter = adapter_on(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     convert(adapter, tmp_path / "lora.gguf", "gguf", base=base, dtype="bfloat16")
     tensors, _ = read(tmp_path / "lora.gguf")
     assert set(tensors) == {f"blk.{n}.attn_qkv.weight.lora_{x}" for n in (0, 1) for x in "ab"}
@@ -129,7 +121,7 @@ def test_a_split_adapter_is_fused_on_its_way_and_a_16_bit_one_is_rounded(base, t
     ids=["dora", "bias", "embedding", "full"],
 )
 def test_what_llama_cpp_would_drop_is_refused(base, tmp_path, options, message):
-    adapter = train(base, tmp_path / "adapter", **options)
+    adapter = adapter_on(base, tmp_path / "adapter", **options)
     with pytest.raises(ValueError, match=message):
         convert(adapter, tmp_path / "lora.gguf", "gguf", base=base)
     assert not (tmp_path / "lora.gguf").exists() and not list(tmp_path.glob(".*"))
@@ -332,7 +324,7 @@ def test_models_that_llama_cpp_does_not_know_are_refused(base, tmp_path):
 
 
 def test_without_the_gguf_package_the_error_names_the_extra(base, tmp_path, warm):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     script = f"""
 import sys
 sys.modules["gguf"] = None
@@ -351,7 +343,7 @@ def test_llama_cpp_itself_gives_transformers_probabilities(shared_data, tmp_path
     """Where llama.cpp is installed (as `xllamacpp`), it loads model and adapter and agrees with transformers."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) is not installed")
     base = shared_data / "models" / "phi3-stories260K"
-    adapter = train(base, tmp_path / "adapter", use_rslora=True, alpha_pattern={"o_proj": 3})
+    adapter = adapter_on(base, tmp_path / "adapter", use_rslora=True, alpha_pattern={"o_proj": 3})
     convert(base, tmp_path / "m.gguf", "gguf")
     convert(adapter, tmp_path / "lora.gguf", "gguf", base=base)
     model = adapted(base, adapter).eval()

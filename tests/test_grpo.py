@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from lora_runs import same
+from lora_runs import Logs, same
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import turns, write
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_plugins, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.dataset import DataError, load_data
@@ -36,16 +36,6 @@ try:
 except ObjectiveError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 TELLS = "python:phi3_lora_plugin.embedded.rewards.tells"
-
-
-class Logs(TrainerCallback):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.said: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.said.append(dict(logs))
 
 
 def recipe(out: Path, *more: str) -> Recipe:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from lora_runs import disturb, saved_adapter
+from lora_runs import adapter_on, disturb, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from phi3_lora_plugin.cli import app
@@ -29,14 +29,6 @@ pytestmark = pytest.mark.slow
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(3, 27).reshape(2, 12)
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-
-
-def train(base: Path, folder: Path, **options) -> Path:
-    return saved_adapter(load(base), folder, **({"target_modules": FUSED} | options))
 
 
 def merged_by_peft(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -80,7 +72,7 @@ def moe(tmp_path_factory) -> Path:
     ids=lambda options: ",".join(map(str, options)) + str(options.get("init_lora_weights", "")) or "plain",
 )
 def test_our_merge_is_peft_s_tensor_for_tensor(base, tmp_path, options):
-    adapter = train(base, tmp_path / "adapter", **options)
+    adapter = adapter_on(base, tmp_path / "adapter", **options)
     report = merge(adapter, base, tmp_path / "out", max_shard="40KB")
     wanted, got = merged_by_peft(base, adapter), load(tmp_path / "out").state_dict()
     assert wanted.keys() == got.keys()
@@ -102,7 +94,7 @@ def test_our_merge_is_peft_s_tensor_for_tensor(base, tmp_path, options):
     ids=["attention", "experts", "down-experts", "bias", "bias-lora", "lora-bias"],
 )
 def test_the_mixture_of_experts_too(moe, tmp_path, options):
-    adapter = train(moe, tmp_path / "adapter", **options)
+    adapter = adapter_on(moe, tmp_path / "adapter", **options)
     stored = set(Weights(moe))
     assert any(name.endswith("block_sparse_moe.experts.3.w3.weight") for name in stored)  # one by one, as published
     merge(adapter, moe, tmp_path / "out", max_shard="20KB")
@@ -133,7 +125,7 @@ def test_our_own_sliced_adapter_merges(base, tmp_path):
 def test_sixteen_bits_round_the_float32_sum_once(tmp_path, stored, dtype):
     base = tiny.base(tmp_path / "base")
     load(base, getattr(torch, stored)).save_pretrained(base)
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     report = merge(adapter, base, tmp_path / "out", dtype)
     kind = getattr(torch, report.dtype)
     assert report.dtype == (stored if dtype == "auto" else dtype)
@@ -151,7 +143,7 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
         "tokens": {"trainable_token_indices": [3, 5]},
         "both": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
     }.items():
-        adapter = train(tied, tmp_path / name, **options)
+        adapter = adapter_on(tied, tmp_path / name, **options)
         merge(adapter, tied, tmp_path / f"{name}-out")
         assert "lm_head.weight" not in Weights(tmp_path / f"{name}-out")
         wanted, got = merged_by_peft(tied, adapter), load(tmp_path / f"{name}-out").state_dict()
@@ -161,7 +153,7 @@ def test_p32_tied_weights_stay_one_or_are_written_apart_on_demand(tied, tmp_path
         "head": {"target_modules": FUSED, "modules_to_save": ["lm_head"]},
         "table": {"target_modules": [*FUSED, "embed_tokens"]},
     }.items():
-        adapter = train(tied, tmp_path / name, **options)
+        adapter = adapter_on(tied, tmp_path / name, **options)
         with pytest.raises(MergeError, match="head and embeddings share one weight in this base"):
             merge(adapter, tied, tmp_path / "out")
         report = merge(adapter, tied, tmp_path / f"{name}-out", untie=True)
@@ -180,7 +172,7 @@ def test_the_folder_is_complete_asks_for_no_code_and_stops(tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         tiny.edit(base / name, auto_map={"AutoConfig": "evil.Evil"})
     (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    merge(train(base, tmp_path / "adapter"), base, tmp_path / "out")
+    merge(adapter_on(base, tmp_path / "adapter"), base, tmp_path / "out")
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "out").glob("*.py"))
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in (tmp_path / "out" / name).read_text()
@@ -204,7 +196,7 @@ def test_real_128k_config_is_written_with_the_name_that_loads_today(shared_data,
 
 
 def test_p12_a_quantised_base_is_refused(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     quantised = tiny.base(tmp_path / "nf4")
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     tiny.edit(quantised / "config.json", quantization_config=how)
@@ -216,7 +208,7 @@ def test_p12_a_quantised_base_is_refused(base, tmp_path):
 def test_p12_the_loss_of_merging_a_qlora_adapter_is_measured_or_avoided(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = tiny.base(tmp_path / "base", hidden_size=64, intermediate_size=128)
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     run = f"model: {{path: {base}, quantize: nf4}}\n"  # that the adapter lies in
     (tmp_path / "recipe.yaml").write_text(run)
     plain = merge(adapter, base, tmp_path / "plain")
@@ -235,7 +227,7 @@ def test_every_tensor_of_the_adapter_finds_its_weight_or_nothing_is_written(base
     layer = "base_model.model.model.layers"
 
     def adapter() -> Path:
-        return train(base, tmp_path / "adapter")
+        return adapter_on(base, tmp_path / "adapter")
 
     model, attention = "base_model.model", f"{layer}.0.self_attn.o_proj"
     stray = {f"{layer}.9.mlp.down_proj.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
@@ -267,7 +259,7 @@ def test_a_split_adapter_on_a_fused_base_is_sent_to_convert(base, tmp_path):
     from phi3_lora_plugin.export.base_layouts import convert_base
 
     convert_base(base, tmp_path / "llama", "llama-base")
-    adapter = train(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    adapter = adapter_on(tmp_path / "llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     with pytest.raises(MergeError, match="4 adapted modules are not in the base: .*convert ... --to fused` first"):
         merge(adapter, base, tmp_path / "out")
 
@@ -276,7 +268,7 @@ def test_a_split_adapter_on_a_fused_base_is_sent_to_convert(base, tmp_path):
     ("broken", "said"), [("module", "differs from PEFT's"), ("model", "logits differ from PEFT's by")]
 )
 def test_a_wrong_merge_is_found_out_and_leaves_nothing(base, tmp_path, monkeypatch, broken, said):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     right = merge_math.merge_module
 
     def wrong(config, module, *rest):
@@ -290,7 +282,7 @@ def test_a_wrong_merge_is_found_out_and_leaves_nothing(base, tmp_path, monkeypat
 
 
 def test_a_weight_that_was_forgotten_is_found_out(base, tmp_path, monkeypatch):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     right, forgotten = merge_plan._one, "model.norm.weight"
     monkeypatch.setattr(merge_plan, "_one", lambda name, *rest: () if name == forgotten else right(name, *rest))
     with pytest.raises(VerificationError, match="do not have the base's weights: model.norm.weight"):
@@ -298,7 +290,7 @@ def test_a_weight_that_was_forgotten_is_found_out(base, tmp_path, monkeypatch):
 
 
 def test_a_target_with_something_in_it_is_kept_unless_told(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(ModelError, match="out is not empty; choose another folder, or pass --overwrite"):
@@ -310,7 +302,7 @@ def test_a_target_with_something_in_it_is_kept_unless_told(base, tmp_path):
 
 
 def test_shards_are_indexed_and_none_is_larger_than_said(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
     merge(adapter, base, tmp_path / "out", max_shard="70KB", check="modules")
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -345,7 +337,7 @@ print(report.total_bytes // 1024, peak() - before)
 
 
 def test_the_command_says_what_it_checked(base, tmp_path):
-    adapter = train(base, tmp_path / "adapter")
+    adapter = adapter_on(base, tmp_path / "adapter")
 
     def run(out, *options):
         return CliRunner().invoke(app, ["merge", *map(str, (adapter, tmp_path / out, *options))])

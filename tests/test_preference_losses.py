@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tiny
 from datasets import Dataset
-from lora_runs import same
+from lora_runs import Logs, same
 from read_rows import trained
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import turns, write
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from phi3_lora_plugin import Recipe, RecipeError, add_lora, load_model, load_recipe, load_tokenizer, train
 from phi3_lora_plugin.chat.dataset import DataError, load_data
@@ -124,20 +124,10 @@ def test_the_first_losses_are_those_of_trl_itself(case: str, place: Path, tmp_pa
     need(case)
     name, settings, more = CASES[case]
     run = recipe(place, tmp_path / "ours", case.split()[0], *more, "training.max_steps=3")
-    said: list[dict[str, Any]] = []
-    train(run, check=False, callbacks=[Logs(said)])
-    ours = [logs["loss"] for logs in said if "loss" in logs]
+    logs = Logs()
+    train(run, check=False, callbacks=[logs])
+    ours = [each["loss"] for each in logs.said if "loss" in each]
     assert len(set(ours)) == 3 and ours == pytest.approx(losses_of_trl(run, name, **settings), abs=1e-5)
-
-
-class Logs(TrainerCallback):
-    """Keeps what is logged."""
-
-    def __init__(self, said: list[dict[str, Any]]) -> None:
-        self.said = said
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.said.append(dict(logs))
 
 
 @pytest.mark.slow
