@@ -6,8 +6,9 @@
 
 The real code of ours and of stock (Trainer + PEFT) runs forwards and backwards on tensors without values, and each
 operator is priced: FLOPs over what matrix products reach, or bytes over what memory gives, whichever takes longer, and
-no gaps between kernels. A layer is what a model of two layers costs beyond one of one. `stock+liger` is stock code with
-Liger's kernels by what they read and write; they are computed whether liger-kernel is installed or not.
+no gaps between kernels. A layer is what a model of three layers costs beyond one of two: the last one of ours works on
+fewer positions, and the first passes no gradient on. `stock+liger` is stock code with Liger's kernels by what they read
+and write; they are computed whether liger-kernel is installed or not.
 """
 
 from __future__ import annotations
@@ -145,11 +146,11 @@ def summary(priced: Priced, graphs: int | None = None) -> dict[str, Any]:
 
 
 def price(step: Step, variant: str) -> Priced:
-    """Run one and two layers of the real code without values, and extend to all layers."""
-    one, two = (_count(step, variant, layers) for layers in (1, 2))
+    """Run two and three layers of the real code without values, and extend to all layers."""
+    two, three = (_count(step, variant, layers) for layers in (2, 3))
     layers = int(SIZES[step.model]["num_hidden_layers"])
-    layer = two - one
-    return Priced(layers, sum(step.lengths), layer, one.plus(layer, layers - 1))
+    layer = three - two
+    return Priced(layers, sum(step.lengths), layer, two.plus(layer, layers - 2))
 
 
 def _dtype(card: CardFacts) -> str:

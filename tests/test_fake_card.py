@@ -89,7 +89,9 @@ def test_four_bits_are_unpacked_forwards_for_many_rows_only() -> None:
         on_card(recipe, card)
         assert card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] >= 4, "backwards it takes the whole weight"
     product = torch.ops.bitsandbytes.gemm_4bit.default
-    assert few.counts[product] >= 4 and many.counts[product] == 0
+    assert few.counts[product] >= 4
+    # of many, few have a label: behind the last attention, and there again as it is checkpointed
+    assert many.counts[product] == 2 * 3
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
@@ -117,7 +119,8 @@ def test_the_next_four_bits_are_unpacked_on_a_stream_of_their_own(device: str) -
             total = loss(model, card.put(rows), items(rows), torch.bfloat16, card.device.type)
             if device == "cpu":
                 total.backward()
-        assert buffers.found - found == (15 if device == "cpu" else 8), "all of them were there when they were wanted"
+        # Behind the last attention are so few rows that three weights are multiplied as they are.
+        assert buffers.found - found == (12 if device == "cpu" else 5), "all of them were there when they were wanted"
         assert 0 < card.counts[torch.ops.bitsandbytes.dequantize_4bit.out] <= buffers.found - found
     assert len(card.reads) == 4, "the host has read each batch once, and waited for nothing else"
 

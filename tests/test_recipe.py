@@ -217,7 +217,7 @@ def test_a_parents_mistake_is_shown_in_the_parents_file(tmp_path: Path) -> None:
         ("output_dir=/", "choose a folder for runs only"),
         ("output_dir=~/", "choose a folder for runs only"),
         ("output_dir=runs/../../../../../../../../../../..", "choose a folder for runs only"),
-        ("speed={los: true}", "loss, attention, lora, layers, masters, host"),
+        ("speed={los: true}", "loss, attention, lora, layers, last_layer, masters, host"),
         ("dropout=0.1", "did you mean 'lora.dropout'"),
         ("lora.learning_rate=1", "did you mean 'training.learning_rate'"),
         ("modle.path=x", "did you mean 'model'"),

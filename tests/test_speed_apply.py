@@ -93,7 +93,9 @@ def test_what_cannot_be_done_is_left_alone_with_its_reason() -> None:
     model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=["lm_head"]))
     loss, _, lora, *_ = speed_up(model)
     assert not loss.on and "adapter" in loss.why and lora.on
-    with pytest.raises(SpeedError, match="unknown part tea; available: loss, attention, lora, layers, masters, host"):
+    with pytest.raises(
+        SpeedError, match="unknown part tea; available: loss, attention, lora, layers, last_layer, masters, host"
+    ):
         speed_up(model, {"tea": True})
     with pytest.raises(SpeedError, match="fast"):
         speed_up(model, "fast")

@@ -89,8 +89,12 @@ def test_the_head_is_really_ours_and_goes_away_again(tmp_path: Path, monkeypatch
     )
     labels = torch.full((1, 12), -100)
     labels[0, 8:] = 5
-    base(input_ids=torch.full((1, 12), 7), labels=labels, fused_lm_head=True)
-    assert seen == [4]  # four supervised positions, not eleven
+    from phi3_lora_plugin.speed import layers
+
+    made_of, mlp = [], layers.lora_mlp
+    monkeypatch.setattr(layers, "lora_mlp", lambda x, *rest: (made_of.append(x.shape[1]), mlp(x, *rest))[1])
+    base.train()(input_ids=torch.full((1, 12), 7), labels=labels, fused_lm_head=True)
+    assert seen == [4] and made_of == [12, 4]  # four supervised positions, not eleven
     assert base(input_ids=torch.full((1, 12), 7)).logits.shape == (1, 12, 512)
     slow_down(made.model)
     assert base.forward == stock

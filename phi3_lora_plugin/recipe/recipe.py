@@ -63,7 +63,7 @@ class RecipeError(Phi3LoraError):
         return type(self), (self.name, self.problems)  # crosses process boundaries whole
 
 
-SpeedPart = Literal["loss", "attention", "lora", "layers", "masters", "host"]
+SpeedPart = Literal["loss", "attention", "lora", "layers", "last_layer", "masters", "host"]
 
 
 class Recipe(Section):

@@ -19,6 +19,7 @@ PARTS = {
     "attention": "separate documents, no padding, no mask",
     "lora": "one autograd function for a frozen projection and its LoRA",
     "layers": "norm, rotation and gate each in one function, with less kept for backward",
+    "last_layer": "what comes after its attention at supervised positions only",
     "masters": "adapters in float32, computed in the dtype of the base",
     "host": "parameter counts cached, frozen modules skipped every step",
 }
@@ -105,6 +106,7 @@ def slow_down(model: Any) -> None:
 
         restore_trl_loss(base)
     restore_loss(base)
+    getattr(base, "model", base).__dict__.pop("_last_layer", None)
     restore_documents(base)
     restore_layers(base)
     stop(model)
@@ -166,10 +168,12 @@ def _sharded_later(trainer: Any) -> dict[str, str]:
                 "lora": "ZeRO-3 partitions parameters: PEFT's forward runs",
             }
     elif getattr(trainer, "is_fsdp_enabled", False):
+        units = {"last_layer": "hooks of FSDP stand between the last layer and its loss"}
         plugin = trainer.accelerator.state.fsdp_plugin
         if getattr(plugin, "fsdp_version", 1) == 1:
             # transformers wraps with `peft.utils.other.fsdp_auto_wrap_policy`
-            return {"lora": "FSDP1 makes units of A and B, which are whole in their own forward only: PEFT's runs"}
+            units["lora"] = "FSDP1 makes units of A and B, which are whole in their own forward only: PEFT's runs"
+        return units
     return {}
 
 
@@ -251,6 +255,15 @@ def _apply_layers(model: Any, base: Any, where: _Where) -> Applied:
     return Applied("layers", True, _with("layers", kernels_used(base, where.cards)))
 
 
+def _apply_last_layer(model: Any, base: Any, where: _Where) -> Applied:
+    from phi3_lora_plugin.speed.last_layer import last_layer_obstacle
+
+    obstacle = last_layer_obstacle(base)
+    if obstacle is None:
+        base.model._last_layer = True
+    return Applied("last_layer", obstacle is None, obstacle or PARTS["last_layer"])
+
+
 def _apply_masters(model: Any, base: Any, where: _Where) -> Applied:
     from phi3_lora_plugin.speed.masters import float32_adapters
 
@@ -280,6 +293,7 @@ _APPLY = {
     "attention": _apply_attention,
     "lora": _apply_lora,
     "layers": _apply_layers,
+    "last_layer": _apply_last_layer,
     "masters": _apply_masters,
     "host": _apply_host,
 }

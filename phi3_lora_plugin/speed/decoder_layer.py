@@ -12,14 +12,16 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer  # noqa: TID253
 
-from phi3_lora_plugin.speed.elementwise import add_and_norm
+from phi3_lora_plugin.speed.elementwise import add_and_norm, take
 
 
 class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
     """`Phi3DecoderLayer`; in evaluation, with dropout or where others look at its norms it is that one exactly."""
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any = None, *args: Any, supervised: Any = None, **kwargs: Any
+    ) -> Any:
+        """[rows, tokens, hidden] -> [rows, tokens, hidden], or [1, supervised, hidden] if asked so by `last_layer`."""
         before, after = self.input_layernorm, self.post_attention_layernorm
         dropouts = self.resid_attn_dropout, self.resid_mlp_dropout
         drops = any(dropout.p or watched(dropout) for dropout in dropouts)
@@ -27,6 +29,9 @@ class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
         if args or drops or not ours or not self.training or "_stock" in self.__dict__:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         residual, normed = add_and_norm(hidden_states, None, before.weight, before.variance_epsilon)
+        if supervised is not None and supervised.layer is self:
+            kwargs["only"] = supervised.index(hidden_states.device)
+            residual = take(residual, kwargs["only"])
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
         residual, normed = add_and_norm(attended, residual, after.weight, after.variance_epsilon)
         return residual + self.mlp(normed)
@@ -45,6 +50,10 @@ def takes(norm: Any, hidden_states: torch.Tensor) -> bool:
 def watched(module: Any) -> bool:
     """Whether code other than ours looks at the inputs or outputs of a module, or has put a forward on it."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    forward = module.__dict__.get("forward")
-    ours = getattr(getattr(forward, "func", None), "__module__", "") == "phi3_lora_plugin.speed.layers"
-    return any(hooks) or (forward is not None and not ours)
+    if any(not _ours(hook) for each in hooks for hook in each.values()):
+        return True
+    return "forward" in module.__dict__ and not _ours(module.__dict__["forward"])
+
+
+def _ours(function: Any) -> bool:
+    return str(getattr(getattr(function, "func", function), "__module__", "")).startswith("phi3_lora_plugin.")

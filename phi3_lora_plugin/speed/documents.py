@@ -139,7 +139,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     given = kwargs.get("inputs_embeds" if embedded else "input_ids")
     mask, starts, positions = (kwargs.get(name) for name in ("attention_mask", "cu_seq_lens_q", "position_ids"))
     known, self._facts = self._facts, Facts()  # of this call alone: the decoder is called without its model, too
-    if given is None or kwargs.get("past_key_values") is not None or _wants_more(self, kwargs):
+    if given is None or kwargs.get("past_key_values") is not None or wants_more(self, kwargs):
         return self._stock_forward(**kwargs)
     if not known.are_of(mask, starts, positions):
         known = facts(None, mask, starts, positions)
@@ -166,13 +166,13 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._stock_forward(**unmasked | {"attention_mask": none})
     if max(lengths) == 0:
         return self._stock_forward(**kwargs)
-    if (self.training and _draws(self)) or _switches_rope(self, lengths, width):
+    if (self.training and draws(self)) or _switches_rope(self, lengths, width):
         return self._stock_forward(**unmasked)
     bounds = [0, *accumulate(length for length in lengths if length)]
     return _flat(self, given, positions, known, bounds, kwargs, embedded)
 
 
-def _wants_more(decoder: Any, kwargs: Any) -> bool:
+def wants_more(decoder: Any, kwargs: Any) -> bool:
     """Whether hidden states or attention weights of every layer are asked for, in the shapes of the batch."""
     return any(
         kwargs.get(name) or (name not in kwargs and getattr(decoder.config, name, False))
@@ -187,7 +187,7 @@ def _cacheless(decoder: Any, use_cache: bool | None, labelled: bool) -> bool:
     return not use_cache
 
 
-def _draws(decoder: Any) -> bool:
+def draws(decoder: Any) -> bool:
     """Whether dropout draws a number for every position: the same losses then need the same shape as stock's."""
     if getattr(decoder.config, "attention_dropout", 0.0):
         return True
@@ -250,6 +250,8 @@ def _flat(
             max_length_q=documents.longest,
             max_length_k=documents.longest,
         )
+    if where is not None and (asked := extra.get("supervised")) is not None:
+        extra["supervised"] = asked.among(known.real)
     decoder.rotary_emb._long = _long(decoder, documents, known) if by_document else None
     token = by_documents.set(True)
     try:
@@ -264,7 +266,9 @@ def _flat(
         by_documents.reset(token)
         decoder.rotary_emb._long = None
     hidden = outputs.last_hidden_state
-    if where is None:
+    if hidden.shape[1] < bounds[-1]:
+        pass  # supervised positions alone, as asked for: see `last_layer`
+    elif where is None:
         hidden = hidden.view(rows, tokens, -1)
     else:
         padded = hidden.new_zeros(rows * tokens, hidden.shape[-1])

@@ -119,6 +119,27 @@ class _SwiGlu(torch.autograd.Function):  # type: ignore[misc]
         return passes_for("gate", both, both.shape[-1] // 2).gate_backward(grad, both)[0]
 
 
+class _Take(torch.autograd.Function):  # type: ignore[misc]
+    """Rows of [rows, width], each once: PyTorch's own gradient adds row by row, as if one could come twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, index: Any) -> Any:
+        ctx.save_for_backward(index)
+        ctx.all = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.all, grad.shape[1]).index_copy_(0, index, grad), None
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[rows, tokens, width] -> [1, len(index), width]: these places, each once, among all rows end to end."""
+    taken: torch.Tensor = _Take.apply(x.flatten(0, 1), index)
+    return taken.unsqueeze(0)
+
+
 def swiglu(both: torch.Tensor) -> torch.Tensor:
     """SwiGLU (Shazeer 2020, arXiv 2002.05202) of a fused projection, gate first: [.., 2 x width] -> [.., width]."""
     made: torch.Tensor = _SwiGlu.apply(both)

@@ -11,7 +11,7 @@ import torch  # noqa: TID253
 
 from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, takes, watched
-from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu
+from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu, take
 from phi3_lora_plugin.speed.lora_mlp import lora_mlp
 from phi3_lora_plugin.speed.proved_kernels import cards_of, prove
 
@@ -104,6 +104,7 @@ def _attention(
     position_embeddings: Any = None,
     attention_mask: Any = None,
     past_key_values: Any = None,
+    only: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -113,7 +114,8 @@ def _attention(
     unusual = not self.training or cached or position_embeddings is None or name not in ALL_ATTENTION_FUNCTIONS
     if unusual or _rotates_wider(hidden_states.device.type, position_embeddings[0].dtype):
         kwargs |= {} if past_key_values is None else {"past_key_values": past_key_values}
-        return type(self).forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
+        out, weights = type(self).forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
+        return out if only is None else take(out, only), weights
     qkv = self.qkv_proj(hidden_states)
     cos, sin = position_embeddings
     heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads
@@ -131,7 +133,8 @@ def _attention(
         sliding_window=getattr(self.config, "sliding_window", None),
         **kwargs,
     )
-    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+    out = out.reshape(*hidden_states.shape[:-1], -1)
+    return self.o_proj(out if only is None else take(out, only)), weights
 
 
 def _rotates_wider(device: str, dtype: torch.dtype) -> bool:

@@ -23,6 +23,7 @@ from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.arguments import by_name
 from phi3_lora_plugin.speed.bounds import to_device
 from phi3_lora_plugin.speed.device_kind import device_kind
+from phi3_lora_plugin.speed.last_layer import request
 from phi3_lora_plugin.speed.proved_kernels import cards_of, passes_for, prove
 from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
 
@@ -152,7 +153,7 @@ def supervised_cross_entropy(
     """Causal cross-entropy of a frozen head, as `transformers.loss.ForCausalLMLoss` computes it from full logits.
 
     Args:
-        hidden: last hidden states [..., hidden], already aligned with `targets`.
+        hidden: last hidden states [..., hidden], already aligned with `targets`, or of supervised positions alone.
         weight: frozen head [vocabulary, hidden]; `bias` [vocabulary] as well.
         targets: ids [...]; -100 where nothing is supervised.
         num_items: what the sum is divided by; the number of supervised positions if not given.
@@ -167,8 +168,8 @@ def supervised_cross_entropy(
         index = targets.ne(-100).flatten().nonzero().flatten()
     else:
         index = to_device(supervised.flatten().nonzero().flatten(), hidden.device)
-    wanted = targets.flatten().index_select(0, index)
-    losses, _, _ = supervised_rows(hidden.reshape(-1, hidden.shape[-1]), weight, wanted, bias, index=index)
+    wanted, rows = targets.flatten().index_select(0, index), hidden.reshape(-1, hidden.shape[-1])
+    losses, _, _ = supervised_rows(rows, weight, wanted, bias, index=index if len(rows) == targets.numel() else None)
     if weights is not None:
         losses = losses * weights.to(losses).flatten().index_select(0, index)
     total = losses.sum()
@@ -271,14 +272,11 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("logits_to_keep", None)
     num_items = kwargs.pop("num_items_in_batch", None)
     shifted = kwargs.pop("shift_labels", None)
-    known = getattr(self.model, "_facts", None)  # what the part for documents has read already
-    outputs = self.model(**kwargs)
-    hidden = outputs.last_hidden_state
     supervised = None
     if shifted is None:
-        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if known is not None and known.supervised is not None and known.of[0] is labels:
-            supervised = nn.functional.pad(known.supervised[:, 1:], (0, 1))
+        shifted, supervised = nn.functional.pad(labels[:, 1:], (0, 1), value=-100), known_supervised(self, labels)
+    outputs = self.model(**kwargs, **request(self, supervised, kwargs))
+    hidden = outputs.last_hidden_state
     loss = supervised_cross_entropy(
         hidden,
         self.lm_head.weight,
@@ -289,6 +287,14 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         weights=None if weights is None else nn.functional.pad(weights[:, 1:], (0, 1)),
     )
     return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
+
+
+def known_supervised(model: Any, labels: torch.Tensor) -> torch.Tensor | None:
+    """[rows, tokens] on the host, where the next token has a label; None if the part for documents has not read it."""
+    known = getattr(model.model, "_facts", None)
+    if known is None or known.supervised is None or known.of[0] is not labels:
+        return None
+    return nn.functional.pad(known.supervised[:, 1:], (0, 1))
 
 
 def _stock_weighted(self: Any, weights: Any, inputs: dict[str, Any]) -> Any:

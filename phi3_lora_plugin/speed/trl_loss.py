@@ -13,7 +13,9 @@ from typing import Any
 
 import torch  # noqa: TID253
 
-from phi3_lora_plugin.speed.loss import head_obstacle, supervised_rows
+from phi3_lora_plugin.speed.arguments import by_name
+from phi3_lora_plugin.speed.last_layer import request
+from phi3_lora_plugin.speed.loss import head_obstacle, known_supervised, supervised_rows
 
 _FIELDS = {"loss", "log_probs", "entropy", "is_top1", "label_mask"}
 
@@ -57,10 +59,12 @@ def _forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) 
 
     labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
     kwargs.pop("shift_labels", None)
-    hidden = self.model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
+    kwargs = by_name(type(self), args, kwargs) | {"use_cache": False}
+    hidden = self.model(**kwargs, **request(self, known_supervised(self, labels), kwargs)).last_hidden_state
     targets = labels[:, 1:]
     mask = targets != -100
-    losses, entropy, right = supervised_rows(hidden[mask], self.lm_head.weight, targets[mask], self.lm_head.bias, True)
+    rows = hidden[:, :-1][mask] if hidden.shape[:2] == labels.shape else hidden[0]
+    losses, entropy, right = supervised_rows(rows, self.lm_head.weight, targets[mask], self.lm_head.bias, True)
     log_probs = losses.new_zeros(mask.shape).masked_scatter(mask, -losses)
     count = mask.sum().clamp(min=1) if items is None else items
     return FusedCausalLMOutput(
