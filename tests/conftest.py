@@ -98,6 +98,16 @@ def old_objects_out_of_garbage_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_stack_with_every_seed() -> None:
+    """Without a card, `torch.manual_seed` notes who called it for cards to come: milliseconds, thousands of times."""
+    torch = sys.modules.get("torch")
+    for name in ("cuda", "xpu", "mtia"):
+        kind = getattr(torch, name, None)
+        if kind is not None and not kind.is_available():
+            kind.traceback = SimpleNamespace(format_stack=list)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what needs the warm process, which takes six seconds to start, or real tokenizers, a second each."""
