@@ -176,9 +176,9 @@ def active_adapter(model: nn.Module) -> str | None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and (each := spelling(without_wrappers(name))).adapter is not None
     }
-    active = trained or _active_peft_names(model) or set()
-    names = active or adapters_of(model)
-    return next(iter(names)) if len(names) == 1 else None
+    if not trained:
+        return _default_adapter(model)
+    return next(iter(trained)) if len(trained) == 1 else None
 
 
 def _check_bias(bias: str) -> None:

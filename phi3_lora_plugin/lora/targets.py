@@ -11,6 +11,7 @@ from typing import Any
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora.plan import LAYERS, Block, Target, TargetPlan, span
 from phi3_lora_plugin.lora.text_side import excluded_modules
+from phi3_lora_plugin.lora_files.peft_files import pattern_key, pattern_value
 from phi3_lora_plugin.model.families import Projection, Slice, projections
 from phi3_lora_plugin.wording import closest
 
@@ -84,7 +85,8 @@ def resolve_targets(
     config = _as_mapping(model_or_config)
     layout = projections(config)
     layers = int(config["num_hidden_layers"])
-    problems = _number_problems(r, alpha, rank_pattern or {}, alpha_pattern or {})
+    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+    problems = list(_number_problems(r, alpha, ranks, alphas))
     wanted = _wanted_layers(layers_to_transform, layers, problems)
     asked = [targets] if isinstance(targets, str) else list(targets)
     if target_parameters is not None:
@@ -99,14 +101,13 @@ def resolve_targets(
     _refuse_both_vocabularies(chosen, problems)
     _exclude(exclude_modules, chosen, problems)
     if not problems:
-        ranks, alphas = _Pattern("rank_pattern", rank_pattern), _Pattern("alpha_pattern", alpha_pattern)
         resolved = [
             _target(projection, layer, chosen, r, alpha, rslora, ranks, alphas, problems)
             for layer in range(layers)
             for projection in layout
             if any(place.projection == projection and layer in found for place, found in chosen.items())
         ]
-        problems += ranks.unused(chosen) + alphas.unused(chosen)
+        problems += [*_unused("rank_pattern", ranks, chosen), *_unused("alpha_pattern", alphas, chosen)]
     if problems:
         raise TargetError(list(dict.fromkeys(problems)), describe(config))
     return TargetPlan(r, alpha, rslora, layers, tuple(resolved), excluded_modules(config))
@@ -127,26 +128,25 @@ def _as_mapping(model_or_config: Any) -> Mapping[str, Any]:
     return mapping
 
 
-def _number_problems(r: Any, alpha: Any, ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> list[str]:
+def _number_problems(r: Any, alpha: Any, ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> Iterator[str]:
     whole = {"r": r} | {f"rank_pattern[{key!r}]": value for key, value in ranks.items()}
     positive = {"alpha": alpha} | {f"alpha_pattern[{key!r}]": value for key, value in alphas.items()}
-    problems = [
+    yield from (
         f"{name}: expected a whole number of at least 1, got {value!r}"
         for name, value in whole.items()
         if isinstance(value, bool) or not isinstance(value, int) or value < 1
-    ]
-    problems += [
+    )
+    yield from (
         f"{name}: expected a number above 0, got {value!r}"
         for name, value in positive.items()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
-    ]
-    problems += [
+    )
+    yield from (
         f"{option}: {key!r} is not a regular expression: {problem}"
         for option, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas))
         for key in patterns
         if (problem := _no_pattern(key))
-    ]
-    return problems
+    )
 
 
 def _no_pattern(text: str) -> str | None:
@@ -299,35 +299,17 @@ def _exclude(asked: str | Iterable[str] | None, chosen: dict[_Place, set[int]], 
         problems.append("exclude_modules leaves nothing to train")
 
 
-class _Pattern:
-    """PEFT's rank or alpha pattern, remembering which of its keys were of use."""
-
-    def __init__(self, option: str, pattern: Mapping[str, Any] | None) -> None:
-        self.option = option
-        self.pattern = pattern or {}
-        self.used: set[str] = set()
-
-    def at(self, path: str, default: Any) -> Any:
-        for key, value in self.pattern.items():
-            if re.match(rf"(.*\.)?({key})$", path):
-                self.used.add(key)
-                return value
-        return default
-
-    def unused(self, chosen: Mapping[_Place, set[int]]) -> list[str]:
-        sliced = {
-            place.projection.name: [p.name for p in place.projection.slices]
-            for place in chosen
-            if place.part is not None
-        }
-        problems = []
-        for key in self.pattern:
-            if key in self.used:
-                continue
+def _unused(option: str, pattern: Mapping[str, Any], chosen: Mapping[_Place, set[int]]) -> Iterator[str]:
+    """What is wrong with keys of PEFT's rank or alpha pattern that are of no use."""
+    used = {pattern_key(pattern, place.full(layer)) for place, layers in chosen.items() for layer in layers}
+    sliced = {
+        place.projection.name: [p.name for p in place.projection.slices] for place in chosen if place.part is not None
+    }
+    for key in pattern:
+        if key not in used:
             parts = sliced.get(key.rpartition(".")[2])
             hint = f"; its slices are the targets, so name {', '.join(parts)}" if parts else ""
-            problems.append(f"{self.option}: {key!r} fits none of the targets, or an earlier key fits all of its{hint}")
-        return problems
+            yield f"{option}: {key!r} fits none of the targets, or an earlier key fits all of its{hint}"
 
 
 def _target(
@@ -337,8 +319,8 @@ def _target(
     r: int,
     alpha: float,
     rslora: bool,
-    ranks: _Pattern,
-    alphas: _Pattern,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
     problems: list[str],
 ) -> Target:
     name, module = projection.path.rpartition(".")[2], _Place(projection).full(layer)
@@ -348,11 +330,11 @@ def _target(
         place = _Place(projection, part)
         if layer in chosen.get(place, ()):
             path = place.full(layer)
-            rank = ranks.at(path, r)
+            rank = pattern_value(ranks, path, r)
             blocks.append(Block(part.name, part.start, part.stop, rank))
-            scalings[part.name] = alphas.at(path, alpha) / (math.sqrt(rank) if rslora else rank)
+            scalings[part.name] = pattern_value(alphas, path, alpha) / (math.sqrt(rank) if rslora else rank)
     if not blocks:
-        rank, scaled = ranks.at(module, r), alphas.at(module, alpha)
+        rank, scaled = pattern_value(ranks, module, r), pattern_value(alphas, module, alpha)
         return Target(module, name, layer, *shape, rank, scaled, experts=projection.experts)
     if not math.isclose(min(scalings.values()), max(scalings.values()), rel_tol=1e-9):
         shown = ", ".join(f"{name} {scaling:g}" for name, scaling in scalings.items())

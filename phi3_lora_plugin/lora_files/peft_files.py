@@ -218,12 +218,15 @@ def changes_base(config: Mapping[str, Any]) -> bool:
     return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
 
 
+def pattern_key(pattern: Mapping[str, Any], module: str) -> str | None:
+    """The first key of PEFT's rank_pattern or alpha_pattern that fits the end of a module's path (regex), or None."""
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
 def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """What PEFT's rank_pattern or alpha_pattern gives a module: its first key that fits the end of the path (regex)."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    """What PEFT's rank_pattern or alpha_pattern gives a module."""
+    key = pattern_key(pattern or {}, module)
+    return default if not pattern or key is None else pattern[key]
 
 
 def peft_config(
