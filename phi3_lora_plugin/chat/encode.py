@@ -151,9 +151,8 @@ def prompt_ids(
         EncodeError: as `encode`.
     """
     # A model may think where its data did not: an earlier thought is not a reason to stop.
-    policy = Policy(
-        "assistant", system, tools, control_tokens, tool_format, "train" if thoughts == "error" else thoughts
-    )
+    thoughts = "train" if thoughts == "error" else thoughts
+    policy = Policy("assistant", system, tools, control_tokens, tool_format, thoughts)
     (ids,) = encode_prompts([messages], tokenizer, policy, template)
     if isinstance(ids, EncodeError):
         raise ids

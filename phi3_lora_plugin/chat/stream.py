@@ -67,7 +67,8 @@ def encode_dataset(
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise Phi3LoraError(f"dataset is {shown(dataset)}; expected one split of a data set, as dataset['train']")
     template_for(tokenizer, template)  # raises now and not at the first row
-    adapt, name = (ADAPTERS[format], format) if isinstance(format, str) else (format, _name(format))
+    adapt = ADAPTERS[format] if isinstance(format, str) else format
+    name = format if isinstance(format, str) else getattr(format, "__name__", type(format).__name__)
     policy = policy or Policy()
 
     def encoded(batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[list[int]]]:
@@ -116,10 +117,6 @@ def encode_dataset(
         remove_columns=dataset.column_names or list(next(iter(dataset), {})),
         features=datasets.Features({"input_ids": ids, "labels": ids}),
     )
-
-
-def _name(adapter: Adapter) -> str:
-    return getattr(adapter, "__name__", type(adapter).__name__)
 
 
 def _within(limit: int | None) -> str:

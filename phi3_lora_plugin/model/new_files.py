@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,9 @@ def new_folder(parent: Path, prefix: str, suffix: str = "") -> Path:
     """A new folder in `parent` with a name of its own; `tempfile.mkdtemp` gives its folders to their owner alone."""
     while True:
         folder = parent / f"{prefix}{secrets.token_hex(4)}{suffix}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+            return folder
 
 
 @contextmanager
