@@ -84,6 +84,19 @@ def test_activation_is_refused_as_a_whole_and_goes_without_that_part(
     assert active() == tuple(others)
 
 
+def test_a_part_that_is_refused_halfway_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import SFTTrainer, chat_template_utils
+
+    def places() -> list[object]:
+        return [SFTTrainer._prepare_dataset, getattr(chat_template_utils, "get_training_chat_template", None)]
+
+    before = places()
+    torn("trl.dpo_rows", monkeypatch)
+    with pytest.raises(ActivationError):
+        activate(parts=["trl"])
+    assert places() == before
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

@@ -40,6 +40,7 @@ def exact_rows(partly: bool = False) -> tuple[list[str], Callable[[], None]]:
             look_into(seam)
         except ActivationError as error:
             if not partly:
+                undo_all(undone)()
                 raise
             sentences.append(str(error))
         else:
