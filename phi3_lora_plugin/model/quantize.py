@@ -46,12 +46,12 @@ def require_loader(config: Mapping[str, Any], where: str) -> None:
     given = config["quantization_config"]
     method = str(given.get("quant_method", "")) if isinstance(given, Mapping) else ""
     modules, package = _LOADERS.get(method, ((), ""))
-    said = f"{where}: the weights are quantised by {by}"
     instead = "take the unquantised model, with model.quantize: nf4 to train it in 4 bits"
     if missing := [module for module in modules if not is_installed(module)]:
-        raise ModelError(f"{said}, which needs {' and '.join(missing)}: pip install {package}; or {instead}")
+        needs = f"{' and '.join(missing)}: pip install {package}; or {instead}"
+        raise ModelError(f"{where}: the weights are quantised by {by}, which needs {needs}")
     if not modules and method not in ("fp8", "mxfp4"):
-        raise ModelError(f"{said}, which cannot be trained here; {instead}")
+        raise ModelError(f"{where}: the weights are quantised by {by}, which cannot be trained here; {instead}")
 
 
 def quantization_config(kind: str, compute: Any) -> Any:
