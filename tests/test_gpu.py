@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 import torch
+from warm_process import MODULE, Warm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import __main__ as command  # noqa: E402
+from benchmarks.gpu import throughput  # noqa: E402
 from benchmarks.gpu.facts import Check, Clock, Fact, Found, LeftOut, Setup, check  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -38,8 +42,22 @@ def test_on_a_card(part: str, name: str, tmp_path: Path) -> None:
     assert fact.ok, f"{fact.said}\n{fact.figures.get('traceback', fact.figures)}"
 
 
+@pytest.fixture
+def forked_trl(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that TRL is measured in is a fork."""
+
+    def call(command: list[str], stdout: TextIO, env: dict[str, str], timeout: int, **_: object) -> int:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.variants"]
+        done = warm.run(MODULE, *command[2:], cwd=ROOT, timeout=timeout, **env | {"PYTHONPATH": str(ROOT)})
+        stdout.write(done.stdout + done.stderr)
+        return done.returncode
+
+    known = {"TimeoutExpired": subprocess.TimeoutExpired, "STDOUT": subprocess.STDOUT}
+    monkeypatch.setattr(throughput, "subprocess", SimpleNamespace(call=call, **known))
+
+
 def test_the_whole_command_in_tiny_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    forked_trl: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--minutes", "30", "--out", str(tmp_path)])

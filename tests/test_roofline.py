@@ -142,27 +142,33 @@ def test_four_bits_take_the_products_and_one_buffer() -> None:
         assert abs(four.kept - sixteen.kept) < 0.1 * sixteen.kept, variant  # unpacked weights are kept by nobody
 
 
-def test_the_next_four_bits_are_unpacked_beside_a_product_and_take_its_bandwidth() -> None:
+@pytest.mark.parametrize("tokens", [4096, pytest.param(512, marks=pytest.mark.long)])
+def test_the_next_four_bits_are_unpacked_beside_a_product_and_take_its_bandwidth(tokens: int) -> None:
+    """bitsandbytes multiplies 512 rows by packed weights; backwards they are unpacked."""
     pytest.importorskip("bitsandbytes")
     made = {}
-    for tokens in (4096, 512):  # bitsandbytes multiplies 512 rows by packed weights; backwards they are unpacked
-        for ahead in (True, False):
-            step = roofline.Step(MINI, CARDS["h100"], (tokens,), quantize="nf4", ahead=ahead)
-            made[tokens, ahead] = roofline.price(step, "ours")
-        sixteen = roofline.price(roofline.Step(MINI, CARDS["h100"], (tokens,)), "ours")
-        ahead, in_turn = (made[tokens, which].layer for which in (True, False))
-        assert ahead.bytes == in_turn.bytes and ahead.kernels == in_turn.kernels, "nothing is left out"
-        unpacked = in_turn.bytes["elementwise"] - sixteen.layer.bytes["elementwise"]
-        weights, passes = sum(rows * columns for rows, columns in MAPS), 2 if tokens == 4096 else 1
-        # Half a byte read and two written, and for each 64 a scale in 8 bits made one of 32, shifted, and read.
-        assert unpacked == pytest.approx(passes * weights * (0.5 + 2 + (1 + 4 + 8 + 4) / 64), rel=0.01)
-        saved = in_turn.seconds["elementwise"] - ahead.seconds["elementwise"]
-        assert saved == pytest.approx(unpacked / (STREAM * 3.35e12), rel=0.01)
-        if tokens == 4096:  # arithmetic takes longer than the bytes of both
-            assert ahead.seconds["gemm"] == in_turn.seconds["gemm"]
-            assert made[tokens, True].tokens_per_second >= 0.94 * sixteen.tokens_per_second
-        else:  # some products wait for memory, and that is shared
-            assert in_turn.seconds["gemm"] * 1.05 < ahead.seconds["gemm"] < in_turn.seconds["gemm"] + saved
+    for ahead in (True, False):
+        step = roofline.Step(MINI, CARDS["h100"], (tokens,), quantize="nf4", ahead=ahead)
+        made[ahead] = roofline.price(step, "ours")
+    sixteen = roofline.price(roofline.Step(MINI, CARDS["h100"], (tokens,)), "ours")
+    ahead, in_turn = (made[which].layer for which in (True, False))
+    assert ahead.bytes == in_turn.bytes and ahead.kernels == in_turn.kernels, "nothing is left out"
+    unpacked = in_turn.bytes["elementwise"] - sixteen.layer.bytes["elementwise"]
+    weights, passes = sum(rows * columns for rows, columns in MAPS), 2 if tokens == 4096 else 1
+    # Half a byte read and two written, and for each 64 a scale in 8 bits made one of 32, shifted, and read.
+    assert unpacked == pytest.approx(passes * weights * (0.5 + 2 + (1 + 4 + 8 + 4) / 64), rel=0.01)
+    saved = in_turn.seconds["elementwise"] - ahead.seconds["elementwise"]
+    assert saved == pytest.approx(unpacked / (STREAM * 3.35e12), rel=0.01)
+    if tokens == 4096:  # arithmetic takes longer than the bytes of both
+        assert ahead.seconds["gemm"] == in_turn.seconds["gemm"]
+        assert made[True].tokens_per_second >= 0.94 * sixteen.tokens_per_second
+    else:  # some products wait for memory, and that is shared
+        assert in_turn.seconds["gemm"] * 1.05 < ahead.seconds["gemm"] < in_turn.seconds["gemm"] + saved
+
+
+@pytest.mark.long
+def test_without_memory_for_a_second_buffer_four_bits_are_unpacked_in_turn() -> None:
+    pytest.importorskip("bitsandbytes")
     tight = replace(CARDS["t4"], memory=4e9)  # a second buffer takes 101 MB
     step = roofline.Step(MINI, tight, (2048,), quantize="nf4")
     assert roofline.price(step, "ours").layer == roofline.price(replace(step, ahead=False), "ours").layer
