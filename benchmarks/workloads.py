@@ -123,9 +123,10 @@ def _read(path: Path, columns: Mapping[str, str]) -> Iterator[Any]:
     from phi3_lora_plugin.chat import adapt
     from phi3_lora_plugin.chat.readers import Problem
     from phi3_lora_plugin.chat.sources import find_sources
+    from phi3_lora_plugin.recipe.sections import ChatSection
 
     for source in find_sources(str(path)).sources:
-        for item in adapt.conversations(source, adapt.Reading(source.name), "auto", columns, {}):
+        for item in adapt.conversations(source, adapt.Reading(source.name), ChatSection(columns=dict(columns)), {}):
             if not isinstance(item, Problem):
                 yield item[1]
 

@@ -11,6 +11,7 @@ from phi3_lora_plugin.chat.adapt import Reading, conversations
 from phi3_lora_plugin.chat.formats import ADAPTERS
 from phi3_lora_plugin.chat.readers import Place, Problem, Row, SourceError
 from phi3_lora_plugin.chat.sources import Source
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 PAIR = {"prompt": "q", "completion": "a"}
 READ = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -26,7 +27,9 @@ def read(
     places = [Place("f", "line", number) for number in range(1, len(rows) + 1)]
     items = [Row(row, p) if isinstance(row, dict) else Problem(p, row) for p, row in zip(places, rows, strict=True)]
     reading, source = Reading("f"), Source("f", lambda: iter(items))
-    return reading, list(conversations(source, reading, wanted, columns or {}, adapters or {}))
+    return reading, list(
+        conversations(source, reading, ChatSection(format=wanted, columns=dict(columns or {})), adapters or {})
+    )
 
 
 def refused(*given: Any, **more: Any) -> list[str]:
@@ -59,7 +62,7 @@ def test_rows_are_adapted_as_they_are_asked_for() -> None:
             asked.append(number)
             yield Row(PAIR, Place("f", "line", number))
 
-    made = conversations(Source("f", rows), Reading("f"), "auto", {}, {})
+    made = conversations(Source("f", rows), Reading("f"), ChatSection(), {})
     next(made)
     assert len(asked) == 100  # as many as decide the format
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from phi3_lora_plugin.chat.row_error import RowError, named, not_too_deep, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.recipe.sections import ChatSection
 from phi3_lora_plugin.wording import nearest
 
 _Read = TypeVar("_Read")
@@ -34,22 +35,15 @@ class Reading:
 
 
 def conversations(
-    source: Source,
-    reading: Reading,
-    wanted: str,
-    columns: Mapping[str, str],
-    adapters: Mapping[str, Adapter],
-    ignore: Collection[str] = (),
+    source: Source, reading: Reading, data: ChatSection, adapters: Mapping[str, Adapter]
 ) -> Iterator[tuple[Place, list[Message]] | Problem]:
     """Yield the messages of each row, or what is wrong with it, in order; `reading` is filled on the way.
 
     Args:
         source: from `find_sources`.
         reading: a fresh one.
-        wanted: name of a format, or "auto".
-        columns: canonical name to foreign name, as in `data.columns`.
+        data: how it is read: `format`, `columns` and `ignore`.
         adapters: every registered format by name.
-        ignore: columns and keys of messages that do not matter, as in `data.ignore`.
 
     Raises `SourceError` where the source as a whole cannot be read that way.
     """
@@ -63,17 +57,18 @@ def conversations(
             break
     rows = [item for item in top if isinstance(item, Row)]
     if rows:
-        reading.format, reading.because = _choose(source.name, rows, wanted, columns, adapters)
+        reading.format, reading.because = _choose(source.name, rows, data.format, data.columns, adapters)
     adapt = adapters.get(reading.format) or ADAPTERS.get(reading.format)
 
     def read(values: Mapping[str, Any]) -> list[Message]:
         if adapt is None:
             raise RowError("comes after rows that fit no format")
         try:
-            return adapted(adapt, rename(values, columns, ignore), reading.format, reading.unread)
+            return adapted(adapt, rename(values, data.columns, data.ignore), reading.format, reading.unread)
         except RowError as error:
             others = [name for name in detect(values) if name != reading.format]
-            hint = f"; it looks like {others[0]}, but one source has one format" if others and wanted == "auto" else ""
+            guessed = others and data.format == "auto"
+            hint = f"; it looks like {others[0]}, but one source has one format" if guessed else ""
             raise RowError(f"{error}{hint}") from error
 
     yield from each(replace(source, rows=lambda: chain(top, items)), reading, read)

@@ -5,7 +5,7 @@ Read are chats of every format with TRL's `label` or LLaMA-Factory's `kto_tag`, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from phi3_lora_plugin.chat.readers import Place, Problem, Row, Rows
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, context
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,15 @@ class Judged:
 
 
 def read_judged(
-    source: Source,
-    reading: Reading,
-    wanted: str,
-    columns: Mapping[str, str],
-    adapters: Mapping[str, Adapter],
-    ignore: Collection[str] = (),
+    source: Source, reading: Reading, data: ChatSection, adapters: Mapping[str, Adapter]
 ) -> Iterator[tuple[Place, Judged] | Problem]:
     """Yield what is judged of each row (of a pair, two), or what is wrong with it; arguments as of `conversations`.
 
     Raises `SourceError` where the source as a whole cannot be read that way.
     """
     first = next((item for item in source.rows() if isinstance(item, Row)), None)
-    if first is not None and _unlabelled_pair(first.values, columns):
-        for read in read_pairs(source, reading, columns, ignore):
+    if first is not None and _unlabelled_pair(first.values, data.columns):
+        for read in read_pairs(source, reading, data):
             if isinstance(read, Problem):
                 yield read
                 continue
@@ -53,8 +49,8 @@ def read_judged(
         reading.because = "as preference.loss says; each pair is a good and a bad answer"
         return
     labels: dict[Place, bool | RowError] = {}
-    outer = {name: foreign for name, foreign in columns.items() if name not in LABELS}
-    foreign = columns.get("label", "label")
+    outer = {name: foreign for name, foreign in data.columns.items() if name not in LABELS}
+    foreign = data.columns.get("label", "label")
 
     def rows() -> Rows:
         for item in source.rows():
@@ -66,7 +62,8 @@ def read_judged(
                 item = Row({name: value for name, value in values.items() if name not in LABELS}, item.place)
             yield item
 
-    for item in conversations(replace(source, rows=rows), reading, wanted, outer, adapters, ignore):
+    unlabelled = data.model_copy(update={"columns": outer})
+    for item in conversations(replace(source, rows=rows), reading, unlabelled, adapters):
         label = labels.pop(item[0], False)
         if isinstance(item, Problem):
             yield Problem(item.place, str(label)) if isinstance(label, RowError) else item

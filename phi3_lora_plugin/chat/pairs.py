@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.adapt import Reading, each
@@ -13,11 +13,10 @@ from phi3_lora_plugin.chat.propose import propose
 from phi3_lora_plugin.chat.readers import Place, Problem
 from phi3_lora_plugin.chat.row_error import RowError
 from phi3_lora_plugin.chat.sources import Source
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 
-def read_pairs(
-    source: Source, reading: Reading, columns: Mapping[str, str], ignore: Collection[str] = ()
-) -> Iterator[tuple[Place, Pair] | Problem]:
+def read_pairs(source: Source, reading: Reading, data: ChatSection) -> Iterator[tuple[Place, Pair] | Problem]:
     """The pair of each row, or what is wrong with it, in order; `reading` is filled on the way.
 
     Raises `SourceError` for a source without rows.
@@ -28,11 +27,12 @@ def read_pairs(
     def read(values: Mapping[str, Any]) -> Pair:
         nonlocal good
         try:
-            row = rename(values, columns, ignore)
+            row = rename(values, data.columns, data.ignore)
             pair = preference(row)
             reading.unread.update(refuse_decisive(unread_values(row, COLUMNS)))
         except RowError as error:
-            if not good and "has no column" in str(error) and not columns and (given := propose([values], pairs=True)):
+            foreign = not good and not data.columns and "has no column" in str(error)
+            if foreign and (given := propose([values], pairs=True)):
                 raise RowError(f"{error}; if that is what they mean, write {given}") from None
             raise
         good = True

@@ -71,12 +71,12 @@ def read_part(part: Part, adapters: Mapping[str, Adapter], fate: Fate, recipe: R
         try:
             items: Iterator[Any]
             if recipe.rows == "pairs":
-                items = read_pairs(source, reading, data.columns, data.ignore)
+                items = read_pairs(source, reading, data)
             elif recipe.rows == "tasks":
-                items = read_tasks(source, reading, data.columns, data.ignore, numbers="gsm8k" in recipe.rewards)
+                items = read_tasks(source, reading, data, numbers="gsm8k" in recipe.rewards)
             else:
                 read = read_judged if recipe.rows == "judged" else conversations
-                items = read(source, reading, data.format, data.columns, adapters, data.ignore)
+                items = read(source, reading, data, adapters)
             for item in items:
                 if left is not None and reading.rows > left:
                     reading.rows -= 1  # one row may give several items, so it is read before it is one too many

@@ -8,7 +8,7 @@ chat ends with. Every other column reaches the rewards under its own name.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from phi3_lora_plugin.chat.readers import Place, Problem
 from phi3_lora_plugin.chat.row_error import RowError, named, not_too_deep, shown
 from phi3_lora_plugin.chat.sources import Source
 from phi3_lora_plugin.chat.turns import Message, complete, read_turns
+from phi3_lora_plugin.recipe.sections import ChatSection
 
 _PROMPTS = ("prompt", "question", "problem", "messages", "conversations", "conversation", "instruction", "query")
 #: Names under which data sets keep the right answer, the clearer ones first.
@@ -58,7 +59,7 @@ def columns_of(tasks: Sequence[Task]) -> dict[str, list[Any]]:
 
 
 def read_tasks(
-    source: Source, reading: Reading, columns: Mapping[str, str], ignore: Collection[str] = (), numbers: bool = False
+    source: Source, reading: Reading, data: ChatSection, numbers: bool
 ) -> Iterator[tuple[Place, Task] | Problem]:
     """The task of each row, or what is wrong with it; with `numbers`, an answer without one is wrong.
 
@@ -67,7 +68,7 @@ def read_tasks(
     reading.format, reading.because = "prompts", "as the recipe's reward says"
 
     def read(values: Mapping[str, Any]) -> Task:
-        made = task(rename(values, columns, ignore))
+        made = task(rename(values, data.columns, data.ignore))
         if numbers:
             _check_number(made)
         return made

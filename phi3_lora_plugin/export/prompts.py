@@ -60,10 +60,12 @@ def _chats(
     from phi3_lora_plugin.chat.formats import ADAPTERS
     from phi3_lora_plugin.chat.readers import Problem, SourceError
     from phi3_lora_plugin.chat.sources import find_sources
+    from phi3_lora_plugin.recipe.sections import ChatSection
 
     try:
+        data = ChatSection(format=wanted, columns=dict(columns or {}))
         for source in find_sources(path, split, "--prompts").sources:
-            for item in conversations(source, Reading(source.name), wanted, columns or {}, ADAPTERS):
+            for item in conversations(source, Reading(source.name), data, ADAPTERS):
                 if not isinstance(item, Problem):
                     yield item[1]
     except SourceError as error:
