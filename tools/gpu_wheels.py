@@ -49,8 +49,9 @@ def main() -> int:
         chosen.folder.mkdir(parents=True, exist_ok=True)
         for wheel in sorted(Path(wheels).glob("*.whl")):
             with zipfile.ZipFile(wheel) as packed:
-                names = [name for name in packed.namelist() if _wanted(name, chosen.cuda)]
-                packed.extractall(chosen.folder, names)
+                unwanted = {name for name in packed.namelist() if "libbitsandbytes" in name}
+                unwanted = {name for name in unwanted if not name.endswith(f"cuda{chosen.cuda}.so")}
+                packed.extractall(chosen.folder, [name for name in packed.namelist() if name not in unwanted])
             print(wheel.name)
     size = sum(file.stat().st_size for file in chosen.folder.rglob("*") if file.is_file())
     print(f"{chosen.folder}: {size / 1e6:.0f} MB")
@@ -65,12 +66,6 @@ def _core(wheels: Path) -> str:
         lines = packed.read(about).decode().splitlines()
     (found,) = (line for line in lines if line.startswith("Requires-Dist: pydantic-core"))
     return found.removeprefix("Requires-Dist: ").split(";")[0].replace(" ", "")
-
-
-def _wanted(name: str, cuda: str) -> bool:
-    if "libbitsandbytes" in name:
-        return name.endswith(f"cuda{cuda}.so")
-    return True
 
 
 if __name__ == "__main__":

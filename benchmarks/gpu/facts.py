@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,6 @@ def free(device: torch.device) -> None:
 
 def installed(*packages: str) -> None:
     """Raise `LeftOut` with the first of these packages that is not installed."""
-    from importlib.util import find_spec
-
     for package in packages:
         if find_spec(package) is None:
             raise LeftOut(f"{package} is not installed")

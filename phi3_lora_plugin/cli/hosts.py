@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,15 +33,9 @@ def render_command(
         if made.beside:
             print(f"--out FILE also writes {', '.join(made.beside)} next to it", file=sys.stderr)
         return
-    taken = [str(path) for path in (out, *(out.parent / name for name in made.beside)) if path.exists()]
-    if taken:
-        print(f"{', '.join(taken)}: already exists; nothing was written", file=sys.stderr)
-        raise typer.Exit(2)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(made.text, encoding="utf-8")
-    for name, text in made.beside.items():
-        (out.parent / name).write_text(text, encoding="utf-8")
-    print(f"wrote {', '.join(map(str, (out, *(out.parent / name for name in made.beside))))}", file=sys.stderr)
+    files = {out: made.text} | {out.parent / name: text for name, text in made.beside.items()}
+    _write(files)
+    print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
 
 
 def import_command(
@@ -60,12 +55,18 @@ def import_command(
     if out is None:
         print(made.text, end="")
         return
-    if out.exists():
-        print(f"{out}: already exists; nothing was written", file=sys.stderr)
-        raise typer.Exit(2)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(made.text, encoding="utf-8")
+    _write({out: made.text})
     print(f"wrote {out}; check it with: phi3-lora validate {out}", file=sys.stderr)
+
+
+def _write(files: Mapping[Path, str]) -> None:
+    """Write all files, or none where one of them exists."""
+    if taken := [str(file) for file in files if file.exists()]:
+        print(f"{', '.join(taken)}: already exists; nothing was written", file=sys.stderr)
+        raise typer.Exit(2)
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
 
 
 def host_path_command(host: Annotated[str, typer.Argument(help="swift or startup")]) -> None:

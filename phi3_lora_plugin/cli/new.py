@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,8 +143,6 @@ def _look_at(data: str) -> tuple[str, dict[str, str] | None, bool]:
     Raises:
         SourceError: there is no such file, or none of its rows can be read.
     """
-    from itertools import islice
-
     import yaml
 
     from phi3_lora_plugin.chat.formats import detect

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.store.adapter_folder import AdapterError
@@ -18,8 +20,6 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     Raises:
         AdapterError: the adapter does not go with the model, which PEFT alone would let pass with a warning.
     """
-    import warnings
-
     from peft import PeftModel
 
     from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, loadable
@@ -58,8 +58,6 @@ def stream(
         top_p: sample from the most likely tokens that together have this probability; no effect at temperature 0.
         encoding: what `prompt_ids` takes (system, control_tokens, template), which has to be as in training.
     """
-    from threading import Event, Thread
-
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 

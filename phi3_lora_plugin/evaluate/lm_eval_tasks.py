@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,6 @@ def require_lm_eval(tasks: Sequence[str], options: Mapping[str, Any]) -> Any:
     """
     if not is_installed("lm_eval"):
         raise HarnessError('--lm-eval needs the lm-evaluation-harness: pip install "phi3-lora-plugin[lm-eval]"')
-    import inspect
-
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,6 @@ def check_written(stage: Path, weights: Weights, untied: bool) -> None:
 
 def fits(total_bytes: int, dtype: str) -> bool:
     """Whether the model is likely to fit into free memory in float32."""
-    import os
-
     needed = total_bytes * (1 if dtype == "float32" else 2)
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return needed < 4e9

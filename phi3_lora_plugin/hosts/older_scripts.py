@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from dataclasses import fields
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from phi3_lora_plugin.hosts.base import no_remote_code, phi_config_if_found
@@ -126,8 +127,6 @@ def _without_accelerator(named: MutableMapping[str, Any]) -> list[str]:
 
 def _wrap_trainer(kind: Any, config: Any, say: Say) -> Undo:
     """A trainer that was given its settings itself: they go into its arguments, made of the class that has them."""
-    from inspect import signature
-
     from transformers.trainer_utils import IntervalStrategy
 
     takes = set(signature(kind.__init__).parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 Undo = Callable[[], None]
@@ -48,8 +49,6 @@ class _Finder:
         """The spec that the other finders give, with a look at the finished module."""
         if name != self.name or self.asking:
             return None
-        from importlib.util import find_spec
-
         self.asking = True
         try:
             spec = find_spec(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
@@ -80,8 +81,6 @@ def chosen(names: Sequence[str], plugins: Plugins, recipe: Recipe, own: bool) ->
     Args:
         own: whether the user asked for `recipe`; else our own checkpoints use their defaults.
     """
-    from importlib import import_module
-
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
     found: list[Any] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def objective_of(recipe: Recipe) -> Objective:
         ObjectiveError: the installed TRL cannot train with it.
     """
     if recipe.reward:
-        from functools import partial
-
         from phi3_lora_plugin.training.grpo import RewardTrainer, asked, feed_tasks, grpo_arguments
 
         return Objective(partial(RewardTrainer, recipe=recipe), grpo_arguments, feed_tasks, asked, "reward")

@@ -18,20 +18,13 @@ if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
 
 #: Name in `report_to` -> (modules, any one of them is enough; what to install), as in transformers.integrations.
-_REPORTS = {
+_REPORTS: dict[str, tuple[tuple[str, ...], str]] = {
+    name: ((name,), name) for name in "clearml codecarbon dagshub dvclive mlflow neptune swanlab trackio wandb".split()
+} | {
     "azure_ml": (("azureml",), "azureml-sdk"),
-    "clearml": (("clearml",), "clearml"),
-    "codecarbon": (("codecarbon",), "codecarbon"),
     "comet_ml": (("comet_ml",), "comet-ml"),
-    "dagshub": (("dagshub",), "dagshub"),
-    "dvclive": (("dvclive",), "dvclive"),
     "flyte": (("flytekit",), "flytekit"),
-    "mlflow": (("mlflow",), "mlflow"),
-    "neptune": (("neptune",), "neptune"),
-    "swanlab": (("swanlab",), "swanlab"),
     "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
-    "trackio": (("trackio",), "trackio"),
-    "wandb": (("wandb",), "wandb"),
 }
 #: Names of `optim` -> (module, what to install); the first that matches.
 _OPTIMIZERS = (

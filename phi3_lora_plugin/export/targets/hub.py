@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -200,8 +201,6 @@ def _push(repository: str, folder: Path) -> str:
     Raises:
         ExportError: the hub refused, or is not there.
     """
-    import os
-
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

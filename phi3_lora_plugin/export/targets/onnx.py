@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -218,8 +219,6 @@ class _Onnx(ShowsLogits):
         self._tokenizer = onnxruntime_genai.Tokenizer(model)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        import json
-
         text = self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
         return [int(each) for each in self._tokenizer.encode(text)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,9 +99,6 @@ def _ask(name: str) -> str:
 
 def _recomputed(adapted: Adapted, folder: Path) -> None:
     """Base + alpha / r * B @ A as vLLM's LoRA computes it, from the written files and by none of PEFT's code."""
-    import json
-    import math
-
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, RenderError, Rendering, note, some, write
@@ -114,8 +115,6 @@ def _template(r: Rendering) -> list[Line]:
 
 def _template_of(r: Rendering) -> str | None:
     """By the tokenizer if that is here, else by the model's published name."""
-    from pathlib import Path
-
     from phi3_lora_plugin.model.families import recognise
 
     if Path(r.base).is_dir():
