@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.chat.encode import IGNORE
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.evaluate.answers import ended, score
+from phi3_lora_plugin.evaluate.figures import Figures
+from phi3_lora_plugin.evaluate.token_scores import perplexity
+from phi3_lora_plugin.export.export import unsaved
+from phi3_lora_plugin.export.exporter import Wanted
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.evaluate.answers import Question
@@ -49,12 +54,6 @@ def measure_shipped(
     Raises:
         ShippedError, ExportError: the target has no such form, or shows no probabilities.
     """
-    from phi3_lora_plugin.evaluate.answers import ended, score
-    from phi3_lora_plugin.evaluate.figures import Figures
-    from phi3_lora_plugin.evaluate.token_scores import perplexity
-    from phi3_lora_plugin.export.export import unsaved
-    from phi3_lora_plugin.export.exporter import Wanted
-
     _, form = read_form(text)
     wanted = Wanted(merged=True, quantize=(form,) if form else ())
     with unsaved(adapter, exporter, wanted, base) as (shipped, adapted):

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.templates import template_for
+from phi3_lora_plugin.embedded import PREFIX
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,10 +67,8 @@ def find_partner(
     Raises:
         AdapterError, ModelError, TokenizerError, TemplateError: see there.
     """
-    from phi3_lora_plugin.chat.templates import template_for
     from phi3_lora_plugin.evaluate.generate import with_adapter
     from phi3_lora_plugin.model.load import load_model
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
     from phi3_lora_plugin.store.adapter_folder import read_adapter
 
     found: Adapter | None = None if _is_model(what) else read_adapter(what, check)
@@ -86,8 +88,6 @@ def find_partner(
 
 def _is_model(what: str) -> bool:
     """Whether this names a model by itself, not an adapter."""
-    from phi3_lora_plugin.embedded import PREFIX
-
     folder = Path(what)
     if folder.is_dir():
         return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()

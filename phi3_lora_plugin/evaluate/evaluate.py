@@ -8,8 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.evaluate.answer_scores import score_answers
+from phi3_lora_plugin.evaluate.answers import answer, questions, score
+from phi3_lora_plugin.evaluate.as_shipped import ShippedError, measure_shipped, read_form, sentence
 from phi3_lora_plugin.evaluate.figures import Figures
+from phi3_lora_plugin.evaluate.generate import stop_ids, with_adapter
+from phi3_lora_plugin.evaluate.lm_eval_tasks import require_lm_eval, run_tasks
+from phi3_lora_plugin.evaluate.rows import evaluation_rows
 from phi3_lora_plugin.evaluate.target import Target
+from phi3_lora_plugin.evaluate.task_scores import task_scores
+from phi3_lora_plugin.evaluate.token_scores import token_scores
+from phi3_lora_plugin.lora_files.peft_files import loadable
+from phi3_lora_plugin.model.families import row_limit
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,16 +105,6 @@ def evaluate(target: Target, wanted: Wanted, plugins: Plugins, console: Console 
         DataError, ModelError, AdapterError, AnswerError, HarnessError: wrong input, before anything is measured.
     """
     from rich.console import Console
-
-    from phi3_lora_plugin.evaluate.answer_scores import score_answers
-    from phi3_lora_plugin.evaluate.answers import questions
-    from phi3_lora_plugin.evaluate.as_shipped import ShippedError, measure_shipped, read_form, sentence
-    from phi3_lora_plugin.evaluate.generate import stop_ids, with_adapter
-    from phi3_lora_plugin.evaluate.lm_eval_tasks import require_lm_eval
-    from phi3_lora_plugin.evaluate.rows import evaluation_rows
-    from phi3_lora_plugin.lora_files.peft_files import loadable
-    from phi3_lora_plugin.model.families import row_limit
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     say = console or Console(quiet=True)
     recipe, adapter, notes = target.recipe, target.adapter, [*target.notes]
@@ -212,11 +213,6 @@ def _measure(
     harness: Any,
 ) -> tuple[Figures, int, list[str]]:
     """(figures, trained tokens, answers) of one model."""
-    from phi3_lora_plugin.evaluate.answers import answer, score
-    from phi3_lora_plugin.evaluate.lm_eval_tasks import run_tasks
-    from phi3_lora_plugin.evaluate.task_scores import task_scores
-    from phi3_lora_plugin.evaluate.token_scores import token_scores
-
     learned = len(rows) and not recipe.reward  # of prompts, nothing is to be predicted
     scores = token_scores(model, tokenizer, rows, wanted.batch_size) if learned else None
     made = answer(model, tokenizer, [one.ids for one in asked], wanted.max_new_tokens, wanted.batch_size)

@@ -8,6 +8,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.encode import prompt_ids
+from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, loadable
+from phi3_lora_plugin.model.tokenizer import stop_token_ids
 from phi3_lora_plugin.store.adapter_folder import AdapterError
 
 if TYPE_CHECKING:
@@ -21,8 +24,6 @@ def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         AdapterError: the adapter does not go with the model, which PEFT alone would let pass with a warning.
     """
     from peft import PeftModel
-
-    from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, loadable
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -61,8 +62,6 @@ def stream(
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-    from phi3_lora_plugin.chat.encode import prompt_ids
-
     ids = torch.tensor([prompt_ids(messages, tokenizer, **encoding)], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
@@ -95,8 +94,6 @@ def stream(
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a turn: the family's, and those of the model's own generation config."""
-    from phi3_lora_plugin.model.tokenizer import stop_token_ids
-
     published = model.generation_config.eos_token_id
     return stop_token_ids(tokenizer, [published] if isinstance(published, int) else list(published or ()))
 

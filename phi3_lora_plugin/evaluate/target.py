@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from phi3_lora_plugin.embedded import locate
+from phi3_lora_plugin.model.fingerprint import base_fingerprint, local_folder
 from phi3_lora_plugin.recipe import Recipe, load_recipe
 from phi3_lora_plugin.recipe.yaml_file import dump
 from phi3_lora_plugin.store.adapter_folder import Adapter, AdapterError, read_adapter
@@ -108,8 +109,6 @@ def _made(content: dict[str, Any], name: str, overrides: Sequence[str], find: Fi
 
 def _other_base(adapter: Adapter, recipe: Recipe) -> list[str]:
     """A sentence if the weights of the base here are not those that the manifest names."""
-    from phi3_lora_plugin.model.fingerprint import base_fingerprint, local_folder
-
     trained_on = (adapter.manifest.get("base") or {}).get("fingerprint")
     folder = local_folder(recipe.model.path, recipe.model.revision) if trained_on else None
     if folder is None or base_fingerprint(folder) == trained_on:

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.chat.templates import Template
+from phi3_lora_plugin.chat.templates import Template, TemplateError, serving_text, template_for
+from phi3_lora_plugin.chat.tool_formats import AUTO, tool_format
+from phi3_lora_plugin.export.convert import convert
 from phi3_lora_plugin.export.exporter import ExportError
+from phi3_lora_plugin.export.merge import merge, portable_config, write_generation_config
+from phi3_lora_plugin.export.recast import recast
+from phi3_lora_plugin.lora_files import layouts, peft_files
+from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx, mlx_base
+from phi3_lora_plugin.model.families import projections
+from phi3_lora_plugin.model.folder import model_folder, published_stops, read_json
+from phi3_lora_plugin.model.shards import Weights, write_json
+from phi3_lora_plugin.model.tokenizer import TokenizerError, load_tokenizer, stop_token_ids, tokenizer_files
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.lora_files.layouts import Lora
@@ -49,8 +59,6 @@ class Adapted:
 
     def merged(self) -> Path:
         """The merged model in float32 with the trained chat template, made once and checked against PEFT."""
-        from phi3_lora_plugin.export.merge import merge
-
         folder = self.scratch / "merged"
         if not folder.exists():
             merge(self.adapter, self.base, folder, "float32", check="modules", quantized="none")
@@ -59,10 +67,6 @@ class Adapted:
 
     def base_float32(self) -> Path:
         """The base in float32 with the trained chat template, for runtimes that put the adapter on themselves."""
-        from phi3_lora_plugin.export.merge import portable_config, write_generation_config
-        from phi3_lora_plugin.export.recast import recast
-        from phi3_lora_plugin.model.shards import write_json
-
         folder = self.scratch / "base"
         if not folder.exists():
             folder.mkdir()
@@ -76,10 +80,6 @@ class Adapted:
 
     def write_tokenizer(self, folder: Path) -> None:
         """Tokenizer files into `folder`, with the chat template that was trained, also where a recipe named it."""
-        from phi3_lora_plugin.chat.templates import serving_text
-        from phi3_lora_plugin.chat.tool_formats import AUTO, tool_format
-        from phi3_lora_plugin.model.tokenizer import tokenizer_files
-
         for name, content in tokenizer_files(self.tokenizer).items():
             (folder / name).write_bytes(content)
         if self.template is None:
@@ -91,22 +91,16 @@ class Adapted:
 
     def stops(self) -> list[int]:
         """The ids that end an answer: the family's, and those that the base was published with."""
-        from phi3_lora_plugin.model.tokenizer import stop_token_ids
-
         ids = [each for each in self.published_stops() if each != self.tokenizer.pad_token_id]
         return stop_token_ids(self.tokenizer, ids)
 
     def published_stops(self) -> list[int]:
         """The ids at which a server stops that goes by the base's own files alone."""
-        from phi3_lora_plugin.model.folder import published_stops, read_json
-
         file = self.base / "generation_config.json"
         return published_stops(read_json(file) if file.is_file() else {}, self.config)
 
     def dtype(self, asked: str) -> str:
         """The floating-point type to ship weights in: `asked`, or the base's own for `auto`."""
-        from phi3_lora_plugin.model.shards import Weights
-
         return Weights(self.base).floating_type() if asked == "auto" else asked
 
     def plain_loras(self, target: str, holder: str) -> tuple[Lora, ...]:
@@ -115,8 +109,6 @@ class Adapted:
         Raises:
             ExportError: it has more, which `holder` of this target has no place for.
         """
-        from phi3_lora_plugin.lora_files import peft_files
-
         found = peft_files.parts(peft_files.read_peft(self.adapter))
         odd = [each.module for each in found.loras if each.magnitude is not None or each.bias is not None]
         odd = [*found.full, *found.tokens, *odd, *(each.module for each in found.loras if each.embedding)]
@@ -128,9 +120,6 @@ class Adapted:
 
     def other_template(self) -> tuple[str, ...]:
         """A note where a server that takes the base's tokenizer would render chats in another way than training did."""
-        from phi3_lora_plugin.chat.templates import TemplateError, template_for
-        from phi3_lora_plugin.model.tokenizer import TokenizerError, load_tokenizer
-
         try:
             of_base = template_for(load_tokenizer(self.base))
         except (TemplateError, TokenizerError):
@@ -152,13 +141,6 @@ def prepare(source: str | Path, base: str | None, scratch: Path) -> Adapted:
     Raises:
         ExportError, AdapterError, ModelError, ConvertError: what is wrong.
     """
-    from phi3_lora_plugin.chat.templates import TemplateError, template_for
-    from phi3_lora_plugin.export.convert import convert
-    from phi3_lora_plugin.lora_files import layouts, peft_files
-    from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx, mlx_base
-    from phi3_lora_plugin.model.families import projections
-    from phi3_lora_plugin.model.folder import model_folder, read_json
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
     from phi3_lora_plugin.store.adapter_folder import read_adapter
 
     mlx = looks_like_mlx(source)

@@ -11,6 +11,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.merge import write_generation_config
 from phi3_lora_plugin.export.merge_check import sample_ids
 from phi3_lora_plugin.lora_files.layouts import Row
+from phi3_lora_plugin.model.families import projections, rope_of
 from phi3_lora_plugin.model.folder import model_folder, read_json
 from phi3_lora_plugin.model.logits import logit_limit
 from phi3_lora_plugin.model.new_files import staged
@@ -51,8 +52,6 @@ def convert_base(
     Raises:
         BaseLayoutError: biases, a rope that the other layout does not have, or another kind of model.
     """
-    from phi3_lora_plugin.model.families import projections
-
     folder = model_folder(source)
     config = read_json(folder / "config.json")
     split = to == "llama-base"
@@ -158,8 +157,6 @@ def _shared(config: Mapping[str, Any], kind: str, class_name: str, norm: float) 
 
 
 def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    from phi3_lora_plugin.model.families import rope_of
-
     problems, notes = [], []
     if config.get("model_type") != "phi3":
         raise BaseLayoutError(f"model_type is {config.get('model_type')!r}; only phi3 has fused projections to split")
@@ -199,8 +196,6 @@ def _split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 
 
 def _fused_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    from phi3_lora_plugin.model.families import rope_of
-
     problems, notes = [], []
     if config.get("model_type") not in ("llama", "mistral"):
         raise BaseLayoutError(

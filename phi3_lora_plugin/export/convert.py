@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.export.base_layouts import convert_base
+from phi3_lora_plugin.export.gguf import write_gguf_adapter, write_gguf_model
 from phi3_lora_plugin.lora.finite import not_finite
 from phi3_lora_plugin.lora.text_side import excluded_modules
 from phi3_lora_plugin.lora_files import layouts, loralib_files, mlx_files, peft_files, torchtune_files
 from phi3_lora_plugin.lora_files.layouts import Lora, Row
 from phi3_lora_plugin.lora_files.servable import servable
+from phi3_lora_plugin.model.families import projections
 from phi3_lora_plugin.model.folder import ModelError, find_config, model_folder, read_json
 from phi3_lora_plugin.model.new_files import staged, staged_file
 from phi3_lora_plugin.model.shards import Weights, copy_tokenizer
@@ -170,8 +173,6 @@ def convert(
         with staged_file(target, overwrite) as file:
             loralib_files.write_loralib(file, tensors, sidecar)
     else:
-        from phi3_lora_plugin.export.gguf import write_gguf_adapter
-
         with staged_file(target, overwrite) as file:
             rows = write_gguf_adapter(file, loras, config or {}, "float32" if dtype == "auto" else dtype, source.name)
     return ConversionReport(source, target, read.kind, to, tuple(rows), tuple(notes))
@@ -181,13 +182,9 @@ def _convert_model(
     source: Path, target: Path, to: str, dtype: str, max_shard: str | int, check: bool, overwrite: bool
 ) -> ConversionReport:
     if to == "gguf":
-        from phi3_lora_plugin.export.gguf import write_gguf_model
-
         with staged_file(target, overwrite) as file:
             rows, notes = write_gguf_model(file, source, dtype, source.name)
     else:
-        from phi3_lora_plugin.export.base_layouts import convert_base
-
         rows, notes = convert_base(source, target, to, max_shard, overwrite, check)
     return ConversionReport(source, target, "model", to, tuple(rows), tuple(notes))
 
@@ -263,8 +260,6 @@ def _base_config(base: str | Path | None, revision: str | None, needed: bool) ->
 
 
 def _layout(config: Mapping[str, Any] | None) -> Sequence[Projection]:
-    from phi3_lora_plugin.model.families import projections
-
     if not config:
         return ()
     # A split copy has the sizes of what it was made from, and its adapters are for that.

@@ -10,8 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.export.adapted import prepare
 from phi3_lora_plugin.export.exporter import Exporter, ExportError, Shipped, Wanted
-from phi3_lora_plugin.export.proof import Comparison, ProofError
+from phi3_lora_plugin.export.full_disk import full_disk_as_os_error
+from phi3_lora_plugin.export.prompts import held_out_prompts, trained_system
+from phi3_lora_plugin.export.proof import Comparison, ProofError, Reference, compare
+from phi3_lora_plugin.model.base_size import size_of_config
+from phi3_lora_plugin.model.families import row_limit
 from phi3_lora_plugin.model.new_files import scratch_folder, staged
 from phi3_lora_plugin.wording import human
 
@@ -94,10 +99,6 @@ def export(
         ExportError: the target cannot do what was asked; nothing was written.
         ProofError: the exported model does not give the adapter's words; nothing was written.
     """
-    from phi3_lora_plugin.export.adapted import prepare
-    from phi3_lora_plugin.export.full_disk import full_disk_as_os_error
-    from phi3_lora_plugin.export.prompts import trained_system
-
     say = progress or (lambda text, steps: None)
     wanted = replace(wanted or Wanted(), progress=lambda text: say(text, None))
     wanted = replace(wanted, prove=wanted.prove and prompts != 0)
@@ -131,8 +132,6 @@ def unsaved(
     Raises:
         ExportError: the target cannot do what was asked.
     """
-    from phi3_lora_plugin.export.adapted import prepare
-
     with tempfile.TemporaryDirectory(prefix="phi3-lora-") as place:
         (Path(place) / "scratch").mkdir()
         (Path(place) / "out").mkdir()
@@ -154,10 +153,6 @@ def _prove(
         ProofError: one that has to be exact is not.
     """
     from phi3_lora_plugin.export.merge_check import fits
-    from phi3_lora_plugin.export.prompts import held_out_prompts
-    from phi3_lora_plugin.export.proof import Reference, compare
-    from phi3_lora_plugin.model.base_size import size_of_config
-    from phi3_lora_plugin.model.families import row_limit
 
     if not shipped.variants or prompts == 0:
         return (), "", ()

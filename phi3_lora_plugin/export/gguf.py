@@ -17,6 +17,7 @@ from phi3_lora_plugin.export.gguf_quantize import FORMS, file_type, quantize_row
 from phi3_lora_plugin.export.gguf_vocab import Vocabulary, read_vocabulary
 from phi3_lora_plugin.lora.finite import is_finite
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, one_alpha
+from phi3_lora_plugin.model.families import repair_rope, rope_of
 from phi3_lora_plugin.model.folder import model_folder, published_stops, read_json
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import Weights
@@ -222,8 +223,6 @@ def _read(weights: Weights, sources: Sequence[str], shape: Sequence[int]) -> Ten
 
 
 def _add_settings(writer: Any, config: Mapping[str, Any], dtype: str, attention: float | None) -> None:
-    from phi3_lora_plugin.model.families import rope_of
-
     rope = rope_of(config)
     heads = int(config["num_attention_heads"])
     longest = int(config.get("max_position_embeddings") or 4096)
@@ -251,8 +250,6 @@ def _add_settings(writer: Any, config: Mapping[str, Any], dtype: str, attention:
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Sequence[float]], float | None]:
     """(longrope's factors by GGUF name, what it multiplies cosines and sines by), ({}, None) without longrope."""
-    from phi3_lora_plugin.model.families import repair_rope
-
     rope = repair_rope(config)["rope_parameters"]
     if rope["rope_type"] != "longrope":
         return {}, None

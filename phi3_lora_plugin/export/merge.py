@@ -13,10 +13,13 @@ from phi3_lora_plugin.export.merge_plan import VerificationError as Verification
 from phi3_lora_plugin.export.merge_plan import merged_tensors, plan_merge
 from phi3_lora_plugin.lora.finite import is_finite
 from phi3_lora_plugin.lora.text_side import refuse_merging
+from phi3_lora_plugin.lora_files.peft_files import read_peft
+from phi3_lora_plugin.model.families import repair_rope
 from phi3_lora_plugin.model.folder import model_folder, published_stops, read_json
 from phi3_lora_plugin.model.new_files import staged
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, write_json
+from phi3_lora_plugin.model.tokenizer import load_tokenizer, stop_token_ids
 from phi3_lora_plugin.wording import human
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -101,7 +104,6 @@ def merge(
     """
     import torch
 
-    from phi3_lora_plugin.lora_files.peft_files import read_peft
     from phi3_lora_plugin.store.adapter_folder import read_adapter
 
     if dtype not in DTYPES or check not in ("auto", "logits", "modules"):
@@ -186,8 +188,6 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RopeError: rotary settings that no host would compute right.
     """
-    from phi3_lora_plugin.model.families import repair_rope
-
     repair_rope(config)
     settings = {name: value for name, value in config.items() if name != "auto_map"}
     for name in ("rope_scaling", "rope_parameters"):
@@ -202,8 +202,6 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_generation_config(stage: Path, source: Path, config: Mapping[str, Any]) -> None:
     """The base's generation settings, whose eos ids include every token that ends a turn of this tokenizer."""
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer, stop_token_ids
-
     path = source / "generation_config.json"
     settings = read_json(path) if path.is_file() else {
         name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None

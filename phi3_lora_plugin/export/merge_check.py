@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.export.merge_plan import HEAD, VerificationError
+from phi3_lora_plugin.lora_files.peft_files import loadable
 from phi3_lora_plugin.model.folder import read_json
 from phi3_lora_plugin.model.logits import logit_limit
 from phi3_lora_plugin.model.shards import Weights
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -80,8 +82,6 @@ def with_adapter(model: Any, adapter: Path) -> Any:
     """The model with an adapter on it by PEFT, ready to be asked."""
     from peft import PeftModel
 
-    from phi3_lora_plugin.lora_files.peft_files import loadable
-
     with warnings.catch_warnings(), loadable(adapter) as folder:
         # PEFT asks for a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -115,8 +115,6 @@ def quantization_loss(stage: Path, source: Path, adapter: Path, kind: str, dequa
 def _text_ids(folder: Path, vocabulary: int) -> Any:
     """Ids of a few plain sentences, or random ones where the folder has no tokenizer."""
     import torch
-
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
     if not (folder / "tokenizer.json").is_file():
         return sample_ids(vocabulary)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.export.merge_module import MergeError
-from phi3_lora_plugin.model.families import WHOLE
+from phi3_lora_plugin.lora_files.peft_files import full_tensors
+from phi3_lora_plugin.model.families import WHOLE, projections
 from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ class Plan:
 
 def plan_merge(peft: PeftAdapter, weights: Weights, config: Mapping[str, Any], untie: bool) -> Plan:
     """Every tensor of the adapter gets its place in the base, or the merge is refused."""
-    from phi3_lora_plugin.lora_files.peft_files import full_tensors
-
     problems = []
     init = str(peft.config.get("init_lora_weights")).lower()
     if init.startswith(("pissa_niter", "corda", "loftq", "lora_ga")):
@@ -157,7 +156,6 @@ def _one(
     import torch
 
     from phi3_lora_plugin.export.merge_module import expert_deltas, merge_module
-    from phi3_lora_plugin.model.families import projections
 
     module = name.rpartition(".")[0]
     tensor = plan.full[name] if name in plan.full else weights.read(stored)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from phi3_lora_plugin.chat.adapt import Reading, conversations
+from phi3_lora_plugin.chat.formats import ADAPTERS
+from phi3_lora_plugin.chat.readers import Problem, SourceError
+from phi3_lora_plugin.chat.sources import find_sources
 from phi3_lora_plugin.export.exporter import ExportError
 
 Message = Mapping[str, Any]
@@ -56,10 +60,6 @@ def trained_system(recipe: Any) -> str | None:
 def _chats(
     path: Any, split: str | None = None, wanted: str = "auto", columns: Mapping[str, str] | None = None
 ) -> Iterator[list[Any]]:
-    from phi3_lora_plugin.chat.adapt import Reading, conversations
-    from phi3_lora_plugin.chat.formats import ADAPTERS
-    from phi3_lora_plugin.chat.readers import Problem, SourceError
-    from phi3_lora_plugin.chat.sources import find_sources
     from phi3_lora_plugin.recipe.sections import ChatSection
 
     try:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phi3_lora_plugin.model.folder import read_json
+from phi3_lora_plugin.model.shards import ShardWriter, Weights, write_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,9 +23,6 @@ def recast(
         change: what each weight becomes before that, by its name.
     """
     import torch
-
-    from phi3_lora_plugin.model.folder import read_json
-    from phi3_lora_plugin.model.shards import ShardWriter, Weights, write_json
 
     copy_settings(source, folder)
     weights, writer = Weights(source), ShardWriter(folder, "2GB")

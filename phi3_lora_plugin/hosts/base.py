@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
+from phi3_lora_plugin.chat.templates import TemplateError, template_for
 from phi3_lora_plugin.lora.targets import ALL_LINEAR, TargetError, describe, resolve_targets
 from phi3_lora_plugin.model.families import UnsupportedModel, has_towers, projections, recognise
 from phi3_lora_plugin.model.refused import REFUSED_IDS
@@ -50,8 +51,6 @@ def phi_config_if_found(base: str, revision: str | None = None) -> dict[str, Any
 
 def family_template(tokenizer: Any) -> Any:
     """The template of ours that renders as this tokenizer's own; None if it has none, or one of another family."""
-    from phi3_lora_plugin.chat.templates import TemplateError, template_for
-
     try:
         return template_for(tokenizer) if getattr(tokenizer, "chat_template", None) else None
     except (TemplateError, AttributeError):

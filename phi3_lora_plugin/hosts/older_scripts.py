@@ -14,6 +14,7 @@ from typing import Any
 
 from phi3_lora_plugin.hosts.base import no_remote_code, phi_config_if_found
 from phi3_lora_plugin.hosts.on_import import undo_all, when_imported
+from phi3_lora_plugin.recipe.training import translate
 
 Say = Callable[[str], Any]
 Undo = Callable[[], None]
@@ -90,8 +91,6 @@ def _wrap_arguments(kind: Any, say: Say) -> Undo:
 
 def present_arguments(kind: Any, named: MutableMapping[str, Any]) -> list[str]:
     """Rename, convert or drop what the class of arguments does not know any more; a sentence for each."""
-    from phi3_lora_plugin.recipe.training import translate
-
     known, said = {field.name for field in fields(kind)}, []
     for name in [name for name in named if name not in known]:
         value = named[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 from phi3_lora_plugin.seams import changed
 
 _PROBES = ("<|user|>\nSamantha<|end|>\n<|assistant|>\n It is.<|end|>\n", "Samantha", " a", "\n  b\n")
@@ -20,8 +21,6 @@ def restore(tokenizer: Any) -> list[str]:
         TokenizerError: the tokenizer's own files cannot be read; the message names them.
         ActivationError: this version of transformers keeps the rules elsewhere.
     """
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer
-
     published = load_tokenizer(tokenizer.name_or_path).backend_tokenizer
     mine = tokenizer.backend_tokenizer
     same = all(

@@ -9,7 +9,13 @@ from typing import Any
 from phi3_lora_plugin.inspect.findings import AGAIN, LFS, OLDER, PULL, Problem
 from phi3_lora_plugin.inspect.model import header_of, quantised
 from phi3_lora_plugin.lora.finite import not_finite
+from phi3_lora_plugin.lora_files.keys import PREFIX, read_key
+from phi3_lora_plugin.lora_files.layouts import unknown_modules
+from phi3_lora_plugin.lora_files.mlx_files import MlxError, looks_like_mlx, mlx_base, read_mlx
+from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, changes_base, parts, read_config, read_peft
+from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.families import WHOLE, Projection, UnsupportedModel, projections, recognise
+from phi3_lora_plugin.model.folder import ModelError, UnsupportedModelId, find_config, read_json
 from phi3_lora_plugin.wording import listed
 
 _IN_FULL = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
@@ -18,8 +24,6 @@ _SHOWN = 3  # of a kind that are spelled out
 
 def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
     """Fields of `Findings` for a folder with an adapter_config.json; what is wrong goes into `problems`."""
-    from phi3_lora_plugin.lora_files.mlx_files import looks_like_mlx
-    from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, read_config
     from phi3_lora_plugin.store.adapter_folder import damage
 
     if looks_like_mlx(folder):
@@ -67,8 +71,6 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
 
 def _of_mlx(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     """An adapter of mlx-lm, which PEFT and its servers do not read."""
-    from phi3_lora_plugin.lora_files.mlx_files import MlxError, mlx_base, read_mlx
-
     convert = "phi3-lora convert SRC DST --to peft"
     problems.append(Problem("written by mlx-lm, in a form that PEFT does not read", convert, here=True))
     try:
@@ -90,8 +92,6 @@ def _of_mlx(folder: Path, problems: list[Problem]) -> dict[str, Any]:
 
 def _config_of(base: str, revision: str | None, problems: list[Problem]) -> dict[str, Any] | None:
     """The base's config, if it is on this machine; a hub id that is not cached is not a problem."""
-    from phi3_lora_plugin.model.folder import ModelError, UnsupportedModelId, find_config, read_json
-
     try:
         file = find_config(base, revision)
     except UnsupportedModelId as error:
@@ -119,8 +119,6 @@ def _embedding_problems(
     shapes: dict[str, tuple[int, ...]], of_base: dict[str, Any] | None, about: dict[str, Any]
 ) -> list[Problem]:
     """Embeddings and heads that are saved in full; their sizes go into `about`."""
-    from phi3_lora_plugin.lora_files.keys import read_key
-
     problems = []
     found = {name: shape for key, shape in shapes.items() if (name := read_key(key).shared).endswith(_IN_FULL)}
     rows = of_base["vocab_size"] if of_base else None
@@ -158,11 +156,6 @@ def _layout_problems(
     folder: Path, config: dict[str, Any], of_base: dict[str, Any] | None, keys: list[str]
 ) -> Iterator[Problem]:
     """Names and shapes: what no loader takes, what the base does not have, and what servers refuse."""
-    from phi3_lora_plugin.lora_files.keys import PREFIX, read_key
-    from phi3_lora_plugin.lora_files.layouts import unknown_modules
-    from phi3_lora_plugin.lora_files.peft_files import PeftFilesError, changes_base, parts, read_peft
-    from phi3_lora_plugin.lora_files.servable import servable
-
     if odd := [key for key in keys if key != PREFIX + read_key(key).shared]:
         what = f"{len(odd)} keys are spelled in a way that PEFT silently ignores, such as {odd[0]}"
         yield Problem(what, "phi3-lora convert SRC DST --to peft", here=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.chat.templates import TemplateError, template_for
 from phi3_lora_plugin.inspect.adapter import look_at_adapter
 from phi3_lora_plugin.inspect.findings import Findings as Findings
 from phi3_lora_plugin.inspect.findings import InspectError as InspectError
@@ -16,6 +17,7 @@ from phi3_lora_plugin.inspect.model import look_at_model, look_at_published, rea
 from phi3_lora_plugin.model.families import FAMILIES, UnsupportedModel
 from phi3_lora_plugin.model.folder import ModelError, UnsupportedModelId, find_folder
 from phi3_lora_plugin.model.published import published_config
+from phi3_lora_plugin.model.tokenizer import load_tokenizer, stop_token_ids
 from phi3_lora_plugin.small_file import BadFile
 from phi3_lora_plugin.small_file import read_json as read_json_file
 from phi3_lora_plugin.wording import listed
@@ -85,10 +87,6 @@ def _checkpoint_in(folder: Path, files: set[str]) -> Path:
 
 def _look_at_tokenizer(folder: Path, files: set[str], problems: list[Problem]) -> dict[str, Any]:
     """Fields of `Findings` for a folder with a tokenizer; what is wrong goes into `problems`."""
-    from phi3_lora_plugin.chat.templates import TemplateError, template_for
-    from phi3_lora_plugin.model.folder import ModelError
-    from phi3_lora_plugin.model.tokenizer import load_tokenizer, stop_token_ids
-
     try:
         tokenizer = load_tokenizer(folder)
     except ModelError as error:

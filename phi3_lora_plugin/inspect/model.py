@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.inspect.findings import AGAIN, FETCH, LFS, PULL, Findings, Problem, Trainable
+from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
 from phi3_lora_plugin.model.base_size import parameters, weight_shapes
 from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, projections, recognise, repair_rope, row_limit
 from phi3_lora_plugin.model.folder import published_stops
 from phi3_lora_plugin.model.published import published_config
-from phi3_lora_plugin.model.quantize import quantized_by
+from phi3_lora_plugin.model.quantize import PACKED_BYTES, quantized_by
 from phi3_lora_plugin.small_file import BadFile, open_regular
 from phi3_lora_plugin.small_file import read_json as read_json_file
 from phi3_lora_plugin.wording import listed
@@ -179,7 +180,6 @@ def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
 
     Unpublished sizes have no presets of their own: then all presets that fit are listed.
     """
-    from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
     from phi3_lora_plugin.recipe import load_recipe
     from phi3_lora_plugin.recipe.layers import shipped_names
 
@@ -210,8 +210,6 @@ def _presets(config: Mapping[str, Any]) -> tuple[Trainable, ...]:
 
 def _held_bytes(config: Mapping[str, Any], held: str) -> int:
     """Bytes of the base's weights; quantisation packs the projections of the layers and leaves the rest in 16 bits."""
-    from phi3_lora_plugin.model.quantize import PACKED_BYTES
-
     each = 4 if held == "float32" else 2
     total = 0.0
     for name, shape in weight_shapes(config).items():

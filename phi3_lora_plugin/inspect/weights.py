@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from phi3_lora_plugin.lora.finite import is_finite
+from phi3_lora_plugin.lora_files.peft_files import CONFIG, WEIGHTS, PeftFilesError, changes_base, parts, read_peft
+from phi3_lora_plugin.store.adapter_files import LORALIB
 from phi3_lora_plugin.wording import listed
 
 
@@ -13,9 +15,6 @@ def weights_problems(folder: Path) -> list[str]:
 
     Looks at PEFT's and loralib's files, whatever program wrote them.
     """
-    from phi3_lora_plugin.lora_files.peft_files import CONFIG, WEIGHTS, PeftFilesError, changes_base, parts, read_peft
-    from phi3_lora_plugin.store.adapter_files import LORALIB
-
     problems = []
     for name in (WEIGHTS, LORALIB):
         if (folder / name).is_file():

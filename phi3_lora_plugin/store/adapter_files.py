@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.lora_files.keys import PREFIX
+from phi3_lora_plugin.lora_files.loralib_files import to_loralib
 from phi3_lora_plugin.lora_files.peft_files import CONFIG, WEIGHTS, PeftAdapter, parts
 from phi3_lora_plugin.store.disk_writes import Content
 from phi3_lora_plugin.store.tensor_file import TensorFile
@@ -39,8 +40,6 @@ def adapter_files(snapshot: Snapshot, format: str = "peft") -> dict[str, Content
     if format in ("peft", "both"):
         files |= peft_files(snapshot.tensors, snapshot.config)
     if format in ("loralib", "both"):
-        from phi3_lora_plugin.lora_files.loralib_files import to_loralib
-
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in snapshot.tensors.items()}
         loras = parts(PeftAdapter(snapshot.config, plain)).loras
         dropout, base = snapshot.config.get("lora_dropout") or 0.0, snapshot.config.get("base_model_name_or_path")

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from phi3_lora_plugin.model.families import SUPPORTED
+from phi3_lora_plugin.lora.gather import unwrapped
+from phi3_lora_plugin.lora.text_side import reached_towers
+from phi3_lora_plugin.model.families import SUPPORTED, projections
+from phi3_lora_plugin.model.load import set_stop_tokens
 from phi3_lora_plugin.model.refused import REFUSED, REFUSED_IDS
+from phi3_lora_plugin.model.tokenizer import stop_token_ids
+from phi3_lora_plugin.speed.apply import accelerate_phi3
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -41,7 +46,6 @@ def attach(
         ModelError: the tokenizer has ids that the embedding has no row for.
         TokenizerError: no token of the vocabulary could pad.
     """
-    from phi3_lora_plugin.lora.gather import unwrapped
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint
 
     done = []
@@ -115,9 +119,6 @@ def _is_phi(model: Any) -> bool:
 
 
 def _stop_tokens(trainer: Any, model: Any) -> list[str]:
-    from phi3_lora_plugin.model.load import set_stop_tokens
-    from phi3_lora_plugin.model.tokenizer import stop_token_ids
-
     processor: Any = getattr(trainer, "processing_class", None)
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     if not hasattr(tokenizer, "get_added_vocab") or getattr(model, "generation_config", None) is None:
@@ -146,8 +147,6 @@ def _padded_already(rows: Any, pad: int | None) -> bool:
 
 def _targets_missed(model: Any) -> list[str]:
     """Names of a `LoraConfig` that match nothing; PEFT does not report them as long as another one matches."""
-    from phi3_lora_plugin.model.families import projections
-
     adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     inside = {part.name: whole.name for whole in projections(model.config.to_dict()) for part in whole.slices}
     said = []
@@ -164,8 +163,6 @@ def _targets_missed(model: Any) -> list[str]:
 
 def _towers_reached(model: Any) -> list[str]:
     """LoRA that names such as `o_proj` have put into the audio tower of Phi-4-multimodal."""
-    from phi3_lora_plugin.lora.text_side import reached_towers
-
     if not (found := reached_towers(model)):
         return []
     return [
@@ -175,8 +172,6 @@ def _towers_reached(model: Any) -> list[str]:
 
 
 def _speed(trainer: Any, model: Any, parts: Any) -> list[str]:
-    from phi3_lora_plugin.speed.apply import accelerate_phi3
-
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if parts == "off" or not _is_phi(model) or "num_parameters" in base.__dict__:
         return []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.pack import PackedCollator, pack
 from phi3_lora_plugin.chat.pad import pad
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ def feed(rows: Any, recipe: Recipe, tokenizer: Any, longest: int) -> tuple[Any, 
     """(rows, collator): rows padded on the right batch by batch, or packs that attend row by row."""
     from transformers import DataCollatorForSeq2Seq
 
-    from phi3_lora_plugin.chat.pack import PackedCollator, pack
     from phi3_lora_plugin.chat.rows import lengths
 
     if not recipe.data.packing:

@@ -10,8 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from phi3_lora_plugin.chat.templates import TemplateError, template_fingerprint, template_for
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora.config import base_of, loralib_sidecar, minimal_config
+from phi3_lora_plugin.lora.gather import unwrapped
+from phi3_lora_plugin.lora.state import active_adapter
+from phi3_lora_plugin.lora_files.keys import bare, is_lora
 from phi3_lora_plugin.model.fingerprint import base_fingerprint, local_folder
+from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 from phi3_lora_plugin.training.settings_facts import (
     cannot_change,
@@ -62,9 +68,6 @@ def run_facts(
         adapter: of a PEFT model, which one; the trained one if not given.
         optimizer: None if the Trainer makes it later from its arguments.
     """
-    from phi3_lora_plugin.lora.gather import unwrapped
-    from phi3_lora_plugin.model.tokenizer import tokenizer_fingerprint
-
     return {
         "base": base_facts(model),
         "model": model_facts(unwrapped(model)),
@@ -135,8 +138,6 @@ def refuse_drift(
 
 def base_facts(model: Any) -> dict[str, Any]:
     """Name, commit and fingerprint of the base: of its files if they are here, else of its values in memory."""
-    from phi3_lora_plugin.lora.config import base_of
-
     name, commit = base_of(model)
     folder = local_folder(name, commit)
     fingerprint = base_fingerprint(folder) if folder is not None else _fingerprint_in_memory(model)
@@ -145,10 +146,6 @@ def base_facts(model: Any) -> dict[str, Any]:
 
 def lora_facts(model: Any, adapter: str | None = None) -> dict[str, Any]:
     """The settings of the adapter that differ from PEFT's defaults, by this package's names; of loralib's, all."""
-    from phi3_lora_plugin.lora.config import loralib_sidecar, minimal_config
-    from phi3_lora_plugin.lora.gather import unwrapped
-    from phi3_lora_plugin.lora.state import active_adapter
-
     inner = unwrapped(model)
     configs = getattr(inner, "peft_config", None)
     if not isinstance(configs, Mapping):
@@ -213,9 +210,6 @@ def _fingerprint_in_memory(model: Any) -> str | None:
     """sha256 over names, shapes and all values of the frozen weights; None where they are sharded."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from phi3_lora_plugin.lora.gather import unwrapped
-    from phi3_lora_plugin.lora_files.keys import bare, is_lora
-
     frozen = []
     for name, parameter in sorted(unwrapped(model).named_parameters(), key=lambda pair: bare(pair[0])):
         plain = bare(name).replace(".base_layer.", ".")
@@ -242,8 +236,6 @@ def _values_digest(named: tuple[str, Any]) -> str:
 
 
 def _template(tokenizer: Any) -> dict[str, Any] | None:
-    from phi3_lora_plugin.chat.templates import TemplateError, template_fingerprint, template_for
-
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.store.checkpoint import latest_complete
 from phi3_lora_plugin.store.run_file import FAILED
 
 log = logging.getLogger(__name__)
@@ -287,8 +288,6 @@ _KINDS = {
 
 
 def _outcome(folder: Path, told: Mapping[str, Any], ours: bool) -> Outcome:
-    from phi3_lora_plugin.store.checkpoint import latest_complete
-
     pages = [folder / name for name in ("report.html", "recipe.yaml", "data_report.json", "metrics.jsonl")]
     return Outcome(
         name=folder.resolve().name,

@@ -13,6 +13,7 @@ from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse
+from phi3_lora_plugin.export.recast import recast
 from phi3_lora_plugin.export.transformers_runtime import Transformers, open_transformers
 from phi3_lora_plugin.wording import first_line
 
@@ -44,8 +45,6 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     refuse("hub", wanted, dtypes=("float32", "bfloat16", "float16"), push=True)
     if wanted.push and not _HUB_ID.fullmatch(wanted.push):
         raise ExportError(f"--push {wanted.push}: expected OWNER/NAME")
-    from phi3_lora_plugin.export.recast import recast
-
     variants: list[Variant] = []
     if wanted.merged:
         dtype = adapted.dtype(wanted.dtype)

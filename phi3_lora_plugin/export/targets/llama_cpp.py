@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
+from phi3_lora_plugin.export.convert import convert
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
-from phi3_lora_plugin.export.gguf import ARCHITECTURES
+from phi3_lora_plugin.export.gguf import ARCHITECTURES, write_gguf_model
 from phi3_lora_plugin.export.gguf_quantize import FORMS
-from phi3_lora_plugin.model.families import row_limit
+from phi3_lora_plugin.model.families import rope_of, row_limit
 
 #: llama.cpp rounds its context up to a multiple of this.
 _ROUND = 256
@@ -52,8 +53,6 @@ def write_merged(
     Args:
         opened: loads a file in its runtime; None is llama.cpp's own server.
     """
-    from phi3_lora_plugin.export.gguf import write_gguf_model
-
     context = wanted.context or row_limit(None, adapted.config)
     wanted.progress("merging")
     merged = adapted.merged()
@@ -79,9 +78,6 @@ def write_merged(
 
 def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """The base and the adapter as two files, for `--lora`, which llama-server can switch on and off."""
-    from phi3_lora_plugin.export.convert import convert
-    from phi3_lora_plugin.export.gguf import write_gguf_model
-
     context = wanted.context or row_limit(None, adapted.config)
     dtype = adapted.dtype(wanted.dtype)
     base, lora = f"base-{_SUFFIX[dtype]}.gguf", f"{adapted.name}-lora.gguf"
@@ -104,8 +100,6 @@ def limits(adapted: Adapted, context: int) -> tuple[str, ...]:
     Raises:
         ExportError: a context in which llama.cpp takes longrope's long factors for short prompts too.
     """
-    from phi3_lora_plugin.model.families import rope_of
-
     config, rope = adapted.config, rope_of(adapted.config)
     found = []
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings") or context

@@ -12,9 +12,12 @@ from typing import Any
 
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
+from phi3_lora_plugin.export.merge import portable_config
 from phi3_lora_plugin.export.recast import recast
 from phi3_lora_plugin.export.scores import ShowsLogits
-from phi3_lora_plugin.model.families import row_limit
+from phi3_lora_plugin.lora_files import mlx_files, peft_files
+from phi3_lora_plugin.model.families import rope_of, row_limit
+from phi3_lora_plugin.model.shards import write_json
 
 FORMS = ("8bit", "6bit", "4bit")
 
@@ -49,9 +52,6 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
 
 def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
-    from phi3_lora_plugin.lora_files import mlx_files, peft_files
-    from phi3_lora_plugin.model.shards import write_json
-
     found = peft_files.parts(peft_files.read_peft(adapted.adapter))
     if found.full or found.tokens:
         raise ExportError("mlx: weights trained in full or by token are not in an MLX adapter; pass --merged")
@@ -77,8 +77,6 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
 
 def _merged(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
-    from phi3_lora_plugin.model.shards import write_json
-
     wanted.progress("merging")
     exact = adapted.scratch / "mlx"
     shutil.copytree(adapted.merged(), exact)
@@ -103,9 +101,6 @@ def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RopeError: rotary settings that no host would compute right.
     """
-    from phi3_lora_plugin.export.merge import portable_config
-    from phi3_lora_plugin.model.families import rope_of
-
     settings, rope = portable_config(config), rope_of(config)
     settings.pop("rope_parameters", None)
     settings |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}

@@ -18,6 +18,9 @@ from typing import Any
 from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse, require
 from phi3_lora_plugin.export.scores import ShowsLogits
+from phi3_lora_plugin.model.families import rope_of
+from phi3_lora_plugin.model.folder import read_json
+from phi3_lora_plugin.model.shards import write_json
 
 FORMS = ("int4", "int8")
 ADAPTER = "adapter.onnx_adapter"
@@ -92,8 +95,6 @@ def _adapter(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
 
 def _fits(config: Mapping[str, Any]) -> None:
     """Refuse what the builder or the runtime would compute otherwise, or not at all."""
-    from phi3_lora_plugin.model.families import rope_of
-
     heads = int(config["num_attention_heads"])
     head = int(config.get("head_dim") or config["hidden_size"] // heads)
     problems = []
@@ -113,8 +114,6 @@ def build(model: Path, folder: Path, precision: str, scratch: Path, adapter: Pat
         ExportError: the builder failed; with its output.
     """
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    from phi3_lora_plugin.model.folder import read_json
 
     folder.mkdir(exist_ok=True)
     # The builder's cache of a window's length fails on a CPU once it is full; see `_set_window`.
@@ -151,9 +150,6 @@ def _set_window(file: Path, config: Mapping[str, Any]) -> None:
 
 def _name_rope(file: Path) -> None:
     """Longrope by its older name too, which the builder looks for."""
-    from phi3_lora_plugin.model.folder import read_json
-    from phi3_lora_plugin.model.shards import write_json
-
     config = read_json(file)
     rope = config.get("rope_parameters")
     if rope and "type" not in rope:

@@ -14,7 +14,7 @@ from phi3_lora_plugin.export.openvino_ir import write_ir, write_tokenizer_ir
 from phi3_lora_plugin.export.recast import copy_settings
 from phi3_lora_plugin.export.scores import ShowsLogits
 from phi3_lora_plugin.export.signal_stack import signal_stack_kept
-from phi3_lora_plugin.model.families import row_limit
+from phi3_lora_plugin.model.families import rope_of, row_limit
 
 ADAPTER = "adapter.safetensors"
 #: The stateful graph as it is, in float32: no paged cache, which has no sliding window.
@@ -38,8 +38,6 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     """Write IR, tokenizer and settings; see `exporter`."""
     refuse("openvino", wanted, adapted.config.get("model_type"), kinds=("phi3",), dtypes=("float32", "float16"))
     require("openvino", "openvino", "openvino_tokenizers", "openvino_genai", what="an export to OpenVINO")
-    from phi3_lora_plugin.model.families import rope_of
-
     adapter = None
     if wanted.merged is False:
         _write_adapter(adapted, folder / ADAPTER)

@@ -15,6 +15,9 @@ from phi3_lora_plugin.export.adapted import Adapted
 from phi3_lora_plugin.export.exporter import ExportError, Runtime, Shipped, Variant, Wanted, refuse
 from phi3_lora_plugin.export.recast import recast
 from phi3_lora_plugin.export.transformers_runtime import open_transformers
+from phi3_lora_plugin.lora.text_side import excluded_modules
+from phi3_lora_plugin.lora_files import layouts, peft_files
+from phi3_lora_plugin.lora_files.servable import servable
 from phi3_lora_plugin.model.families import row_limit
 from phi3_lora_plugin.seams import is_installed
 
@@ -34,10 +37,6 @@ def export(adapted: Adapted, wanted: Wanted, folder: Path) -> Shipped:
     refuse("vllm", wanted, dtypes=("float32", "bfloat16", "float16"))
     if wanted.merged:
         return _merged(adapted, wanted, folder)
-    from phi3_lora_plugin.lora.text_side import excluded_modules
-    from phi3_lora_plugin.lora_files import layouts, peft_files
-    from phi3_lora_plugin.lora_files.servable import servable
-
     found = peft_files.parts(peft_files.read_peft(adapted.adapter))
     if found.full or found.tokens:
         shown = ", ".join([*found.full, *found.tokens][:3])

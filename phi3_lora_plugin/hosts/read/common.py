@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.model.families import UnsupportedModel, recognise
+from phi3_lora_plugin.model.folder import ModelError, read_json
+from phi3_lora_plugin.model.published import published_config, why_refused
+from phi3_lora_plugin.recipe.training import translate
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
 #: Losses of preference optimisation by the names that hosts have for them.
@@ -55,8 +59,6 @@ class Reading:
         """Set a key of the recipe; of `training`, under the name that the installed transformers has for it."""
         section, _, name = key.partition(".")
         if section == "training":
-            from phi3_lora_plugin.recipe.training import translate
-
             translated = translate({name: value}).values or {name: value}
             self.recipe |= {f"training.{present}": found for present, found in translated.items()}
         else:
@@ -100,10 +102,6 @@ class Reading:
         Raises:
             ImportConfigError: it is of another family, or none is named.
         """
-        from phi3_lora_plugin.model.families import UnsupportedModel, recognise
-        from phi3_lora_plugin.model.folder import ModelError, read_json
-        from phi3_lora_plugin.model.published import published_config, why_refused
-
         if not isinstance(name, str) or not name:
             raise ImportConfigError(f"{key}: no base model is named; a recipe needs one of the Phi family")
         if name.lower().startswith("unsloth/"):
@@ -156,8 +154,6 @@ class Reading:
 
     def read_optimizer_and_rest(self) -> None:
         """What extends TrainingArguments has the same names: pass on what the installed class knows."""
-        from phi3_lora_plugin.recipe.training import translate
-
         for key in list(self.given):
             value = number(self.given[key])
             if value is None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from phi3_lora_plugin.hosts.read.common import ImportConfigError, Reading, number
+from phi3_lora_plugin.model.folder import read_json
+from phi3_lora_plugin.model.published import published_config
 
 SIGNS = tuple("lora_parameters iters fine_tune_type num_layers lora_layers steps_per_report grad_checkpoint".split())
 KEYS = {
@@ -96,9 +98,6 @@ def _lora(reading: Reading) -> None:
 
 def _layers(reading: Reading, count: Any) -> None:
     """mlx-lm adapts the last `count` layers; -1 is all of them."""
-    from phi3_lora_plugin.model.folder import read_json
-    from phi3_lora_plugin.model.published import published_config
-
     if not isinstance(count, int) or count < 0:
         return
     path = reading.recipe["model.path"]

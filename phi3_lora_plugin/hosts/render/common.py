@@ -8,8 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.formats import detect
+from phi3_lora_plugin.chat.readers import Row
+from phi3_lora_plugin.chat.sources import find_sources
+from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import WHOLE, linear_names, row_limit
+from phi3_lora_plugin.model.folder import ModelError, read_json
+from phi3_lora_plugin.model.published import planning_config
 from phi3_lora_plugin.recipe.training import AUTO
 from phi3_lora_plugin.recipe.yaml_file import dump_line
 
@@ -129,16 +135,11 @@ class Rendering:
     @cached_property
     def base(self) -> str:
         """The model as other programs find it: hub id, or folder."""
-        from phi3_lora_plugin.embedded import locate
-
         return locate(self.recipe.model.path)
 
     @cached_property
     def base_config(self) -> dict[str, Any] | None:
         """The base's config.json if it is on this machine, else what is known of the published one."""
-        from phi3_lora_plugin.model.folder import ModelError, read_json
-        from phi3_lora_plugin.model.published import planning_config
-
         try:
             found = planning_config(self.recipe.model.path, self.recipe.model.revision)
             return found if isinstance(found, dict) else read_json(found)
@@ -245,8 +246,6 @@ class Rendering:
         Raises:
             RenderError: several paths, which each host writes differently.
         """
-        from phi3_lora_plugin.embedded import locate
-
         data = self.recipe.data
         named: Any = data.path if not evaluation else data.eval_path
         if evaluation and named is None and data.eval_split is not None:
@@ -268,9 +267,6 @@ class Rendering:
 
 def _look(path: str, local: bool, columns: dict[str, str]) -> tuple[str, str]:
     from phi3_lora_plugin.chat.columns import rename
-    from phi3_lora_plugin.chat.formats import detect
-    from phi3_lora_plugin.chat.readers import Row
-    from phi3_lora_plugin.chat.sources import find_sources
 
     if local:
         for source in find_sources(path).sources:

@@ -6,8 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phi3_lora_plugin.chat.templates import template_for
 from phi3_lora_plugin.hosts.render.common import NO_ROWS, Line, Rendered, RenderError, Rendering, note, some, write
+from phi3_lora_plugin.model.families import recognise
 from phi3_lora_plugin.model.precision import precision_elsewhere
+from phi3_lora_plugin.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from phi3_lora_plugin.recipe import Recipe
@@ -115,12 +118,7 @@ def _template(r: Rendering) -> list[Line]:
 
 def _template_of(r: Rendering) -> str | None:
     """By the tokenizer if that is here, else by the model's published name."""
-    from phi3_lora_plugin.model.families import recognise
-
     if Path(r.base).is_dir():
-        from phi3_lora_plugin.chat.templates import template_for
-        from phi3_lora_plugin.model.tokenizer import load_tokenizer
-
         return template_for(load_tokenizer(r.base)).name
     templates = recognise(r.base_config).templates if r.base_config else ()
     return templates[0] if templates else None
