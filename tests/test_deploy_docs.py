@@ -39,6 +39,7 @@ def run(command: str) -> str:
     return said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in COMMANDS if " export " in line], ids=lambda c: c.split()[4])
 def test_every_export_runs(place, monkeypatch, command):
     target = command.split()[4]

@@ -12,6 +12,7 @@ from phi3_lora_plugin.export.exporter import ExportError
 pytest.importorskip("openvino_genai", reason='not installed: pip install "phi3-lora-plugin[openvino]"')
 
 
+@pytest.mark.slow
 def test_an_adapter_on_its_base_says_the_same(tmp_path):
     made = adapter(EMBEDDED, tmp_path / "a", alpha_pattern={"qkv_proj": 32})
     report = ship(made, "openvino", tmp_path / "out", 30, merged=False)
@@ -40,6 +41,7 @@ except KeyboardInterrupt:
     assert done.returncode == 0 and done.stdout.endswith("interrupted\n"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [LONGROPE, {"sliding_window": 9}], ids=["longrope", "window"])
 def test_merged_models_of_other_shapes_say_the_same(tmp_path, changes):
     base = shaped_base(tmp_path / "Phi-3-tiny", **changes)
