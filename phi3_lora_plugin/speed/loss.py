@@ -23,6 +23,7 @@ from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.arguments import by_name
 from phi3_lora_plugin.speed.bounds import to_device
 from phi3_lora_plugin.speed.device_kind import device_kind
+from phi3_lora_plugin.speed.elementwise import take
 from phi3_lora_plugin.speed.last_layer import request
 from phi3_lora_plugin.speed.proved_kernels import cards_of, passes_for, prove
 from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
@@ -38,15 +39,11 @@ _FLOAT16_SCALE = 256.0
 class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     """Cross-entropy of each row [rows]; the head is frozen, so only the hidden states get a gradient.
 
-    `index` selects rows of `hidden`, each once; without it, all. With `stats` also, without gradient, the
-    entropy of each row's prediction and whether it is right.
+    With `stats` also, without gradient, the entropy of each row's prediction and whether it is right.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, index: Any, stats: bool) -> Any:
-        ctx.all = len(hidden)
-        if index is not None:
-            hidden = hidden.index_select(0, index)
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, stats: bool) -> Any:
         given, hidden = hidden.dtype, hidden.to(weight.dtype)
         exact = torch.promote_types(torch.float32, hidden.dtype)  # float64 stays what it is
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
@@ -72,7 +69,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 losses[chunk] = run.cross_entropy_(*wanted)
             if gradient is not None:  # of the logits, in their place
                 torch.mm(logits, weight, out=gradient[chunk])
-        ctx.save_for_backward(gradient, index)
+        ctx.save_for_backward(gradient)
         ctx.dtype = given
         if stats:
             ctx.mark_non_differentiable(entropy, right)
@@ -80,15 +77,12 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Any, *others: Any) -> Any:
-        gradient, index = ctx.saved_tensors
+        (gradient,) = ctx.saved_tensors
         if ctx.scale == 1.0:
             gradient = gradient * grad_losses[:, None].to(gradient.dtype)
         else:  # a scaler's 65,536 is itself more than float16 holds
             gradient = gradient.float() * (grad_losses[:, None] / ctx.scale)
-        gradient = gradient.to(ctx.dtype)
-        if index is not None:
-            gradient = gradient.new_zeros(ctx.all, gradient.shape[1]).index_copy_(0, index, gradient)
-        return gradient, None, None, None, None, None
+        return gradient.to(ctx.dtype), None, None, None, None
 
 
 def _alike(rows: int, most: int) -> int:
@@ -125,18 +119,14 @@ def supervised_rows(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     stats: bool = False,
-    index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(cross-entropy, entropy, whether it is right) of rows of `hidden` [.., width] for their targets [rows].
-
-    `index` [rows] names the rows, each once; without it they are all of `hidden`.
-    """
+    """(cross-entropy, entropy, whether it is right) of each row of `hidden` [rows, width] for its target [rows]."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         rows: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] = _SupervisedCrossEntropy.apply(
-            hidden, weight, bias, targets, index, stats
+            hidden, weight, bias, targets, stats
         )
     return rows
 
@@ -168,8 +158,10 @@ def supervised_cross_entropy(
         index = targets.ne(-100).flatten().nonzero().flatten()
     else:
         index = to_device(supervised.flatten().nonzero().flatten(), hidden.device)
-    wanted, rows = targets.flatten().index_select(0, index), hidden.reshape(-1, hidden.shape[-1])
-    losses, _, _ = supervised_rows(rows, weight, wanted, bias, index=index if len(rows) == targets.numel() else None)
+    wanted, rows = targets.flatten().index_select(0, index), hidden.reshape(1, -1, hidden.shape[-1])
+    if rows.shape[1] == targets.numel():
+        rows = take(rows, index)
+    losses, _, _ = supervised_rows(rows[0], weight, wanted, bias)
     if weights is not None:
         losses = losses * weights.to(losses).flatten().index_select(0, index)
     total = losses.sum()
