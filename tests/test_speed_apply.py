@@ -307,6 +307,43 @@ def test_gradients_of_adapters_that_come_later_are_zeroed_too() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_a_second_call_does_not_want_is_taken_back() -> None:
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS)).train()
+    classes = [type(module) for module in model.modules()]
+    ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    for part in PARTS:
+        speed_up(model)
+        said = {one.part: one.on for one in speed_up(model, {part: False})}
+        assert said == dict.fromkeys(PARTS, True) | {part: False, "last_layer": part in ("lora", "masters", "host")}
+        assert (model(input_ids=ids, labels=ids).logits is None) is (part != "loss")
+    speed_up(model, "off")
+    assert [type(module) for module in model.modules()] == classes
+    assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+def test_a_step_begins_in_the_mode_and_with_the_gradients_that_it_has_in_stock_code() -> None:
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, lora_dropout=0.1, target_modules=TARGETS)).train()
+    base = model.get_base_model()
+    speed_up(model)
+    base.model.layers[0].eval()
+    assert all(module.training for module in model.train().modules())
+    model.eval()
+    base.model.layers[1].mlp.train()
+    assert not any(module.training for module in model.eval().modules())
+    before = base.num_parameters(exclude_embeddings=True)
+    model.zero_grad()
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=2, target_modules=TARGETS))
+    model.set_adapter("default")
+    base.model.norm.weight = torch.nn.Parameter(torch.ones(32))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert before - base.num_parameters(exclude_embeddings=True) == sum(p.numel() for p in trained) - 32
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    model.zero_grad()
+    assert all(p.grad is None for p in trained)
+
+
 def test_half_precision_adapters_get_masters_that_small_steps_move() -> None:
     def made() -> torch.nn.Module:
         torch.manual_seed(0)

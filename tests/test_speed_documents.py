@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from test_pack import LONGROPE
 
 from phi3_lora_plugin.chat.pack import PackedCollator
 from phi3_lora_plugin.speed.apply import slow_down, speed_up
+from phi3_lora_plugin.speed.bounds import PackingError
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 LENGTHS = (21, 5, 40, 1, 13)
@@ -238,6 +240,61 @@ def test_positions_that_jump_in_padding_are_no_pack() -> None:
     model, batch = lora(), padded(rows())
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).masked_fill(batch["attention_mask"] == 0, 1)
     assert equal(model, batch) == [sum(LENGTHS)]
+
+
+def test_documents_without_a_token_are_none_and_bounds_that_go_back_are_refused() -> None:
+    model = lora(num_key_value_heads=2, sliding_window=3)
+    speed_up(model)
+    ids = torch.randint(3, 500, (1, 11), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": 9, "position_ids": torch.arange(11)[None]}
+    want = step(model, batch | {"cu_seq_lens_q": torch.tensor([0, 4, 11])})
+    got = step(model, batch | {"cu_seq_lens_q": torch.tensor([0, 0, 4, 4, 11, 11])})
+    assert got[0] == want[0] and all(torch.equal(got[1][name], want[1][name]) for name in want[1])
+    for starts in ([0, 8, 4, 11], [0, 4, 12], [1, 11], []):
+        with pytest.raises(PackingError, match="goes back from 8 to 4" if 8 in starts else "in 1 row"):
+            model(**batch, cu_seq_lens_q=torch.tensor(starts, dtype=torch.int32))
+
+
+def test_a_mask_of_four_dimensions_says_itself_who_sees_whom() -> None:
+    ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    sees = torch.ones(9, 9, dtype=torch.bool).tril()
+    sees[5:, :4] = False
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]).expand(2, 9)
+    mask = sees.expand(2, 1, 9, 9)
+    equal(lora(), {"input_ids": ids, "labels": ids, "attention_mask": mask, "position_ids": positions})
+
+
+def test_rows_with_adapters_of_their_own_stay_rows() -> None:
+    model = lora()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    model.double().eval()
+    batch = padded(rows((7, 3, 5)))
+    with torch.no_grad():
+        names = ["default", "other", "__base__"]
+        want = model(**batch, adapter_names=names)
+        speed_up(model)
+        got = model(**batch, adapter_names=names)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-6, atol=1e-9)
+
+
+def test_two_threads_in_one_model_do_not_mix_up_their_batches() -> None:
+    model = lora(vocab_size=4000, **LONGROPE)
+    speed_up(model)
+    pack = PackedCollator()([{"rows": rows((40, 9, 3))}])
+    batches = [padded(rows((7, 3, 5))), pack | {"use_cache": False}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(batch: dict[str, Any]) -> torch.Tensor:
+        found = torch.autograd.grad(model(**batch).loss, trained)
+        return torch.cat([part.flatten() for part in found])
+
+    want = [gradients(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(gradients, batches * 12))
+    for number, mine in enumerate(got):
+        torch.testing.assert_close(mine, want[number % 2], rtol=1e-9, atol=1e-12)
 
 
 def test_a_decoder_that_is_called_without_its_model_knows_nothing_of_the_last_batch() -> None:

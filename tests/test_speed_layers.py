@@ -15,7 +15,9 @@ from transformers.models.phi3 import modeling_phi3
 
 from phi3_lora_plugin.speed import layers
 from phi3_lora_plugin.speed.apply import PARTS, slow_down, speed_up
+from phi3_lora_plugin.speed.cpu_attention import attend
 from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu
+from phi3_lora_plugin.speed.loss import supervised_cross_entropy
 
 ALONE = dict.fromkeys(PARTS, False) | {"layers": True}
 SHAPES = [(1, 7, 4, 4, 8, 8), (3, 5, 4, 1, 16, 12), (2, 1, 6, 2, 10, 2)]
@@ -100,6 +102,25 @@ def test_a_step_is_the_stock_step(changes: dict[str, Any], parts: Any) -> None:
     model.get_base_model().enable_input_require_grads()
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     equal(model, padded(rows()), parts)
+
+
+def test_second_derivatives_are_refused_and_not_wrong() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 6, 48, generator=draw, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(1, 6, 2, generator=draw, dtype=torch.float64).repeat(1, 1, 2)
+    heads = x.view(1, 6, 4, 12).transpose(1, 2)
+    one = torch.ones(48, dtype=torch.float64)
+    made = [
+        rms_norm(x, one, 1e-5),
+        swiglu(x),
+        rotate(x, angles.cos(), angles.sin(), 2, 1, 12, False)[0],
+        attend(heads, heads, heads, (0, 2, 6), None, None),
+        supervised_cross_entropy(x, torch.randn(9, 48, generator=draw, dtype=torch.float64), torch.ones(1, 6).long()),
+    ]
+    for out in made:
+        (gradient,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_less_is_kept_for_backward() -> None:

@@ -11,6 +11,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from phi3_lora_plugin.speed.apply import speed_up
 from phi3_lora_plugin.speed.lora_linear import FusedLoraLinear
 from phi3_lora_plugin.speed.lora_swap import fuse_lora, restore_lora
 
@@ -110,6 +111,36 @@ def test_merge_disable_a_second_adapter_and_restoring_all_work() -> None:
     torch.testing.assert_close(model(input_ids=x).logits, expected, rtol=1e-5, atol=1e-5)
     restore_lora(model)
     assert not any(isinstance(module, FusedLoraLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_a_trained_bias_under_an_adapter_gets_its_gradient(mlp: bool) -> None:
+    model = lora()
+    for layer in model.get_base_model().model.layers:
+        part = layer.mlp.gate_up_proj if mlp else layer.self_attn.o_proj
+        part.base_layer.bias = torch.nn.Parameter(torch.full((part.out_features,), 0.1))
+    _, stock = step(model)
+    speed_up(model)
+    _, ours = step(model)
+    assert sum("bias" in name for name in ours) == 2
+    for name in stock:
+        torch.testing.assert_close(ours[name], stock[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_who_looks_at_gradients_of_a_part_of_a_layer_sees_them(part: str, kind: str) -> None:
+    model, seen = lora(), []
+    for layer in model.get_base_model().model.layers:
+        for block in (layer.self_attn.o_proj, layer.mlp.gate_up_proj):
+            getattr(block.get_submodule(part), kind)(lambda module, *grads: seen.append(grads[-1][0]))
+    step(model)
+    want, seen[:] = list(seen), []
+    speed_up(model)
+    step(model)
+    assert len(seen) == len(want) == 4
+    for mine, theirs in zip(seen, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_dora_keeps_its_own_forward() -> None:

@@ -7,6 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers import Phi3ForCausalLM
 
 from phi3_lora_plugin.speed.loss import CHUNK, fuse_loss, head_obstacle, restore_loss, supervised_cross_entropy
 
@@ -101,6 +102,41 @@ def test_a_trained_or_adapted_head_is_left_to_stock_code() -> None:
     assert "adapter" in (head_obstacle(adapted) or "")
     fuse_loss(adapted)
     assert adapted.train()(**batch()).logits is not None
+
+
+class _Doubled(Phi3ForCausalLM):  # type: ignore[misc]
+    """A model that changes its loss."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        output = super().forward(*args, **kwargs)
+        output.loss = output.loss * 2
+        return output
+
+
+def test_a_loss_of_the_model_s_own_is_taken() -> None:
+    inputs, found = batch(), []
+    for fast in (False, True):
+        model = lora(tiny.model())
+        if fast:
+            fuse_loss(model.get_base_model())
+        model.get_base_model().loss_function = lambda logits, labels, **_: logits.pow(2).mean()
+        found.append(gradients(model, inputs))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert head_obstacle(model.get_base_model()) == "the model has a loss_function of its own, which wants logits"
+    doubled = _Doubled(tiny.config()).requires_grad_(False)
+    assert head_obstacle(doubled) == "_Doubled has a forward of its own"
+
+
+def test_whatever_stock_code_takes_the_fused_loss_takes() -> None:
+    model = lora(tiny.model())
+    inputs = batch(rows=1)
+    all_labels = {"labels": inputs["input_ids"], "ignore_index": int(inputs["input_ids"][0, 5])}
+    cases = [{}, {"labels": inputs["labels"][0]}, all_labels, {"return_dict": False}]
+    want = [model(**(inputs | case))[0].item() for case in cases]
+    fuse_loss(model.get_base_model())
+    found = [model(**(inputs | case)) for case in cases]
+    assert [output[0].item() for output in found] == pytest.approx(want, rel=1e-6)
+    assert isinstance(found[-1], tuple) and len(found[-1]) == 1
 
 
 def test_four_accumulated_batches_equal_one() -> None:

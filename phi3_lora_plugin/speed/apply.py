@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,26 +60,36 @@ def speed_up(
         device: where the model will run, if it is not there yet; kernels are tried there.
 
     Returns:
-        One line a part. Applying twice changes nothing; `slow_down` takes everything back.
+        One line a part. Applying twice changes nothing; what an earlier call put on and this one does not want is taken
+        back, as `slow_down` takes everything back.
 
     Raises:
         SpeedError: an unknown part.
     """
-    return _switch(model, parts, device)
+    return _switch(model, _wanted(parts), device)
 
 
 def _switch(
-    model: Any, parts: str | Mapping[Any, bool], device: torch.device | None, wrapped: str | None = None
+    model: Any,
+    wanted: Mapping[str, bool],
+    device: torch.device | None,
+    wrapped: str | None = None,
+    kept: Collection[str] = (),
 ) -> tuple[Applied, ...]:
-    """`speed_up`; `wrapped` says why weights will not stay as they are now."""
+    """`speed_up`; `wrapped` says why weights will not stay as they are, `kept` what stays although it is not wanted."""
     import torch
 
-    wanted = _wanted(parts)
     base = _base(model)
     where = _Where(() if device is None or device.type != "cuda" else (device,), wrapped)
     changed = obstacle("torch.hooks", "torch.pre_hooks", "torch.backward_hooks")
     done = []
     with torch.inference_mode(False):  # what is made here is trained later
+        earlier = base.__dict__.get("_sped_up", ())
+        gone = [part for part in earlier if not (wanted[part] or part in kept)]
+        if gone:
+            from phi3_lora_plugin.speed.restore import restore
+
+            restore(model, base, gone)
         for part in PARTS:
             if not wanted[part]:
                 done.append(Applied(part, False, "switched off"))
@@ -87,32 +97,18 @@ def _switch(
                 done.append(Applied(part, False, changed))
             else:
                 done.append(_APPLY[part](model, base, where))
+    on = {one.part for one in done if one.on} | set(earlier) - set(gone) | set(kept)
+    base._sped_up = tuple(part for part in PARTS if part in on)
     return tuple(done)
 
 
 def slow_down(model: Any) -> None:
     """Undo `speed_up` and `accelerate_phi3`: stock forwards, classes and dtypes everywhere."""
-    from phi3_lora_plugin.speed.documents import restore_documents
-    from phi3_lora_plugin.speed.host import restore_host
-    from phi3_lora_plugin.speed.layers import restore_layers
-    from phi3_lora_plugin.speed.lora_swap import restore_lora
-    from phi3_lora_plugin.speed.loss import restore_loss
-    from phi3_lora_plugin.speed.masters import restore_masters
-    from phi3_lora_plugin.speed.proved_prefetch import stop
+    from phi3_lora_plugin.speed.restore import restore
 
     base = _base(model)
-    if "_trl_forward" in base.__dict__:
-        from phi3_lora_plugin.speed.trl_loss import restore_trl_loss
-
-        restore_trl_loss(base)
-    restore_loss(base)
-    getattr(base, "model", base).__dict__.pop("_last_layer", None)
-    restore_documents(base)
-    restore_layers(base)
-    stop(model)
-    restore_lora(model)
-    restore_masters(model)
-    restore_host(model, base)
+    restore(model, base, PARTS)
+    base.__dict__.pop("_sped_up", None)
 
 
 def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") -> tuple[Applied, ...]:
@@ -152,7 +148,10 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
         wanted["loss"] = False
     elif wanted["loss"] and (liger := liger_loss(trainer)):
         leave("loss", liger)
-    applied = _switch(model, wanted, trainer.args.device, _moved_later(trainer))
+    kept = [part for part, one in left.items() if one.on]  # TRL's loss
+    if trainer.optimizer is not None:
+        kept.append("masters")
+    applied = _switch(model, wanted, trainer.args.device, _moved_later(trainer), kept)
     if applied[0].on:
         follow(trainer, base)
     return tuple(left.get(one.part, one) for one in applied)
@@ -261,6 +260,8 @@ def _apply_last_layer(model: Any, base: Any, where: _Where) -> Applied:
     obstacle = last_layer_obstacle(base)
     if obstacle is None:
         base.model._last_layer = True
+    else:
+        getattr(base, "model", base).__dict__.pop("_last_layer", None)
     return Applied("last_layer", obstacle is None, obstacle or PARTS["last_layer"])
 
 

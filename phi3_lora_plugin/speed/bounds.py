@@ -3,7 +3,9 @@
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch  # noqa: TID253
@@ -58,6 +60,10 @@ class Facts:
         return bool((self.supervised & ~self.real).any())
 
 
+#: What is known of the batch that a model is called with, from its pre-hook to its decoder: each thread has its own.
+facts_of_call: ContextVar[Facts] = ContextVar("facts_of_call", default=Facts())  # noqa: B039 (it is frozen)
+
+
 def facts(labels: Any, mask: Any, starts: Any, positions: Any) -> Facts:
     """Read what there is; see `Facts`."""
     parts: dict[str, torch.Tensor] = {}
@@ -96,12 +102,7 @@ def packed(given: Any, known: Facts) -> list[int] | None:
     """
     rows, tokens = given.shape[:2]
     if known.starts is not None:
-        bounds = known.starts
-        if rows != 1 or bounds[0] != 0 or bounds[-1] != tokens:
-            raise PackingError(
-                f"packed documents end at {bounds[-1]} in {rows} row(s) of {tokens} tokens; expected one row"
-            )
-        return bounds
+        return _filled(known.starts, rows, tokens)
     if known.positions is None or known.positions.shape[1] != tokens:
         return None
     new = known.positions.diff(dim=1).ne(1)  # transformers' own sign of a new document
@@ -114,6 +115,18 @@ def packed(given: Any, known: Facts) -> list[int] | None:
     return [*flat.nonzero().flatten().tolist(), rows * tokens]
 
 
+def _filled(starts: list[int], rows: int, tokens: int) -> list[int]:
+    """The bounds without documents that hold no token; raises `PackingError` where they are no bounds of one row."""
+    if rows != 1 or starts[:1] != [0] or starts[-1] != tokens:
+        raise PackingError(
+            f"packed documents end at {starts[-1] if starts else 'no token'} in {rows} row(s) of {tokens} tokens; "
+            "expected one row that they begin and end with"
+        )
+    if back := next((pair for pair in pairwise(starts) if pair[1] < pair[0]), None):
+        raise PackingError(f"cu_seq_lens_q goes back from {back[0]} to {back[1]}; expected the end of each document")
+    return [start for start, stop in pairwise(starts) if start < stop] + [tokens]
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on the device; from pinned memory, so that the host does not wait for a card."""
     if device.type == "cuda":
@@ -122,7 +135,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def refuse_mask(mask: Any, given: Any) -> None:
-    """Raise `PackingError` if a mask came along with packed documents."""
+    """Raise `PackingError` if a mask of padding came along with packed documents."""
     if mask is None:
         return
     raise PackingError(

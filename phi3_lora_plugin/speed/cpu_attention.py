@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch  # noqa: TID253
+from torch.autograd.function import once_differentiable  # noqa: TID253
 
 #: Queries of a block: at most, and at least where there are more, down to `_CACHED` scores of all heads.
 _MOST, _LEAST, _CACHED = 128, 64, 2**19
@@ -42,6 +43,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Any) -> Any:
         query, key, value, out = ctx.saved_tensors
         bounds, scale, window = ctx.how

@@ -9,15 +9,15 @@ batch, wherever something hangs on them: NEFTune scales its noise by that shape.
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: TID253
+from transformers.utils import can_return_tuple  # noqa: TID253
 
-from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.arguments import by_name
@@ -27,11 +27,13 @@ from phi3_lora_plugin.speed.bounds import (
     Facts,
     PackingError,
     facts,
+    facts_of_call,
     packed,
     refuse_mask,
     right_padded,
     to_device,
 )
+from phi3_lora_plugin.speed.long_factors import long_of_call, long_tokens, original_context, rotary_forward, switches
 from phi3_lora_plugin.speed.proved_kernels import cards_of
 from phi3_lora_plugin.speed.varlen_kernels import Kernels
 
@@ -60,12 +62,12 @@ def fuse_documents(model: Any, base: Any, devices: Iterable[torch.device] = ()) 
     decoder = base.model
     if "_stock_forward" not in decoder.__dict__:
         decoder._stock_forward, decoder._stock_attention = decoder.forward, base.config._attn_implementation
-        decoder._facts, decoder._dropouts, decoder._kernels = Facts(), None, Kernels()
+        decoder._dropouts, decoder._kernels = None, Kernels()
         decoder.forward = partial(_forward, decoder)
         rotary = decoder.rotary_emb
-        rotary._long, rotary._stock_forward = None, rotary.forward
-        rotary._original_context = _original_context(base.config)
-        rotary.forward = partial(_rotary, rotary)
+        rotary._stock_forward = rotary.forward
+        rotary._original_context = original_context(base.config)
+        rotary.forward = partial(rotary_forward, rotary)
         if decoder._stock_attention == "sdpa":
             base.set_attn_implementation(register_attention())
 
@@ -93,7 +95,7 @@ def restore_documents(base: Any) -> None:
 
 
 _OURS = (
-    "_stock_forward", "_stock_attention", "_facts", "_dropouts", "_kernels", "_looks", "_long", "_original_context"
+    "_stock_forward", "_stock_attention", "_dropouts", "_kernels", "_looks", "_original_context"
 )  # fmt: skip
 
 
@@ -128,19 +130,30 @@ def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
     kwargs = by_name(type(module), args, kwargs)
     of = tuple(kwargs.get(name) for name in ("labels", "attention_mask", "cu_seq_lens_q", "position_ids"))
     if kwargs.get("past_key_values") is not None:
-        decoder._facts = Facts()  # a token of generation: nothing here is wanted
-    elif len(decoder._facts.of) != 4 or any(a is not b for a, b in zip(decoder._facts.of, of, strict=True)):
-        decoder._facts = facts(*of)
+        facts_of_call.set(Facts())  # a token of generation: nothing here is wanted
+        return
+    known = facts_of_call.get().of
+    if len(known) != 4 or any(a is not b for a, b in zip(known, of, strict=True)):
+        facts_of_call.set(facts(*of))
 
 
+def reads_documents(decoder: Any) -> bool:
+    """Whether this decoder is fused."""
+    return "_stock_attention" in decoder.__dict__
+
+
+@can_return_tuple  # type: ignore[untyped-decorator]
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(type(self), args, kwargs)
     embedded = kwargs.get("input_ids") is None
     given = kwargs.get("inputs_embeds" if embedded else "input_ids")
     mask, starts, positions = (kwargs.get(name) for name in ("attention_mask", "cu_seq_lens_q", "position_ids"))
-    known, self._facts = self._facts, Facts()  # of this call alone: the decoder is called without its model, too
-    if given is None or kwargs.get("past_key_values") is not None or wants_more(self, kwargs):
+    known = facts_of_call.get()
+    facts_of_call.set(Facts())  # they are of this call alone: the decoder is called without its model, too
+    if given is None or kwargs.get("past_key_values") is not None or wants_more(self, kwargs) or _by_row(self):
         return self._stock_forward(**kwargs)
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        return self._stock_forward(**kwargs)  # it says itself who sees whom
     if not known.are_of(mask, starts, positions):
         known = facts(None, mask, starts, positions)
     bounds = packed(given, known)
@@ -166,7 +179,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._stock_forward(**unmasked | {"attention_mask": none})
     if max(lengths) == 0:
         return self._stock_forward(**kwargs)
-    if (self.training and draws(self)) or _switches_rope(self, lengths, width):
+    if (self.training and draws(self)) or switches(self, lengths, width):
         return self._stock_forward(**unmasked)
     bounds = [0, *accumulate(length for length in lengths if length)]
     return _flat(self, given, positions, known, bounds, kwargs, embedded)
@@ -178,6 +191,14 @@ def wants_more(decoder: Any, kwargs: Any) -> bool:
         kwargs.get(name) or (name not in kwargs and getattr(decoder.config, name, False))
         for name in ("output_hidden_states", "output_attentions")
     )
+
+
+def _by_row(decoder: Any) -> bool:
+    """Whether PEFT has hung on each layer which adapter each row wants (`adapter_names`): it does so in evaluation."""
+    if decoder.training:
+        return False
+    hooks = (hook for module in decoder.modules() for hook in module._forward_pre_hooks.values())
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 def _cacheless(decoder: Any, use_cache: bool | None, labelled: bool) -> bool:
@@ -203,18 +224,6 @@ def draws(decoder: Any) -> bool:
             if getattr(module, "p", 0.0):
                 return True
     return False
-
-
-def _switches_rope(decoder: Any, lengths: Sequence[int], width: int) -> bool:
-    """Whether only the padding exceeds the original context, after which stock longrope takes its long factors."""
-    limit = decoder.rotary_emb._original_context
-    return limit is not None and max(lengths) <= limit < width
-
-
-def _original_context(config: Any) -> int | None:
-    """The number of tokens after which longrope takes its long factors; None for other embeddings."""
-    rope = rope_of(config.to_dict())
-    return int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
 
 
 def _flat(
@@ -252,7 +261,7 @@ def _flat(
         )
     if where is not None and (asked := extra.get("supervised")) is not None:
         extra["supervised"] = asked.among(known.real)
-    decoder.rotary_emb._long = _long(decoder, documents, known) if by_document else None
+    long = long_of_call.set(long_tokens(decoder, documents, known) if by_document else None)
     token = by_documents.set(True)
     try:
         outputs = decoder._stock_forward(
@@ -264,7 +273,7 @@ def _flat(
         )
     finally:
         by_documents.reset(token)
-        decoder.rotary_emb._long = None
+        long_of_call.reset(long)
     hidden = outputs.last_hidden_state
     if hidden.shape[1] < bounds[-1]:
         pass  # supervised positions alone, as asked for: see `last_layer`
@@ -292,31 +301,3 @@ def _hangs_on(embedding: Any) -> bool:
 
 #: Hooks of transformers and PEFT that ask for gradients of the input, whatever its shape.
 _HARMLESS = ("make_inputs_require_grads", "make_inputs_require_grad")
-
-
-def _long(decoder: Any, documents: Documents, known: Facts) -> torch.Tensor | None:
-    """[tokens] whether longrope's long factors hold there, if they hold in some documents and not in others.
-
-    Stock takes them for all of a batch if one document exceeds the original context; here a document has the
-    embeddings that it has alone, whatever it is packed with.
-    """
-    limit = decoder.rotary_emb._original_context
-    if limit is None:
-        return None
-    stops = torch.tensor(documents.bounds[1:])
-    ends = stops - 1
-    if known.positions is not None:
-        tokens = documents.bounds[-1]
-        ends = known.positions.expand(tokens // known.positions.shape[1], -1).reshape(-1)[ends]
-    long = ends >= limit
-    if not bool(long.any()) or bool(long.all()):
-        return None
-    return to_device(long.repeat_interleave(torch.tensor(documents.bounds).diff()), documents.limits.device)
-
-
-def _rotary(self: Any, x: Any, position_ids: Any) -> Any:
-    if self._long is None:
-        return self._stock_forward(x, position_ids)
-    short = self._stock_forward(x, position_ids.masked_fill(self._long, 0))
-    both = zip(self._stock_forward(x, position_ids), short, strict=True)
-    return tuple(torch.where(self._long[None, :, None], mine, other) for mine, other in both)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch  # noqa: TID253
 
-from phi3_lora_plugin.speed.bounds import to_device
+from phi3_lora_plugin.speed.bounds import facts_of_call, to_device
 from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, watched
-from phi3_lora_plugin.speed.documents import draws, wants_more
+from phi3_lora_plugin.speed.documents import draws, reads_documents, wants_more
 from phi3_lora_plugin.speed.shards import say_once
 
 _MOST = 0.9  # of the positions; where more are supervised, taking them costs what it saves
@@ -43,7 +43,7 @@ def last_layer_obstacle(base: Any) -> str | None:
     decoder = getattr(base, "model", base)
     fused = {
         "loss": "_stock_forward" in base.__dict__ or "_trl_forward" in base.__dict__,
-        "attention": "_facts" in decoder.__dict__,
+        "attention": reads_documents(decoder),
         "layers": all(isinstance(layer, FastDecoderLayer) for layer in getattr(decoder, "layers", ())),
     }
     missing = [part for part, on in fused.items() if not on]
@@ -68,7 +68,7 @@ def request(base: Any, supervised: torch.Tensor | None, kwargs: dict[str, Any]) 
         return {}
     if supervised is None or not decoder.training:
         return {}
-    known = decoder._facts.real
+    known = facts_of_call.get().real
     real = supervised.numel() if known is None else int(known.sum())
     if not 0 < int(supervised.sum()) <= _MOST * real or wants_more(decoder, kwargs):
         return {}

@@ -17,7 +17,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit  # noqa: TID253
 
 from phi3_lora_plugin.speed.lora_linear import Part, apply, computed_in, part_of, parts_obstacle, single_adapter
 from phi3_lora_plugin.speed.prefetch import Buffers, Packed
-from phi3_lora_plugin.speed.shards import say_once, shard_obstacle
+from phi3_lora_plugin.speed.shards import hooked, say_once, shard_obstacle
 
 #: Buffers of a device, dtype and stream, as large as the largest weight met: what one stream reads, another must not
 #: write over.
@@ -62,7 +62,8 @@ def _known(base: Any, state: Any) -> bool:
     """Whether the weight is packed the way that is meant here: not yet quantised, or repacked for a CPU, it is not."""
     return (
         type(base) is bnb.nn.Linear4bit
-        and not (base._forward_pre_hooks or base._forward_hooks or "forward" in base.__dict__)
+        and not (hooked(base) or "forward" in base.__dict__)
+        and (base.bias is None or not base.bias.requires_grad)
         and state is not None
         and state.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and not getattr(state, "packing_format_for_cpu", False)

@@ -16,17 +16,21 @@ from typing import Any
 
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
+from torch.autograd.function import once_differentiable  # noqa: TID253
 from torch.utils.weak import WeakTensorKeyDictionary  # noqa: TID253
+from transformers.loss import loss_utils  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
+from transformers.utils import can_return_tuple  # noqa: TID253
 
 from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.arguments import by_name
-from phi3_lora_plugin.speed.bounds import to_device
+from phi3_lora_plugin.speed.bounds import facts_of_call, to_device
 from phi3_lora_plugin.speed.device_kind import device_kind
+from phi3_lora_plugin.speed.documents import reads_documents
 from phi3_lora_plugin.speed.elementwise import take
 from phi3_lora_plugin.speed.last_layer import request
 from phi3_lora_plugin.speed.proved_kernels import cards_of, passes_for, prove
-from phi3_lora_plugin.speed.shards import has_own_forward, say_once, shard_obstacle, wrapper_of
+from phi3_lora_plugin.speed.shards import has_own_forward, hooked, say_once, shard_obstacle, wrapper_of
 
 #: Rows of logits held at one time at least; 256 rows of Phi-4-mini's 200,064 words are 205 MB in float32.
 CHUNK = 256
@@ -53,7 +57,9 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         ctx.scale = _FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
         run = passes_for("loss", hidden, len(weight))
         at_once = _alike(len(hidden), _rows_at_once(weight, run is passes))
-        held = _logits_buffer(weight, min(at_once, len(hidden)))
+        size = min(at_once, len(hidden)) * len(weight)
+        memory = _logits_memory(weight, size)
+        held = memory[:size].view(-1, len(weight))
         for start in range(0, len(hidden), at_once):
             chunk = slice(start, start + at_once)
             rows, labels = hidden[chunk], targets[chunk]
@@ -69,6 +75,8 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
                 losses[chunk] = run.cross_entropy_(*wanted)
             if gradient is not None:  # of the logits, in their place
                 torch.mm(logits, weight, out=gradient[chunk])
+        if _holds(weight):
+            _held[weight] = memory
         ctx.save_for_backward(gradient)
         ctx.dtype = given
         if stats:
@@ -76,6 +84,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         return losses, entropy, right
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_losses: Any, *others: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         if ctx.scale == 1.0:
@@ -92,19 +101,24 @@ def _alike(rows: int, most: int) -> int:
 
 
 #: Head -> memory for a chunk of its logits on a CPU, where new memory in each step costs as much as a pass over it.
+#: Whoever uses it takes it out meanwhile: another thread may be in the same model.
 _held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _logits_buffer(head: torch.Tensor, rows: int) -> torch.Tensor:
-    """[rows, words] for the chunks of one call, in the dtype of the head; the allocator of a card keeps its own."""
-    size = rows * len(head)
-    if device_kind(head) != "cpu" or torch.compiler.is_compiling():
-        return head.new_empty(rows, len(head))
-    memory = _held.get(head)
+def _holds(head: torch.Tensor) -> bool:
+    """Whether that memory is kept: the allocator of a card keeps its own."""
+    return device_kind(head) == "cpu" and not torch.compiler.is_compiling()
+
+
+def _logits_memory(head: torch.Tensor, size: int) -> torch.Tensor:
+    """[size or more] logits of the chunks of one call, in the dtype of the head."""
+    if not _holds(head):
+        return head.new_empty(size)
+    memory = _held.pop(head, None)
     if memory is None or memory.dtype != head.dtype or len(memory) < size:
         with torch.inference_mode(False):  # an evaluation may come first
-            memory = _held[head] = head.new_empty(size)
-    return memory[:size].view(rows, len(head))
+            memory = head.new_empty(size)
+    return memory  # type: ignore[no-any-return]
 
 
 def _rows_at_once(head: torch.Tensor, in_float32: bool) -> int:
@@ -185,7 +199,7 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
         return "the head is trained, so its own gradient is needed"
     if not units and (obstacle := shard_obstacle(head.weight, (head.out_features, head.in_features))):
         return f"the head has {obstacle}"
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or has_own_forward(head):
+    if hooked(head) or has_own_forward(head):
         return "hooks on the head, or a forward of its own, want its logits"
     if not hasattr(model, "model") or "loss_function" not in dir(model):
         return f"{type(model).__name__} is not built like a causal model of transformers"
@@ -194,6 +208,10 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
         return f"{type(model).__name__} adds terms of its own to the loss"
     if kind != "phi3":
         return f"{type(model).__name__} is not Phi-3 as transformers has it"
+    if str(type(model).forward.__module__).rpartition(".")[2] != "modeling_phi3":
+        return f"{type(model).__name__} has a forward of its own"
+    if model.loss_function is not loss_utils.ForCausalLMLoss:
+        return "the model has a loss_function of its own, which wants logits"
     return None
 
 
@@ -247,11 +265,13 @@ def asked(model: Any, what: str) -> Iterator[None]:
             model._asked = before
 
 
+@can_return_tuple  # type: ignore[untyped-decorator]
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(type(self), args, kwargs)
     labels, weights, keep = kwargs.get("labels"), kwargs.pop("loss_weights", None), kwargs.get("logits_to_keep", 0)
     some = torch.is_tensor(keep) or keep != 0
     wanted = self._asked == "logits" or not (self.training or self._asked == "loss")
+    wanted |= kwargs.get("ignore_index", -100) != -100 or labels is not None and labels.dim() != 2
     if labels is None or weights is None and (wanted or some):
         return self._stock_forward(**kwargs)
     obstacle = head_obstacle(self)
@@ -283,8 +303,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def known_supervised(model: Any, labels: torch.Tensor) -> torch.Tensor | None:
     """[rows, tokens] on the host, where the next token has a label; None if the part for documents has not read it."""
-    known = getattr(model.model, "_facts", None)
-    if known is None or known.supervised is None or known.of[0] is not labels:
+    if not reads_documents(model.model):
+        return None
+    known = facts_of_call.get()
+    if known.supervised is None or known.of[0] is not labels:
         return None
     return nn.functional.pad(known.supervised[:, 1:], (0, 1))
 

@@ -43,14 +43,23 @@ def has_own_forward(module: Any) -> bool:
     return not (only_moves and one_device and getattr(stock, "__func__", None) is type(module).forward)
 
 
+def hooked(module: Any) -> bool:
+    """Whether any hook waits for a module to be called, or for its gradients."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
 def linear_obstacle(layer: Any) -> str | None:
     """Why the weights of this linear layer must not be read past its forward; None if they may."""
     if type(layer) is not torch.nn.Linear:
         sliced = isinstance(layer, torch.nn.Linear) and hasattr(layer, "blocks")  # `lora.slices.SlicedLinear`
         if (wrapper := wrapper_of(layer)) or not sliced:
             return wrapper or f"a {type(layer).__name__}"
-    if layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__:
+    if hooked(layer) or "forward" in layer.__dict__:
         return "hooks on their parts"  # of code that counts, offloads or moves them: ZeRO-3, accelerate
+    if layer.bias is not None and layer.bias.requires_grad:
+        return "a bias that is trained"
     if type(layer.weight) not in _WHOLE and not type(layer.weight).__module__.startswith("torch._subclasses"):
         return shard_obstacle(layer.weight) or f"weights of type {type(layer.weight).__name__}"
     return shard_obstacle(layer.weight, (layer.out_features, layer.in_features))
