@@ -344,6 +344,22 @@ def test_a_step_begins_in_the_mode_and_with_the_gradients_that_it_has_in_stock_c
     assert all(p.grad is None for p in trained)
 
 
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_masters_of_an_adapter_that_is_trained_in_part(frozen: str) -> None:
+    model = tiny.model().to(torch.bfloat16)
+    config = LoraConfig(r=4, lora_bias=True, target_modules=TARGETS)  # which takes PEFT's forward
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    for name, parameter in model.named_parameters():
+        if frozen in name:
+            parameter.requires_grad_(False)
+    speed_up(model)
+    ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    slow_down(model)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
+
+
 def test_half_precision_adapters_get_masters_that_small_steps_move() -> None:
     def made() -> torch.nn.Module:
         torch.manual_seed(0)

@@ -255,6 +255,22 @@ def test_documents_without_a_token_are_none_and_bounds_that_go_back_are_refused(
             model(**batch, cu_seq_lens_q=torch.tensor(starts, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_documents_of_a_pack_stay_apart_where_hidden_states_are_asked_for(training: bool) -> None:
+    model = lora().train(training)
+    data = rows((7, 3, 5))
+    with torch.no_grad():
+        alone = [
+            model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states for row in data
+        ]
+        speed_up(model)
+        found = model(**PackedCollator()([{"rows": data}]), output_hidden_states=True).hidden_states
+    assert len(found) == 3
+    for number, layer in enumerate(found):
+        want = torch.cat([each[number] for each in alone], dim=1)
+        torch.testing.assert_close(layer, want, rtol=1e-6, atol=1e-9)
+
+
 def test_a_mask_of_four_dimensions_says_itself_who_sees_whom() -> None:
     ids = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
     sees = torch.ones(9, 9, dtype=torch.bool).tril()

@@ -150,7 +150,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mask, starts, positions = (kwargs.get(name) for name in ("attention_mask", "cu_seq_lens_q", "position_ids"))
     known = facts_of_call.get()
     facts_of_call.set(Facts())  # they are of this call alone: the decoder is called without its model, too
-    if given is None or kwargs.get("past_key_values") is not None or wants_more(self, kwargs) or _by_row(self):
+    if given is None or kwargs.get("past_key_values") is not None or _by_row(self):
         return self._stock_forward(**kwargs)
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return self._stock_forward(**kwargs)  # it says itself who sees whom
@@ -160,7 +160,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if bounds is not None:
         refuse_mask(mask, given)
         return _flat(self, given, positions, known, bounds, kwargs, embedded, by_document=True)
-    if not _cacheless(self, kwargs.get("use_cache"), known.supervised is not None) or known.trains_padding():
+    if wants_more(self, kwargs) or known.trains_padding():
+        return self._stock_forward(**kwargs)
+    if not _cacheless(self, kwargs.get("use_cache"), known.supervised is not None):
         return self._stock_forward(**kwargs)
     rows, width = given.shape[:2]
     if mask is None:
@@ -274,7 +276,9 @@ def _flat(
     finally:
         by_documents.reset(token)
         long_of_call.reset(long)
-    hidden = outputs.last_hidden_state
+    hidden, layers = outputs.last_hidden_state, outputs.hidden_states
+    if by_document and layers is not None:
+        layers = tuple(each.view(rows, tokens, -1) for each in layers)
     if hidden.shape[1] < bounds[-1]:
         pass  # supervised positions alone, as asked for: see `last_layer`
     elif where is None:
@@ -282,7 +286,7 @@ def _flat(
     else:
         padded = hidden.new_zeros(rows * tokens, hidden.shape[-1])
         hidden = padded.index_copy(0, where, hidden[0]).view(rows, tokens, -1)
-    return BaseModelOutputWithPast(last_hidden_state=hidden)
+    return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=layers, attentions=outputs.attentions)
 
 
 #: What the flat row has its own of.
