@@ -41,7 +41,8 @@ _OVERWRITES = {"copy_", "fill_", "zero_"}
 _WITH_LORA = {"gate_sum", "gate_sum_backward"}
 #: Our kernel that goes over each row of its first input twice.
 _READS_TWICE = {"cross_entropy_"}
-_SMALL_RANK = 256  # a product with an inner or outer side no larger is LoRA's
+#: Gradients of views, which PyTorch makes by a fill of the whole and a copy into the part.
+_PARTS = {"slice_backward", "select_backward"}
 
 
 @dataclass
@@ -73,11 +74,11 @@ class Costs:
 
 
 class Meter(Card):
-    """A card that counts what each operator costs on a real one."""
+    """A card that counts what each operator costs on a real one; products with a side of `rank` are LoRA's."""
 
-    def __init__(self, facts: CardFacts) -> None:
+    def __init__(self, facts: CardFacts, rank: int = 0) -> None:
         super().__init__("cpu")
-        self.facts, self.costs = facts, Costs()
+        self.facts, self.rank, self.costs = facts, rank, Costs()
         self._alive: dict[int, int] = {}
         self._bounds: list[int] = []  # of documents, as the forward pass has them
         self._beside = 0.0  # bytes that move while the next product runs
@@ -103,7 +104,12 @@ class Meter(Card):
                 moved -= sum(_bytes(each) for each in outs)
         kind, flops = self._work(name, args, outs)
         shape = next((tuple(each.shape) for each in inputs), ())
-        self.note(kind, flops, moved, f"{name} {'x'.join(map(str, shape))}")
+        title = f"{name} {'x'.join(map(str, shape))}"
+        if name in _PARTS:
+            self.note(kind, flops, _bytes(outs[0]), title)
+            if not (moved := 2 * _bytes(inputs[0])):
+                return
+        self.note(kind, flops, moved, title)
 
     def note(self, kind: str, flops: float, moved: float, name: str = "") -> None:
         """Count one kernel of `kind`.
@@ -146,7 +152,7 @@ class Meter(Card):
         if name in _PRODUCTS:
             left, right = [each for each in args if isinstance(each, torch.Tensor)][-2:]
             sides = left.shape[-2], left.shape[-1], right.shape[-1]
-            return "lora" if min(sides) <= _SMALL_RANK else "gemm", 2.0 * prod(sides) * prod(left.shape[:-2])
+            return "lora" if self.rank in sides else "gemm", 2.0 * prod(sides) * prod(left.shape[:-2])
         if name in _OF_ROWS:  # [..., in] and weights -> [..., out]
             return "gemm", 2.0 * outs[0].numel() * args[0].shape[-1]
         if name in _ATTENTION:

@@ -136,14 +136,18 @@ def items(inputs: dict[str, Any]) -> int:
     return max(1, int(inputs["labels"][:, 1:].ne(-100).sum()))
 
 
-def fast(model: Any, parts: Any, device: torch.device) -> Any:
-    """`speed_up` as on a card whose kernels are right. Whether they are takes values, so it is not tried here."""
+def fast(model: Any, parts: Any, device: torch.device, flash: bool = True) -> Any:
+    """`speed_up` as on a card whose kernels are right. Whether they are takes values, so it is not tried here.
+
+    `flash`: whether the card has kernels for all documents at once, as those of compute capability 8.0 and later do.
+    """
+    fault = None if flash else "does not run before compute capability 8.0"
     from phi3_lora_plugin.speed import layers, loss, proved_kernels, varlen_kernels
     from phi3_lora_plugin.speed.apply import speed_up
 
     prove_attention, prove_kernels = varlen_kernels.prove, proved_kernels.prove
     with (
-        mock.patch.object(varlen_kernels, "_fault", lambda *case: None),
+        mock.patch.object(varlen_kernels, "_fault", lambda *case: fault),
         mock.patch.object(varlen_kernels, "prove", lambda devices, *sizes: prove_attention([device], *sizes)),
         mock.patch.object(proved_kernels, "fault", lambda *case: None),
         mock.patch.object(layers, "prove", lambda devices, *sizes: prove_kernels([device], *sizes)),

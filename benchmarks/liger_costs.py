@@ -1,7 +1,8 @@
 """Stock code with Liger's kernels, by what they read and write: they are Triton, which takes no tensors without values.
 
 RMSNorm, SwiGLU and RoPE are one kernel in each direction, and the loss never keeps the logits of all tokens
-(github.com/linkedin/Liger-Kernel, `ops/`, version 0.8). Where liger-kernel is installed or not, these are computed.
+(github.com/linkedin/Liger-Kernel, `ops/`, version 0.8). SwiGLU and RoPE take whole tensors, and Phi-3's fused
+projections give parts of one: these are copied first. Where liger-kernel is installed or not, these are computed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, meter: Meter, hidden: Any, weight: Any) -> Any:
+        meter.reads.append("item in Liger's loss: how many tokens have a label")
+        meter.note("elementwise", 0.0, _size(hidden))  # zeros, to be overwritten
         tokens, width, words = *hidden.shape, weight.shape[0]
         rows = 1 << (ceil(tokens / ceil(words / width)) - 1).bit_length()
         for start in range(0, tokens, rows):
@@ -47,10 +50,13 @@ class _Loss(torch.autograd.Function):
             meter.note("elementwise", 0.0, 2.0 * logits.numel() * logits.element_size())  # cross-entropy, in place
             logits @ weight
         ctx.save_for_backward(torch.empty_like(hidden))
+        ctx.meter = meter
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
+        ctx.meter.copies.append("tensor in Liger's loss: a one to compare with")
+        ctx.meter.reads.append("equal in Liger's loss: whether the gradient is one")
         return None, ctx.saved_tensors[0] * grad.to(ctx.saved_tensors[0].dtype), None
 
 
@@ -79,7 +85,7 @@ def _norm(meter: Meter, x: torch.Tensor) -> Any:
 
 
 def _mlp(meter: Meter, mlp: Any, x: torch.Tensor) -> Any:
-    gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+    gate, up = (half.contiguous() for half in mlp.gate_up_proj(x).chunk(2, dim=-1))
     both = _size(gate, up)
     # Backwards it writes over gate and up; `chunk` puts the two halves into one gradient, a pass of its own.
     made = _Kernel.apply(meter, gate.shape, gate.dtype, 1.5 * both, 2.5 * both, gate, up)
@@ -93,12 +99,12 @@ def _rope(meter: Meter, q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, *r
 
 
 class _Turned(torch.autograd.Function):
-    """Rotated in place, there and back; keeps cosines alone."""
+    """Rotated in a copy, [rows, tokens, heads, size] in memory, and back in place; keeps cosines alone."""
 
     @staticmethod
     def forward(ctx: Any, meter: Meter, moved: float, q: Any, k: Any) -> Any:
         ctx.meter, ctx.moved = meter, moved
-        return q.view_as(q), k.view_as(k)
+        return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k))
 
     @staticmethod
     def backward(ctx: Any, grad_q: Any, grad_k: Any) -> Any:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -70,17 +72,36 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--card", choices=CARDS, default="h100")
     parser.add_argument("--model", choices=SIZES, metavar="MODEL",
                         default="microsoft/Phi-3-mini-4k-instruct", help="of a preset, by hub id")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=4096, help="in a step, without padding")
-    parser.add_argument("--documents", type=int, default=4, help="that they are divided into")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--supervised", type=float, default=0.45, help="share of tokens with a label")
+    parser.add_argument("--tokens", type=_count_of(1), default=4096, help="in a step, without padding")
+    parser.add_argument("--documents", type=_count_of(1), default=4, help="that they are divided into")
+    parser.add_argument("--rank", type=_count_of(1), default=16)
+    parser.add_argument("--supervised", type=_share, default=0.45, help="share of tokens with a label")
     parser.add_argument("--quantize", choices=["none", "nf4"], default="none")
     parser.add_argument("--in-turn", action="store_true", help="ours unpacks NF4 weights when they are wanted")
     parser.add_argument("--checkpointing", action="store_true", help="each layer's forward runs twice")
-    parser.add_argument("--operators", type=int, default=0, metavar="N", help="list the N longest of a layer")
+    parser.add_argument("--operators", type=_count_of(0), default=0, metavar="N", help="list the N longest of a layer")
     parser.add_argument("--no-graphs", action="store_true", help="ask torch.compile for no graphs, which takes 10 s")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser
+
+
+def _count_of(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
+    return share
 
 
 def main() -> int:
@@ -91,7 +112,12 @@ def main() -> int:
         parser.error(
             f"{chosen.model} multiplies its experts in bfloat16 alone, which a {CARDS[chosen.card].title} lacks"
         )
-    lengths = (chosen.tokens // chosen.documents,) * chosen.documents
+    if chosen.documents > chosen.tokens:
+        parser.error(f"{chosen.tokens} tokens cannot be divided into {chosen.documents} documents")
+    if chosen.quantize == "nf4" and find_spec("bitsandbytes") is None:
+        parser.error("--quantize nf4 runs the layers of bitsandbytes: pip install bitsandbytes")
+    short, more = divmod(chosen.tokens, chosen.documents)
+    lengths = (short + 1,) * more + (short,) * (chosen.documents - more)
     step = Step(chosen.model, CARDS[chosen.card], lengths, chosen.rank, chosen.supervised, chosen.quantize,
                 chosen.checkpointing, not chosen.in_turn)  # fmt: skip
     print(f"computed, not measured: {chosen.model} on one {step.card.title}, {sum(lengths):,} tokens in "
@@ -162,9 +188,9 @@ def _count(step: Step, variant: str, layers: int) -> Costs:
     lora = dict(targets="all-linear", r=step.rank, alpha=2 * step.rank)
     native = config(step.model, layers)
     model = build(native, lora, dtype=dtype, quantize=step.quantize, checkpointing=step.checkpointing)
-    meter = Meter(step.card)
+    meter = Meter(step.card, step.rank)
     if variant == "ours":
-        fast(model, "auto", meter.device)
+        fast(model, "auto", meter.device, flash=step.card.bfloat16)
     rows = batch(step.lengths, step.supervised, packed=variant == "ours" and not _experts(step.model))
     ahead = variant == "ours" and step.quantize == "nf4" and step.ahead and _fits_twice(model, step.card, dtype)
     with on_a_card(meter), liger(model, meter) if variant == "stock+liger" else nullcontext():

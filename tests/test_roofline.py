@@ -87,6 +87,39 @@ def test_our_passes_over_a_layer_are_those_of_its_kernels(priced: dict[str, roof
     assert kept == pytest.approx(2 * (streams + 4 * 8), rel=0.02)
 
 
+def test_liger_s_kernels_take_copies_of_parts(priced: dict[str, roofline.Priced]) -> None:
+    hidden, inter = 3072, 8192
+    # two norms, 16-bit copies for A of three projections, rotated queries and keys beside the projection that they
+    # come from, what attention gives; copies of gate and up, and what they give, for the last projection's A
+    streams = (2 + 3 + 2 + 3 + 1) * hidden + (2 + 1) * inter
+    assert priced["stock+liger"].layer.kept / (3 * max(LENGTHS)) == pytest.approx(2 * (streams + 4 * 8), rel=0.02)
+    assert priced["stock+liger"].whole.reads == priced["stock"].whole.reads + 3  # its loss asks how many, and for a one
+
+
+def test_the_gradient_of_a_part_is_a_fill_and_a_copy() -> None:
+    meter = Meter(CARDS["h100"])
+    with on_a_card(meter):
+        x = torch.empty(64, 96, requires_grad=True)
+        x[:, :32].backward(torch.empty(64, 32))
+        assert (meter.costs.kernels, meter.costs.bytes["elementwise"]) == (2, 4 * 64 * (96 + 2 * 32))
+
+
+def test_products_of_narrow_models_are_not_lora_s() -> None:
+    step = roofline.Step("embedded:tiny-phi3", CARDS["h100"], LENGTHS, rank=8)
+    maps = (64, 192), (64, 64), (64, 256), (128, 64)
+    for variant, tokens in (("ours", TOKENS), ("stock", 3 * max(LENGTHS))):
+        assert roofline.price(step, variant).layer.flops["gemm"] == 4 * tokens * sum(a * b for a, b in maps)
+
+
+def test_a_card_without_flash_attention_has_one_call_a_document() -> None:
+    names = {}
+    for card in ("t4", "a100"):
+        operators = roofline.price(roofline.Step("embedded:tiny-phi3", CARDS[card], LENGTHS), "ours").layer.operators
+        names[card] = {name.split()[1] for name, seconds in operators.items() if seconds > 0}
+    assert "_varlen_attn" in names["a100"] and not any("varlen" in name for name in names["t4"])
+    assert "_scaled_dot_product_flash_attention_for_cpu" in names["t4"]
+
+
 def test_what_views_and_rows_cost() -> None:
     meter = Meter(CARDS["h100"])
     with on_a_card(meter), torch.no_grad():
@@ -189,18 +222,41 @@ def test_the_command_ends_with_one_line_of_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (
-        "--card 4090 --tokens 256 --documents 2 --model embedded:tiny-phi3 --rank 4 --no-graphs --json --operators 2"
+        "--card 4090 --tokens 257 --documents 2 --model embedded:tiny-phi3 --rank 4 --no-graphs --json --operators 2"
     )
     monkeypatch.setattr(sys, "argv", ["roofline", *words.split()])
     assert roofline.main() == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("computed, not measured: embedded:tiny-phi3 on one NVIDIA GeForce RTX 4090")
+    assert said[0].startswith("computed, not measured: embedded:tiny-phi3 on one NVIDIA GeForce RTX 4090, 257 tokens")
     times = [float(each.split()[0]) for each in said if " us  " in each]
     assert len(times) == 3 * 2 and times[0] >= times[1] > 0, "the two longest of each variant, the longest first"
     line = json.loads(said[-1])
     assert set(line) == {"ours", "stock", "stock+liger"}
     for row in line.values():
-        assert row["tokens_per_second"] > 0 and row["bytes_per_token"] > 0 and row["syncs"] in (0, 1)
+        assert row["tokens_per_second"] > 0 and row["bytes_per_token"] > 0
+    assert [row["syncs"] for row in line.values()] == [1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--card h1000", "invalid choice: 'h1000' (choose from"),
+        ("--tokens 0", "expected a whole number of at least 1, got '0'"),
+        ("--documents -1", "expected a whole number of at least 1, got '-1'"),
+        ("--rank 1.5", "expected a whole number of at least 1, got '1.5'"),
+        ("--operators -1", "expected a whole number of at least 0, got '-1'"),
+        ("--supervised nan", "expected a share above 0 and up to 1, got 'nan'"),
+        ("--supervised most", "expected a share above 0 and up to 1, got 'most'"),
+        ("--tokens 3", "3 tokens cannot be divided into 4 documents"),
+    ],
+)
+def test_what_cannot_be_priced_is_an_error_of_one_line(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["roofline", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_compiled_stock_code_is_one_graph() -> None:

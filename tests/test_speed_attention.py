@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from test_pack import LONGROPE
 from test_speed_documents import lora as lora64
 from test_speed_documents import padded, rows, step
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import profile
 
 from phi3_lora_plugin.chat.pack import PackedCollator
 from phi3_lora_plugin.speed import documents, varlen_kernels
@@ -357,6 +359,16 @@ def test_no_copies_of_queries_keys_and_values_are_made_for_the_kernel(monkeypatc
     seen.clear()
     step(model, padded(rows()))
     assert seen == [(3 * 32, 8, 1)] * 2, "a view of the fused projection"
+
+
+def test_gradients_of_documents_are_put_together_once() -> None:
+    """Not each into zeros of the whole row."""
+    q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3))
+    out = one_by_one(q, k, v, (0, 5, 6, 30, 40), None, 0.0, None)
+    with profile() as seen:
+        out.sum().backward()
+    names = Counter(event.name for event in seen.events())
+    assert names["aten::cat"] == 3 and not names["aten::slice_backward"]
 
 
 @pytest.mark.parametrize("window", [1, 7, 600, 2047])

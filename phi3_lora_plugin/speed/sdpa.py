@@ -15,9 +15,10 @@ def one_by_one(
 ) -> torch.Tensor:
     """[1, tokens, heads, head size]; the twin of the kernels."""
     parts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        q, k, v = (part[:, :, start:stop] for part in (query, key, value))
-        if window is not None and stop - start > window:
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    # Split at once: the gradient of each slice would be written into zeros of the whole shape, and these added up.
+    for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
+        if window is not None and q.shape[2] > window:
             parts += _over_the_window(q, k, v, scaling, dropout, window)
         else:
             parts.append(_attend(q, k, v, None, scaling, dropout))
