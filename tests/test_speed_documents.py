@@ -280,6 +280,23 @@ def test_a_mask_of_four_dimensions_says_itself_who_sees_whom() -> None:
     equal(lora(), {"input_ids": ids, "labels": ids, "attention_mask": mask, "position_ids": positions})
 
 
+def test_layers_that_peft_copied_attend_by_document_too() -> None:
+    config = LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["self_attn"], layer_replication=[[0, 2]])
+    model = get_peft_model(tiny.model().double(), config, autocast_adapter_dtype=False).double().train()
+    for batch in (padded(rows()), padded(rows(), more=0), padded(rows((9, 9)), more=0)):
+        equal(model, batch)
+    attention = model.get_base_model().model.layers[0].self_attn
+    assert attention.modules_to_save["default"].config._attn_implementation == "sdpa"
+
+
+def test_an_export_is_the_stock_export() -> None:
+    model = tiny.model().eval()
+    inputs = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9).long(), "use_cache": False}
+    want = model(**inputs).logits
+    speed_up(model)
+    torch.testing.assert_close(torch.export.export(model, (), inputs).module()(**inputs).logits, want)
+
+
 def test_rows_with_adapters_of_their_own_stay_rows() -> None:
     model = lora()
     model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))

@@ -93,6 +93,19 @@ def register_attention() -> str:
     return NAME
 
 
+def attend_by(base: Any, name: str) -> None:
+    """Let all layers of this causal model attend by `name`, as well as those that PEFT copied with their config.
+
+    It copies what `modules_to_save` names, and layers that it replicates.
+    """
+    before = base.config._attn_implementation
+    base.set_attn_implementation(name)
+    for module in base.modules():
+        config: Any = getattr(module, "config", None)
+        if config is not base.config and getattr(config, "_attn_implementation", None) == before:
+            config._attn_implementation = name
+
+
 #: Whether the decoder that is being run attends by documents, which need no mask.
 by_documents: ContextVar[bool] = ContextVar("by_documents", default=False)
 

@@ -16,7 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch  # noqa: TID253
-from torch.autograd.function import once_differentiable  # noqa: TID253
+
+from phi3_lora_plugin.speed.first_order import first_order
 
 #: Queries of a block: at most, and at least where there are more, down to `_CACHED` scores of all heads.
 _MOST, _LEAST, _CACHED = 128, 64, 2**19
@@ -43,7 +44,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad: Any) -> Any:
         query, key, value, out = ctx.saved_tensors
         bounds, scale, window = ctx.how

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple  # noqa: TID253
 from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.arguments import by_name
-from phi3_lora_plugin.speed.attention import NAME, by_blocks, by_documents, no_mask, register_attention
+from phi3_lora_plugin.speed.attention import NAME, attend_by, by_blocks, by_documents, no_mask, register_attention
 from phi3_lora_plugin.speed.bounds import (
     Documents,
     Facts,
@@ -69,7 +69,7 @@ def fuse_documents(model: Any, base: Any, devices: Iterable[torch.device] = ()) 
         rotary._original_context = original_context(base.config)
         rotary.forward = partial(rotary_forward, rotary)
         if decoder._stock_attention == "sdpa":
-            base.set_attn_implementation(register_attention())
+            attend_by(base, register_attention())
 
         # `partial` and methods, not closures: a copy of the model then has hooks of its own, and it can be pickled
         look = partial(_look, decoder)
@@ -87,7 +87,7 @@ def restore_documents(base: Any) -> None:
     for handle in decoder._looks:
         handle.remove()
     if base.config._attn_implementation == NAME:
-        base.set_attn_implementation(decoder._stock_attention)
+        attend_by(base, decoder._stock_attention)
     for module in (decoder, decoder.rotary_emb):
         del module.forward
         for name in _OURS:
@@ -129,8 +129,8 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
     kwargs = by_name(type(module), args, kwargs)
     of = tuple(kwargs.get(name) for name in ("labels", "attention_mask", "cu_seq_lens_q", "position_ids"))
-    if kwargs.get("past_key_values") is not None:
-        facts_of_call.set(Facts())  # a token of generation: nothing here is wanted
+    if kwargs.get("past_key_values") is not None or _exported():
+        facts_of_call.set(Facts())  # a token of generation, say: nothing here is wanted
         return
     known = facts_of_call.get().of
     if len(known) != 4 or any(a is not b for a, b in zip(known, of, strict=True)):
@@ -150,7 +150,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mask, starts, positions = (kwargs.get(name) for name in ("attention_mask", "cu_seq_lens_q", "position_ids"))
     known = facts_of_call.get()
     facts_of_call.set(Facts())  # they are of this call alone: the decoder is called without its model, too
-    if given is None or kwargs.get("past_key_values") is not None or _by_row(self):
+    if given is None or kwargs.get("past_key_values") is not None or _exported() or _by_row(self):
         return self._stock_forward(**kwargs)
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return self._stock_forward(**kwargs)  # it says itself who sees whom
@@ -193,6 +193,11 @@ def wants_more(decoder: Any, kwargs: Any) -> bool:
         kwargs.get(name) or (name not in kwargs and getattr(decoder.config, name, False))
         for name in ("output_hidden_states", "output_attentions")
     )
+
+
+def _exported() -> bool:
+    """Whether `torch.export` looks at what happens, for batches of which nothing is known yet."""
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7
 
 
 def _by_row(decoder: Any) -> bool:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch  # noqa: TID253
-from torch.autograd.function import once_differentiable  # noqa: TID253
 
+from phi3_lora_plugin.speed.first_order import first_order
 from phi3_lora_plugin.speed.proved_kernels import passes_for
 
 
@@ -32,7 +32,7 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
         return total, normed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, ahead: Any, grad: Any) -> Any:
         x, weight, scale = ctx.saved_tensors
         out = ahead
@@ -76,7 +76,7 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]
         return turned[:, :, :heads].transpose(1, 2), turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad_q: Any, grad_k: Any, grad_v: Any) -> Any:
         cos, sin = ctx.saved_tensors
         sizes = grad_q.shape[1], grad_k.shape[1], grad_q.shape[-1], cos.shape[-1]
@@ -117,7 +117,7 @@ class _SwiGlu(torch.autograd.Function):  # type: ignore[misc]
         return passes_for("gate", both, both.shape[-1] // 2).gate(both)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad: Any) -> Any:
         (both,) = ctx.saved_tensors
         return passes_for("gate", both, both.shape[-1] // 2).gate_backward(grad, both)[0]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch  # noqa: TID253
 from torch import nn  # noqa: TID253
-from torch.autograd.function import once_differentiable  # noqa: TID253
 from torch.utils.weak import WeakTensorKeyDictionary  # noqa: TID253
 from transformers.loss import loss_utils  # noqa: TID253
 from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: TID253
@@ -28,6 +27,7 @@ from phi3_lora_plugin.speed.bounds import facts_of_call, to_device
 from phi3_lora_plugin.speed.device_kind import device_kind
 from phi3_lora_plugin.speed.documents import reads_documents
 from phi3_lora_plugin.speed.elementwise import take
+from phi3_lora_plugin.speed.first_order import first_order
 from phi3_lora_plugin.speed.last_layer import request
 from phi3_lora_plugin.speed.proved_kernels import cards_of, passes_for, prove
 from phi3_lora_plugin.speed.shards import has_own_forward, hooked, say_once, shard_obstacle, wrapper_of
@@ -84,7 +84,7 @@ class _SupervisedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         return losses, entropy, right
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad_losses: Any, *others: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         if ctx.scale == 1.0:
