@@ -296,7 +296,7 @@ def _flat(
 
 #: What the flat row has its own of.
 _OF_THE_BATCH = frozenset(
-    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache "
+    "input_ids inputs_embeds attention_mask position_ids past_key_values use_cache cache_position "
     "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx documents".split()
 )
 
