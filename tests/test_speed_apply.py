@@ -6,15 +6,18 @@ import copy
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from phi3_lora_plugin.chat.pack import PackedCollator, pack
 from phi3_lora_plugin.speed.apply import PARTS, SpeedError, accelerate_phi3, slow_down, speed_up
+from phi3_lora_plugin.speed.loss import asked
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -241,29 +244,61 @@ def test_what_torch_compile_would_compile_for_every_batch_is_left_to_it(tmp_path
     assert not applied["attention"].on and "for each new number of documents" in applied["attention"].why
     assert not applied["layers"].on and "fuses these by itself" in applied["layers"].why
     assert applied["loss"].on and applied["lora"].on
-    from torch._dynamo import explain, reset
+    assert graphs_of_batches(model) == 1, "what is before the loss, once"
+    slow_down(model)
+    assert graphs_of_batches(model) == 1
 
-    reset()
-    counts = []
-    for length in (9, 14):
-        ids = torch.randint(3, 500, (2, length), generator=torch.Generator().manual_seed(0))
-        counts.append(explain(model.train())(input_ids=ids, attention_mask=torch.ones_like(ids)).graph_break_count)
-    assert counts[0] == counts[1]
+
+def graphs_of_batches(model: Any) -> int:
+    """How many graphs are compiled for three batches of one shape, packed and with labels at other positions each."""
+    made: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model.train(), backend=backend)
+    draw = torch.Generator().manual_seed(0)
+    for documents in ((12,), (5, 7), (3, 4, 5)):
+        ids = torch.randint(3, 500, (1, 12), generator=draw)
+        labels = ids.masked_fill(torch.rand(1, 12, generator=draw) < 0.4, -100)
+        batch = {"input_ids": ids, "labels": labels, "num_items_in_batch": torch.tensor(9)}
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in documents])[None]
+        losses, grads = [], []
+        for run in (compiled, model):
+            model.zero_grad()
+            with asked(model.get_base_model(), "loss"):
+                losses.append(run(**batch).loss)
+            losses[-1].backward()
+            grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*grads)
+    torch._dynamo.reset()
+    return len(made)
+
+
+def test_accelerate_s_own_setting_compiles_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
+    trainer = Trainer(model, arguments_of(tmp_path), train_dataset=rows())  # type: ignore[arg-type]
+    monkeypatch.setattr(trainer.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="eager"))
+    applied = {one.part: one for one in accelerate_phi3(trainer)}
+    assert "torch_compile" in applied["attention"].why and "torch_compile" in applied["layers"].why
 
 
 def test_liger_leaves_the_loss_to_us_unless_it_was_asked_for(tmp_path: Path) -> None:
-    for asked, on in ((None, True), ({"rope": False}, True), ({"fused_linear_cross_entropy": True}, False)):
+    for wanted, on in ((None, True), ({"rope": False}, True), ({"fused_linear_cross_entropy": True}, False)):
         model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
         trainer = Trainer(model, arguments_of(tmp_path), train_dataset=rows())  # type: ignore[arg-type]
-        trainer.args.use_liger_kernel, trainer.args.liger_kernel_config = True, asked
+        trainer.args.use_liger_kernel, trainer.args.liger_kernel_config = True, wanted
         loss = accelerate_phi3(trainer)[0]
         assert loss.on is on
         if on:
             ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-            assert trainer.args.liger_kernel_config == (asked or {}) | ours
+            assert trainer.args.liger_kernel_config == (wanted or {}) | ours
         else:
             assert loss.why == "Liger's fused_linear_cross_entropy was asked for"
-            assert trainer.args.liger_kernel_config == asked
+            assert trainer.args.liger_kernel_config == wanted
 
 
 def test_a_forward_that_someone_put_over_ours_stays_when_ours_goes() -> None:

@@ -118,6 +118,7 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
     loss that a plain Trainer computes in training and for `eval_loss` does without logits; other code that asks for
     outputs (`compute_metrics`, `return_outputs`, your own `compute_loss`) gets them.
     """
+    from phi3_lora_plugin.speed.loss import leave_uncompiled
     from phi3_lora_plugin.speed.trainer_loss import follow, liger_loss, own_loss
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -139,7 +140,7 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
         leave(part, why)
     if getattr(trainer.args, "use_liger_kernel", False):
         leave("layers", "Liger's kernels were asked for")
-    if getattr(trainer.args, "torch_compile", False):
+    if _compiles(trainer):
         leave("attention", "torch_compile would compile it again for each new number of documents")
         leave("layers", "torch_compile fuses these by itself")
     own = own_loss(trainer)
@@ -154,6 +155,8 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
     applied = _switch(model, wanted, trainer.args.device, _moved_later(trainer), kept)
     if applied[0].on:
         follow(trainer, base)
+        if _compiles(trainer):
+            leave_uncompiled(base)
     return tuple(left.get(one.part, one) for one in applied)
 
 
@@ -180,7 +183,13 @@ def _moved_later(trainer: Any) -> str | None:
     """Why frozen weights will not be found later where they are now."""
     if getattr(trainer, "is_fsdp_enabled", False):
         return "FSDP puts them together in each forward"
-    return "torch_compile is on" if getattr(trainer.args, "torch_compile", False) else None
+    return "torch_compile is on" if _compiles(trainer) else None
+
+
+def _compiles(trainer: Any) -> bool:
+    """Whether this trainer will compile its model, by its arguments or by accelerate's settings."""
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    return bool(getattr(trainer.args, "torch_compile", False)) or getattr(plugin, "backend", "NO") != "NO"
 
 
 def _base(model: Any) -> Any:

@@ -122,5 +122,6 @@ def no_mask(attention: str, device: torch.device) -> torch.Tensor | None:
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
-    made: torch.Tensor | None = None if by_documents.get() else sdpa_mask(*args, **kwargs)
+    without = not torch.compiler.is_compiling() and by_documents.get()
+    made: torch.Tensor | None = None if without else sdpa_mask(*args, **kwargs)
     return made

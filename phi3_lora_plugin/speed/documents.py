@@ -127,6 +127,8 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
 
 
 def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     kwargs = by_name(type(module), args, kwargs)
     of = tuple(kwargs.get(name) for name in ("labels", "attention_mask", "cu_seq_lens_q", "position_ids"))
     if kwargs.get("past_key_values") is not None or _exported():
@@ -144,6 +146,8 @@ def reads_documents(decoder: Any) -> bool:
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():  # it would be compiled for each number of documents
+        return self._stock_forward(*args, **kwargs)
     kwargs = by_name(type(self), args, kwargs)
     embedded = kwargs.get("input_ids") is None
     given = kwargs.get("inputs_embeds" if embedded else "input_ids")

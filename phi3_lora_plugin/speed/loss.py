@@ -201,7 +201,7 @@ def head_obstacle(model: Any, units: bool = False) -> str | None:
         return f"the head has {obstacle}"
     if hooked(head) or has_own_forward(head):
         return "hooks on the head, or a forward of its own, want its logits"
-    if not hasattr(model, "model") or "loss_function" not in dir(model):
+    if not hasattr(model, "model") or not hasattr(type(model), "loss_function"):
         return f"{type(model).__name__} is not built like a causal model of transformers"
     kind = getattr(model.config, "model_type", None)
     if kind == "phimoe":
@@ -231,7 +231,7 @@ def fuse_loss(model: Any) -> None:
     """
     if "_stock_forward" in model.__dict__:
         return
-    model._stock_forward, model._asked = model.forward, None
+    model._stock_forward, model._asked, model._cross_entropy = model.forward, None, supervised_cross_entropy
     model.forward = partial(_forward, model)
     # Trainer drops the columns of a dataset that are not named here.
     model.forward.__signature__ = inspect.signature(model._stock_forward)
@@ -242,12 +242,17 @@ def only_if_asked(model: Any) -> None:
     model._asked = "logits"
 
 
+def leave_uncompiled(model: Any) -> None:
+    """Let `torch.compile` compile what is before the loss, and leave the loss as it is."""
+    model._cross_entropy = torch.compiler.disable(supervised_cross_entropy)
+
+
 def restore_loss(model: Any) -> None:
     """Undo `fuse_loss`."""
     if "_stock_forward" not in model.__dict__:
         return
     if getattr(model.__dict__.get("forward"), "func", None) is _forward:
-        del model.forward, model._asked, model._stock_forward
+        del model.forward, model._asked, model._stock_forward, model._cross_entropy
     else:  # other code has put another forward over ours; from here on ours passes everything through
         model._asked = "logits"
 
@@ -274,9 +279,13 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     wanted |= kwargs.get("ignore_index", -100) != -100 or labels is not None and labels.dim() != 2
     if labels is None or weights is None and (wanted or some):
         return self._stock_forward(**kwargs)
-    obstacle = head_obstacle(self)
+    # Compiled with it, the rows with a label would be compiled for each number of them.
+    compiled = torch.compiler.is_compiling() and self._cross_entropy is supervised_cross_entropy
+    obstacle = "torch.compile is on" if compiled else head_obstacle(self)
     if weights is not None and (wanted or some or obstacle):
         return _stock_weighted(self, weights, kwargs)
+    if compiled:
+        return self._stock_forward(**kwargs)
     if obstacle:
         say_once(f"loss: transformers computes the logits of every position: {obstacle}")
         return self._stock_forward(**kwargs)
@@ -289,7 +298,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         shifted, supervised = nn.functional.pad(labels[:, 1:], (0, 1), value=-100), known_supervised(self, labels)
     outputs = self.model(**kwargs, **request(self, supervised, kwargs))
     hidden = outputs.last_hidden_state
-    loss = supervised_cross_entropy(
+    loss = self._cross_entropy(
         hidden,
         self.lm_head.weight,
         shifted.to(hidden.device),
