@@ -120,10 +120,14 @@ def test_dropout_draws_for_the_positions_that_stock_draws_for() -> None:
     assert equal(lora(dropout=0.3), padded(rows())) == [len(LENGTHS) * (max(LENGTHS) + 3)]
 
 
-def test_padding_past_the_original_context_does_not_change_longrope() -> None:
+@pytest.mark.parametrize("first", [0, 9])
+def test_padding_past_the_original_context_does_not_change_longrope(first: int) -> None:
     model = lora(**LONGROPE)  # 32 tokens
-    assert equal(model, padded(rows((30, 9)), more=10)) == [80]
-    assert equal(model, padded(rows((31, 9)), more=0)) == [40]
+    for lengths, more, seen in (((30 - first, 9), 10, 80 - 2 * first), ((31 - first, 9), 0, 40 - first)):
+        batch = padded(rows(lengths), more=more)
+        assert equal(model, batch | {"position_ids": first + torch.arange(lengths[0] + more)[None]}) == [seen]
+        if not first:
+            assert equal(model, batch) == [seen]
 
 
 def test_rows_without_any_label_or_text_stay_finite() -> None:

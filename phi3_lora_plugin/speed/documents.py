@@ -185,7 +185,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._stock_forward(**unmasked | {"attention_mask": none})
     if max(lengths) == 0:
         return self._stock_forward(**kwargs)
-    if (self.training and draws(self)) or switches(self, lengths, width):
+    if (self.training and draws(self)) or switches(self, known, lengths, width):
         return self._stock_forward(**unmasked)
     bounds = [0, *accumulate(length for length in lengths if length)]
     return _flat(self, given, positions, known, bounds, kwargs, embedded)

@@ -16,10 +16,16 @@ from phi3_lora_plugin.speed.bounds import Documents, Facts, to_device
 long_of_call: ContextVar[torch.Tensor | None] = ContextVar("long_of_call", default=None)
 
 
-def switches(decoder: Any, lengths: Sequence[int], width: int) -> bool:
+def switches(decoder: Any, known: Facts, lengths: Sequence[int], width: int) -> bool:
     """Whether only the padding exceeds the original context, after which stock longrope takes its long factors."""
     limit = decoder.rotary_emb._original_context
-    return limit is not None and max(lengths) <= limit < width
+    if limit is None:
+        return False
+    text, all_of_it = max(lengths), width
+    if known.positions is not None and known.real is not None:
+        text = int(known.positions.expand(known.real.shape)[known.real].max()) + 1
+        all_of_it = int(known.positions.max()) + 1
+    return text <= limit < all_of_it
 
 
 def original_context(config: Any) -> int | None:

@@ -307,7 +307,13 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         supervised=supervised,
         weights=None if weights is None else nn.functional.pad(weights[:, 1:], (0, 1)),
     )
-    return CausalLMOutputWithPast(loss=loss, logits=None, hidden_states=outputs.hidden_states)
+    return CausalLMOutputWithPast(
+        loss=loss,
+        logits=None,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
 
 
 def known_supervised(model: Any, labels: torch.Tensor) -> torch.Tensor | None:
