@@ -25,7 +25,7 @@ def switches(decoder: Any, known: Facts, lengths: Sequence[int], width: int) -> 
     if known.positions is not None and known.real is not None:
         text = int(known.positions.expand(known.real.shape)[known.real].max()) + 1
         all_of_it = int(known.positions.max()) + 1
-    return text <= limit < all_of_it
+    return bool(text <= limit < all_of_it)
 
 
 def original_context(config: Any) -> int | None:
