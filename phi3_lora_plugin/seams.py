@@ -109,6 +109,9 @@ SEAMS = {
         _MEASURED,
         ("self", "enable", "gradient_checkpointing_func"),
     ),
+    "transformers.tokens": Seam(
+        "transformers:Trainer._track_num_input_tokens", "tokens counted without a wait for the card", ("self", "inputs")
+    ),
     "transformers.trials": Seam("transformers:Trainer._get_output_dir", "checkpoints in a hyperparameter search"),
     # What hosts have for plugins.
     "axolotl.plugin": Seam("axolotl.integrations.base:BasePlugin", _AXOLOTL),

@@ -179,6 +179,45 @@ def test_the_host_waits_once_in_a_step_and_stock_code_twice(lengths: tuple[int, 
     ] * (2 if len(set(lengths)) > 1 else 1)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_of_a_trainer_waits_once_for_each_micro_batch(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from benchmarks.batches import padded
+    from phi3_lora_plugin.chat.pack import PackedCollator
+    from phi3_lora_plugin.speed.token_count import count_on_host
+
+    waits: list[list[str]] = []
+
+    class Waits(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            waits.append([*card.reads, *card.copies])
+
+    monkeypatch.setattr(Trainer, "_move_model_to_device", lambda *_: None)
+    monkeypatch.setattr(Accelerator, "prepare_model", lambda self, model, **_: model)
+    card = Card()
+    small = config("embedded:tiny-phi3", 1)
+    model = build(small, dict(targets="all-linear", r=4, alpha=8), dtype=torch.bfloat16, checkpointing=True)
+    fast(model, "auto", card.device)
+    rows = [{"input_ids": [3] * length, "labels": [-100, *[3] * (length - 1)]} for length in (9, 30, 17, 24) * 6]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
+        logging_steps=10, logging_nan_inf_filter=False, include_num_input_tokens_seen="non_padding", report_to="none",
+        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, max_grad_norm=0.5,
+    )  # fmt: skip
+    with on_a_card(card):
+        settle(model)
+        trainer = Trainer(model, arguments, PackedCollator() if packed else padded, rows, callbacks=[Waits()])
+        count_on_host(trainer, model.get_base_model())
+        stock = trainer.get_batch_samples
+        monkeypatch.setattr(trainer, "get_batch_samples", lambda *given: card.put(stock(*given)))
+        trainer.train()
+    assert len(waits[1]) - len(waits[0]) == 2, waits[1][len(waits[0]) :]
+
+
 def test_every_read_is_found_and_values_of_whole_numbers_are_kept() -> None:
     card = Card()
     with on_a_card(card):

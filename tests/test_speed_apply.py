@@ -13,6 +13,7 @@ import tiny
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from peft import LoraConfig, get_peft_model
+from test_speed_documents import padded
 from transformers import Trainer, TrainingArguments
 
 from phi3_lora_plugin.chat.pack import PackedCollator, pack
@@ -276,6 +277,31 @@ def graphs_of_batches(model: Any) -> int:
         torch.testing.assert_close(*grads)
     torch._dynamo.reset()
     return len(made)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_are_counted_without_a_look_at_the_card(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = rows(8, equal=False)
+    seen = {}
+    stock = Trainer._track_num_input_tokens
+    for speed in ("off", "auto"):
+        for mode in ("non_padding", "all"):
+            monkeypatch.setattr(Trainer, "_track_num_input_tokens", stock)
+            arguments = arguments_of(tmp_path, gradient_accumulation_steps=2, remove_unused_columns=False)
+            arguments.include_num_input_tokens_seen = mode
+            model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules=TARGETS))
+            trainer = Trainer(
+                model, arguments, train_dataset=data, data_collator=PackedCollator() if packed else padded
+            )  # type: ignore[arg-type]
+            accelerate_phi3(trainer, speed)
+            if speed == "auto":
+                monkeypatch.setattr(Trainer, "_track_num_input_tokens", lambda *_: pytest.fail("the card is asked"))
+            trainer.train()
+            seen[speed, mode] = trainer.state.num_input_tokens_seen
+    assert seen["off", "all"] == seen["auto", "all"]
+    assert seen["auto", "non_padding"] == (seen["auto", "all"] if packed else seen["off", "non_padding"])
 
 
 def test_accelerate_s_own_setting_compiles_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
     outputs (`compute_metrics`, `return_outputs`, your own `compute_loss`) gets them.
     """
     from phi3_lora_plugin.speed.loss import leave_uncompiled
+    from phi3_lora_plugin.speed.token_count import count_on_host
     from phi3_lora_plugin.speed.trainer_loss import follow, liger_loss, own_loss
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -153,6 +154,8 @@ def accelerate_phi3(trainer: Trainer, parts: str | Mapping[Any, bool] = "auto") 
     if trainer.optimizer is not None:
         kept.append("masters")
     applied = _switch(model, wanted, trainer.args.device, _moved_later(trainer), kept)
+    if applied[1].on:
+        count_on_host(trainer, base)
     if applied[0].on:
         follow(trainer, base)
         if _compiles(trainer):
@@ -226,7 +229,7 @@ def _apply_trl_loss(trainer: Trainer, base: Any, own_loss: str) -> Applied:
 
     obstacle = trl_loss_obstacle(trainer, base)
     if obstacle is None:
-        fuse_trl_loss(base)
+        fuse_trl_loss(base, _compiles(trainer))
     return Applied("loss", obstacle is None, obstacle or PARTS["loss"])
 
 

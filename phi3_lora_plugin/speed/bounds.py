@@ -53,6 +53,12 @@ class Facts:
         """Whether these are the facts of these tensors, and of whichever labels."""
         return len(self.of) == 4 and all(a is b for a, b in zip(self.of[1:], (mask, starts, positions), strict=True))
 
+    def counted(self) -> tuple[Any, int] | None:
+        """(the tensor that tells it, how many tokens are no padding); None if nothing tells."""
+        if self.real is not None:
+            return self.of[1], int(self.real.sum())
+        return (self.of[2], self.starts[-1]) if self.starts else None
+
     def trains_padding(self) -> bool:
         """Whether what is padding for attention is text for the loss."""
         if self.real is None or self.supervised is None or self.real.shape != self.supervised.shape:

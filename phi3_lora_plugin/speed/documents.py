@@ -95,7 +95,7 @@ def restore_documents(base: Any) -> None:
 
 
 _OURS = (
-    "_stock_forward", "_stock_attention", "_dropouts", "_kernels", "_looks", "_original_context"
+    "_stock_forward", "_stock_attention", "_dropouts", "_kernels", "_looks", "_original_context", "_counted"
 )  # fmt: skip
 
 
@@ -136,7 +136,9 @@ def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
         return
     known = facts_of_call.get().of
     if len(known) != 4 or any(a is not b for a, b in zip(known, of, strict=True)):
-        facts_of_call.set(facts(*of))
+        found = facts(*of)
+        facts_of_call.set(found)
+        decoder._counted = found.counted()
 
 
 def reads_documents(decoder: Any) -> bool:

@@ -51,10 +51,10 @@ def follow(trainer: Any, base: Any) -> None:
         return
     # `base` as it is now: later it may be inside any number of wrappers
     for name, ours in (("compute_loss", _compute_loss), ("prediction_step", _prediction_step)):
-        setattr(trainer, name, partial(ours, _held(trainer, getattr(trainer, name)), base))
+        setattr(trainer, name, partial(ours, held(trainer, getattr(trainer, name)), base))
 
 
-def _held(trainer: Any, method: Any) -> Callable[[], Any]:
+def held(trainer: Any, method: Any) -> Callable[[], Any]:
     """A trainer's method that the trainer can keep without keeping itself alive.
 
     Otherwise a dropped trainer waits for a garbage collection, and that waits five seconds for each DataLoader worker.

@@ -39,32 +39,43 @@ def trl_loss_obstacle(trainer: Any, base: Any) -> str | None:
     return head_obstacle(base)
 
 
-def fuse_trl_loss(base: Any) -> None:
-    """Answer `fused_lm_head=True` from supervised positions; `restore_trl_loss` undoes it."""
+def fuse_trl_loss(base: Any, compiled: bool = False) -> None:
+    """Answer `fused_lm_head=True` from supervised positions; `restore_trl_loss` undoes it.
+
+    `compiled`: whether torch.compile will be on; it then compiles what is before the loss, and the loss stays as it is.
+    """
     if "_trl_forward" not in base.__dict__:
         base._trl_forward = base.forward
         base.forward = partial(_forward, base)
+    base._trl_output = torch.compiler.disable(_output) if compiled else _output
 
 
 def restore_trl_loss(base: Any) -> None:
     """Undo `fuse_trl_loss`."""
     if (forward := base.__dict__.pop("_trl_forward", None)) is not None:
         base.forward = forward
+        del base._trl_output
 
 
 def _forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
     if not fused_lm_head or head_obstacle(self) or kwargs.get("shift_labels") is not None:
         return self._trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-    from trl.trainer.utils import FusedCausalLMOutput
-
+    if torch.compiler.is_compiling() and self._trl_output is _output:  # it would be compiled for each number of rows
+        return self._trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
     labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
     kwargs.pop("shift_labels", None)
     kwargs = by_name(type(self), args, kwargs) | {"use_cache": False}
     hidden = self.model(**kwargs, **request(self, known_supervised(self, labels), kwargs)).last_hidden_state
+    return self._trl_output(self.lm_head, hidden, labels, items)
+
+
+def _output(head: Any, hidden: torch.Tensor, labels: torch.Tensor, items: Any) -> Any:
+    from trl.trainer.utils import FusedCausalLMOutput
+
     targets = labels[:, 1:]
     mask = targets != -100
     rows = hidden[:, :-1][mask] if hidden.shape[:2] == labels.shape else hidden[0]
-    losses, entropy, right = supervised_rows(rows, self.lm_head.weight, targets[mask], self.lm_head.bias, True)
+    losses, entropy, right = supervised_rows(rows, head.weight, targets[mask], head.bias, True)
     log_probs = losses.new_zeros(mask.shape).masked_scatter(mask, -losses)
     count = mask.sum().clamp(min=1) if items is None else items
     return FusedCausalLMOutput(
