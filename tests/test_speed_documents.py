@@ -316,6 +316,20 @@ def test_rows_with_adapters_of_their_own_stay_rows() -> None:
     torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-6, atol=1e-9)
 
 
+def test_a_batch_in_the_tensors_of_one_that_failed_is_read_anew() -> None:
+    model = lora()
+    batch, other = padded(rows((7, 3, 5))), padded(rows((4, 7, 2)))
+    want = model(**other).loss.item()
+    speed_up(model)
+    hook = model.get_base_model().model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    hook.remove()
+    for name, tensor in batch.items():
+        tensor.copy_(other[name])
+    assert model(**batch).loss.item() == pytest.approx(want, rel=1e-6)
+
+
 def test_two_threads_in_one_model_do_not_mix_up_their_batches() -> None:
     model = lora(vocab_size=4000, **LONGROPE)
     speed_up(model)

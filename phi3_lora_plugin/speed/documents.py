@@ -72,8 +72,8 @@ def fuse_documents(model: Any, base: Any, devices: Iterable[torch.device] = ()) 
             attend_by(base, register_attention())
 
         # `partial` and methods, not closures: a copy of the model then has hooks of its own, and it can be pickled
-        look = partial(_look, decoder)
-        tops = {id(model): model, id(base): base}.values()
+        tops = [model] if model is base else [model, base]
+        look = partial(_look, decoder, model)
         decoder._looks = [top.register_forward_pre_hook(look, with_kwargs=True) for top in tops]
     if base.config._attn_implementation == NAME:
         decoder._kernels = _proved(decoder, devices)
@@ -126,16 +126,17 @@ def _proved(decoder: Any, devices: Iterable[torch.device]) -> Kernels:
     return Kernels(known.proved | new.proved, known.refused | new.refused)
 
 
-def _look(decoder: Any, module: Any, args: Any, kwargs: Any) -> None:
+def _look(decoder: Any, outermost: Any, module: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     kwargs = by_name(type(module), args, kwargs)
     of = tuple(kwargs.get(name) for name in ("labels", "attention_mask", "cu_seq_lens_q", "position_ids"))
-    if kwargs.get("past_key_values") is not None or _exported():
-        facts_of_call.set(Facts())  # a token of generation, say: nothing here is wanted
+    if kwargs.get("past_key_values") is not None:
+        facts_of_call.set(Facts())  # a token of generation: nothing here is wanted
         return
     known = facts_of_call.get().of
-    if len(known) != 4 or any(a is not b for a, b in zip(known, of, strict=True)):
+    # What is known in the outermost model already is from a call that failed: its tensors may hold another batch now.
+    if module is outermost or len(known) != 4 or any(a is not b for a, b in zip(known, of, strict=True)):
         found = facts(*of)
         facts_of_call.set(found)
         decoder._counted = found.counted()
@@ -148,7 +149,7 @@ def reads_documents(decoder: Any) -> bool:
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling():  # it would be compiled for each number of documents
+    if torch.compiler.is_compiling():  # or exported: it would be compiled for each number of documents
         return self._stock_forward(*args, **kwargs)
     kwargs = by_name(type(self), args, kwargs)
     embedded = kwargs.get("input_ids") is None
@@ -156,7 +157,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mask, starts, positions = (kwargs.get(name) for name in ("attention_mask", "cu_seq_lens_q", "position_ids"))
     known = facts_of_call.get()
     facts_of_call.set(Facts())  # they are of this call alone: the decoder is called without its model, too
-    if given is None or kwargs.get("past_key_values") is not None or _exported() or _by_row(self):
+    if given is None or kwargs.get("past_key_values") is not None or _by_row(self):
         return self._stock_forward(**kwargs)
     if mask is not None and getattr(mask, "ndim", 0) != 2:
         return self._stock_forward(**kwargs)  # it says itself who sees whom
@@ -199,11 +200,6 @@ def wants_more(decoder: Any, kwargs: Any) -> bool:
         kwargs.get(name) or (name not in kwargs and getattr(decoder.config, name, False))
         for name in ("output_hidden_states", "output_attentions")
     )
-
-
-def _exported() -> bool:
-    """Whether `torch.export` looks at what happens, for batches of which nothing is known yet."""
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # since torch 2.7
 
 
 def _by_row(decoder: Any) -> bool:
