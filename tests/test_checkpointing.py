@@ -80,7 +80,12 @@ def test_candidates_are_all_that_transformers_offers_fastest_first() -> None:
         counts = [sum(each.layers(layers)) for each in found]
         offered = {0, *(sum(Checkpointing(every).layers(layers)) for every in range(1, layers + 1))}
         assert counts == sorted(offered) and found[0] == Checkpointing() and found[-1] == ALL
-    assert list(candidates(32, "cuda")) == [*candidates(32, "cpu"), Checkpointing(1, offload=True)]
+    on_card = list(candidates(32, "cuda"))
+    assert [each for each in on_card if not each.offload] == list(candidates(32, "cpu"))
+    half, offloaded = Checkpointing(2, offload=True), Checkpointing(1, offload=True)
+    assert on_card.index(Checkpointing(2)) < on_card.index(half) < on_card.index(ALL) and on_card[-1] == offloaded
+    assert list(candidates(1, "cuda")) == [Checkpointing(), ALL, offloaded]
+    assert half.wording(5).endswith("(every_n_layers: 2), their inputs offloaded to host memory")
 
 
 @pytest.mark.long
@@ -97,7 +102,7 @@ def test_every_setting_is_extended_from_short_models_to_the_byte() -> None:
     short, whole = runs(False), runs(True)
     # The last layer is recomputed, and kept; and what is kept for recomputing is elsewhere.
     settings = Checkpointing(2), Checkpointing(3), Checkpointing(1, offload=True)
-    for setting in settings:
+    for setting in (*settings, Checkpointing(2, offload=True)):
         assert short(setting) == whole(setting), setting
     peaks = [max(each.total for each in short(setting).moments) for setting in (*settings, ALL)]
     assert peaks[1] > peaks[0] > peaks[3] > peaks[2]

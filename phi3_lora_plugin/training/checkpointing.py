@@ -36,9 +36,10 @@ class Checkpointing:
         again = sum(self.layers(count))
         if not again:
             return "all activations kept"
+        offloaded = ", their inputs offloaded to host memory" if self.offload else ""
         if again == count:
-            return f"all {count} layers recomputed{', their inputs offloaded to host memory' if self.offload else ''}"
-        return f"{again} of {count} layers recomputed (every_n_layers: {self.every})"
+            return f"all {count} layers recomputed{offloaded}"
+        return f"{again} of {count} layers recomputed (every_n_layers: {self.every}){offloaded}"
 
 
 def setting_name() -> str:
