@@ -206,7 +206,9 @@ def _by_row(decoder: Any) -> bool:
     """Whether PEFT has hung on each layer which adapter each row wants (`adapter_names`): it does so in evaluation."""
     if decoder.training:
         return False
-    hooks = (hook for module in decoder.modules() for hook in module._forward_pre_hooks.values())
+    blocks = [block for layer in decoder.layers for block in layer.children()]
+    adapted = (*blocks, *(part for block in blocks for part in block.children()))
+    hooks = (hook for module in adapted for hook in module._forward_pre_hooks.values())
     return any("adapter_names" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
