@@ -268,7 +268,9 @@ def test_documents_of_a_pack_stay_apart_where_hidden_states_are_asked_for(traini
             model(input_ids=torch.tensor([row["input_ids"]]), output_hidden_states=True).hidden_states for row in data
         ]
         speed_up(model)
-        found = model(**PackedCollator()([{"rows": data}]), output_hidden_states=True).hidden_states
+        pack = PackedCollator()([{"rows": data}])
+        found = model(**pack, output_hidden_states=True).hidden_states
+        assert torch.equal(model(**pack, output_hidden_states=[1]).hidden_states[1], found[1])
     assert len(found) == 3
     for number, layer in enumerate(found):
         want = torch.cat([each[number] for each in alone], dim=1)

@@ -287,7 +287,7 @@ def _flat(
         long_of_call.reset(long)
     hidden, layers = outputs.last_hidden_state, outputs.hidden_states
     if by_document and layers is not None:
-        layers = tuple(each.view(rows, tokens, -1) for each in layers)
+        layers = tuple(None if each is None else each.view(rows, tokens, -1) for each in layers)  # those asked for
     if hidden.shape[1] < bounds[-1]:
         pass  # supervised positions alone, as asked for: see `last_layer`
     elif where is None:
