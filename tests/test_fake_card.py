@@ -179,6 +179,17 @@ def test_the_host_waits_once_in_a_step_and_stock_code_twice(lengths: tuple[int, 
     ] * (2 if len(set(lengths)) > 1 else 1)
 
 
+def test_padding_on_the_left_costs_no_more_waits() -> None:
+    card = Card()
+    model = build(config("embedded:tiny-phi3", 1), dict(targets="all-linear", r=4, alpha=8), dtype=torch.bfloat16)
+    fast(model, "auto", card.device)
+    rows = {name: column.flip(1) for name, column in batch((50, 40), packed=False).items()}
+    with on_a_card(card):
+        settle(model)
+        loss(model, card.put(rows), items(rows), torch.bfloat16).backward()
+    assert len(card.reads) == 1, card.reads
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_of_a_trainer_waits_once_for_each_micro_batch(
     packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

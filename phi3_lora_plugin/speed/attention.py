@@ -110,6 +110,10 @@ def attend_by(base: Any, name: str) -> None:
 by_documents: ContextVar[bool] = ContextVar("by_documents", default=False)
 
 
+#: Whether the host knows that a batch has padding which its mask has to hide, and need not ask the card for it.
+needs_mask: ContextVar[bool] = ContextVar("needs_mask", default=False)
+
+
 def no_mask(attention: str, device: torch.device) -> torch.Tensor | None:
     """What says that no mask is needed: None, or, to attention by `NAME`, a mask with nothing in it.
 
@@ -122,6 +126,8 @@ def no_mask(attention: str, device: torch.device) -> torch.Tensor | None:
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
+    if "allow_is_causal_skip" in kwargs and not torch.compiler.is_compiling() and needs_mask.get():
+        kwargs["allow_is_causal_skip"] = False  # for which the values of the mask would be looked at
     without = not torch.compiler.is_compiling() and by_documents.get()
     made: torch.Tensor | None = None if without else sdpa_mask(*args, **kwargs)
     return made

@@ -21,7 +21,15 @@ from transformers.utils import can_return_tuple  # noqa: TID253
 from phi3_lora_plugin.seams import obstacle
 from phi3_lora_plugin.speed import varlen_kernels
 from phi3_lora_plugin.speed.arguments import by_name
-from phi3_lora_plugin.speed.attention import NAME, attend_by, by_blocks, by_documents, no_mask, register_attention
+from phi3_lora_plugin.speed.attention import (
+    NAME,
+    attend_by,
+    by_blocks,
+    by_documents,
+    needs_mask,
+    no_mask,
+    register_attention,
+)
 from phi3_lora_plugin.speed.bounds import (
     Documents,
     Facts,
@@ -179,7 +187,11 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         found = right_padded(known.real)
         if found is None:
-            return self._stock_forward(**kwargs)
+            token = needs_mask.set(True)
+            try:
+                return self._stock_forward(**kwargs)
+            finally:
+                needs_mask.reset(token)
         lengths = found
     window = getattr(self.config, "sliding_window", None)
     unmasked = kwargs | {"attention_mask": None, "use_cache": False}
