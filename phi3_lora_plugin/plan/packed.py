@@ -73,12 +73,12 @@ class _FusedPackedLinear(PeftLinear):  # type: ignore[misc]
     rooms: Any = ()
     """What weights are unpacked into; empty where each is unpacked into memory of its own."""
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any, *args: Any, unnormed: Any = None, **kwargs: Any) -> Any:
         adapter = single_adapter(self)
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         compute = self.base_layer.compute
-        return apply(self, adapter, x.to(compute), self.part(adapter, compute)).to(x.dtype)
+        return apply(self, adapter, x.to(compute), self.part(adapter, compute), unnormed).to(x.dtype)
 
     def part(self, adapter: str, dtype: Any) -> Any:
         """As `FusedLoraLinear4bit.part`."""

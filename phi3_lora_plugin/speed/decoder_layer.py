@@ -12,7 +12,7 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer  # noqa: TID253
 
-from phi3_lora_plugin.speed.elementwise import add_and_norm, take
+from phi3_lora_plugin.speed.elementwise import Unnormed, add_and_norm, take
 
 
 class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
@@ -28,13 +28,19 @@ class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
         ours = all(takes(norm, hidden_states) and not watched(norm) for norm in (before, after))
         if args or drops or not ours or not self.training or "_stock" in self.__dict__:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        residual, normed = add_and_norm(hidden_states, None, before.weight, before.variance_epsilon)
+        residual, normed, unnormed = add_and_norm(hidden_states, None, before.weight, before.variance_epsilon)
+        kwargs |= _told(self.self_attn, unnormed)
         if supervised is not None and supervised.layer is self:
             kwargs["only"] = supervised.index(hidden_states.device)
             residual = take(residual, kwargs["only"])
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
-        residual, normed = add_and_norm(attended, residual, after.weight, after.variance_epsilon)
-        return residual + self.mlp(normed)
+        residual, normed, unnormed = add_and_norm(attended, residual, after.weight, after.variance_epsilon)
+        return residual + self.mlp(normed, **_told(self.mlp, unnormed))
+
+
+def _told(module: Any, unnormed: Unnormed) -> dict[str, Any]:
+    """What its normed input was made of, for a module whose forward is ours and sees that input as it is."""
+    return {"unnormed": unnormed} if "forward" in module.__dict__ and not watched(module) else {}
 
 
 # FSDP and accelerate find the layers to wrap by the name of their class.

@@ -8,6 +8,7 @@ card where they are proved right there (`proved_kernels`) as one kernel in each 
 # This module defines autograd functions, subclasses of something heavy; it is imported only inside functions.
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch  # noqa: TID253
@@ -16,8 +17,21 @@ from phi3_lora_plugin.speed.first_order import first_order
 from phi3_lora_plugin.speed.proved_kernels import passes_for
 
 
+@dataclass(frozen=True)
+class Unnormed:
+    """What a normed tensor [.., width] was made of: total x scale x weight, all of which its norm keeps anyway."""
+
+    total: torch.Tensor
+    """[.., width], without a gradient."""
+    scale: torch.Tensor
+    """[.., 1], 1 / rms(total) in float32."""
+    weight: torch.Tensor
+    """[width]."""
+
+
 class _Norm(torch.autograd.Function):  # type: ignore[misc]
-    """(x + residual, or x itself; its norm x weight); keeps the sum and one number a row. The weight is frozen."""
+    """(x + residual, or x itself; its norm x weight; 1 / its rms); keeps the sum and one number a row. The weight is
+    frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, residual: Any, weight: Any, eps: float) -> Any:
@@ -29,11 +43,12 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(x if residual is None else total, weight, scale)
         ctx.added = residual is not None
         ctx.set_materialize_grads(False)
-        return total, normed
+        ctx.mark_non_differentiable(scale)
+        return total, normed, scale
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, ahead: Any, grad: Any) -> Any:
+    def backward(ctx: Any, ahead: Any, grad: Any, _: Any) -> Any:
         x, weight, scale = ctx.saved_tensors
         out = ahead
         if grad is not None:
@@ -48,14 +63,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_and_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, Unnormed]:
     """(x + residual, `rms_norm` of it), each [.., width], with one gradient for both; without `residual` (x, its norm).
 
-    Who goes on with the first of the two instead of x has one pass less in backward, where both gradients meet.
+    Who goes on with the first of the two instead of x has one pass less in backward, where both gradients meet. The
+    third says what the second was made of.
     """
     with torch.autocast(x.device.type, enabled=False):  # which would take sums of squares in 16 bits
-        made: tuple[torch.Tensor, torch.Tensor] = _Norm.apply(x, residual, weight, eps)
-    return made
+        total, normed, scale = _Norm.apply(x, residual, weight, eps)
+    return total, normed, Unnormed(total.detach(), scale, weight)
 
 
 class _Rotate(torch.autograd.Function):  # type: ignore[misc]

@@ -3,7 +3,7 @@
 # Imported only inside functions, like everything that is heavy.
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch  # noqa: TID253
 
 from phi3_lora_plugin.model.families import rope_of
 from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, takes, watched
-from phi3_lora_plugin.speed.elementwise import rms_norm, rotate, swiglu, take
+from phi3_lora_plugin.speed.elementwise import Unnormed, rms_norm, rotate, swiglu, take
 from phi3_lora_plugin.speed.lora_mlp import lora_mlp
 from phi3_lora_plugin.speed.proved_kernels import cards_of, prove
 
@@ -87,14 +87,14 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _mlp(self: Any, hidden_states: torch.Tensor, unnormed: Unnormed | None = None) -> torch.Tensor:
     silu = isinstance(self.activation_fn, torch.nn.SiLU) or type(self.activation_fn).__name__ == "SiLUActivation"
     if not self.training or not silu:
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
     out: torch.Tensor | None = None
     if torch.is_grad_enabled() and not (watched(self.gate_up_proj) or watched(self.down_proj)):
-        out = lora_mlp(hidden_states, self.gate_up_proj, self.down_proj)
+        out = lora_mlp(hidden_states, self.gate_up_proj, self.down_proj, unnormed)
     return self.down_proj(swiglu(self.gate_up_proj(hidden_states))) if out is None else out  # type: ignore[no-any-return]
 
 
@@ -105,6 +105,7 @@ def _attention(
     attention_mask: Any = None,
     past_key_values: Any = None,
     only: torch.Tensor | None = None,
+    unnormed: Unnormed | None = None,
     **kwargs: Any,
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -116,11 +117,12 @@ def _attention(
         kwargs |= {} if past_key_values is None else {"past_key_values": past_key_values}
         out, weights = type(self).forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
         return out if only is None else take(out, only), weights
-    qkv = self.qkv_proj(hidden_states)
+    ours = hasattr(self.qkv_proj, "fast") and not watched(self.qkv_proj)
+    qkv = self.qkv_proj(hidden_states, **({"unnormed": unnormed} if ours else {}))
     cos, sin = position_embeddings
     heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads
     # Nothing keeps the output of our projection: the rotated queries and keys can take its place.
-    reuse = hasattr(self.qkv_proj, "fast") and not watched(self.qkv_proj) and qkv.grad_fn is not None
+    reuse = ours and qkv.grad_fn is not None
     query, key, value = rotate(qkv, cos, sin, heads, key_heads, self.head_dim, reuse)
     out, weights = ALL_ATTENTION_FUNCTIONS[name](
         self,
@@ -143,7 +145,7 @@ def _rotates_wider(device: str, dtype: torch.dtype) -> bool:
 
 
 #: By the names of transformers' classes: FSDP2 puts a class of its own over each.
-_FORWARDS = {"Phi3Attention": _attention, "Phi3MLP": _mlp, "Phi3RMSNorm": _norm}
+_FORWARDS: dict[str, Callable[..., Any]] = {"Phi3Attention": _attention, "Phi3MLP": _mlp, "Phi3RMSNorm": _norm}
 
 
 @cache

@@ -18,6 +18,7 @@ from typing import Any
 import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
+from phi3_lora_plugin.speed.elementwise import Unnormed
 from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
 
 _FEW = 16  # rows; up to this many, a pass over A and B costs more than a pass over the rows
@@ -79,46 +80,70 @@ class Part:
         return self.weight.to(dtype) if self.unpack is None else self.unpack()
 
 
+def kept_of(x: torch.Tensor, unnormed: Unnormed | None) -> tuple[torch.Tensor | None, ...]:
+    """What `gradient_of_a` needs to know of A's input x [n, in]: what that was made of, where it keeps nothing new.
+
+    Not in float16, whose range gradients divided by rms(x) may leave.
+    """
+    if unnormed is None or unnormed.total.dtype != x.dtype or x.dtype == torch.float16:
+        return x, None, None
+    scale = unnormed.scale.reshape(-1, 1)
+    if scale.dtype != torch.float32 or len(scale) != len(x):
+        return x, None, None
+    return unnormed.total.reshape(-1, x.shape[-1]), scale, unnormed.weight
+
+
+def gradient_of_a(grad_down: torch.Tensor, dtype: torch.dtype, kept: Any) -> torch.Tensor:
+    """[r, in] in `dtype`, from the gradient [n, r] of A x and `kept_of` x: x itself, or total, scale and weight.
+
+    With x = total * scale * weight, row by row and column by column, d A = (d down * scale)^T total * weight.
+    """
+    x, scale, weight = kept
+    if scale is None:
+        return (grad_down.t() @ x).to(dtype)
+    return ((grad_down * scale).to(x.dtype).t() @ x).to(dtype).mul_(weight)
+
+
 class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
     """x [n, in], A [r, in], B [out, r] -> [n, out]; `seen` is x after dropout, None for x itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, seen: Any, a: Any, b: Any, part: Part) -> Any:
-        kept = x if seen is None else seen
-        down = kept @ a.t().to(x.dtype)
+    def forward(ctx: Any, x: Any, seen: Any, a: Any, b: Any, part: Part, unnormed: Unnormed | None) -> Any:
+        given = x if seen is None else seen
+        down = given @ a.t().to(x.dtype)
         out = part.product(x)
         part.add(out, down)
-        ctx.save_for_backward(kept, down, part.weight, a, b)
+        ctx.save_for_backward(down, part.weight, a, b, *kept_of(given, unnormed if seen is None else None))
         ctx.part, ctx.dropped = part, seen is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        seen, down, _, a, _ = ctx.saved_tensors
+        down, _, a, _, *kept = ctx.saved_tensors
         grad_b, grad_down = ctx.part.gradients(grad, down)
-        grad_a = (grad_down.t() @ seen).to(a.dtype)
+        grad_a = gradient_of_a(grad_down, a.dtype, kept)
         grad_x = grad_seen = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.part.back(grad, None if ctx.dropped else grad_down)
         if ctx.dropped and ctx.needs_input_grad[1]:
             grad_seen = grad_down @ a.to(grad.dtype)
-        return grad_x, grad_seen, grad_a, grad_b, None
+        return grad_x, grad_seen, grad_a, grad_b, None, None
 
 
 class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
     """PEFT's LoRA layer over `nn.Linear` with the fused function as its forward; anything unusual takes PEFT's own."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
-        out = None if args or kwargs else self.fast(x)
+    def forward(self, x: torch.Tensor, *args: Any, unnormed: Unnormed | None = None, **kwargs: Any) -> torch.Tensor:
+        """x [..., in] -> [..., out]; `unnormed` says what x was made of if a norm gave it."""
+        out = None if args or kwargs else self.fast(x, unnormed)
         return super().forward(x, *args, **kwargs) if out is None else out
 
-    def fast(self, x: torch.Tensor) -> torch.Tensor | None:
+    def fast(self, x: torch.Tensor, unnormed: Unnormed | None = None) -> torch.Tensor | None:
         """What the fused function gives, or None where this layer is in an unusual state."""
         adapter, dtype = single_adapter(self), computed_in(x)
         if adapter is None or (part := self.part(adapter, dtype)) is None:
             return None
-        return apply(self, adapter, x.to(dtype), part)
+        return apply(self, adapter, x.to(dtype), part, unnormed)
 
     def part(self, adapter: str, dtype: torch.dtype) -> Part | None:
         """The layer with this adapter, for x in this dtype; None where PEFT's forward has to run."""
@@ -158,7 +183,7 @@ def drops(layer: Any, adapter: str) -> bool:
     return layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
 
 
-def apply(layer: Any, adapter: str, x: torch.Tensor, part: Part) -> torch.Tensor:
+def apply(layer: Any, adapter: str, x: torch.Tensor, part: Part, unnormed: Unnormed | None = None) -> torch.Tensor:
     """x [..., in] -> [..., out] in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
     seen = layer.lora_dropout[adapter](x).reshape(-1, x.shape[-1]) if drops(layer, adapter) else None
@@ -167,7 +192,7 @@ def apply(layer: Any, adapter: str, x: torch.Tensor, part: Part) -> torch.Tensor
         if few and part.a is not None and part.a.dtype != x.dtype:
             out = _few_rows(rows, part)
         else:
-            out = _LoraLinear.apply(rows, seen, part.a, part.b, part)
+            out = _LoraLinear.apply(rows, seen, part.a, part.b, part, unnormed)
     return out.view(*x.shape[:-1], -1)
 
 

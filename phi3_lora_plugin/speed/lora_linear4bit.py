@@ -15,6 +15,7 @@ import bitsandbytes as bnb  # noqa: TID253
 import torch  # noqa: TID253
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit  # noqa: TID253
 
+from phi3_lora_plugin.speed.elementwise import Unnormed
 from phi3_lora_plugin.speed.lora_linear import Part, apply, computed_in, part_of, parts_obstacle, single_adapter
 from phi3_lora_plugin.speed.prefetch import Buffers, Packed
 from phi3_lora_plugin.speed.shards import hooked, say_once, shard_obstacle
@@ -31,18 +32,18 @@ _FEW_ROWS = 1536  # up to which bitsandbytes (0.50, `gemm_4bit`) has products th
 class FusedLoraLinear4bit(PeftLinear4bit):  # type: ignore[misc]
     """PEFT's LoRA layer over `bnb.nn.Linear4bit` with the fused function; anything unusual takes PEFT's own."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x [..., in] -> [..., out]."""
-        out = None if args or kwargs else self.fast(x)
+    def forward(self, x: torch.Tensor, *args: Any, unnormed: Unnormed | None = None, **kwargs: Any) -> torch.Tensor:
+        """As `FusedLoraLinear.forward`."""
+        out = None if args or kwargs else self.fast(x, unnormed)
         return super().forward(x, *args, **kwargs) if out is None else out
 
-    def fast(self, x: torch.Tensor) -> torch.Tensor | None:
+    def fast(self, x: torch.Tensor, unnormed: Unnormed | None = None) -> torch.Tensor | None:
         """As `FusedLoraLinear.fast`."""
         adapter, dtype = single_adapter(self), computed_in(x)
         compute = self.base_layer.compute_dtype or dtype
         if adapter is None or (part := self.part(adapter, compute)) is None:
             return None
-        return apply(self, adapter, x.to(compute), part).to(dtype)
+        return apply(self, adapter, x.to(compute), part, unnormed).to(dtype)
 
     def part(self, adapter: str, dtype: torch.dtype) -> Part | None:
         """As `FusedLoraLinear.part`."""
