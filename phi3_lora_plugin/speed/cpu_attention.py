@@ -34,9 +34,9 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         heads, tokens, size = query.shape
         out = query.new_empty(tokens, heads, size)
         dtype = torch.promote_types(torch.float32, query.dtype)  # float64 stays what it is
-        rows, keys, later = query.to(dtype) * scale, key.to(dtype), _later(dtype)
+        rows, keys, later = query.to(dtype), key.to(dtype), _later(dtype)
         for block in _blocks(bounds, heads, window):
-            shares = _shares(rows, keys, block, later, window).to(value.dtype)
+            shares = _shares(rows, keys, block, later, scale, window).to(value.dtype)
             attended = torch.bmm(shares, value[:, block.first : block.stop])
             out[block.start : block.stop] = attended.view(heads, -1, size).transpose(0, 1)
         ctx.save_for_backward(query, key, value, out)
@@ -51,14 +51,14 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         heads, _, size = query.shape
         grad, out = grad.transpose(0, 1), out.transpose(0, 1)
         dtype = torch.promote_types(torch.float32, query.dtype)
-        rows, keys, values, later = query.to(dtype) * scale, key.to(dtype), value.to(dtype), _later(dtype)
+        rows, keys, values, later = query.to(dtype), key.to(dtype), value.to(dtype), _later(dtype)
         ahead = grad.to(dtype)
         # of each query: the sum over keys of its share x the gradient of that share
         means = torch.linalg.vecdot(ahead, out.to(dtype)).unsqueeze_(-1)
         grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
         for block in _blocks(bounds, heads, window):
             asks, seen = slice(block.start, block.stop), slice(block.first, block.stop)
-            shares = _shares(rows, keys, block, later, window)
+            shares = _shares(rows, keys, block, later, scale, window)
             scores = torch.bmm(_grouped(ahead[:, asks], len(key)), values[:, seen].transpose(1, 2))
             scores = scores.sub_(_grouped(means[:, asks], len(key))).mul_(shares).to(query.dtype)
             grad_q[:, asks] = torch.bmm(scores, key[:, seen]).view(heads, -1, size)
@@ -89,10 +89,11 @@ def _blocks(bounds: tuple[int, ...], heads: int, window: int | None) -> tuple[_B
     return tuple(blocks)
 
 
-def _shares(rows: Any, keys: Any, block: _Block, later: Any, window: int | None) -> torch.Tensor:
+def _shares(rows: Any, keys: Any, block: _Block, later: Any, scale: float, window: int | None) -> torch.Tensor:
     """[key heads, queries of all heads that share one, keys]: what each query takes of each value."""
     asks = _grouped(rows[:, block.start : block.stop], len(keys))
-    scores = torch.bmm(asks, keys[:, block.first : block.stop].transpose(1, 2))
+    seen = keys[:, block.first : block.stop].transpose(1, 2)
+    scores = torch.baddbmm(asks.new_empty(1, 1, 1), asks, seen, beta=0, alpha=scale)  # beta 0: the first is not read
     count, before = block.stop - block.start, block.start - block.first
     each = scores.view(len(keys), -1, count, before + count)
     each[..., before:] += later[:count, :count]

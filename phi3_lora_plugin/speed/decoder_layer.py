@@ -12,7 +12,8 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer  # noqa: TID253
 
-from phi3_lora_plugin.speed.elementwise import Unnormed, add_and_norm, take
+from phi3_lora_plugin.speed.device_kind import device_kind
+from phi3_lora_plugin.speed.elementwise import Unnormed, add, add_and_norm, take
 
 
 class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
@@ -34,8 +35,19 @@ class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
             kwargs["only"] = supervised.index(hidden_states.device)
             residual = take(residual, kwargs["only"])
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
-        residual, normed, unnormed = add_and_norm(attended, residual, after.weight, after.variance_epsilon)
-        return residual + self.mlp(normed, **_told(self.mlp, unnormed))
+        reuse = _ours_alone(attended, self.self_attn, self.self_attn.o_proj)
+        residual, normed, unnormed = add_and_norm(attended, residual, after.weight, after.variance_epsilon, reuse)
+        made = self.mlp(normed, **_told(self.mlp, unnormed))
+        return add(made, residual, _ours_alone(made, self.mlp, self.mlp.down_proj))
+
+
+def _ours_alone(made: torch.Tensor, module: Any, projection: Any) -> bool:
+    """Whether `made` by this module is what our function for its last projection made, and no other code sees it.
+
+    Only on a CPU: a card's kernel adds and norms in one, and memory that is freed is taken again at once.
+    """
+    ours = hasattr(projection, "fast") and not watched(module) and not watched(projection)
+    return ours and made.grad_fn is not None and device_kind(made) == "cpu"
 
 
 def _told(module: Any, unnormed: Unnormed) -> dict[str, Any]:

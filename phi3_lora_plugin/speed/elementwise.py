@@ -34,13 +34,14 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
     frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, residual: Any, weight: Any, eps: float) -> Any:
+    def forward(ctx: Any, x: Any, residual: Any, weight: Any, eps: float, reuse: bool) -> Any:
         run = passes_for("norm", x, x.shape[-1])
-        if residual is None:
-            total, (normed, scale) = x.view_as(x), run.norm(x, weight, eps)
+        if residual is None or reuse:
+            total = x.view_as(x) if residual is None else x.add_(residual).view_as(x)
+            normed, scale = run.norm(x, weight, eps)
         else:
             total, normed, scale = run.add_norm(x, residual, weight, eps)
-        ctx.save_for_backward(x if residual is None else total, weight, scale)
+        ctx.save_for_backward(total, weight, scale)
         ctx.added = residual is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(scale)
@@ -53,7 +54,7 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
         out = ahead
         if grad is not None:
             out = passes_for("norm", x, x.shape[-1]).norm_backward(grad, ahead, x, weight, scale)
-        return out, out if ctx.added else None, None, None
+        return out, out if ctx.added else None, None, None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -62,16 +63,39 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_and_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, reuse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, Unnormed]:
     """(x + residual, `rms_norm` of it), each [.., width], with one gradient for both; without `residual` (x, its norm).
 
     Who goes on with the first of the two instead of x has one pass less in backward, where both gradients meet. The
-    third says what the second was made of.
+    third says what the second was made of. `reuse` as for `add`.
     """
     with torch.autocast(x.device.type, enabled=False):  # which would take sums of squares in 16 bits
-        total, normed, scale = _Norm.apply(x, residual, weight, eps)
+        total, normed, scale = _Norm.apply(x, residual, weight, eps, reuse)
     return total, normed, Unnormed(total.detach(), scale, weight)
+
+
+class _Add(torch.autograd.Function):  # type: ignore[misc]
+    """x + residual, in place of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, residual: Any) -> Any:
+        return x.add_(residual).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad, grad
+
+
+def add(x: torch.Tensor, residual: torch.Tensor, reuse: bool = False) -> torch.Tensor:
+    """x + residual, both [.., width].
+
+    Args:
+        reuse: write it into x. Only where no other code reads x any more; if autograd has kept it for a gradient,
+            PyTorch raises its own error.
+    """
+    total: torch.Tensor = _Add.apply(x, residual) if reuse else x + residual
+    return total
 
 
 class _Rotate(torch.autograd.Function):  # type: ignore[misc]

@@ -17,8 +17,18 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Pair:
     """(x / rms(x) * weight [.., width], 1 / rms(x) [.., 1] in float32), as `Phi3RMSNorm` of transformers has it."""
     wide = x.to(torch.float32)  # as transformers does, whatever the dtype
-    scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze_(-1)
-    return (wide * scale).to(x.dtype).mul_(weight), scale
+    out = torch.mul(wide, wide, out=_room_for(wide))  # squares, and then in their place what is normed
+    scale = out.sum(-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(wide, scale, out=out).to(x.dtype).mul_(weight), scale
+
+
+def _room_for(x: torch.Tensor) -> torch.Tensor:
+    """Memory for a tensor like x that is wanted for a short time, a little more than x needs.
+
+    What is kept for backward is as large. Before 2.38 glibc fills the place of a freed block, aligned as PyTorch wants
+    them, only with smaller ones: without more, each layer of a step on a CPU left holes that nothing else fitted into.
+    """
+    return x.new_empty(x.numel() + 64)[: x.numel()].view(x.shape)
 
 
 def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
