@@ -82,8 +82,8 @@ def test_our_passes_over_a_layer_are_those_of_its_kernels(priced: dict[str, roof
     passes += 8 * sum(18 * into + 22 * out for into, out in MAPS)
     assert priced["ours"].layer.bytes["elementwise"] == pytest.approx(passes, rel=0.005)
     kept = priced["ours"].layer.kept / TOKENS
-    # two sums, twice what norms give, what attention gives, q, k and v, gate and up; A x of each projection
-    streams = 2 * hidden + 2 * hidden + hidden + 3 * hidden + 2 * inter
+    # two sums, what attention gives, q, k and v, gate and up; A x of each projection
+    streams = 2 * hidden + hidden + 3 * hidden + 2 * inter
     assert kept == pytest.approx(2 * (streams + 4 * 8), rel=0.02)
 
 

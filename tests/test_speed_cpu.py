@@ -12,7 +12,7 @@ from test_speed_documents import lora, padded, rows, step
 from phi3_lora_plugin.speed import cpu_attention
 from phi3_lora_plugin.speed.apply import speed_up
 from phi3_lora_plugin.speed.cpu_attention import attend
-from phi3_lora_plugin.speed.loss import supervised_cross_entropy, supervised_rows
+from phi3_lora_plugin.speed.loss import _chunks, supervised_cross_entropy, supervised_rows
 from phi3_lora_plugin.speed.passes import cross_entropy_
 from phi3_lora_plugin.speed.sdpa import one_by_one
 
@@ -95,6 +95,14 @@ def test_the_loss_of_a_few_rows_at_a_time_is_that_of_all(dtype: torch.dtype, cou
     for scale in (1.0, 256.0):
         torch.testing.assert_close(cross_entropy_(logits_again := logits.clone(), labels, scale, True), losses)
         torch.testing.assert_close(logits_again.double() / scale, gradient, rtol=0, atol=torch.finfo(dtype).eps + 1e-7)
+
+
+@pytest.mark.parametrize("rows_", [1, 15, 16, 17, 128, 130, 722, 1023])
+def test_the_loss_takes_rows_in_parts_that_products_are_fast_with(rows_: int) -> None:
+    parts = list(_chunks(rows_, 384))
+    assert sorted({row for part in parts for row in range(rows_)[part]}) == list(range(rows_))
+    assert all((part.stop - part.start) % 16 == 0 for part in parts if part.start)
+    assert max(part.stop - part.start for part in parts) <= 384
 
 
 def test_logits_that_are_not_finite_are_seen() -> None:

@@ -20,7 +20,7 @@ import torch  # noqa: TID253
 from phi3_lora_plugin.speed.first_order import first_order
 
 #: Queries of a block: at most, and at least where there are more, down to `_CACHED` scores of all heads.
-_MOST, _LEAST, _CACHED = 128, 64, 2**19
+_MOST, _LEAST, _CACHED = 192, 64, 2**19
 
 #: float16 is left to SDPA: CPUs multiply it slowly.
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

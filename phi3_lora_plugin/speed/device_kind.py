@@ -15,8 +15,8 @@ _dry_run_for: str | None = None
 
 
 def device_kind(x: torch.Tensor) -> str:
-    """The kind of the device of `x`, or of the one that the dry run is for."""
-    return _dry_run_for or x.device.type
+    """The kind of the device of `x`, or of the one that it stands for."""
+    return _dry_run_for or ("cuda" if x.is_cuda else x.device.type)  # a fake tensor may claim to be on a card
 
 
 def in_dry_run() -> bool:
