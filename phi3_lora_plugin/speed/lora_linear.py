@@ -81,11 +81,8 @@ class Part:
 
 
 def kept_of(x: torch.Tensor, unnormed: Unnormed | None) -> tuple[torch.Tensor | None, ...]:
-    """What `gradient_of_a` needs to know of A's input x [n, in]: what that was made of, where it keeps nothing new.
-
-    Not in float16, whose range gradients divided by rms(x) may leave.
-    """
-    if unnormed is None or unnormed.total.dtype != x.dtype or x.dtype == torch.float16:
+    """What `gradient_of_a` needs to know of A's input x [n, in]: what that was made of, which its norm keeps anyway."""
+    if unnormed is None or unnormed.total.dtype != x.dtype:
         return x, None, None
     scale = unnormed.scale.reshape(-1, 1)
     if scale.dtype != torch.float32 or len(scale) != len(x):
@@ -101,7 +98,10 @@ def gradient_of_a(grad_down: torch.Tensor, dtype: torch.dtype, kept: Any) -> tor
     x, scale, weight = kept
     if scale is None:
         return (grad_down.t() @ x).to(dtype)
-    return ((grad_down * scale).to(x.dtype).t() @ x).to(dtype).mul_(weight)
+    # divided by rms(total), gradients may leave the range of float16
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    made = (grad_down * scale).to(wide).t() @ x.to(wide)
+    return (made * weight.to(torch.promote_types(torch.float32, wide))).to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
