@@ -18,6 +18,7 @@ from phi3_lora_plugin.speed import layers
 from phi3_lora_plugin.speed.apply import PARTS, slow_down, speed_up
 from phi3_lora_plugin.speed.cpu_attention import attend
 from phi3_lora_plugin.speed.elementwise import add_and_norm, rms_norm, rotate, swiglu
+from phi3_lora_plugin.speed.last_layer import last_layer_obstacle
 from phi3_lora_plugin.speed.lora_linear import gradient_of_a, kept_of
 from phi3_lora_plugin.speed.loss import supervised_cross_entropy
 
@@ -223,6 +224,66 @@ def test_generation_a_trained_norm_and_autocast_take_the_stock_layers() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses.append(step(model, {"input_ids": ids, "labels": ids})[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm", "Identity"])
+def test_norms_of_another_kind_take_their_own_forward(kind: str) -> None:
+    model = lora()
+    for layer in model.get_base_model().model.layers:
+        layer.input_layernorm = {
+            "RMSNorm": lambda: torch.nn.RMSNorm(32), "LayerNorm": lambda: torch.nn.LayerNorm(32),
+            "Identity": torch.nn.Identity,
+        }[kind]().double().requires_grad_(False)  # fmt: skip
+    equal(model, padded(rows()))
+
+
+def test_another_mlp_is_no_obstacle_to_the_other_parts() -> None:
+    model = lora()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp = torch.nn.Identity()
+    equal(model, padded(rows()))
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp.activation_fn", "mlp.down_proj.lora_dropout.default", "self_attn.o_proj.lora_dropout.default"]
+)
+def test_hooks_between_the_parts_of_a_function_are_heard(name: str) -> None:
+    model, batch = lora(torch.float32), padded(rows())
+    found = []
+    for parts in ("off", "auto"):
+        speed_up(model, parts)
+        module = model.get_base_model().model.layers[0].get_submodule(name)
+        hook = module.register_forward_hook(lambda module, args, out: 3 * out)
+        found.append(step(model, batch))
+        hook.remove()
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    for key, want in found[0][1].items():
+        torch.testing.assert_close(found[1][1][key], want, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_nothing_is_written_into_what_a_hook_on_a_merged_base_has_kept(name: str) -> None:
+    model, batch = lora(torch.float32), padded(rows())
+    model.get_base_model().model.embed_tokens.weight.requires_grad_(True)
+    model.merge_adapter()
+    found: list[torch.Tensor] = []
+    for parts in ("off", "auto"):
+        speed_up(model, parts)
+        base = model.get_base_model().model.layers[0].get_submodule(name).base_layer
+        hook = base.register_forward_hook(lambda module, args, out: found.append(out))
+        model(**batch)
+        hook.remove()
+    want = found[0].reshape(-1, found[0].shape[-1])
+    kept = batch["attention_mask"].flatten().bool()
+    got = found[1].reshape(-1, want.shape[-1])
+    torch.testing.assert_close(got, want[kept] if len(got) < len(want) else want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_works_on_labels_again_after_hidden_states_were_asked_for() -> None:
+    model, batch = lora(torch.float32), padded(rows())
+    speed_up(model)
+    assert model(**batch, output_hidden_states=True).hidden_states is not None
+    assert last_layer_obstacle(model.get_base_model()) is None
 
 
 def test_it_is_on_instances_and_goes_away_again() -> None:

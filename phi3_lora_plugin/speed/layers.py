@@ -10,7 +10,7 @@ from typing import Any
 import torch  # noqa: TID253
 
 from phi3_lora_plugin.model.families import rope_of
-from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, takes, watched
+from phi3_lora_plugin.speed.decoder_layer import FastDecoderLayer, fused_alone, takes, watched
 from phi3_lora_plugin.speed.elementwise import Unnormed, rms_norm, rotate, swiglu, take
 from phi3_lora_plugin.speed.lora_mlp import lora_mlp
 from phi3_lora_plugin.speed.proved_kernels import cards_of, prove
@@ -58,7 +58,8 @@ def kernels_used(base: Any, devices: Iterable[torch.device]) -> str:
         ("rotate", config.num_attention_heads, config.num_key_value_heads, attention.head_dim, half),
         ("gate", config.intermediate_size),
     ]
-    adapters = [a for layer in base.model.layers for a in getattr(layer.mlp.gate_up_proj, "lora_A", {}).values()]
+    projections = [getattr(layer.mlp, "gate_up_proj", None) for layer in base.model.layers]
+    adapters = [a for projection in projections for a in getattr(projection, "lora_A", {}).values()]
     ranks = {getattr(a, "out_features", 0) for a in adapters}
     cases += [("gate_sum", config.intermediate_size, rank) for rank in sorted(ranks) if 0 < rank <= _HIGHEST_RANK]
     return prove(cards.values(), {base.model.norm.weight.dtype}, cases)
@@ -81,7 +82,7 @@ def restore_layers(base: Any) -> None:
 
 
 def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if not self.training or not takes(self, hidden_states):
+    if not self.training or not takes(self, hidden_states) or torch.compiler.is_compiling():
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -89,7 +90,7 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def _mlp(self: Any, hidden_states: torch.Tensor, unnormed: Unnormed | None = None) -> torch.Tensor:
     silu = isinstance(self.activation_fn, torch.nn.SiLU) or type(self.activation_fn).__name__ == "SiLUActivation"
-    if not self.training or not silu:
+    if not self.training or not silu or watched(self.activation_fn) or torch.compiler.is_compiling():
         stock: torch.Tensor = type(self).forward(self, hidden_states)
         return stock
     out: torch.Tensor | None = None
@@ -113,11 +114,12 @@ def _attention(
     name = self.config._attn_implementation
     cached = past_key_values is not None or kwargs.get("past_key_value") is not None
     unusual = not self.training or cached or position_embeddings is None or name not in ALL_ATTENTION_FUNCTIONS
+    unusual = unusual or torch.compiler.is_compiling()
     if unusual or _rotates_wider(hidden_states.device.type, position_embeddings[0].dtype):
         kwargs |= {} if past_key_values is None else {"past_key_values": past_key_values}
         out, weights = type(self).forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
         return out if only is None else take(out, only), weights
-    ours = hasattr(self.qkv_proj, "fast") and not watched(self.qkv_proj)
+    ours = fused_alone(self.qkv_proj)
     qkv = self.qkv_proj(hidden_states, **({"unnormed": unnormed} if ours else {}))
     cos, sin = position_embeddings
     heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads

@@ -56,7 +56,7 @@ def long_tokens(decoder: Any, documents: Documents, known: Facts) -> torch.Tenso
 
 def rotary_forward(self: Any, x: Any, position_ids: Any) -> Any:
     """(cos, sin), each [1, tokens, rotated], as the stock forward gives them for the documents of `long_of_call`."""
-    long = long_of_call.get()
+    long = None if torch.compiler.is_compiling() else long_of_call.get()
     if long is None:
         return self._stock_forward(x, position_ids)
     short = self._stock_forward(x, position_ids.masked_fill(long, 0))

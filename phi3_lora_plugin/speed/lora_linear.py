@@ -19,7 +19,8 @@ import torch  # noqa: TID253
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: TID253
 
 from phi3_lora_plugin.speed.elementwise import Unnormed
-from phi3_lora_plugin.speed.shards import linear_obstacle, say_once
+from phi3_lora_plugin.speed.first_order import first_order
+from phi3_lora_plugin.speed.shards import hooked, linear_obstacle, say_once
 
 _FEW = 16  # rows; up to this many, a pass over A and B costs more than a pass over the rows
 
@@ -118,6 +119,7 @@ class _LoraLinear(torch.autograd.Function):  # type: ignore[misc]
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Any) -> Any:
         down, _, a, _, *kept = ctx.saved_tensors
         grad_b, grad_down = ctx.part.gradients(grad, down)
@@ -179,8 +181,9 @@ def part_of(
 
 
 def drops(layer: Any, adapter: str) -> bool:
-    """Whether dropout changes what A sees."""
-    return layer.training and not isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
+    """Whether dropout changes what A sees, or others look at it there."""
+    dropout = layer.lora_dropout[adapter]
+    return hooked(dropout) or layer.training and not isinstance(dropout, torch.nn.Identity)
 
 
 def apply(layer: Any, adapter: str, x: torch.Tensor, part: Part, unnormed: Unnormed | None = None) -> torch.Tensor:

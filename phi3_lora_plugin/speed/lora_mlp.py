@@ -14,6 +14,7 @@ import torch  # noqa: TID253
 
 from phi3_lora_plugin.speed import passes
 from phi3_lora_plugin.speed.elementwise import Unnormed
+from phi3_lora_plugin.speed.first_order import first_order
 from phi3_lora_plugin.speed.lora_linear import Part, computed_in, drops, gradient_of_a, kept_of, single_adapter
 from phi3_lora_plugin.speed.proved_kernels import passes_for
 from phi3_lora_plugin.speed.shards import linear_obstacle
@@ -48,6 +49,7 @@ class _LoraMlp(torch.autograd.Function):  # type: ignore[misc]
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Any) -> Any:
         both, down, other, _, _, a, b, other_a, _, *kept = ctx.saved_tensors
         first, second = ctx.parts
