@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, PhimoeConfig, Trainer, TrainingArgu
 
 from phi3_lora_plugin.lora.inject import add_lora
 from phi3_lora_plugin.recipe import Recipe, load_recipe
-from phi3_lora_plugin.recipe.layers import shipped, shipped_names
+from phi3_lora_plugin.recipe.layers import shipped_names, shipped_preset
 from phi3_lora_plugin.recipe.schema import recipe_schema
 from phi3_lora_plugin.recipe.training import AUTO, installed_fields, translate
 from phi3_lora_plugin.recipe.yaml_file import read_file
@@ -197,7 +197,7 @@ def test_the_shipped_schema_is_the_generated_one() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_fits_the_schema_and_a_spoilt_one_does_not(name: str) -> None:
-    file = shipped(name)
+    file = shipped_preset(name)
     assert file is not None
     data: dict[str, Any] = read_file(file).data
     validator = jsonschema.Draft202012Validator(recipe_schema())

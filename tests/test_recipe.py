@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from phi3_lora_plugin.recipe import Recipe, RecipeError, load_recipe
-from phi3_lora_plugin.recipe.layers import shipped
+from phi3_lora_plugin.recipe.layers import shipped_preset
+from phi3_lora_plugin.shipped import shipped
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -290,7 +291,7 @@ def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert load_recipe("mine.yaml").name == "mine"
     assert load_recipe("./below/mine.yml").model.path == "base"
-    assert load_recipe("tiny-cpu").source == Path(str(shipped("tiny-cpu")))
+    assert load_recipe("tiny-cpu").source == Path(str(shipped_preset("tiny-cpu")))
     assert "for the file here write ./mine.yaml" in problems("mine")[0]
     assert "did you mean 'tiny-cpu'" in problems("tiny-cup")[0]
     assert "no such file" in problems("../nowhere")[0]
@@ -433,3 +434,15 @@ def test_a_recipe_without_an_end_is_refused_in_a_screen_of_text(tmp_path: Path) 
             load_recipe(tmp_path / f"{name}.yaml")
         assert expected in str(caught.value) or any(expected in str(one) for one in caught.value.problems)
         assert len(str(caught.value)) < 25_000
+
+
+def test_a_checkout_that_is_not_installed_has_its_recipes_and_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {folder: {file.name for file in shipped(folder).iterdir()} for folder in ("recipes", "docs")}
+
+    def files(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("phi3_lora_plugin.shipped.files", files)
+    for folder, names in installed.items():
+        assert names <= {file.name for file in shipped(folder).iterdir()}
+    assert load_recipe("tiny-cpu").name == "tiny-cpu"

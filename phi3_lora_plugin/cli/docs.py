@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.resources import files
 from typing import Annotated
 
 import typer
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.shipped import shipped
 from phi3_lora_plugin.wording import nearest
 
 
@@ -19,7 +19,7 @@ class NoSuchPage(Phi3LoraError):
 def pages() -> dict[str, str]:
     """Page -> its heading, by name."""
     found = {}
-    for file in files("phi3_lora_plugin.docs").iterdir():
+    for file in shipped("docs").iterdir():
         if file.name.endswith(".md"):
             head = file.read_text(encoding="utf-8").partition("\n")[0]
             found[file.name.removesuffix(".md")] = head.lstrip("# ")
@@ -44,7 +44,7 @@ def docs_command(
     name = page.removesuffix(".md").rpartition("/")[2]
     if name not in known:
         raise NoSuchPage(f"no page {page!r}{nearest(name, known)}; available: {', '.join(known)}")
-    text = (files("phi3_lora_plugin.docs") / f"{name}.md").read_text(encoding="utf-8")
+    text = (shipped("docs") / f"{name}.md").read_text(encoding="utf-8")
     if not sys.stdout.isatty():
         print(text, end="")
         return

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.resources import files
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hookspecs import hookimpl
+from phi3_lora_plugin.shipped import shipped
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -33,7 +33,7 @@ def register_dataset_adapters(register: Callable[[str, Any], None]) -> None:
 
 @hookimpl
 def register_recipes(register: Callable[[str, Any], None]) -> None:
-    for file in files("phi3_lora_plugin.recipes").iterdir():
+    for file in shipped("recipes").iterdir():
         if file.name.endswith(".yaml"):
             register(file.name.removesuffix(".yaml"), file)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 from phi3_lora_plugin.recipe.training import translate
 from phi3_lora_plugin.recipe.yaml_file import Key, Layer, Problem, parse_value, read_file
+from phi3_lora_plugin.shipped import shipped
 from phi3_lora_plugin.wording import nearest, shorten
 
 Find = Callable[[str], Path | Traversable | str | None]
@@ -38,15 +38,15 @@ class Chain:
     problems: list[Problem] = field(default_factory=list)
 
 
-def shipped(name: str) -> Traversable | None:
+def shipped_preset(name: str) -> Traversable | None:
     """The preset of that name among those in this package, or None."""
-    file = files("phi3_lora_plugin.recipes") / f"{name}.yaml"
+    file = shipped("recipes") / f"{name}.yaml"
     return file if file.is_file() else None
 
 
 def shipped_names() -> list[str]:
     """Names of the presets in this package."""
-    found = files("phi3_lora_plugin.recipes").iterdir()
+    found = shipped("recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in found if file.name.endswith(".yaml"))
 
 

@@ -24,7 +24,7 @@ from phi3_lora_plugin.recipe.layers import (
     normalise,
     read_chain,
     read_overrides,
-    shipped,
+    shipped_preset,
 )
 from phi3_lora_plugin.recipe.problems import explain
 from phi3_lora_plugin.recipe.sections import (
@@ -237,7 +237,7 @@ def load_recipe(name_or_path: str | Path, overrides: str | Sequence[str] = (), f
     Raises:
         RecipeError: with every problem, its file and line, what was expected, and the nearest valid name.
     """
-    chain = read_chain(name_or_path, find or shipped)
+    chain = read_chain(name_or_path, find or shipped_preset)
     for parent in chain.layers[1:]:
         parent.data.pop("about", None)  # a parent's description does not describe its child
     unread = chain.problems or any(layer.problems for layer in chain.layers)
