@@ -21,7 +21,7 @@ PARTS = {
     "layers": "norm, rotation and gate each in one function, with less kept for backward",
     "last_layer": "what comes after its attention at supervised positions only",
     "masters": "adapters in float32, computed in the dtype of the base",
-    "host": "parameter counts cached, frozen modules skipped every step",
+    "host": "train(), zero_grad and parameter counts by shorter ways",
 }
 
 
