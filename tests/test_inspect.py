@@ -242,7 +242,7 @@ def test_an_adapter_is_held_against_the_base_that_it_names(tmp_path: Path) -> No
     assert "do not fit the model's weight (96, 32)" in whats(inspect(folder).problems)
     tiny.edit(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"), r="four")
     assert "its base model is not found" in whats(inspect(folder).problems)
-    assert "r and lora_alpha have to be numbers" in whats(inspect(folder).problems)
+    assert "adapter_config.json: r='four': should be a valid integer" in whats(inspect(folder).problems)
     for broken in ("{", "[]"):
         (folder / "adapter_config.json").write_text(broken)
         assert "adapter_config.json" in whats(inspect(folder).problems)

@@ -281,7 +281,9 @@ def _same_update(before: Sequence[Lora], after: Sequence[Lora], layout: Sequence
         for lora in pieces:
             width = lora.a.shape[1]
             probe = torch.randn(width, 2, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-            found[lora.module] = lora.b.double() @ (lora.a.double() @ probe) * lora.scaling
+            bias = torch.zeros(len(lora.b)) if lora.bias is None else lora.bias
+            product = lora.b.double() @ (lora.a.double() @ probe)
+            found[lora.module] = torch.cat([product, bias.double()[:, None]], dim=1) * lora.scaling
         return found
 
     wanted, got = outputs(before), outputs(after)
@@ -294,7 +296,9 @@ def _same_update(before: Sequence[Lora], after: Sequence[Lora], layout: Sequence
 
 
 def _refuse_broken(source: Path, found: peft_files.Parts) -> None:
-    """NaN would go through every map unseen."""
+    """Refuse tensors that do not belong together, and NaN, which would go through every map unseen."""
+    if problems := [problem for lora in found.loras for problem in layouts.misfits(lora)]:
+        raise ConvertError(f"{source}:\n" + "\n".join(f"  {problem}" for problem in problems))
     tensors = {f"{lora.module}.lora_A": lora.a for lora in found.loras}
     tensors |= {f"{lora.module}.lora_B": lora.b for lora in found.loras}
     tensors |= {f"{lora.module}.lora_magnitude": each for lora in found.loras if (each := lora.magnitude) is not None}
@@ -326,7 +330,11 @@ def _refuse_full(found: peft_files.Parts, to: str, layout: Sequence[Projection])
     if biases := [name for name in found.full if name.endswith(".bias")]:
         raise ConvertError(f"{listed(biases, 3)}: trained biases are not carried over; merge the adapter instead")
     parts = {part for p in layout for part in (p.name, *(piece.name for piece in p.slices))}
-    inside = [name for name in found.full if to != "peft" and name.split(".")[-2] in parts and ".layers." in name]
+    inside = [
+        name
+        for name in found.full
+        if to != "peft" and name.rpartition(".")[0].rpartition(".")[2] in parts and ".layers." in name
+    ]
     if inside:
         raise ConvertError(
             f"{listed(inside, 3)}: a projection trained in full has no {to} form here; merge the adapter instead"

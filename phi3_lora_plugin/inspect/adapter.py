@@ -9,6 +9,7 @@ from typing import Any
 from phi3_lora_plugin.inspect.findings import AGAIN, LFS, OLDER, PULL, Problem
 from phi3_lora_plugin.inspect.model import header_of, quantised
 from phi3_lora_plugin.lora.finite import not_finite
+from phi3_lora_plugin.lora_files.config_check import wrong_values
 from phi3_lora_plugin.lora_files.keys import PREFIX, read_key
 from phi3_lora_plugin.lora_files.layouts import unknown_modules
 from phi3_lora_plugin.lora_files.mlx_files import MlxError, looks_like_mlx, mlx_base, read_mlx
@@ -19,6 +20,7 @@ from phi3_lora_plugin.model.folder import ModelError, UnsupportedModelId, find_c
 from phi3_lora_plugin.wording import listed
 
 _IN_FULL = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
+_ITS_PEFT = "load it with the version of PEFT that wrote it"
 _SHOWN = 3  # of a kind that are spelled out
 
 
@@ -30,10 +32,13 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
         return _of_mlx(folder, problems)
     problems += [Problem(problem, OLDER) for problem in damage(folder)]
     try:
-        config = read_config(folder)
+        config = read_config(folder, check=False)
     except PeftFilesError as error:
         problems.append(Problem(str(error), AGAIN))
         return {}
+    wrong_settings = wrong_values(config)
+    problems += [Problem(f"adapter_config.json: {line}", _ITS_PEFT) for line in wrong_settings.values()]
+    config = {name: value for name, value in config.items() if name not in wrong_settings}
     base = config.get("base_model_name_or_path")
     targets = config.get("target_modules") or []
     about: dict[str, Any] = {
@@ -65,7 +70,8 @@ def look_at_adapter(folder: Path, files: set[str], problems: list[Problem]) -> d
     about["tensors"] = len(shapes)
     problems += _embedding_problems(shapes, of_base, about)
     problems += _tensor_problems(folder, list(shapes))
-    problems += _layout_problems(folder, config, of_base, list(shapes))
+    if not wrong_settings:
+        problems += _layout_problems(folder, config, of_base, list(shapes))
     return found
 
 
@@ -169,8 +175,8 @@ def _layout_problems(
     try:
         adapter = read_peft(folder)
     except PeftFilesError as error:
-        told, fix = str(error).splitlines(), "load it with the version of PEFT that wrote it"
-        yield from (Problem(line.strip(), fix) for line in told[1:] or told)
+        told = str(error).splitlines()
+        yield from (Problem(line.strip(), _ITS_PEFT) for line in told[1:] or told)
         return
     if not split:
         fix = "phi3-lora docs export says how to convert it"

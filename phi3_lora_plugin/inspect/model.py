@@ -89,6 +89,8 @@ def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
 
 def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], str | None]:
     """(name -> shape, what is wrong with the file) of a safetensors file, from its first bytes and its size alone."""
+    if not path.is_file():
+        return {}, "is not a file"
     size = path.stat().st_size
     with open_regular(path) as file:
         start = file.read(8)

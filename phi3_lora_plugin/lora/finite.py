@@ -50,6 +50,8 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
 
 def is_finite(tensor: Any) -> bool:
     """Whether a tensor has neither a NaN nor an Inf."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # of numbers of one byte, torch does not tell
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 

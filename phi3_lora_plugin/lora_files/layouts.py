@@ -79,6 +79,25 @@ class Row:
     rule: str
 
 
+def misfits(lora: Lora) -> list[str]:
+    """What is wrong with the tensors of one update by themselves: their shapes and types."""
+    a, b = tuple(lora.a.shape), tuple(lora.b.shape)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+        return [f"{lora.module}: A {a} and B {b} do not belong together; expected A (r, in) and B (out, r)"]
+    parts = {"A": lora.a, "B": lora.b, "the magnitude": lora.magnitude, "the bias": lora.bias}
+    given = {name: part for name, part in parts.items() if part is not None}
+    wrong = [
+        f"{lora.module}: {name} is of type {str(part.dtype).removeprefix('torch.')}; expected floating-point numbers"
+        for name, part in given.items()
+        if not part.is_floating_point()
+    ]
+    return wrong + [
+        f"{lora.module}: {name} has the shape {tuple(part.shape)}, B has {b[0]} rows"
+        for name, part in given.items()
+        if name not in ("A", "B") and tuple(part.shape) != (b[0],)
+    ]
+
+
 def with_scaling(lora: Lora, a: Tensor, b: Tensor) -> Lora:
     """`lora` with other factors, whose alpha keeps the scaling although the rank changed."""
     ratio = a.shape[0] / lora.rank
@@ -246,7 +265,7 @@ def one_alpha(loras: Iterable[Lora], alpha: float) -> list[Lora]:
         fitted = replace(lora, alpha=alpha, rslora=False)
         ratio = lora.scaling / fitted.scaling
         if not math.isclose(ratio, 1, rel_tol=1e-12):
-            fitted = replace(fitted, b=lora.b * ratio, bias=None if lora.bias is None else lora.bias * ratio)
+            fitted = replace(fitted, b=_times(lora.b, ratio), bias=_times(lora.bias, ratio))
         result.append(fitted)
     return result
 
@@ -303,20 +322,23 @@ def unknown_modules(loras: Iterable[Lora], layout: Sequence[Projection], layers:
 
 
 def _fuse(module: str, pieces: Mapping[str, Lora], projection: Projection, compact: bool) -> tuple[Lora, str]:
-    first = next(iter(pieces.values()))
+    # What the others are scaled by; by zero, none could be.
+    first = next((lora for lora in pieces.values() if lora.scaling), next(iter(pieces.values())))
     stacked = []
+    biases: dict[str, Tensor | None] = {}
     folded = False
     for part in projection.slices:
         if (lora := pieces.get(part.name)) is not None:
-            b = lora.b
+            b, biases[part.name] = lora.b, lora.bias
             if not math.isclose(lora.scaling, first.scaling, rel_tol=1e-12):
-                b, folded = b * (lora.scaling / first.scaling), True
+                ratio, folded = lora.scaling / first.scaling, True
+                b, biases[part.name] = _times(b, ratio), _times(lora.bias, ratio)
             stacked.append((lora.a, part.start, b))
     a, b = _stack(stacked, projection.out_features, compact)
     fused = replace(
         with_scaling(replace(first, module=module), a, b),
         magnitude=_join({name: lora.magnitude for name, lora in pieces.items()}, projection),
-        bias=_join({name: lora.bias for name, lora in pieces.items()}, projection),
+        bias=_join(biases, projection),
     )
     rank = a.shape[0]
     rule = "A shared, B joined" if rank == first.rank else f"A stacked, B block-diagonal, rank {rank}"
@@ -347,6 +369,17 @@ def _stack(pieces: Sequence[tuple[Tensor, int, Tensor]], out: int, share: bool) 
     return torch.cat([a.to(dtype) for a in factors]), b
 
 
+def _times(tensor: Any, ratio: float) -> Any:
+    """The tensor (None stays None) times a number: in its own type where that holds the products, else in float32."""
+    import torch
+
+    if tensor is None:
+        return None
+    product = tensor.double() * ratio
+    made = product.to(tensor.dtype)
+    return made if torch.equal(made.double(), product) else product.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _join(vectors: Mapping[str, Tensor | None], projection: Projection) -> Tensor | None:
     """Vectors over the rows of slices as one over the rows of the whole; slices without one get zeros."""
     import torch
@@ -354,7 +387,8 @@ def _join(vectors: Mapping[str, Tensor | None], projection: Projection) -> Tenso
     given = {name: vector for name, vector in vectors.items() if vector is not None}
     if not given:
         return None
-    whole = torch.zeros(projection.out_features, dtype=next(iter(given.values())).dtype)
+    dtype = reduce(torch.promote_types, (vector.dtype for vector in given.values()))
+    whole = torch.zeros(projection.out_features, dtype=dtype)
     for part in projection.slices:
         if part.name in given:
             whole[part.start : part.stop] = given[part.name]

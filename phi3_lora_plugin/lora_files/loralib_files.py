@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora_files.config_check import wrong_values
 from phi3_lora_plugin.lora_files.keys import bare
 from phi3_lora_plugin.lora_files.layouts import LayoutError, Lora, Row, fused_to_grouped, grouped_to_fused
-from phi3_lora_plugin.lora_files.weights import read_weights
+from phi3_lora_plugin.lora_files.weights import named_tensors, read_weights
 from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
@@ -71,20 +72,19 @@ def sidecar_of(file: Path) -> Path | None:
 def read_settings(path: Path) -> Settings:
     """Settings from a sidecar; `r`/`lora_r`, `alpha`/`lora_alpha`, `dropout`/`lora_dropout` are all understood."""
     data = read_object(path, LoralibError)
+    if problems := wrong_values(data, "loralib"):
+        raise LoralibError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems.values()))
     flags = data.get("enable_lora") or {}
     if isinstance(flags, list):
         flags = {"": flags}  # the short form for files with one kind of MergedLinear
-    try:
-        return Settings(
-            alpha=data.get("alpha", data.get("lora_alpha")),
-            r=data.get("r", data.get("lora_r")),
-            dropout=float(data.get("dropout") or data.get("lora_dropout") or 0.0),
-            enable_lora={name: tuple(bool(flag) for flag in each) for name, each in flags.items()},
-            modules=data.get("modules"),
-            base=data.get("base") or data.get("base_model_name_or_path"),
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise LoralibError(f"{path}: dropout or enable_lora has a value that it cannot have: {error}") from error
+    return Settings(
+        alpha=data.get("alpha", data.get("lora_alpha")),
+        r=data.get("r", data.get("lora_r")),
+        dropout=float(data.get("dropout") or data.get("lora_dropout") or 0.0),
+        enable_lora={name: tuple(each) for name, each in flags.items()},
+        modules=data.get("modules"),
+        base=data.get("base") or data.get("base_model_name_or_path"),
+    )
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -93,15 +93,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         LoralibError: not such a file, or not a flat mapping of names to tensors.
     """
-    import torch
-
     if not file.is_file():
         raise LoralibError(f"{file} is not a file")
     loaded = read_weights(file, LoralibError)
     if isinstance(loaded, dict) and len(loaded) == 1 and isinstance(loaded.get("adapter"), dict):
         loaded = loaded["adapter"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise LoralibError(f"{file}: expected a mapping of names to tensors, as lora.lora_state_dict gives it")
+    loaded = named_tensors(loaded, file, LoralibError)
     named = {bare(key): tensor for key, tensor in loaded.items()}
     if len(named) < len(loaded):
         raise LoralibError(f"{file}: keys that differ in their prefixes alone mean the same tensor; save it unwrapped")
@@ -155,7 +152,9 @@ def from_loralib(
 def _one(
     module: str, a: Tensor, b: Tensor, settings: Settings, layout: Sequence[Projection], compact: bool
 ) -> tuple[Lora, str]:
-    said = (settings.modules or {}).get(module, {})
+    if a.dim() != 2 or b.dim() != 2:
+        raise LayoutError([f"{module}: A {tuple(a.shape)} and B {tuple(b.shape)} are not two matrices"])
+    said = (settings.modules or {}).get(module) or {}
     alpha = said.get("alpha", settings.alpha)
     r = said.get("r", settings.r)
     enable = said.get("enable_lora") or _flags(module, settings.enable_lora)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora_files.config_check import wrong_values
 from phi3_lora_plugin.lora_files.layouts import Lora, Row, uniform
+from phi3_lora_plugin.lora_files.weights import read_weights
 from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.small_file import BadFile, read_json
 
@@ -36,7 +38,8 @@ def looks_like_mlx(folder: str | Path) -> bool:
 
 def mlx_base(folder: str | Path) -> str | None:
     """The model that an MLX adapter records as its base."""
-    return _config(Path(folder)).get("model") or None
+    named = _config(Path(folder)).get("model")
+    return named if isinstance(named, str) and named else None
 
 
 def read_mlx(folder: str | Path) -> tuple[list[Lora], list[Row], float]:
@@ -45,11 +48,10 @@ def read_mlx(folder: str | Path) -> tuple[list[Lora], list[Row], float]:
     Raises:
         MlxError: everything that is missing or of another kind than LoRA and DoRA.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     config = _config(folder)
+    if wrong := wrong_values(config, "mlx"):
+        raise MlxError(f"{folder / CONFIG}:\n" + "\n".join(f"  {problem}" for problem in wrong.values()))
     parameters = config.get("lora_parameters") or {}
     problems = []
     if not (folder / WEIGHTS).is_file():
@@ -60,10 +62,7 @@ def read_mlx(folder: str | Path) -> tuple[list[Lora], list[Row], float]:
     scale = float(given) if isinstance(given, int | float) and not isinstance(given, bool) else None
     if scale is None:
         problems.append(f"{folder / CONFIG}: lora_parameters.scale is {given!r}; expected a number")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise MlxError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    tensors = read_weights(folder / WEIGHTS, MlxError)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")

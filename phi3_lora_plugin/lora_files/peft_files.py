@@ -14,9 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora_files.config_check import wrong_values
 from phi3_lora_plugin.lora_files.keys import PREFIX, factor_of, read_key
-from phi3_lora_plugin.lora_files.layouts import Lora
-from phi3_lora_plugin.lora_files.weights import read_weights
+from phi3_lora_plugin.lora_files.layouts import Lora, misfits
+from phi3_lora_plugin.lora_files.weights import named_tensors, read_weights
 from phi3_lora_plugin.model.new_files import save_tensors
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import listed
@@ -133,14 +134,21 @@ def loadable(folder: Path) -> Iterator[Path]:
         yield Path(copy)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder; the error lists named adapters one folder further down."""
+def read_config(folder: Path, check: bool = True) -> dict[str, Any]:
+    """adapter_config.json of a folder; the error lists named adapters one folder further down.
+
+    Args:
+        check: that its values are of the kinds that PEFT writes; the error lists those that are not.
+    """
     path = folder / CONFIG
     if not path.is_file():
         below = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         hint = f"; it has the adapters {', '.join(below)} inside: name one of these folders" if below else ""
         raise PeftFilesError(f"{folder} is not a PEFT adapter: {CONFIG} is missing{hint}")
-    return read_object(path, PeftFilesError)
+    config = read_object(path, PeftFilesError)
+    if check and (problems := wrong_values(config)):
+        raise PeftFilesError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems.values()))
+    return config
 
 
 def parts(adapter: PeftAdapter) -> Parts:
@@ -176,7 +184,13 @@ def parts(adapter: PeftAdapter) -> Parts:
             continue
         alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
         loras.append(Lora(module, a, b, alpha, bool(config.get("use_rslora")), embedding, magnitude, bias))
+        problems += misfits(loras[-1])
     full, tokens = full_tensors(adapter, left)
+    problems += [
+        f"{name} {tuple(tensor.shape)} is neither a factor of LoRA nor a module's weight or bias"
+        for name, tensor in full.items()
+        if not re.search(r"\.(?:weight|bias)$", name) or re.search(r"(?:^|\.)lora_", name) or not tensor.dim()
+    ]
     if not loras and not full and not tokens and not problems:
         problems.append("it has no LoRA tensors")
     if problems:
@@ -204,6 +218,8 @@ def _token_ids(adapter: PeftAdapter, module: str, rows: Tensor) -> tuple[int, ..
     asked = adapter.config.get("trainable_token_indices") or []
     if isinstance(asked, Mapping):
         asked = next((ids for name, ids in asked.items() if module == name or module.endswith(f".{name}")), [])
+    if rows.dim() != 2:
+        raise PeftFilesError(f"{adapter.folder}: {module} has token rows of the shape {tuple(rows.shape)}, no matrix")
     if len(asked) != rows.shape[0]:
         raise PeftFilesError(
             f"{adapter.folder}: {module} has {rows.shape[0]} trained token rows, but trainable_token_indices "
@@ -303,10 +319,9 @@ def write_peft(folder: Path, config: Mapping[str, Any], found: Parts) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> Mapping[str, Tensor]:
     for file in (folder / WEIGHTS, folder / "adapter_model.bin"):
         if file.is_file():
-            tensors: dict[str, Tensor] = read_weights(file, PeftFilesError)
-            return tensors
+            return named_tensors(read_weights(file, PeftFilesError), file, PeftFilesError)
     found = listed(sorted(entry.name for entry in folder.iterdir()), 8)
     raise PeftFilesError(f"{folder}: {WEIGHTS} is missing; found {found}")

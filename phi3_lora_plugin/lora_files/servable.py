@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi3_lora_plugin.lora_files.peft_files import WEIGHTS, changes_base, read_config
+from phi3_lora_plugin.lora_files.peft_files import WEIGHTS, PeftFilesError, changes_base, read_config
+from phi3_lora_plugin.lora_files.weights import shapes_of
 
 
 def servable(folder: str | Path, max_rank: int = 64) -> list[str]:
@@ -18,7 +19,7 @@ def servable(folder: str | Path, max_rank: int = 64) -> list[str]:
         max_rank: the largest rank that the server was started for (vLLM: `--max-lora-rank`, 16 by default).
 
     Raises:
-        PeftFilesError: the folder has no adapter_config.json.
+        PeftFilesError: the folder has no adapter_config.json, or a damaged one, or damaged weights.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -28,11 +29,9 @@ def servable(folder: str | Path, max_rank: int = 64) -> list[str]:
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}; servers load LORA")
     if (folder / WEIGHTS).is_file():
-        from safetensors import safe_open
-
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            keys = list(file.keys())
-            ranks += [file.get_slice(key).get_shape()[0] for key in keys if "lora_A" in key and "experts" not in key]
+        shapes = shapes_of(folder / WEIGHTS, PeftFilesError)
+        keys = list(shapes)
+        ranks += [shape[0] for key, shape in shapes.items() if shape and "lora_A" in key and "experts" not in key]
     else:
         problems.append(f"{WEIGHTS} is missing")
     targets = config.get("target_modules") or []
