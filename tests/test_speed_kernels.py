@@ -67,8 +67,10 @@ def test_a_sum_and_its_norm_have_one_gradient(kernels: None) -> None:
 
     cases = [(residual, [x, residual], x + residual), (None, [x], x)]
     for other, leaves, total in cases:
-        mine, want = elementwise.add_and_norm(x, other, weight, 1e-5), stock(total)
+        *made, unnormed = elementwise.add_and_norm(x, other, weight, 1e-5)
+        mine, want = tuple(made), stock(total)
         torch.testing.assert_close(mine, want)
+        torch.testing.assert_close(unnormed.total * unnormed.scale * unnormed.weight, want[1])
         for used in ((0, 1), (0,), (1,)):
             outs, grads = ([each[place] for place in used] for each in (mine, ahead))
             got = torch.autograd.grad(outs, leaves, grads, retain_graph=True)
