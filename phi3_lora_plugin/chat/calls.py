@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_lora_plugin.chat.json_keys import TwiceError, loads
 from phi3_lora_plugin.chat.row_error import RowError, shown
 
 Call = dict[str, Any]
@@ -25,7 +26,7 @@ def read_calls(calls: list[Any], what: str) -> list[Call]:
     read: list[Call] = []
     for call in calls:
         if isinstance(call, str):
-            call = _from_json(call, f"{what} calls a tool with text that is not JSON")
+            call = _from_json(call, what, "text that is")
             if isinstance(call, list):
                 read += read_calls(call, what)
                 continue
@@ -36,7 +37,7 @@ def read_calls(calls: list[Any], what: str) -> list[Call]:
         names = [name for name in ("arguments", "parameters", "input") if function.get(name) is not None]
         arguments = function[names[0]] if names else {}
         if isinstance(arguments, str):
-            arguments = _from_json(arguments or "{}", f"{what} calls a tool with arguments that are not JSON")
+            arguments = _from_json(arguments or "{}", what, "arguments that are")
         made = {"name": function["name"], "arguments": arguments}
         _check_json(made, what)
         if isinstance(call, Mapping) and isinstance(call.get("id"), str):
@@ -60,7 +61,7 @@ def calls_in(text: str) -> tuple[str, list[Call]]:
         if not whole or blocks[-1].end() != len(text):
             continue
         try:
-            values = [json.loads(block.group(1)) for block in blocks]
+            values = [loads(block.group(1)) for block in blocks]
             return text[:start], read_calls([c for v in values for c in (v if isinstance(v, list) else [v])], "it")
         except (ValueError, RecursionError) as error:
             if isinstance(error, RowError) and marks is _MARKED:  # other tags may be what a text is about
@@ -114,11 +115,13 @@ def in_order(calls: list[Call], results: list[dict[str, Any]], what: str) -> lis
     return sorted(results, key=lambda result: ids.index(result["id"]))
 
 
-def _from_json(text: str, wrong: str) -> Any:
+def _from_json(text: str, what: str, part: str) -> Any:
     try:
-        return json.loads(text)
+        return loads(text)
+    except TwiceError as error:
+        raise RowError(f"{what} calls a tool with JSON that {error}") from None
     except (ValueError, RecursionError):
-        raise RowError(f"{wrong}: {shown(text)}") from None
+        raise RowError(f"{what} calls a tool with {part} not JSON: {shown(text)}") from None
 
 
 def _check_json(value: Any, what: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi3_lora_plugin.chat.content import read_text
+from phi3_lora_plugin.chat.json_keys import TwiceError, loads
 from phi3_lora_plugin.chat.marks import ROW_MARKS
 from phi3_lora_plugin.chat.row_error import RowError, named, shown
 from phi3_lora_plugin.chat.thoughts import THOUGHTS
@@ -55,7 +55,9 @@ def listed(row: Mapping[str, Any], name: str) -> Sequence[Any]:
     value = column(row, name)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = loads(value)
+        except TwiceError as error:
+            raise RowError(f"{name} {error}") from None
         except (ValueError, RecursionError):
             raise RowError(f"{name} is {shown(value)}; expected a list, or its JSON text") from None
     if not isinstance(value, list | tuple):

@@ -24,7 +24,7 @@ _REJECTED = ("rejected", "rejected_messages", "rejected_response", "non_preferre
 #: Every column that is read.
 COLUMNS = (*_CHOSEN, *_REJECTED, *_PROMPTS, "input", "history", "response", "system", "system_prompt", "tools",
            "functions")  # fmt: skip
-_HUMAN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \n]?")
+_HUMAN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \n]?")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _turns(value: Any, name: str, answers: bool) -> list[Message]:
 
 
 def _dialog(text: str) -> list[Message]:
-    """Turns of a text in the form of Anthropic's hh-rlhf: `Human: ...`, an empty line, `Assistant: ...`."""
+    """Turns of a text in the form of Anthropic's hh-rlhf: `Human: ...`, an empty line, `Assistant: ...`; else none."""
     found = list(_HUMAN.finditer(text))
     ends = [*(match.start() for match in found[1:]), len(text)]
     turns: list[Message] = []

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from phi3_lora_plugin.chat.json_keys import Keys
 from phi3_lora_plugin.chat.opened import ERRORS, LONGEST_LINE, PACKED, TooLong, impostor, lines, open_file, read_whole
 from phi3_lora_plugin.chat.row_error import shown
 from phi3_lora_plugin.error import Phi3LoraError
@@ -114,7 +115,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _json_lines(path: Path, name: str) -> Rows:
     good = bad = 0
-    decode = json.JSONDecoder().decode
+    keys = Keys()
+    decode = json.JSONDecoder(object_pairs_hook=keys).decode
     with open_file(path) as file:
         for number, raw in enumerate(_lines(file, name), 1):
             line = raw.strip()
@@ -133,7 +135,8 @@ def _json_lines(path: Path, name: str) -> Rows:
                 yield Problem(place, _why(error, raw))
             else:
                 good += 1
-                yield _row(value, place)
+                yield _row(value, place, keys)
+                keys.twice.clear()
 
 
 def _too_long(line: TooLong) -> str:
@@ -153,7 +156,9 @@ def _why(error: Exception, raw: bytes) -> str:
     return f"is not JSON: {error}"
 
 
-def _row(value: Any, place: Place) -> Row | Problem:
+def _row(value: Any, place: Place, keys: Keys) -> Row | Problem:
+    if twice := keys.within(value):
+        return Problem(place, twice)
     if isinstance(value, dict):
         return Row(value, place)
     return Problem(place, f"is {shown(value)}; expected an object with columns")
@@ -175,7 +180,8 @@ def _json_whole(path: Path, name: str) -> Rows:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise SourceError([f"{name}:{line}: is not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8"]) from None
-    decoder, blank, values = json.JSONDecoder(), re.compile(r"\s*"), []
+    keys = Keys()
+    decoder, blank, values = json.JSONDecoder(object_pairs_hook=keys), re.compile(r"\s*"), []
     end = len(text.rstrip())
     at = len(text) - len(text.lstrip())
     while at < end:
@@ -189,11 +195,13 @@ def _json_whole(path: Path, name: str) -> Rows:
         values.append(value)
         at = cast("re.Match[str]", blank.match(text, at)).end()
     if len(values) == 1 and isinstance(values[0], dict) and isinstance(values[0].get("data"), list):
+        if any(made is values[0] for made, _ in keys.twice):
+            raise SourceError([f"{name}: {keys.within(values[0])}"])
         values = values[0]["data"]
     elif len(values) == 1 and isinstance(values[0], list):
         values = values[0]
     for number, value in enumerate(values, 1):
-        yield _row(value, Place(name, "row", number))
+        yield _row(value, Place(name, "row", number), keys)
 
 
 def read_table(path: Path, name: str) -> Rows:
