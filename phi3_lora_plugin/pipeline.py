@@ -100,7 +100,8 @@ def train(
         callbacks: to add after those of the plugins.
 
     Raises:
-        RecipeError, MissingPackage, DataError, ModelError, TargetError: wrong input, before anything is trained.
+        RecipeError, MissingPackage, DataError, ModelError, TargetError, SettingsError: wrong input, before anything is
+            trained.
         DriftError: the checkpoint to resume from was made with other settings.
         TrainingError: the run stopped for its health (non-finite or stuck loss).
         ReloadError: the saved adapter is not the trained one.
@@ -164,6 +165,12 @@ def _train(
     from phi3_lora_plugin.training.objective import objective_of
     from phi3_lora_plugin.training.packages import require_packages
     from phi3_lora_plugin.training.progress import ProgressReport
+    from phi3_lora_plugin.training.refused_settings import (
+        refused,
+        require_batches,
+        require_compiler,
+        require_optimizer,
+    )
     from phi3_lora_plugin.training.resume import resumable
     from phi3_lora_plugin.training.run_facts import versions
 
@@ -212,17 +219,22 @@ def _train(
     stop, metrics = StopOnSignal(), MetricsLog(output_dir)
     callbacks = [*plugins.callbacks(recipe), *callbacks]
     rows, collator = objective.feed(data.train, recipe, tokenizer, longest)
-    trainer = objective.trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=None if data.eval is None else objective.evaluated(data.eval),
-        data_collator=collator,
-        processing_class=tokenizer,
-        # In this order: what a callback of ours raises comes last.
-        callbacks=[metrics, ProgressReport(say, metrics), stop, *callbacks],
-        optimizers=(_optimizer(model, arguments, recipe), None),
-    )
+    evaluated = None if data.eval is None else objective.evaluated(data.eval)
+    require_batches(arguments, rows, evaluated)
+    require_compiler(arguments)
+    require_optimizer(arguments, model, _steps(arguments, rows, recipe))
+    with refused("training: the Trainer refuses these settings"):
+        trainer = objective.trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=evaluated,
+            data_collator=collator,
+            processing_class=tokenizer,
+            # In this order: what a callback of ours raises comes last.
+            callbacks=[metrics, ProgressReport(say, metrics), stop, *callbacks],
+            optimizers=(_optimizer(model, arguments, recipe), None),
+        )
     applied = accelerate_phi3(trainer, recipe.speed)
     for one in applied:
         tell(f"speed: {one}")
@@ -322,7 +334,23 @@ def _answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]
 
 
 def _evaluated(trainer: Trainer, metric: str) -> float | None:
-    return None if trainer.eval_dataset is None else float(trainer.evaluate()[f"eval_{metric}"])
+    from phi3_lora_plugin.training.refused_settings import require_metric
+
+    if trainer.eval_dataset is None:
+        return None
+    measured = trainer.evaluate()
+    require_metric(trainer.args, measured)
+    return float(measured[f"eval_{metric}"])
+
+
+def _steps(arguments: Any, rows: Any, recipe: Recipe) -> int | None:
+    """Steps of the run; None where answers are drawn for each row, so that batches are not rows."""
+    from phi3_lora_plugin.training.refused_settings import planned_steps
+
+    if arguments.max_steps <= 0 and (recipe.reward or not hasattr(rows, "__len__")):
+        return None
+    batch = arguments.train_batch_size * arguments.world_size
+    return planned_steps(arguments, 0 if arguments.max_steps > 0 else -(-len(rows) // batch))
 
 
 def _optimizer(model: Any, arguments: Any, recipe: Recipe) -> Any:

@@ -313,6 +313,33 @@ def test_resuming_a_run_that_was_over_changes_nothing(length: dict[str, Any], tm
     assert longer.state.global_step == 6 and latest_complete(tmp_path).name == "step-00000006"
 
 
+def test_resuming_a_run_that_was_over_needs_no_schedule(tmp_path: Path) -> None:
+    """A polynomial divides by the steps behind the warm-up, of which a run that is over has none."""
+
+    def build(out: Path) -> Trainer:
+        return trainer(out, LoraCheckpoint(), lr_scheduler_type="polynomial", warmup_steps=0.5, max_steps=3)
+
+    first, again = go(build, tmp_path), go(build, tmp_path)
+    assert again.state.global_step == 3 and same(trained(first.model), trained(again.model))
+    assert again.args.warmup_steps == 0.5
+
+
+def test_a_signal_in_the_last_step_does_not_take_its_evaluation_away(tmp_path: Path) -> None:
+    from phi3_lora_plugin.training.interrupt import StopOnSignal
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    stop = StopOnSignal()
+    made = trainer(tmp_path, Interrupt(), stop, LoraCheckpoint(), max_steps=3, eval_strategy="epoch")
+    with stop:
+        made.train()
+    assert [log["step"] for log in made.state.log_history if "eval_loss" in log] == [3]
+    assert (tmp_path / "lora" / "BEST").exists()
+
+
 def test_without_a_checkpoint_it_begins_at_the_start_and_says_so(tmp_path: Path) -> None:
     said: list[str] = []
     made = go(lambda out: trainer(out, LoraCheckpoint(every_steps=2), max_steps=2), tmp_path, said)

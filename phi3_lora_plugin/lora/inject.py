@@ -252,6 +252,12 @@ def _token_problems(model: Any, options: Mapping[str, Any]) -> Iterator[str]:
     wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size]
     if wrong or not ids:
         yield f"trainable_token_indices: expected token ids of 0 to {size - 1}, got {wrong or 'none'}"
+    known = {name.rpartition(".")[2]: hasattr(module, "weight") for name, module in model.named_modules()}
+    yield from (
+        f"trainable_token_indices: {name!r} matches no module with a weight{nearest(name, known)}"
+        for name in by_module
+        if not known.get(name.rpartition(".")[2])
+    )
     whole = {name.rpartition(".")[2] for name in options.get("modules_to_save") or ()}
     twice = {name.rpartition(".")[2] for name in by_module} & whole
     yield from (

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,15 @@ def init_problems(model: PreTrainedModel, plan: TargetPlan, init: Any, options: 
         yield (
             f"init_lora_weights: {init!r} takes part of the base weights into the adapter, and rounding the rest again "
             "would lose the quantised base that the adapter belongs to; use an unquantised base"
+        )
+    if init == "eva" and isinstance(config := options.get("eva_config"), Mapping):
+        from peft import EvaConfig
+
+        names = [field.name for field in fields(EvaConfig)]
+        yield from (
+            f"eva_config: unknown key {name!r}{nearest(name, names)}; available: {', '.join(names)}"
+            for name in config
+            if name not in names
         )
     if init == "loftq" and not getattr(model, "is_loaded_in_4bit", False):
         yield (

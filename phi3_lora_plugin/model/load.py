@@ -192,6 +192,9 @@ def _attention(attention: str, place: Device, dtype: Any) -> str:
     import torch
     from transformers.utils import is_flash_attn_2_available
 
+    if attention == "flex_attention" and place.kind == "cpu":
+        log.warning("attention %s has no backward pass on a CPU; sdpa is used instead", attention)
+        return "sdpa"
     if not attention.startswith("flash_attention"):
         return "sdpa" if attention == "auto" else attention
     if place.flash and dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available():

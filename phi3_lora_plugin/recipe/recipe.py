@@ -43,7 +43,7 @@ from phi3_lora_plugin.recipe.sections import (
     Switch,
     Text,
 )
-from phi3_lora_plugin.recipe.training import translate
+from phi3_lora_plugin.recipe.training import NEEDS_EVALUATION, OF_WORKERS, translate
 from phi3_lora_plugin.recipe.yaml_file import Key, Layer, Problem, dump
 from phi3_lora_plugin.wording import first_lines, nearest
 
@@ -109,6 +109,17 @@ class Recipe(Section):
         evaluates = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
         if training.get("eval_strategy", "no") != "no" and not evaluates:
             yield "training.eval_strategy", "nothing to evaluate on; set data.eval_path or data.eval_fraction"
+        if training.get("eval_on_start") and not evaluates:
+            yield "training.eval_on_start", "nothing to evaluate on; set data.eval_path or data.eval_fraction"
+        schedule = training.get("lr_scheduler_type")
+        if schedule in NEEDS_EVALUATION and (not evaluates or training.get("eval_strategy") == "no"):
+            yield "training.lr_scheduler_type", f"{schedule} follows evaluations; evaluate, or choose another schedule"
+        for name in OF_WORKERS:
+            if training.get(name) and not training.get("dataloader_num_workers"):
+                yield f"training.{name}", "needs training.dataloader_num_workers of at least 1"
+        grouped = training.get("group_by_length") or training.get("train_sampling_strategy") == "group_by_length"
+        if grouped and data.packing:
+            yield "data.packing", "packs have no lengths to group by; drop it, or training.train_sampling_strategy"
         if self.preference.on:
             yield from self._preference_conflicts()
         if self.reward:

@@ -34,6 +34,8 @@ _RENAMED = (
 
 #: Value of `activation_checkpointing` that is ours: as many activations are kept as fit into memory.
 AUTO = "auto"
+#: Values of `lr_scheduler_type` that change the rate by what an evaluation measures.
+NEEDS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 _CHOSEN = ("activation_checkpointing", "gradient_checkpointing")
 
 # Settings with no effect on what is trained or saved here; published samples have them.
@@ -123,7 +125,11 @@ _LEAST: dict[str, tuple[float, bool]] = {
     "max_steps": (1, True),
     "label_smoothing_factor": (0, True),
     "adam_epsilon": (0, True),
+    "eval_accumulation_steps": (1, True),
+    "torch_empty_cache_steps": (1, True),
 }
+#: What goes with worker processes only.
+OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
 # Values below the smallest that mean "not set".
 _UNSET = {"max_steps": -1}
 

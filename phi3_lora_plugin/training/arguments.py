@@ -12,6 +12,7 @@ from phi3_lora_plugin.model.precision import precision_for
 from phi3_lora_plugin.recipe.sections import PEFT_NAMES
 from phi3_lora_plugin.recipe.training import AUTO, installed_fields
 from phi3_lora_plugin.training.checkpointing import NOT_REENTRANT, setting_name
+from phi3_lora_plugin.training.refused_settings import refused
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,6 +36,9 @@ def training_arguments(
         kind: class to make, one derived from `TrainingArguments`; itself if not given.
         device: to train on; what `model.device` means here if not given.
         ours: more arguments, as the installed class names them.
+
+    Raises:
+        SettingsError: the class refuses what the recipe sets.
     """
     from transformers import TrainingArguments
 
@@ -54,7 +58,8 @@ def training_arguments(
     if kind is not None:
         settings.setdefault(name, False)  # on by default in TRL's
         settings.setdefault("learning_rate", 5e-5)  # each of TRL's has one of its own; a recipe means one thing
-    return (kind or TrainingArguments)(**(settings | ours))
+    with refused("training: transformers refuses these settings"):
+        return (kind or TrainingArguments)(**(settings | ours))
 
 
 def _defaults(recipe: Recipe, device: Device) -> dict[str, Any]:

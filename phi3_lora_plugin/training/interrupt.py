@@ -47,6 +47,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Skip an evaluation that only the early end of the epoch causes; the resumed run makes it in its place."""
-        if self.received is not None and not float(state.epoch or 0.0).is_integer():
+        within = not float(state.epoch or 0.0).is_integer() and state.global_step < state.max_steps
+        if self.received is not None and within:
             control.should_evaluate = False
         return control

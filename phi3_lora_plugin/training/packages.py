@@ -51,6 +51,7 @@ def require_packages(recipe: Recipe) -> None:
         *_reports(recipe.training),
         *_optimizer(recipe.training),
         *_deepspeed(recipe.training),
+        *_liger(recipe.training),
         *_objective(recipe),
     ]
     if problems:
@@ -121,6 +122,11 @@ def _deepspeed(training: Any) -> Iterator[str]:
             json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             yield f"training.deepspeed: {given} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def _liger(training: Any) -> Iterator[str]:
+    if training.get("use_liger_kernel") and not is_installed("liger_kernel"):
+        yield "training.use_liger_kernel needs liger-kernel: pip install liger-kernel"
 
 
 def _objective(recipe: Recipe) -> Iterator[str]:

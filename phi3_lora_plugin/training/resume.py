@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.store.layout import Entry, entries, stores_in, torn
 from phi3_lora_plugin.store.manifest import MANIFEST, RESUME, check_folder, read_manifest
 from phi3_lora_plugin.store.run import end_left_over
+from phi3_lora_plugin.training.refused_settings import planned_steps
 from phi3_lora_plugin.training.run_facts import refuse_drift, run_facts
 from phi3_lora_plugin.training.settings_facts import LENGTH
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 log = logging.getLogger(__name__)
+#: What `_over` changes.
+_OF_ENDED = (*LENGTH, "training.warmup_steps")
 
 
 class ResumeError(Phi3LoraError):
@@ -93,7 +95,7 @@ def resumable(
     changed = refuse_drift(entry.path, entry.manifest, now, allow_drift)
     ended = _is_over(trainer.args, loader, entry.step)
     for callback in ours:  # which compare too, and see a length of nothing where the run has ended
-        callback.allow_drift = (*callback.allow_drift, *allow_drift, *(LENGTH if ended else ()))
+        callback.allow_drift = (*callback.allow_drift, *allow_drift, *(_OF_ENDED if ended else ()))
     say(f"resuming from {entry.path}, step {entry.step}")
     if (was := entry.manifest.get("world_size")) not in (None, trainer.args.world_size):
         say(f"processes: {was} in the checkpoint, {trainer.args.world_size} now: random numbers (dropout's) are others")
@@ -142,22 +144,22 @@ def _as_the_first_process(entry: Entry | None) -> Entry | None:
 
 def _is_over(args: Any, loader: Any, step: int) -> bool:
     """Whether a run that has made this many steps has made them all."""
-    if args.max_steps > 0:
-        return bool(step >= args.max_steps)
-    steps = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
-    return bool(step >= math.ceil(args.num_train_epochs * steps))
+    return step >= planned_steps(args, 0 if args.max_steps > 0 else len(loader))
 
 
 @contextmanager
 def _over(trainer: Trainer) -> Iterator[None]:
-    """No epoch is left: where a run ends within one, the Trainer would continue it for one more step."""
+    """No epoch is left: where a run ends within one, the Trainer would continue it for one more step.
+
+    One step of warm-up, because some schedules divide by the number of steps behind it, which would be 0.
+    """
     args = trainer.args
-    length = args.max_steps, args.num_train_epochs
-    args.max_steps, args.num_train_epochs = -1, 0
+    length = args.max_steps, args.num_train_epochs, args.warmup_steps
+    args.max_steps, args.num_train_epochs, args.warmup_steps = -1, 0, 1
     try:
         yield
     finally:
-        args.max_steps, args.num_train_epochs = length
+        args.max_steps, args.num_train_epochs, args.warmup_steps = length
 
 
 @contextmanager
