@@ -108,6 +108,15 @@ def test_attach_is_one_line_on_a_trainer_that_exists(tmp_path: Path) -> None:
     assert steps(tmp_path / "lora") == [2, 4, 6]
 
 
+@pytest.mark.parametrize("trained", [{"trainable_token_indices": [5, 9]}, {"modules_to_save": ["embed_tokens"]}])
+def test_attach_takes_models_whose_embeddings_are_trained(trained: dict[str, Any], tmp_path: Path) -> None:
+    made = trainer(tmp_path, model=peft_model(target_modules=["qkv_proj"], **trained), max_steps=1)
+    made.processing_class = tiny.tokenizer()
+    attach(made)
+    made.train()
+    assert verify(latest_complete(tmp_path))
+
+
 def test_without_lora_it_refuses_before_the_first_step(tmp_path: Path) -> None:
     made = trainer(tmp_path, LoraCheckpoint(), model=tiny.model(hidden_size=16, intermediate_size=32))
     with pytest.raises(StateError, match="Phi3ForCausalLM has no LoRA parameters: nothing to save"):

@@ -124,7 +124,8 @@ def set_stop_tokens(model: Any, tokenizer: Any, repair: bool = True) -> list[str
     Raises:
         ModelError: the tokenizer has ids that the embedding has no row for.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    inside = model.get_input_embeddings().modules()  # PEFT wraps an embedding that it trains, wholly or by tokens
+    rows = next(one.num_embeddings for one in inside if hasattr(one, "num_embeddings"))
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
