@@ -153,7 +153,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     bad = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}
     short = edit(base("rope"), rope_scaling=bad, rope_parameters=None)
     assert "short_factor has 3 numbers; expected 4" in message(short, RopeError)
-    assert "does not describe a model" in message(edit(base("odd"), hidden_size=[32]))
+    assert "hidden_size=[32]: should be a valid integer" in message(edit(base("odd"), hidden_size=[32]))
     assert "cannot be loaded: KeyError: 'nope'" in message(edit(base("act"), hidden_act="nope"))
     if not torch.cuda.is_available():
         assert "no CUDA device" in message(base("cuda"), device="cuda")

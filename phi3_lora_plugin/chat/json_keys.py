@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from phi3_lora_plugin.error import Phi3LoraError
 
-class TwiceError(ValueError):
+
+class TwiceError(Phi3LoraError):
     """An object has one key twice, with values that differ."""
 
 

@@ -17,7 +17,7 @@ from phi3_lora_plugin.model.logits import logit_limit
 from phi3_lora_plugin.model.new_files import staged
 from phi3_lora_plugin.model.quantize import quantized_by
 from phi3_lora_plugin.model.shards import ShardWriter, Weights, copy_tokenizer, write_json
-from phi3_lora_plugin.wording import listed
+from phi3_lora_plugin.wording import listed, named_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,10 @@ def _joined(name: str, weights: Weights, fused: list[Projection], rows: list[Row
         return
     if missing := [part for part in parts if part not in weights]:
         raise BaseLayoutError(f"{weights.folder} lacks {', '.join(missing)}")
+    for part, rows_of in zip(parts, projection.slices, strict=True):
+        wanted = (rows_of.stop - rows_of.start, projection.in_features)
+        if tuple(weights.shape(part)) != wanted:
+            raise BaseLayoutError(f"{part} has the shape {tuple(weights.shape(part))}; the config makes it {wanted}")
     whole = torch.cat([weights.read(part) for part in parts])
     own = f"{layer}.{projection.path}.weight"
     if whole.shape[0] != projection.out_features:
@@ -145,7 +149,10 @@ def _load(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    except Exception as error:  # whatever transformers makes of a damaged folder
+        raise BaseLayoutError(f"{folder} cannot be loaded: {named_line(error, 300)}") from error
 
 
 def _shared(config: Mapping[str, Any], kind: str, class_name: str, norm: float) -> dict[str, Any]:

@@ -194,7 +194,8 @@ def _is_model(source: Path) -> bool:
     if (source / peft_files.CONFIG).is_file():
         return False
     try:
-        folder = model_folder(source)
+        # A config that is damaged is a model's all the same.
+        folder = source if (source / "config.json").is_file() else model_folder(source)
     except ModelError:
         return False
     return any(folder.glob("*.safetensors")) and not (folder / "adapter").is_dir()

@@ -14,6 +14,7 @@ from typing import Any
 
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.folder import read_json
+from phi3_lora_plugin.wording import first_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # Regular expressions by what only they contain, and llama.cpp's name for the one that cuts the same.
@@ -70,7 +71,13 @@ def read_vocabulary(folder: Path, size: int, stop_ids: Sequence[int] = ()) -> Vo
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise VocabularyError(f"{folder} has no tokenizer.json")
+    from tokenizers import Tokenizer
+
     tokenizer = read_json(path)
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # of tokenizers' own making, without a class
+        raise VocabularyError(f"{path} is no tokenizer that can be read: {first_line(error)}") from error
     model = tokenizer.get("model", {})
     if model.get("type", "BPE") != "BPE":
         raise VocabularyError(f"{path}: tokenizer type {model.get('type')!r}; the Phi family has BPE")
@@ -105,7 +112,7 @@ def read_vocabulary(folder: Path, size: int, stop_ids: Sequence[int] = ()) -> Vo
     lines = tuple(" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges) if byte_level else ()
     return Vocabulary(
         kind, pre, tokens, types, scores, lines, special,
-        _adds_bos(path, special.get("bos")), _template(folder, settings), swallows, tuple(notes),
+        _adds_bos(backend, special.get("bos")), _template(folder, settings), swallows, tuple(notes),
     )  # fmt: skip
 
 
@@ -203,11 +210,9 @@ def _special(
     return special
 
 
-def _adds_bos(path: Path, bos: int | None) -> bool:
+def _adds_bos(backend: Any, bos: int | None) -> bool:
     """Whether the tokenizer itself puts the begin token in front, found out by asking it."""
-    from tokenizers import Tokenizer
-
-    first = Tokenizer.from_file(str(path)).encode("a").ids[:1]
+    first = backend.encode("a").ids[:1]
     return bos is not None and first == [bos]
 
 

@@ -13,6 +13,7 @@ from phi3_lora_plugin.inspect.findings import AGAIN, FETCH, LFS, PULL, Findings,
 from phi3_lora_plugin.lora.targets import TargetError, resolve_targets
 from phi3_lora_plugin.model.base_size import parameters, weight_shapes
 from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, projections, recognise, repair_rope, row_limit
+from phi3_lora_plugin.model.file_values import wrong_values
 from phi3_lora_plugin.model.folder import published_stops
 from phi3_lora_plugin.model.published import published_config
 from phi3_lora_plugin.model.quantize import PACKED_BYTES, quantized_by
@@ -31,13 +32,14 @@ def look_at_model(folder: Path, files: set[str], problems: list[Problem]) -> dic
     try:
         family = recognise(config)
         layout = projections(config)
+        weight_shapes(config)
     except UnsupportedModel as error:
         problems.append(Problem(str(error), "use a supported member of the family"))
         return {}
     except RopeError as error:
         problems.append(Problem(str(error), AGAIN))
         return {}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"has a size that is not a number: {error}"
         problems.append(Problem(f"config.json {what}", AGAIN))
         return {}
@@ -75,14 +77,17 @@ def look_at_published(name: str, config: Mapping[str, Any]) -> Findings:
 
 
 def read_json(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """A JSON object; anything else adds a problem and gives an empty one."""
+    """A JSON object without the values that it cannot have, each a problem; of anything else an empty one."""
     try:
         read = read_json_file(path)
     except BadFile as error:
         problems.append(Problem(f"{path.name} {error}", AGAIN))
         return {}
     if isinstance(read, dict):
-        return read
+        # Of a model's config, `look_at_model` says it.
+        wrong = {} if path.name == "config.json" else wrong_values(path.name, read)
+        problems += [Problem(f"{path.name}: {line}", AGAIN) for line in wrong.values()]
+        return {name: value for name, value in read.items() if name not in wrong}
     problems.append(Problem(f"{path.name} is not a JSON object", AGAIN))
     return {}
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
+from phi3_lora_plugin.model.file_values import LARGEST, complaints, optional
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-_LARGEST = 2**31  # of a rank, a scale or a token's number; what is beyond is damage
 
 
 def wrong_values(config: Mapping[str, Any], of: str = "peft") -> dict[str, str]:
@@ -19,25 +19,12 @@ def wrong_values(config: Mapping[str, Any], of: str = "peft") -> dict[str, str]:
     Args:
         of: who wrote the settings: peft, mlx or loralib.
     """
-    from pydantic import ValidationError
-
-    try:
-        _settings()[of].model_validate(dict(config))
-    except ValidationError as error:
-        lines: dict[str, str] = {}
-        for one in error.errors():
-            name = str(one["loc"][0])
-            value = repr(config[name])
-            why = one["msg"].removeprefix("Input ").removeprefix("Value error, ")
-            # Of a value that may be of several kinds, the first complaint stands for all.
-            lines.setdefault(name, f"{name}={value if len(value) <= 60 else value[:57] + '...'}: {why}")
-        return lines
-    return {}
+    return complaints(_settings()[of], config)
 
 
 @cache
 def _settings() -> dict[str, type[BaseModel]]:
-    from pydantic import AfterValidator, ConfigDict, Field, create_model
+    from pydantic import AfterValidator, Field
 
     def regex(text: str) -> str:
         try:
@@ -46,16 +33,11 @@ def _settings() -> dict[str, type[BaseModel]]:
             raise ValueError(f"{text!r} is not a regular expression: {error}") from None
         return text
 
-    def made(name: str, kinds: Mapping[str, Any]) -> type[BaseModel]:
-        fields: dict[str, Any] = {key: (kind | None, None) for key, kind in kinds.items()}
-        model: type[BaseModel] = create_model(name, __config__=ConfigDict(strict=True), **fields)
-        return model
-
     key: Any = Annotated[str, AfterValidator(regex)]
-    rank: Any = Annotated[int, Field(ge=1, lt=_LARGEST)]
-    number: Any = Annotated[float, Field(gt=-_LARGEST, lt=_LARGEST)]
+    rank: Any = Annotated[int, Field(ge=1, lt=LARGEST)]
+    number: Any = Annotated[float, Field(gt=-LARGEST, lt=LARGEST)]
     share: Any = Annotated[float, Field(ge=0, le=1)]
-    tokens: Any = list[Annotated[int, Field(ge=0, lt=_LARGEST)]]
+    tokens: Any = list[Annotated[int, Field(ge=0, lt=LARGEST)]]
     flags: Any = list[bool]
     peft = {
         "r": rank,
@@ -72,7 +54,7 @@ def _settings() -> dict[str, type[BaseModel]]:
         **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), bool),
     }
     mlx = {
-        "lora_parameters": made("MlxParameters", {"scale": number, "dropout": share}),
+        "lora_parameters": optional("MlxParameters", {"scale": number, "dropout": share}),
         **dict.fromkeys(("fine_tune_type", "model"), str),
     }
     module = {"kind": str, "r": rank, "alpha": number, "enable_lora": flags}
@@ -82,6 +64,6 @@ def _settings() -> dict[str, type[BaseModel]]:
         **dict.fromkeys(("dropout", "lora_dropout"), share),
         **dict.fromkeys(("base", "base_model_name_or_path"), str),
         "enable_lora": flags | dict[str, flags],
-        "modules": dict[str, made("LoralibModule", module)],  # type: ignore[misc]
+        "modules": dict[str, optional("LoralibModule", module)],  # type: ignore[misc]
     }
-    return {name: made(name, kinds) for name, kinds in (("peft", peft), ("mlx", mlx), ("loralib", loralib))}
+    return {name: optional(name, kinds) for name, kinds in (("peft", peft), ("mlx", mlx), ("loralib", loralib))}

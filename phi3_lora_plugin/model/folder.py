@@ -9,6 +9,7 @@ from typing import Any
 from phi3_lora_plugin.embedded import locate
 from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.model.families import RopeError, UnsupportedModel, recognise, refused_id
+from phi3_lora_plugin.model.file_values import wrong_values
 from phi3_lora_plugin.model.refused import REFUSED_IDS
 from phi3_lora_plugin.small_file import read_object
 from phi3_lora_plugin.wording import first_line, listed
@@ -94,7 +95,7 @@ def weight_files(folder: Path) -> dict[str, str] | None:
         ModelError: neither file exists.
     """
     if (folder / INDEX).is_file():
-        return dict(read_json(folder / INDEX).get("weight_map", {}))
+        return dict(read_json(folder / INDEX).get("weight_map") or {})
     if (folder / SINGLE).is_file():
         return None
     pickled = sorted(entry.name for entry in folder.glob("*.bin"))
@@ -111,8 +112,11 @@ def published_stops(generation: Mapping[str, Any], config: Mapping[str, Any]) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping. Raises ModelError."""
-    return read_object(path, ModelError)
+    """A JSON file that holds a mapping. Raises ModelError, also for values that such a file cannot have."""
+    content = read_object(path, ModelError)
+    if wrong := wrong_values(path.name, content):
+        raise ModelError(f"{path}:\n" + "\n".join(f"  {line}" for line in wrong.values()))
+    return content
 
 
 def _refuse_before_weights(folder: Path, copies: bool) -> None:

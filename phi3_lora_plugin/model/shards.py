@@ -135,7 +135,10 @@ class ShardWriter:
 
 
 def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        text = json.dumps(data, indent=2)  # half of a surrogate pair has no form but an escape
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(sources: list[Path], target: Path) -> Path | None:
