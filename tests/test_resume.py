@@ -26,7 +26,7 @@ from warm_process import Warm
 from phi3_lora_plugin import LoraCheckpoint, latest_complete, verify
 from phi3_lora_plugin.cli import main
 from phi3_lora_plugin.training.callbacks import CheckpointError
-from phi3_lora_plugin.training.resume import newest_resumable, resumable
+from phi3_lora_plugin.training.resume import ResumeError, newest_resumable, resumable
 from phi3_lora_plugin.training.run_facts import DriftError, base_facts
 
 pytestmark = pytest.mark.slow
@@ -311,6 +311,23 @@ def test_resuming_a_run_that_was_over_changes_nothing(length: dict[str, Any], tm
     with resumable(longer, say=[].append) as checkpoint:
         longer.train(resume_from_checkpoint=checkpoint)
     assert longer.state.global_step == 6 and latest_complete(tmp_path).name == "step-00000006"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"r": 2}, {"use_dora": True}, {"target_modules": ["qkv_proj"]}, {"modules_to_save": ["lm_head"]},
+     {"rank_pattern": {"o_proj": 1}}, {"layers_to_transform": [1], "target_modules": ["qkv_proj"]}],
+)  # fmt: skip
+def test_an_allowed_change_that_makes_other_tensors_is_refused(
+    change: dict[str, Any], broken: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(broken, tmp_path / "copy")
+    made = trainer(tmp_path / "copy", LoraCheckpoint(), model=peft_model(**change))
+    with (
+        pytest.raises(ResumeError, match="its adapter has other tensors"),
+        resumable(made, say=[].append, allow_drift=["lora", "base", "data", "training", "optimizer"]),
+    ):
+        raise AssertionError("it was let through")
 
 
 def test_resuming_a_run_that_was_over_needs_no_schedule(tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.error import Phi3LoraError
+from phi3_lora_plugin.lora.gather import unwrapped
+from phi3_lora_plugin.lora.inventory import inventory_of
+from phi3_lora_plugin.lora_files.peft_files import WEIGHTS
 from phi3_lora_plugin.store.layout import Entry, entries, stores_in, torn
 from phi3_lora_plugin.store.manifest import MANIFEST, RESUME, check_folder, read_manifest
 from phi3_lora_plugin.store.run import end_left_over
 from phi3_lora_plugin.training.refused_settings import planned_steps
 from phi3_lora_plugin.training.run_facts import refuse_drift, run_facts
 from phi3_lora_plugin.training.settings_facts import LENGTH
+from phi3_lora_plugin.wording import listed
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -68,6 +72,7 @@ def resumable(
 
     Raises:
         DriftError: the checkpoint was made with other settings; every field is named. Nothing has been trained.
+        ResumeError: a change that is allowed makes an adapter of other tensors than the checkpoint's.
         ManifestError: of several processes, one that does not see the folder of the first.
     """
     from phi3_lora_plugin.training.callbacks import LoraCheckpoint
@@ -93,6 +98,8 @@ def resumable(
     rows = getattr(loader, "dataset", None)
     now = run_facts(trainer.args, trainer.model, tokenizer, rows, adapter, trainer.optimizer)
     changed = refuse_drift(entry.path, entry.manifest, now, allow_drift)
+    if trainer.args.world_size == 1 and any(name.startswith("lora.") for name in changed):
+        _require_same_tensors(entry, trainer.model, adapter)
     ended = _is_over(trainer.args, loader, entry.step)
     for callback in ours:  # which compare too, and see a length of nothing where the run has ended
         callback.allow_drift = (*callback.allow_drift, *allow_drift, *(_OF_ENDED if ended else ()))
@@ -128,6 +135,28 @@ def newest_resumable(folder: Path, say: Callable[[str], Any]) -> Entry | None:
             else:
                 return entry
     return None
+
+
+def _require_same_tensors(entry: Entry, model: Any, adapter: str | None) -> None:
+    """Refuse a checkpoint whose tensors are others than the model's: neither adapter nor optimizer could be loaded."""
+    from safetensors import safe_open
+
+    file = next((one for one in (entry.path / WEIGHTS, entry.path / RESUME / WEIGHTS) if one.is_file()), None)
+    if file is None:
+        return
+    with safe_open(file, framework="pt") as opened:
+        saved = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    found = inventory_of(unwrapped(model), adapter)
+    wrong = [
+        f"{name}: {saved.get(name, 'missing')} in the checkpoint, {found.shapes.get(name, 'missing')} now"
+        for name in sorted({*saved, *found.shapes} - {*found.second_names})
+        if saved.get(name) != found.shapes.get(name)
+    ]
+    if wrong:
+        raise ResumeError(
+            f"{entry.path} cannot be resumed, although these settings may differ: its adapter has other tensors "
+            f"({listed(wrong, 2)}). Restore the old settings, or start again in another folder"
+        )
 
 
 def _as_the_first_process(entry: Entry | None) -> Entry | None:

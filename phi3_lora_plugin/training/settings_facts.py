@@ -71,6 +71,8 @@ def cannot_change(field: str, was: Any, now: Any) -> str | None:
     """Why this difference can never be allowed; None if it can."""
     if field in ("training.optim", "optimizer.class"):
         return "the saved state belongs to the other optimizer"
+    if field == "optimizer.learning_rates" and was and now and len(was) != len(now):
+        return "the saved state belongs to other groups of parameters"
     if field == "training.lr_scheduler_type" and {was, now} & set(_OWN_STATE):
         return "the saved state belongs to the other schedule"
     return None
