@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 from read_rows import read
@@ -89,3 +91,11 @@ def test_a_dialog_may_begin_with_white_space(space: str) -> None:
     begun = f"{space}Human: a\n\nAssistant: "
     pair = preference({"chosen": f"{begun}b", "rejected": f"{begun}c"})
     assert [turn["content"] for turn in (*pair.chosen, pair.rejected[-1])] == ["a", "b", "c"]
+
+
+def test_text_in_parquet_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"prompt": ["a long question"], "completion": ["b"]})
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    path.write_bytes(path.read_bytes().replace(b"long question", b"long qu\xb4stion"))
+    assert f"{path}: holds text that is not UTF-8 after row 0" in problems(path)[0]

@@ -277,6 +277,8 @@ def read_parquet(path: Path, name: str) -> Rows:
             for batch in file.iter_batches(batch_size=1000):
                 for number, values in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
                     yield Row(values, Place(name, "row", number))
+    except UnicodeDecodeError as error:
+        raise SourceError([f"{name}: holds text that is not UTF-8 after row {number:,}: {error}"]) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError([f"{name}: cannot be read as Parquet: {str(error).splitlines()[0]}"]) from None
 
