@@ -8,7 +8,6 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from phi3_lora_plugin.hookspecs import hookimpl
-from phi3_lora_plugin.shipped import shipped
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -33,6 +32,8 @@ def register_dataset_adapters(register: Callable[[str, Any], None]) -> None:
 
 @hookimpl
 def register_recipes(register: Callable[[str, Any], None]) -> None:
+    from phi3_lora_plugin.shipped import shipped
+
     for file in shipped("recipes").iterdir():
         if file.name.endswith(".yaml"):
             register(file.name.removesuffix(".yaml"), file)

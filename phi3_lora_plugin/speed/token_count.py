@@ -31,7 +31,7 @@ def count_on_host(trainer: Trainer, base: Any) -> None:
         trainer._track_num_input_tokens = partial(_track, held(trainer, known), weakref.ref(trainer), base)
 
 
-def _track(stock: Callable[[], Any], trainer: Callable[[], Any], base: Any, inputs: Mapping[str, Any]) -> None:
+def _track(stock: Callable[[], Any], trainer: Callable[[], Any], base: Any, inputs: Any) -> None:
     mine = trainer()
     count = _counted(mine.args.include_num_input_tokens_seen, base, inputs)
     if count is None:
@@ -40,8 +40,10 @@ def _track(stock: Callable[[], Any], trainer: Callable[[], Any], base: Any, inpu
         mine.state.num_input_tokens_seen += count
 
 
-def _counted(what: str, base: Any, inputs: Mapping[str, Any]) -> int | None:
+def _counted(what: str, base: Any, inputs: Any) -> int | None:
     """Tokens of a batch that a step was just made with; None if the host does not know how many there are."""
+    if not isinstance(inputs, Mapping):  # prompts, as GRPO hands them on
+        return None
     if what == "all" and "input_ids" in inputs:
         return int(inputs["input_ids"].numel())
     by, count = base.model.__dict__.get("_counted") or (None, 0)
