@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from lora_runs import arguments, peft_model, rows
 
 from phi3_lora_plugin import load_recipe, train
@@ -13,6 +14,7 @@ from phi3_lora_plugin.error import Phi3LoraError
 from phi3_lora_plugin.training.refused_settings import (
     SettingsError,
     planned_steps,
+    refused,
     require_batches,
     require_metric,
     require_optimizer,
@@ -100,3 +102,10 @@ def test_what_runs_is_not_refused(tmp_path: Path) -> None:
 def test_steps_are_counted_as_the_trainer_counts_them(epochs: float, steps: int, tmp_path: Path) -> None:
     given = arguments(tmp_path, max_steps=-1, num_train_epochs=epochs, gradient_accumulation_steps=2)
     assert planned_steps(given, 5) == steps
+
+
+def test_a_full_card_is_not_put_down_to_settings() -> None:
+    with pytest.raises(torch.OutOfMemoryError), refused("training"):
+        raise torch.OutOfMemoryError("no room")
+    with pytest.raises(SettingsError, match="training: no such value: 'x'"), refused("training"):
+        raise KeyError("x")

@@ -30,6 +30,8 @@ def refused(what: str) -> Iterator[None]:
     except Phi3LoraError:
         raise
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError that settings do not explain
+            raise
         said = f"no such value: {error}" if isinstance(error, KeyError) else str(error)
         raise SettingsError(f"{what}: {said}") from error
 
