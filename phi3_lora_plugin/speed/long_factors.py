@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch  # noqa: TID253
@@ -54,11 +55,18 @@ def long_tokens(decoder: Any, documents: Documents, known: Facts) -> torch.Tenso
     return to_device(long.repeat_interleave(torch.tensor(documents.bounds).diff()), documents.limits.device)
 
 
+#: Stock longrope writes the factors of a call into the module and then reads them there.
+_switching = Lock()
+
+
 def rotary_forward(self: Any, x: Any, position_ids: Any) -> Any:
     """(cos, sin), each [1, tokens, rotated], as the stock forward gives them for the documents of `long_of_call`."""
-    long = None if torch.compiler.is_compiling() else long_of_call.get()
-    if long is None:
+    if torch.compiler.is_compiling():
         return self._stock_forward(x, position_ids)
-    short = self._stock_forward(x, position_ids.masked_fill(long, 0))
-    both = zip(self._stock_forward(x, position_ids), short, strict=True)
+    long = long_of_call.get()
+    with _switching:
+        if long is None:
+            return self._stock_forward(x, position_ids)
+        short = self._stock_forward(x, position_ids.masked_fill(long, 0))
+        both = zip(self._stock_forward(x, position_ids), short, strict=True)
     return tuple(torch.where(long[None, :, None], mine, other) for mine, other in both)
