@@ -35,9 +35,13 @@ class Keys:
         while left:
             one = left.pop()
             if id(one) in keys:
-                return f"has the key {keys[id(one)]!r} twice in one object, with values that differ; keep one"
+                return _twice(keys[id(one)])
             left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         return None
+
+
+def _twice(key: str) -> str:
+    return f"has the key {key!r} twice in one object, with values that differ; keep one"
 
 
 def loads(text: str) -> Any:
@@ -45,5 +49,5 @@ def loads(text: str) -> Any:
     keys = Keys()
     value = json.loads(text, object_pairs_hook=keys)
     if keys.twice:
-        raise TwiceError(f"has the key {keys.twice[0][1]!r} twice in one object, with values that differ; keep one")
+        raise TwiceError(_twice(keys.twice[0][1]))
     return value

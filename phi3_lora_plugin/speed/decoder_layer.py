@@ -13,7 +13,7 @@ import torch  # noqa: TID253
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer  # noqa: TID253
 
 from phi3_lora_plugin.speed.device_kind import device_kind
-from phi3_lora_plugin.speed.elementwise import Unnormed, add, add_and_norm, take
+from phi3_lora_plugin.speed.elementwise import add, add_and_norm, take
 from phi3_lora_plugin.speed.shards import hooked
 
 
@@ -32,35 +32,35 @@ class FastDecoderLayer(Phi3DecoderLayer):  # type: ignore[misc]
         if unusual or not self.training or torch.compiler.is_compiling():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         residual, normed, unnormed = add_and_norm(hidden_states, None, before.weight, before.variance_epsilon)
-        kwargs |= _told(self.self_attn, unnormed)
+        attention_ours, mlp_ours = _ours_alone(self.self_attn), _ours_alone(self.mlp)
+        if attention_ours:
+            kwargs["unnormed"] = unnormed
         if supervised is not None and supervised.layer is self:
             kwargs["only"] = supervised.index(hidden_states.device)
             residual = take(residual, kwargs["only"])
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
-        reuse = _ours_alone(attended, self.self_attn, "o_proj")
+        reuse = attention_ours and _in_place(attended, self.self_attn.o_proj)
         residual, normed, unnormed = add_and_norm(attended, residual, after.weight, after.variance_epsilon, reuse)
-        made = self.mlp(normed, **_told(self.mlp, unnormed))
-        return add(made, residual, _ours_alone(made, self.mlp, "down_proj"))
+        made = self.mlp(normed, unnormed) if mlp_ours else self.mlp(normed)
+        return add(made, residual, mlp_ours and _in_place(made, self.mlp.down_proj))
 
 
-def _ours_alone(made: torch.Tensor, module: Any, last: str) -> bool:
-    """Whether `made` by this module is what our function for its last projection made, and no other code sees it.
+def _ours_alone(module: Any) -> bool:
+    """Whether the forward of this module is ours, and other code sees neither what it is given nor what it gives."""
+    return "forward" in module.__dict__ and not watched(module)
+
+
+def _in_place(made: torch.Tensor, last: Any) -> bool:
+    """Whether a sum may be written into what this projection, the last of a module of ours, has made.
 
     Only on a CPU: a card's kernel adds and norms in one, and memory that is freed is taken again at once.
     """
-    if device_kind(made) != "cpu" or made.grad_fn is None or watched(module):
-        return False
-    return "forward" in module.__dict__ and fused_alone(getattr(module, last))
+    return device_kind(made) == "cpu" and made.grad_fn is not None and fused_alone(last)
 
 
 def fused_alone(projection: Any) -> bool:
     """Whether this is one of our LoRA layers, and other code sees neither what it is given nor what it gives."""
     return hasattr(projection, "fast") and not watched(projection) and not hooked(projection.base_layer)
-
-
-def _told(module: Any, unnormed: Unnormed) -> dict[str, Any]:
-    """What its normed input was made of, for a module whose forward is ours and sees that input as it is."""
-    return {"unnormed": unnormed} if "forward" in module.__dict__ and not watched(module) else {}
 
 
 # FSDP and accelerate find the layers to wrap by the name of their class.
@@ -83,7 +83,7 @@ def watched(module: Any) -> bool:
     return "forward" in module.__dict__ and not _ours(module.__dict__["forward"])
 
 
-#: Hooks of transformers stay once hidden states were asked for; who asks for them is heard elsewhere (`wants_more`).
+#: transformers leaves its hooks behind once hidden states were asked for; whether they are now, `wants_more` tells.
 _HARMLESS = ("phi3_lora_plugin.", "transformers.utils.output_capturing")
 
 

@@ -1,4 +1,4 @@
-"""Gradients by hand have no gradient of their own: who asks for one is told so, instead of getting a part of it.
+"""Gradients that are written by hand cannot be differentiated again: asking for that is an error, not a wrong number.
 
 `torch.autograd.function.once_differentiable` says nothing where the gradient that comes in is a constant, nor where
 `torch.autograd.grad` is asked for parameters alone.
